@@ -1,0 +1,292 @@
+//! Topic `conductor`, namespace `drover` 1.x: what operators, frontends and
+//! agents say to the conductor.
+
+use serde::{Deserialize, Serialize};
+
+use super::compute::Outcome;
+use crate::{
+    check::CheckFailure,
+    guest::PowerState,
+    ids::{HostName, InstanceId, MigrationId},
+    migration::{LiveOptions, Migration, MigrationType, Progress},
+    node::NodeReport,
+};
+
+/// Names of the methods.
+pub mod method {
+    /// [`super::MigrateInstance`] → [`super::MigrateAnswer`]
+    pub const MIGRATE_INSTANCE: &str = "migrate_instance";
+    /// [`super::MigrationRef`] → [`super::Migration`]
+    pub const ABORT_MIGRATION: &str = "abort_migration";
+    /// [`super::MigrationRef`] → [`super::Migration`]
+    pub const FORCE_COMPLETE_MIGRATION: &str = "force_complete_migration";
+    /// [`super::MigrationRef`] → [`super::Migration`]: takes a *stuck* one up again.
+    pub const RESUME_MIGRATION: &str = "resume_migration";
+    /// [`super::MigrationRef`] → [`super::Migration`]
+    pub const GET_MIGRATION: &str = "get_migration";
+    /// [`super::WaitMigration`] → [`super::Migration`]
+    pub const WAIT_MIGRATION: &str = "wait_migration";
+    /// [`super::ListMigrations`] → `Vec<`[`super::Migration`]`>`, newest first.
+    pub const LIST_MIGRATIONS: &str = "list_migrations";
+    /// [`super::InstanceRef`] → [`super::Instance`]
+    pub const GET_INSTANCE: &str = "get_instance";
+    /// [`super::ListInstances`] → `Vec<`[`super::Instance`]`>`
+    pub const LIST_INSTANCES: &str = "list_instances";
+    /// [`super::NodeRef`] → [`super::Node`]
+    pub const GET_NODE: &str = "get_node";
+    /// No arguments → `Vec<`[`super::Node`]`>`
+    pub const LIST_NODES: &str = "list_nodes";
+    /// [`super::SetNode`] → [`super::Node`]
+    pub const SET_NODE: &str = "set_node";
+    /// No arguments → [`super::ConductorStatus`]
+    pub const GET_STATUS: &str = "get_status";
+    /// [`super::NodeReport`], cast by agents.
+    pub const REPORT_STATE: &str = "report_state";
+    /// [`super::MigrationReport`], cast by agents.
+    pub const MIGRATION_PROGRESS: &str = "migration_progress";
+}
+
+/// Ask for a live migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateInstance {
+    /// UUID, unique prefix of one (at least 4 characters), or name.
+    pub instance: String,
+    /// Which kind.
+    #[serde(rename = "type", default = "live")]
+    pub migration_type: MigrationType,
+    /// Where to; the conductor chooses if it is left out.
+    #[serde(default)]
+    pub host: Option<HostName>,
+    /// How.
+    #[serde(default)]
+    pub options: LiveOptions,
+    /// Check everything, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+fn live() -> MigrationType {
+    MigrationType::LiveMigration
+}
+
+/// What came of asking for a migration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum MigrateAnswer {
+    /// It is on its way.
+    Accepted {
+        /// Its record.
+        migration: Box<Migration>,
+    },
+    /// It was a dry run.
+    Plan {
+        /// What would be done.
+        plan: Plan,
+    },
+}
+
+/// What a dry run found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// What would move.
+    pub instance_uuid: InstanceId,
+    /// Its name.
+    pub instance_name: String,
+    /// From.
+    pub source_host: HostName,
+    /// The destination it would take; none if no node is fit.
+    pub dest_host: Option<HostName>,
+    /// Every failed check; a migration would be accepted if there is none.
+    pub failures: Vec<CheckFailure>,
+    /// Disks that would be copied, and how big they are.
+    pub copied_disks: Vec<PlannedDisk>,
+    /// Memory to send, MiB.
+    pub memory_mib: u64,
+    /// What would be decided, in words.
+    pub decisions: Vec<String>,
+}
+
+/// A disk that a migration would copy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedDisk {
+    /// Name in the guest.
+    pub target: String,
+    /// Bytes that would really be sent.
+    pub allocated_bytes: u64,
+}
+
+/// Names a migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationRef {
+    /// Integer id, UUID, or unique prefix of one.
+    pub migration: String,
+}
+
+/// Wait until a migration's record has changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WaitMigration {
+    /// Integer id, UUID, or unique prefix of one.
+    pub migration: String,
+    /// Version the caller has seen.
+    #[serde(default)]
+    pub seen_version: u64,
+    /// Answer after so long even if nothing changed, milliseconds; at most 30 s.
+    #[serde(default)]
+    pub timeout_ms: u64,
+}
+
+/// Which migrations to list.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ListMigrations {
+    /// Only of this instance (UUID, prefix or name).
+    pub instance: Option<String>,
+    /// Only from or to this node.
+    pub host: Option<HostName>,
+    /// Only unfinished ones.
+    pub active: bool,
+    /// At most so many (default 100, at most 1000).
+    pub limit: Option<u32>,
+}
+
+/// Names an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceRef {
+    /// UUID, unique prefix of one (at least 4 characters), or name.
+    pub instance: String,
+}
+
+/// Which instances to list.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ListInstances {
+    /// Only on this node.
+    pub host: Option<HostName>,
+    /// Only of this project.
+    pub project: Option<String>,
+}
+
+/// Names a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeRef {
+    /// Its host name.
+    pub host: HostName,
+}
+
+/// Open or close a node for instances to come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetNode {
+    /// Its host name.
+    pub host: HostName,
+    /// Whether instances may be placed there.
+    pub enabled: bool,
+    /// Why not.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// An instance as the record has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Domain UUID.
+    pub uuid: InstanceId,
+    /// Domain name.
+    pub name: String,
+    /// Owning project.
+    pub project_id: String,
+    /// Where the hypervisors say it runs (invariant 2).
+    pub host: HostName,
+    /// State there.
+    pub power_state: PowerState,
+    /// Nova's word for what it is.
+    pub vm_state: String,
+    /// Nova's word for what is being done with it, if anything.
+    pub task_state: Option<String>,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Memory, MB in Nova's sense (MiB).
+    pub memory_mb: u64,
+    /// Disks, bytes.
+    pub disk_bytes: u64,
+    /// Generation.
+    pub generation: u64,
+    /// Migration under way.
+    pub migration: Option<MigrationId>,
+    /// When its node last reported it, milliseconds since 1970.
+    pub seen_at_ms: u64,
+}
+
+/// A node as the record has it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Node {
+    /// Host name.
+    pub host: HostName,
+    /// Whether instances may be placed there.
+    pub enabled: bool,
+    /// Why not.
+    pub disabled_reason: Option<String>,
+    /// Heard from recently.
+    pub up: bool,
+    /// When it was last heard from by the conductor's clock, milliseconds since 1970.
+    pub heard_at_ms: u64,
+    /// How long ago that was, ms.
+    pub report_age_ms: u64,
+    /// Its clock less the conductor's, ms, as of its last report.
+    pub clock_offset_ms: i64,
+    /// vCPUs in use and on their way there.
+    pub vcpus_used: u64,
+    /// Memory in use and on its way there, MiB.
+    pub memory_used_mib: u64,
+    /// Disk room claimed by migrations on their way there, bytes.
+    pub disk_claimed_bytes: u64,
+    /// vCPUs that may be given out.
+    pub vcpus_usable: u64,
+    /// Memory that may be given out, MiB.
+    pub memory_usable_mib: u64,
+    /// Instances on it; none known while its libvirt does not answer.
+    pub instances: Option<u64>,
+    /// What its agent said last.
+    pub report: NodeReport,
+}
+
+/// How a conductor is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConductorStatus {
+    /// Name of the conductor that answered.
+    pub conductor: String,
+    /// Its version.
+    pub version: String,
+    /// Its clock, milliseconds since 1970.
+    pub clock_ms: u64,
+    /// Kind of database (`sqlite`, `postgresql`).
+    pub database: String,
+    /// Unfinished migrations it works on.
+    pub migrations_owned: u64,
+    /// Counters since it started, by name.
+    pub counters: std::collections::BTreeMap<String, u64>,
+    /// After how long without a report a node counts as down, seconds.
+    pub service_down_time_s: u64,
+}
+
+/// An agent's word on a migration it carries out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// Which.
+    pub migration: MigrationId,
+    /// Who says it.
+    pub host: HostName,
+    /// Sample.
+    pub progress: Progress,
+    /// Decisions taken since the last report.
+    #[serde(default)]
+    pub decisions: Vec<String>,
+    /// How the transfer ended, once it has.
+    #[serde(default)]
+    pub outcome: Option<Outcome>,
+}

@@ -1,0 +1,113 @@
+//! Typed ids. Parsed once at the edge; nothing inside deals in bare strings.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+macro_rules! uuid_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub Uuid);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.hyphenated().fmt(f)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = uuid::Error;
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                Uuid::parse_str(text).map(Self)
+            }
+        }
+    };
+}
+
+uuid_id!(
+    /// An instance: the UUID of its libvirt domain.
+    InstanceId
+);
+uuid_id!(
+    /// A migration: keys every step on every node.
+    MigrationId
+);
+
+impl MigrationId {
+    /// A new id, ordered by time of making.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
+/// The name of a compute node: its server name on the compute topic and the
+/// host part of its libvirt URI. Letters, digits, `-`, `.` and `_` only, so it
+/// can stand in a routing key, a URI or a log line as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct HostName(String);
+
+/// A text that is no host name.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "'{0}' is not a host name: 1 to 253 letters, digits, '-', '.' or '_', beginning with a letter or digit"
+)]
+pub struct BadHostName(String);
+
+impl HostName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for HostName {
+    type Err = BadHostName;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+        let starts_well = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if starts_well && text.len() <= 253 && text.chars().all(legal) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(BadHostName(text.chars().take(80).collect()))
+        }
+    }
+}
+
+impl TryFrom<String> for HostName {
+    type Error = BadHostName;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<HostName> for String {
+    fn from(name: HostName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for HostName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_names_are_safe_everywhere() {
+        for good in ["kvm1", "a", "rack-1.example.org", "1node", "n_1"] {
+            assert!(good.parse::<HostName>().is_ok(), "{good}");
+        }
+        let long = "a".repeat(254);
+        for bad in ["", "-a", ".", "a b", "a/b", "a*", "a#", "ä", "a\n", &long] {
+            assert!(bad.parse::<HostName>().is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! Drover's vocabulary, in the field's words and Nova's spellings.
+//!
+//! Read in this order: [`ids`] and [`error`], then what there is ([`guest`],
+//! [`node`]), what is done with it ([`migration`], [`check`]), and last
+//! [`api`], the shapes in which conductor, agents and frontends say it to each
+//! other. No I/O and no clock live here; the rules that need neither do.
+
+pub mod api;
+pub mod check;
+pub mod error;
+pub mod guest;
+pub mod ids;
+pub mod migration;
+pub mod node;
+
+/// XML namespace of Drover's element in a domain's `<metadata>`.
+pub const METADATA_NAMESPACE: &str = "https://drover.dev/xmlns/instance/1";
+/// Project of an adopted instance whose metadata names none.
+pub const DEFAULT_PROJECT: &str = "default";

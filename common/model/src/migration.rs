@@ -1,0 +1,493 @@
+//! A migration: what was asked, where it stands, how it ended.
+//!
+//! ```text
+//! accepted ─► queued ─► preparing ─► running ─┬──────────────► completed
+//!    │          │           │          │      └► running (post-copy) ─► completed
+//!    └──────────┴───────────┴──────────┴─► failed │ cancelled          └► failed
+//!  any unfinished state ─► stuck ─► (resume) the state it came from
+//! ```
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    check::CheckFailure,
+    ids::{HostName, InstanceId, MigrationId},
+};
+
+/// What kind of move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum MigrationType {
+    /// The guest runs on while it moves.
+    #[serde(rename = "live-migration")]
+    LiveMigration,
+}
+
+impl fmt::Display for MigrationType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::LiveMigration => "live-migration",
+        })
+    }
+}
+
+/// Where a migration stands, in Nova's spellings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum MigrationStatus {
+    /// Journalled; nothing touched.
+    #[serde(rename = "accepted")]
+    Accepted,
+    /// Checked and claimed; waits for its turn.
+    #[serde(rename = "queued")]
+    Queued,
+    /// The destination is being made ready.
+    #[serde(rename = "preparing")]
+    Preparing,
+    /// Disks and memory are on their way.
+    #[serde(rename = "running")]
+    Running,
+    /// The guest runs on the destination, the rest of its memory follows.
+    #[serde(rename = "running (post-copy)")]
+    RunningPostCopy,
+    /// Seen running on the destination.
+    #[serde(rename = "completed")]
+    Completed,
+    /// Ended without moving; the guest is where it was.
+    #[serde(rename = "failed")]
+    Failed,
+    /// Ended on request; the guest is where it was.
+    #[serde(rename = "cancelled")]
+    Cancelled,
+    /// Cannot go on alone (invariant 4).
+    #[serde(rename = "stuck")]
+    Stuck,
+}
+
+impl MigrationStatus {
+    /// Every status.
+    pub const ALL: &'static [Self] = &[
+        Self::Accepted,
+        Self::Queued,
+        Self::Preparing,
+        Self::Running,
+        Self::RunningPostCopy,
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Stuck,
+    ];
+
+    /// The status as text, as Nova spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Queued => "queued",
+            Self::Preparing => "preparing",
+            Self::Running => "running",
+            Self::RunningPostCopy => "running (post-copy)",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Stuck => "stuck",
+        }
+    }
+
+    /// The status of that text.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|s| s.as_str() == text)
+    }
+
+    /// Whether nothing more will happen.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+
+    /// The one transition function: may a migration go from `self` to `next`?
+    /// Staying is always allowed, so that a repeated step changes nothing.
+    pub fn may_become(self, next: Self) -> bool {
+        use MigrationStatus as S;
+        if self == next {
+            return true;
+        }
+        match (self, next) {
+            (S::Completed | S::Failed | S::Cancelled, _) => false,
+            (_, S::Failed | S::Stuck) => true,
+            // After the switch to post-copy there is nothing left to cancel.
+            (from, S::Cancelled) => from != S::RunningPostCopy,
+            // A migration may prove complete from wherever the record was left.
+            (S::Preparing | S::Running | S::RunningPostCopy | S::Stuck, S::Completed) => true,
+            (S::Accepted, S::Queued) | (S::Queued, S::Preparing) => true,
+            (S::Preparing, S::Running) | (S::Running, S::RunningPostCopy) => true,
+            (S::Stuck, next) => !next.is_final(),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for MigrationStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Whether disks are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockMigration {
+    /// Copy what proves not to be shared.
+    #[default]
+    Auto,
+    /// Copy; refuse if a disk is shared.
+    Yes,
+    /// Never copy; refuse if a disk is not shared.
+    No,
+}
+
+/// How a live migration is to be done. `None` leaves it to the settings.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LiveOptions {
+    /// Whether disks are copied.
+    pub block_migration: BlockMigration,
+    /// Let the guest run on the destination before all its memory is there, if
+    /// it does not converge otherwise or on `force-complete`.
+    pub post_copy: bool,
+    /// Slow a guest that writes faster than the link carries.
+    pub auto_converge: bool,
+    /// Streams for memory, 2 to 255.
+    pub parallel_connections: Option<u32>,
+    /// Upper limit for memory and for each disk, MiB/s.
+    pub bandwidth_mib_s: Option<u64>,
+    /// How long the guest may stand still at switch-over at the most, ms.
+    pub max_downtime_ms: Option<u64>,
+    /// Give up when nothing has got nearer to the end for so long, seconds.
+    pub progress_timeout_s: Option<u64>,
+}
+
+/// Bounds on [`LiveOptions`], each broken one in words.
+impl LiveOptions {
+    /// What is wrong with these options in themselves; empty if nothing is.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut range = |name: &str, value: Option<u64>, low: u64, high: u64| {
+            if let Some(v) = value.filter(|v| !(low..=high).contains(v)) {
+                problems.push(format!("{name} is {v}; it may be {low} to {high}"));
+            }
+        };
+        range(
+            "parallel_connections",
+            self.parallel_connections.map(u64::from),
+            2,
+            255,
+        );
+        range("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000);
+        // QEMU's own limit is 2000 s; a guest that stands still for longer than
+        // a minute is not migrated live.
+        range("max_downtime_ms", self.max_downtime_ms, 1, 60_000);
+        range("progress_timeout_s", self.progress_timeout_s, 5, 86_400);
+        problems
+    }
+}
+
+/// Bytes of one kind on their way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Transfer {
+    /// In all, bytes.
+    pub total_bytes: u64,
+    /// Sent so far (what was sent twice counts twice), bytes.
+    pub processed_bytes: u64,
+    /// Still to send, bytes.
+    pub remaining_bytes: u64,
+}
+
+/// What is being done right now, finer than the status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Waiting to begin.
+    #[default]
+    Waiting,
+    /// Both nodes are asked.
+    Checking,
+    /// The destination is made ready.
+    Preparing,
+    /// Disks are copied.
+    Disk,
+    /// Memory is copied while the guest runs.
+    Memory,
+    /// The guest runs on the destination, memory follows.
+    PostCopy,
+    /// The guest stands still and changes sides.
+    SwitchOver,
+    /// The old side is tidied.
+    Finishing,
+    /// Over.
+    Done,
+}
+
+impl Phase {
+    /// The phase as a short word for tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Checking => "checking",
+            Self::Preparing => "preparing",
+            Self::Disk => "disk",
+            Self::Memory => "memory",
+            Self::PostCopy => "post-copy",
+            Self::SwitchOver => "switch-over",
+            Self::Finishing => "finishing",
+            Self::Done => "done",
+        }
+    }
+}
+
+/// A sample of a running migration.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Progress {
+    /// What is being done.
+    pub phase: Phase,
+    /// Memory.
+    pub memory: Transfer,
+    /// Disks.
+    pub disk: Transfer,
+    /// Memory rate, bytes per second.
+    pub rate_bytes_s: u64,
+    /// How fast the guest writes memory anew, bytes per second.
+    pub dirty_rate_bytes_s: u64,
+    /// Pre-copy rounds over memory so far.
+    pub iteration: u64,
+    /// How long the guest would stand still if it switched now, ms.
+    pub expected_downtime_ms: Option<u64>,
+    /// Downtime it may take, ms.
+    pub allowed_downtime_ms: Option<u64>,
+    /// Time until the end at this rate, ms; none while it does not converge.
+    pub eta_ms: Option<u64>,
+    /// Time since the transfer began, ms.
+    pub elapsed_ms: u64,
+    /// Why it takes long, in words, when it does.
+    pub note: Option<String>,
+}
+
+/// Something that was decided on the way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    /// When, milliseconds since 1970.
+    pub at_ms: u64,
+    /// What and why.
+    pub text: String,
+}
+
+/// Time a phase of the operation took.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepTiming {
+    /// Name of the saga's step.
+    pub step: String,
+    /// How long, ms.
+    pub duration_ms: u64,
+}
+
+/// Why a migration ended other than *completed*.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum EndReason {
+    /// Checks said no.
+    Refused {
+        /// Every failed check.
+        checks: Vec<CheckFailure>,
+    },
+    /// Something broke; the guest is where it was.
+    Failed {
+        /// What, with the words of whoever said it.
+        message: String,
+    },
+    /// Somebody asked for it.
+    Aborted,
+    /// No progress for too long.
+    Stalled {
+        /// What was seen.
+        message: String,
+    },
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused { checks } => {
+                let texts: Vec<String> = checks.iter().map(ToString::to_string).collect();
+                write!(f, "refused: {}", texts.join("; "))
+            }
+            Self::Failed { message } => f.write_str(message),
+            Self::Aborted => f.write_str("aborted on request"),
+            Self::Stalled { message } => write!(f, "gave up: {message}"),
+        }
+    }
+}
+
+/// Who asked, from the request's context.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Requester {
+    /// `request_id` of the context.
+    pub request_id: Option<String>,
+    /// User id.
+    pub user_id: Option<String>,
+    /// Project id of the user, not of the instance.
+    pub project_id: Option<String>,
+}
+
+/// The record of a migration. Kept for ever.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Migration {
+    /// Counts up; Nova's frontends name migrations by it.
+    pub id: i64,
+    /// Keys every step.
+    pub uuid: MigrationId,
+    /// What moves.
+    pub instance_uuid: InstanceId,
+    /// Its name when it was asked for.
+    pub instance_name: String,
+    /// Its project when it was asked for.
+    pub project_id: String,
+    /// Which kind.
+    pub migration_type: MigrationType,
+    /// Where it stands.
+    pub status: MigrationStatus,
+    /// From.
+    pub source_host: HostName,
+    /// To; none until placed.
+    pub dest_host: Option<HostName>,
+    /// Whether the caller named the destination.
+    pub dest_requested: bool,
+    /// How.
+    pub options: LiveOptions,
+    /// Step of the saga that runs or ran last.
+    pub step: String,
+    /// When that step began, milliseconds since 1970.
+    pub step_started_at_ms: u64,
+    /// How often a conductor took it up: 1, and one more after each recovery.
+    pub attempt: u32,
+    /// Conductor that works on it.
+    pub owner: String,
+    /// Who asked.
+    pub requester: Requester,
+    /// Whether an abort was asked for.
+    pub abort_requested: bool,
+    /// Whether a force-complete was asked for.
+    pub force_complete_requested: bool,
+    /// Why it did not complete.
+    pub end_reason: Option<EndReason>,
+    /// What went wrong without harm to the outcome.
+    pub warnings: Vec<String>,
+    /// What was decided on the way.
+    pub decisions: Vec<Decision>,
+    /// How long each step took.
+    pub timings: Vec<StepTiming>,
+    /// Last sample.
+    pub progress: Progress,
+    /// How long the guest stood still, measured by the hypervisor, ms.
+    pub downtime_ms: Option<u64>,
+    /// When it was accepted, milliseconds since 1970.
+    pub created_at_ms: u64,
+    /// Last change, milliseconds since 1970.
+    pub updated_at_ms: u64,
+    /// When it ended, milliseconds since 1970.
+    pub finished_at_ms: Option<u64>,
+    /// When it is given up unless it gets nearer to its end, milliseconds since 1970.
+    pub deadline_at_ms: Option<u64>,
+    /// Counts changes of this record; what `wait_migration` waits on.
+    pub version: u64,
+}
+
+/// A status that cannot follow on another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a migration that is {from} cannot become {to}")]
+pub struct IllegalTransition {
+    /// Where it stands.
+    pub from: MigrationStatus,
+    /// What it was to become.
+    pub to: MigrationStatus,
+}
+
+impl Migration {
+    /// Goes on to a status, and says so if it cannot.
+    ///
+    /// # Errors
+    /// [`MigrationStatus::may_become`] says no.
+    pub fn become_status(&mut self, to: MigrationStatus) -> Result<(), IllegalTransition> {
+        let from = self.status;
+        if !from.may_become(to) {
+            return Err(IllegalTransition { from, to });
+        }
+        self.status = to;
+        Ok(())
+    }
+
+    /// Time from acceptance to the end (or to the last change), ms.
+    pub fn total_time_ms(&self) -> u64 {
+        let end = self.finished_at_ms.unwrap_or(self.updated_at_ms);
+        end.saturating_sub(self.created_at_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::MigrationStatus as S;
+    use super::*;
+
+    #[test]
+    fn every_status_reads_back() {
+        for status in S::ALL {
+            assert_eq!(S::parse(status.as_str()), Some(*status));
+            let json = serde_json::to_string(status).unwrap();
+            assert_eq!(json, format!("\"{status}\""));
+        }
+        assert_eq!(S::parse("done"), None);
+    }
+
+    #[test]
+    fn final_is_final() {
+        for from in S::ALL.iter().filter(|s| s.is_final()) {
+            for to in S::ALL.iter().filter(|to| *to != from) {
+                assert!(!from.may_become(*to), "{from} -> {to}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_way_is_one_way() {
+        let way = [
+            S::Accepted,
+            S::Queued,
+            S::Preparing,
+            S::Running,
+            S::RunningPostCopy,
+        ];
+        for (i, from) in way.iter().enumerate() {
+            for to in &way[..i] {
+                assert!(!from.may_become(*to), "{from} -> {to}");
+            }
+        }
+        assert!(
+            !S::RunningPostCopy.may_become(S::Cancelled),
+            "past the point of no return"
+        );
+        assert!(
+            !S::Accepted.may_become(S::Completed),
+            "nothing was observed"
+        );
+    }
+
+    #[test]
+    fn options_out_of_bounds_are_named() {
+        assert!(LiveOptions::default().problems().is_empty());
+        let bad = LiveOptions {
+            parallel_connections: Some(1),
+            max_downtime_ms: Some(0),
+            ..Default::default()
+        };
+        let problems = bad.problems();
+        assert_eq!(problems.len(), 2);
+        assert!(problems[0].contains("parallel_connections is 1"));
+    }
+}

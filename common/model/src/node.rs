@@ -1,0 +1,132 @@
+//! A compute node as its agent reports it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    guest::PowerState,
+    ids::{HostName, InstanceId, MigrationId},
+};
+
+/// What a node offers and what it runs on. Versions are libvirt's numbers:
+/// major × 1,000,000 + minor × 1,000 + release.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// `QEMU`.
+    pub hypervisor_type: String,
+    /// Version of the hypervisor.
+    pub hypervisor_version: u64,
+    /// Version of libvirt's daemon.
+    pub libvirt_version: u64,
+    /// The host's architecture.
+    pub arch: String,
+    /// The host's CPU model in libvirt's words.
+    pub cpu_model: String,
+    /// Whether guests can use KVM here.
+    pub kvm: bool,
+    /// Logical CPUs.
+    pub vcpus: u32,
+    /// Memory, MiB.
+    pub memory_mib: u64,
+    /// Size of the file system that holds the instances' disks, bytes.
+    pub disk_bytes: u64,
+    /// Free there now, bytes.
+    pub disk_free_bytes: u64,
+}
+
+/// How much of a node may be given to guests.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AllocationPolicy {
+    /// vCPUs that may be given out per logical CPU.
+    pub cpu_allocation_ratio: f64,
+    /// Guest memory that may be given out per MiB of the host's.
+    pub ram_allocation_ratio: f64,
+    /// Kept for the host itself, MiB.
+    pub reserved_memory_mib: u64,
+}
+
+impl Default for AllocationPolicy {
+    /// Nova's defaults since 2023: CPU 4.0, memory 1.0, 512 MiB kept.
+    fn default() -> Self {
+        Self {
+            cpu_allocation_ratio: 4.0,
+            ram_allocation_ratio: 1.0,
+            reserved_memory_mib: 512,
+        }
+    }
+}
+
+/// Where a node is reached by other nodes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Address or name on the migration network.
+    pub address: String,
+    /// URI with which another node's libvirtd connects to this one's.
+    pub libvirt_uri: String,
+    /// TCP port behind that URI.
+    pub libvirt_port: u16,
+}
+
+/// One report of an agent: the whole truth of its node at a moment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// Which node.
+    pub host: HostName,
+    /// Version of the agent.
+    pub agent_version: String,
+    /// New at every start of the agent; with `sequence` it orders reports.
+    pub agent_started_ms: u64,
+    /// Counts up within one run of the agent.
+    pub sequence: u64,
+    /// The node's own clock, milliseconds since 1970.
+    pub clock_ms: u64,
+    /// Where it is reached.
+    pub endpoint: Endpoint,
+    /// How much of it may be used.
+    pub policy: AllocationPolicy,
+    /// What libvirt says, or why it says nothing (invariant 3: unknown is not
+    /// absent, so there is no empty list for a libvirt that does not answer).
+    pub hypervisor: HypervisorReport,
+}
+
+/// The part of a report that only libvirt can give.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum HypervisorReport {
+    /// libvirt answered.
+    Up {
+        /// What the node has.
+        inventory: Inventory,
+        /// Every domain on it.
+        instances: Vec<InstanceReport>,
+    },
+    /// libvirt did not answer.
+    Down {
+        /// What was tried and what came of it.
+        reason: String,
+    },
+}
+
+/// A domain in a report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceReport {
+    /// Domain UUID.
+    pub id: InstanceId,
+    /// Domain name.
+    pub name: String,
+    /// Owning project.
+    pub project: String,
+    /// Generation in its metadata.
+    pub generation: u64,
+    /// State.
+    pub power_state: PowerState,
+    /// Whether it is only waiting here for a migration to arrive.
+    pub incoming: bool,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Memory, MiB.
+    pub memory_mib: u64,
+    /// Size of its disks, bytes.
+    pub disk_bytes: u64,
+    /// A migration this node's agent is carrying out for it.
+    pub migration: Option<MigrationId>,
+}

@@ -1,0 +1,302 @@
+//! Drover's record. The only crate that names the database: SQLite by default,
+//! PostgreSQL for several conductors, one SQL text for both.
+//!
+//! [`nodes`] and [`instances`] keep what agents report; [`migrations`] what is
+//! done and by whom; [`claims`] what is promised on a destination; [`sagas`]
+//! the journals; [`outbox`] notifications on their way out. What belongs
+//! together is committed together.
+
+pub mod claims;
+pub mod instances;
+pub mod migrations;
+pub mod nodes;
+pub mod outbox;
+pub mod sagas;
+
+use std::{str::FromStr, sync::Arc, time::Duration};
+
+use drover_model::{error::ErrorClass, ids::MigrationId};
+use sqlx::{
+    Any, AnyPool, Transaction,
+    any::{AnyPoolOptions, install_default_drivers},
+    migrate::{Migration as SchemaChange, MigrationType, Migrator},
+};
+use tokio::sync::broadcast;
+
+/// Result of a store call.
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+/// What can go wrong with the record.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database cannot be opened.
+    #[error("cannot open the database {url}: {message}; {remedy}")]
+    Open {
+        /// Which, without its password.
+        url: String,
+        /// Why.
+        message: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// The database failed.
+    #[error("the database failed")]
+    Database(#[from] sqlx::Error),
+    /// A row holds what no Drover wrote.
+    #[error("the record of {what} cannot be read: {message}")]
+    Corrupt {
+        /// Which row.
+        what: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// There is no such thing.
+    #[error("there is no {0}")]
+    NotFound(String),
+    /// A prefix or name fits several.
+    #[error("{0}")]
+    Ambiguous(String),
+    /// Somebody else changed the row; the caller looks again.
+    #[error("{0} was changed by somebody else at the same time")]
+    Conflict(String),
+    /// The change is not one this record can make.
+    #[error("{0}")]
+    Illegal(String),
+}
+
+impl StoreError {
+    /// Its class.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Database(_) | Self::Conflict(_) => ErrorClass::Retryable,
+            Self::Open { .. } | Self::NotFound(_) | Self::Ambiguous(_) => ErrorClass::Refused,
+            Self::Corrupt { .. } | Self::Illegal(_) => ErrorClass::Bug,
+        }
+    }
+}
+
+/// Which database it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A file (or memory) of this process alone.
+    Sqlite,
+    /// A server, which several conductors may share.
+    Postgresql,
+}
+
+impl Kind {
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Sqlite => "sqlite",
+            Self::Postgresql => "postgresql",
+        }
+    }
+}
+
+/// The record. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    pool: AnyPool,
+    kind: Kind,
+    changes: broadcast::Sender<MigrationId>,
+    hold_clock: bool,
+}
+
+/// Changes that waiters may lag behind before they are told to look themselves.
+const CHANGES_BUFFERED: usize = 1024;
+/// Connections to PostgreSQL. SQLite has one: it is the lock of all writers.
+const POSTGRES_CONNECTIONS: u32 = 8;
+
+impl Store {
+    /// Opens a database, makes it if it is a file that is not there, and brings
+    /// its schema up to date. `sqlite:///path/to/file` or `postgresql://…`.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] with what to do about it.
+    pub async fn open(url: &str) -> Result<Self> {
+        Self::connect(url, false).await
+    }
+
+    /// An empty record in memory. Under tokio's paused clock, time stands still
+    /// while the database (which works on a thread of its own) is busy.
+    pub async fn in_memory() -> Result<Self> {
+        Self::connect("sqlite::memory:", true).await
+    }
+
+    async fn connect(url: &str, hold_clock: bool) -> Result<Self> {
+        install_default_drivers();
+        let shown = shown_url(url);
+        let open = |message: String, remedy| StoreError::Open {
+            url: shown.clone(),
+            message,
+            remedy,
+        };
+        let (kind, full) = match url.split_once(':') {
+            Some(("sqlite", _)) if !url.contains('?') && !url.contains("memory") => {
+                (Kind::Sqlite, format!("{url}?mode=rwc"))
+            }
+            Some(("sqlite", _)) => (Kind::Sqlite, url.to_owned()),
+            Some(("postgres" | "postgresql", _)) => (Kind::Postgresql, url.to_owned()),
+            _ => {
+                return Err(open(
+                    "unknown kind of database".to_owned(),
+                    "use sqlite:///path/to/file or postgresql://user:password@host/name",
+                ));
+            }
+        };
+        let options = sqlx::any::AnyConnectOptions::from_str(&full)
+            .map_err(|e| open(e.to_string(), "write it as a URL"))?;
+        let pool = steady(hold_clock, pool_options(kind).connect_with(options))
+            .await
+            .map_err(|e| open(e.to_string(), open_remedy(kind)))?;
+        steady(hold_clock, schema().run(&pool))
+            .await
+            .map_err(|e| open(e.to_string(), "it may be of a newer Drover; use that one"))?;
+        let (changes, _) = broadcast::channel(CHANGES_BUFFERED);
+        Ok(Self {
+            pool,
+            kind,
+            changes,
+            hold_clock,
+        })
+    }
+
+    /// Which database it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Ids of migrations whose record changes through this process from now on.
+    pub fn changes(&self) -> broadcast::Receiver<MigrationId> {
+        self.changes.subscribe()
+    }
+
+    pub(crate) fn changed(&self, id: MigrationId) {
+        // Nobody waiting is no error.
+        let _ = self.changes.send(id);
+    }
+
+    async fn begin(&self) -> Result<Transaction<'static, Any>> {
+        Ok(match self.kind {
+            // A transaction that begins as a reader and writes later can fail half-way.
+            Kind::Sqlite => self.pool.begin_with("BEGIN IMMEDIATE").await?,
+            Kind::Postgresql => self.pool.begin().await?,
+        })
+    }
+
+    async fn steady<T>(&self, work: impl Future<Output = T>) -> T {
+        steady(self.hold_clock, work).await
+    }
+}
+
+/// Keeps a paused tokio clock from running ahead of the database's thread.
+async fn steady<T>(hold_clock: bool, work: impl Future<Output = T>) -> T {
+    if !hold_clock {
+        return work.await;
+    }
+    // The clock never advances on its own while a blocking task runs.
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let hold = tokio::task::spawn_blocking(move || held.recv().is_err());
+    let result = work.await;
+    drop(release);
+    let _ = hold.await;
+    result
+}
+
+fn pool_options(kind: Kind) -> AnyPoolOptions {
+    let options = AnyPoolOptions::new()
+        .acquire_timeout(Duration::from_secs(30))
+        .idle_timeout(None)
+        .max_lifetime(None);
+    match kind {
+        Kind::Postgresql => options.max_connections(POSTGRES_CONNECTIONS),
+        Kind::Sqlite => options
+            .max_connections(1)
+            .test_before_acquire(false)
+            .after_connect(|connection, _| {
+                Box::pin(async move {
+                    // A journal that survives the machine's power (invariant 4).
+                    const PRAGMAS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
+                         PRAGMA busy_timeout = 5000; PRAGMA cache_size = -2000;";
+                    sqlx::raw_sql(PRAGMAS).execute(connection).await?;
+                    Ok(())
+                })
+            }),
+    }
+}
+
+fn open_remedy(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Sqlite => {
+            "make its directory and let this user write there, or set [conductor] database_url"
+        }
+        Kind::Postgresql => "start the server, or mend [conductor] database_url",
+    }
+}
+
+/// A URL fit for a log: without password.
+fn shown_url(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return url.to_owned();
+    };
+    match rest.rsplit_once('@') {
+        Some((login, place)) => {
+            let user = login.split(':').next().unwrap_or("");
+            format!("{scheme}://{user}:***@{place}")
+        }
+        None => url.to_owned(),
+    }
+}
+
+fn schema() -> Migrator {
+    let change = |version, name: &'static str, sql: &'static str| {
+        let sql = sqlx::SqlStr::from_static(sql);
+        SchemaChange::new(version, name.into(), MigrationType::Simple, sql, false)
+    };
+    Migrator::with_migrations(vec![change(
+        1,
+        "record",
+        include_str!("../migrations/0001_record.sql"),
+    )])
+}
+
+/// A number for a database column. Columns are signed; ours never get that big.
+pub(crate) fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// A number from a database column.
+pub(crate) fn unsigned(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+pub(crate) fn to_json<T: serde::Serialize>(what: &str, value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| corrupt(what, &e))
+}
+
+pub(crate) fn from_json<T: serde::de::DeserializeOwned>(what: &str, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| corrupt(what, &e))
+}
+
+pub(crate) fn corrupt(what: &str, error: &dyn std::fmt::Display) -> StoreError {
+    StoreError::Corrupt {
+        what: what.to_owned(),
+        message: error.to_string(),
+    }
+}
+
+/// A store that several tasks hold.
+pub type SharedStore = Arc<Store>;
+
+#[cfg(test)]
+mod tests {
+    use super::shown_url;
+
+    #[test]
+    fn a_password_is_never_shown() {
+        let shown = shown_url("postgresql://drover:sec@ret@db/x");
+        assert_eq!(shown, "postgresql://drover:***@db/x");
+        assert_eq!(shown_url("sqlite:///a/b"), "sqlite:///a/b");
+    }
+}

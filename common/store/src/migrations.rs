@@ -1,0 +1,409 @@
+//! Migrations: their records, who drives them, and requests already carried out.
+
+use drover_model::{
+    api::{compute::Outcome, conductor::ListMigrations},
+    ids::{InstanceId, MigrationId},
+    migration::Migration,
+};
+use sqlx::{Any, Row, Transaction, any::AnyRow};
+
+use crate::{
+    Result, Store, StoreError, corrupt, from_json, instances::shown, signed, to_json, unsigned,
+};
+
+/// What came of asking for a migration to be put on the record.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Admitted {
+    /// It is there, with its id.
+    New(Box<Migration>),
+    /// This request was carried out before; that is its record.
+    Repeated(Box<Migration>),
+    /// The instance is under another migration.
+    Busy(Box<Migration>),
+}
+
+/// Who drives a migration's saga. Every write of the saga names it; a write
+/// that names an older epoch is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    /// Which migration.
+    pub migration: MigrationId,
+    /// How often it changed hands.
+    pub epoch: i64,
+}
+
+impl Store {
+    /// Puts a new migration on the record, with the request that asked for it,
+    /// in one commit (invariants 4 and 5). Its `id` and `version` are given here.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn admit(
+        &self,
+        new: &Migration,
+        unique_id: Option<&str>,
+        lease_until_ms: u64,
+    ) -> Result<Admitted> {
+        let admitted = self
+            .steady(self.admit_inner(new, unique_id, lease_until_ms))
+            .await?;
+        if let Admitted::New(m) = &admitted {
+            self.changed(m.uuid);
+        }
+        Ok(admitted)
+    }
+
+    async fn admit_inner(
+        &self,
+        new: &Migration,
+        unique_id: Option<&str>,
+        lease_until_ms: u64,
+    ) -> Result<Admitted> {
+        let mut tx = self.begin().await?;
+        if let Some(unique_id) = unique_id {
+            let row = sqlx::query(
+                "SELECT m.version, m.record FROM migrations m \
+                 JOIN requests r ON r.migration_uuid = m.uuid WHERE r.unique_id = $1",
+            )
+            .bind(unique_id)
+            .fetch_optional(&mut *tx)
+            .await?;
+            if let Some(row) = row {
+                return Ok(Admitted::Repeated(Box::new(record(&row)?)));
+            }
+        }
+        if !new.status.is_final() {
+            let row = sqlx::query(
+                "SELECT version, record FROM migrations WHERE instance_uuid = $1 AND active = 1",
+            )
+            .bind(new.instance_uuid.to_string())
+            .fetch_optional(&mut *tx)
+            .await?;
+            if let Some(row) = row {
+                return Ok(Admitted::Busy(Box::new(record(&row)?)));
+            }
+        }
+        let row = sqlx::query("SELECT COALESCE(MAX(id), 0) + 1 AS next FROM migrations")
+            .fetch_one(&mut *tx)
+            .await?;
+        let mut migration = new.clone();
+        migration.id = row.try_get("next")?;
+        migration.version = 1;
+        insert(&mut tx, &migration, lease_until_ms).await?;
+        if let Some(unique_id) = unique_id {
+            sqlx::query(
+                "INSERT INTO requests (unique_id, migration_uuid, at_ms) VALUES ($1, $2, $3)",
+            )
+            .bind(unique_id)
+            .bind(migration.uuid.to_string())
+            .bind(signed(migration.created_at_ms))
+            .execute(&mut *tx)
+            .await?;
+        }
+        tx.commit().await?;
+        Ok(Admitted::New(Box::new(migration)))
+    }
+
+    /// The migration of an integer id, a UUID, or a unique prefix of one.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Ambiguous`], or the database failed.
+    pub async fn find_migration(&self, reference: &str) -> Result<Migration> {
+        let number = reference.parse::<i64>().ok();
+        let prefix = uuid_prefix(reference);
+        let query = sqlx::query(
+            "SELECT version, record FROM migrations WHERE id = $1 OR substr(uuid, 1, $2) = $3 \
+             ORDER BY CASE WHEN id = $1 THEN 0 ELSE 1 END LIMIT 2",
+        )
+        .bind(number.unwrap_or(-1))
+        .bind(prefix.as_ref().map_or(0, |p| signed(p.len() as u64)))
+        .bind(prefix.unwrap_or_else(|| "-".to_owned()));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
+        match found.as_slice() {
+            [] => Err(StoreError::NotFound(format!(
+                "migration '{}'",
+                shown(reference)
+            ))),
+            [m] => Ok(m.clone()),
+            [m, ..] if Some(m.id) == number => Ok(m.clone()),
+            _ => Err(StoreError::Ambiguous(format!(
+                "'{}' fits several migrations; give more of the UUID or the integer id",
+                shown(reference)
+            ))),
+        }
+    }
+
+    /// A migration by its id.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the database failed.
+    pub async fn migration(&self, id: MigrationId) -> Result<Migration> {
+        let query = sqlx::query("SELECT version, record FROM migrations WHERE uuid = $1")
+            .bind(id.to_string());
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        record(&row.ok_or_else(|| StoreError::NotFound(format!("migration {id}")))?)
+    }
+
+    /// Migrations, newest first. `instance` must be a resolved UUID.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn migrations(
+        &self,
+        filter: &ListMigrations,
+        instance: Option<InstanceId>,
+    ) -> Result<Vec<Migration>> {
+        let query = sqlx::query(
+            "SELECT version, record FROM migrations \
+             WHERE (CAST($1 AS TEXT) IS NULL OR instance_uuid = $1) \
+             AND (CAST($2 AS TEXT) IS NULL OR source_host = $2 OR dest_host = $2) \
+             AND ($3 = 0 OR active = 1) ORDER BY id DESC LIMIT $4",
+        )
+        .bind(instance.map(|id| id.to_string()))
+        .bind(filter.host.as_ref().map(|h| h.as_str()))
+        .bind(i64::from(filter.active))
+        .bind(i64::from(filter.limit.unwrap_or(100).clamp(1, 1000)));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter().map(record).collect()
+    }
+
+    /// Changes a migration's record in one commit. `change` says whether there
+    /// is anything to write; it may be called again if somebody else was faster.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Illegal`] for a status that
+    /// cannot follow, or the database failed.
+    pub async fn update_migration(
+        &self,
+        id: MigrationId,
+        mut change: impl FnMut(&mut Migration) -> bool + Send,
+    ) -> Result<Migration> {
+        for _ in 0..20 {
+            match self.steady(self.try_update(id, &mut change)).await {
+                Err(StoreError::Conflict(_)) => {}
+                other => return other,
+            }
+        }
+        Err(StoreError::Conflict(format!("migration {id}")))
+    }
+
+    async fn try_update(
+        &self,
+        id: MigrationId,
+        change: &mut (impl FnMut(&mut Migration) -> bool + Send),
+    ) -> Result<Migration> {
+        let mut tx = self.begin().await?;
+        let before = load(&mut tx, id).await?;
+        let mut after = before.clone();
+        if !change(&mut after) {
+            return Ok(before);
+        }
+        write(&mut tx, &before, &mut after, None).await?;
+        tx.commit().await?;
+        self.changed(id);
+        Ok(after)
+    }
+
+    /// Keeps an agent's word on how the transfer of a migration ended.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn set_outcome(&self, id: MigrationId, outcome: &Outcome) -> Result<()> {
+        let text = to_json("an outcome", outcome)?;
+        let query =
+            sqlx::query("UPDATE migrations SET outcome = $2 WHERE uuid = $1 AND active = 1")
+                .bind(id.to_string())
+                .bind(text);
+        self.steady(query.execute(&self.pool)).await?;
+        self.changed(id);
+        Ok(())
+    }
+
+    /// An agent's word on how the transfer of a migration ended, once it came.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the database failed.
+    pub async fn outcome(&self, id: MigrationId) -> Result<Option<Outcome>> {
+        let query =
+            sqlx::query("SELECT outcome FROM migrations WHERE uuid = $1").bind(id.to_string());
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = row.ok_or_else(|| StoreError::NotFound(format!("migration {id}")))?;
+        let text: Option<String> = row.try_get("outcome")?;
+        text.map(|t| from_json("an outcome", &t)).transpose()
+    }
+
+    /// The lease of a migration that this process has just admitted.
+    pub fn first_lease(migration: MigrationId) -> Lease {
+        Lease {
+            migration,
+            epoch: 1,
+        }
+    }
+
+    /// Takes up unfinished migrations that are this owner's from an earlier
+    /// life, or whose owner's lease has run out. Each gets a new epoch, which
+    /// shuts out whoever had it.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn adopt(
+        &self,
+        owner: &str,
+        own_too: bool,
+        now_ms: u64,
+        lease_until_ms: u64,
+    ) -> Result<Vec<Lease>> {
+        let query = sqlx::query(
+            "UPDATE migrations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
+             WHERE active = 1 AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) \
+             RETURNING uuid, epoch",
+        )
+        .bind(owner)
+        .bind(signed(lease_until_ms))
+        .bind(i64::from(own_too))
+        .bind(signed(now_ms));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter()
+            .map(|row| {
+                let uuid: String = row.try_get("uuid")?;
+                Ok(Lease {
+                    migration: uuid.parse().map_err(|e| corrupt("a migration", &e))?,
+                    epoch: row.try_get("epoch")?,
+                })
+            })
+            .collect()
+    }
+
+    /// Takes up one unfinished migration, whoever had it.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if it is not unfinished, or the database failed.
+    pub async fn adopt_one(
+        &self,
+        id: MigrationId,
+        owner: &str,
+        lease_until_ms: u64,
+    ) -> Result<Lease> {
+        let query = sqlx::query(
+            "UPDATE migrations SET owner = $2, epoch = epoch + 1, lease_until_ms = $3 \
+             WHERE uuid = $1 AND active = 1 RETURNING epoch",
+        )
+        .bind(id.to_string())
+        .bind(owner)
+        .bind(signed(lease_until_ms));
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = row.ok_or_else(|| StoreError::NotFound(format!("unfinished migration {id}")))?;
+        Ok(Lease {
+            migration: id,
+            epoch: row.try_get("epoch")?,
+        })
+    }
+
+    /// Forgets unique ids of requests older than a moment.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn prune_requests(&self, before_ms: u64) -> Result<()> {
+        let query = sqlx::query("DELETE FROM requests WHERE at_ms < $1").bind(signed(before_ms));
+        self.steady(query.execute(&self.pool)).await?;
+        Ok(())
+    }
+
+    /// Puts off the end of all leases of an owner. A lease that was taken over
+    /// is not renewed, having another owner.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn renew_leases(&self, owner: &str, lease_until_ms: u64) -> Result<()> {
+        let query = sqlx::query(
+            "UPDATE migrations SET lease_until_ms = $2 WHERE owner = $1 AND active = 1",
+        )
+        .bind(owner)
+        .bind(signed(lease_until_ms));
+        self.steady(query.execute(&self.pool)).await?;
+        Ok(())
+    }
+}
+
+async fn insert(
+    tx: &mut Transaction<'static, Any>,
+    m: &Migration,
+    lease_until_ms: u64,
+) -> Result<()> {
+    sqlx::query(
+        "INSERT INTO migrations (uuid, id, instance_uuid, status, active, source_host, dest_host, \
+         owner, epoch, lease_until_ms, version, record) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10, $11)",
+    )
+    .bind(m.uuid.to_string())
+    .bind(m.id)
+    .bind(m.instance_uuid.to_string())
+    .bind(m.status.as_str())
+    .bind(i64::from(!m.status.is_final()))
+    .bind(m.source_host.as_str())
+    .bind(m.dest_host.as_ref().map(|h| h.as_str()))
+    .bind(&m.owner)
+    .bind(signed(lease_until_ms))
+    .bind(signed(m.version))
+    .bind(to_json("a migration", m)?)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+pub(crate) async fn load(tx: &mut Transaction<'static, Any>, id: MigrationId) -> Result<Migration> {
+    let row = sqlx::query("SELECT version, record FROM migrations WHERE uuid = $1")
+        .bind(id.to_string())
+        .fetch_optional(&mut **tx)
+        .await?;
+    record(&row.ok_or_else(|| StoreError::NotFound(format!("migration {id}")))?)
+}
+
+/// Writes a changed record over the one it was made from; `epoch` if the writer
+/// must be the one that drives the saga.
+pub(crate) async fn write(
+    tx: &mut Transaction<'static, Any>,
+    before: &Migration,
+    after: &mut Migration,
+    epoch: Option<i64>,
+) -> Result<()> {
+    if before.status.is_final() && after.status != before.status {
+        return Err(StoreError::Illegal(format!(
+            "migration {} is {} and stays so",
+            before.id, before.status
+        )));
+    }
+    after.version = before.version + 1;
+    let done = sqlx::query(
+        "UPDATE migrations SET status = $2, active = $3, dest_host = $4, version = $5, \
+         record = $6 WHERE uuid = $1 AND version = $7 AND ($8 = 0 OR epoch = $8)",
+    )
+    .bind(after.uuid.to_string())
+    .bind(after.status.as_str())
+    .bind(i64::from(!after.status.is_final()))
+    .bind(after.dest_host.as_ref().map(|h| h.as_str()))
+    .bind(signed(after.version))
+    .bind(to_json("a migration", after)?)
+    .bind(signed(before.version))
+    .bind(epoch.unwrap_or(0))
+    .execute(&mut **tx)
+    .await?;
+    match done.rows_affected() {
+        1 => Ok(()),
+        _ => Err(StoreError::Conflict(format!("migration {}", after.id))),
+    }
+}
+
+/// A text that may be the beginning of a UUID, in the database's spelling.
+pub(crate) fn uuid_prefix(text: &str) -> Option<String> {
+    let fits =
+        (4..=36).contains(&text.len()) && text.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
+    fits.then(|| text.to_ascii_lowercase())
+}
+
+fn record(row: &AnyRow) -> Result<Migration> {
+    let mut migration: Migration = from_json("a migration", row.try_get("record")?)?;
+    migration.version = unsigned(row.try_get("version")?);
+    Ok(migration)
+}

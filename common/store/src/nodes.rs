@@ -1,0 +1,118 @@
+//! Nodes: their agents' last word, and whether they are open.
+
+use drover_model::{ids::HostName, node::NodeReport};
+use sqlx::{Row, any::AnyRow};
+
+use crate::{Result, Store, StoreError, from_json, instances, signed, to_json, unsigned};
+
+/// A node as it is kept.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeRow {
+    /// Its last report.
+    pub report: NodeReport,
+    /// When that came, by the conductor's clock, milliseconds since 1970.
+    pub heard_at_ms: u64,
+    /// Whether it is open for instances to come.
+    pub enabled: bool,
+    /// Why it is not.
+    pub disabled_reason: Option<String>,
+}
+
+/// What became of a report.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reported {
+    /// It is on the record.
+    Kept {
+        /// What was noticed about instances, in words.
+        notes: Vec<String>,
+    },
+    /// A newer one was there already.
+    Stale,
+}
+
+impl Store {
+    /// Takes in an agent's report, and the instances it lists with it.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn record_report(&self, report: &NodeReport, heard_at_ms: u64) -> Result<Reported> {
+        self.steady(self.record_report_inner(report, heard_at_ms))
+            .await
+    }
+
+    async fn record_report_inner(&self, report: &NodeReport, heard_at_ms: u64) -> Result<Reported> {
+        let mut tx = self.begin().await?;
+        let row = sqlx::query("SELECT report FROM nodes WHERE host = $1")
+            .bind(report.host.as_str())
+            .fetch_optional(&mut *tx)
+            .await?;
+        if let Some(row) = row {
+            let last: NodeReport = from_json("a node", row.try_get("report")?)?;
+            let order = |r: &NodeReport| (r.agent_started_ms, r.sequence);
+            if order(&last) >= order(report) {
+                return Ok(Reported::Stale);
+            }
+        }
+        sqlx::query(
+            "INSERT INTO nodes (host, enabled, heard_at_ms, report, claim_serial) \
+             VALUES ($1, 1, $2, $3, 0) ON CONFLICT (host) \
+             DO UPDATE SET heard_at_ms = excluded.heard_at_ms, report = excluded.report",
+        )
+        .bind(report.host.as_str())
+        .bind(signed(heard_at_ms))
+        .bind(to_json("a report", report)?)
+        .execute(&mut *tx)
+        .await?;
+        let notes = instances::take_in(&mut tx, report, heard_at_ms).await?;
+        tx.commit().await?;
+        Ok(Reported::Kept { notes })
+    }
+
+    /// Every node, by name.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn nodes(&self) -> Result<Vec<NodeRow>> {
+        let rows =
+            self.steady(sqlx::query("SELECT * FROM nodes ORDER BY host").fetch_all(&self.pool));
+        rows.await?.iter().map(node).collect()
+    }
+
+    /// One node.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the database failed.
+    pub async fn node(&self, host: &HostName) -> Result<NodeRow> {
+        let query = sqlx::query("SELECT * FROM nodes WHERE host = $1").bind(host.as_str());
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        node(&row.ok_or_else(|| StoreError::NotFound(format!("node {host}")))?)
+    }
+
+    /// Opens or closes a node for instances to come.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the database failed.
+    pub async fn set_node(
+        &self,
+        host: &HostName,
+        enabled: bool,
+        reason: Option<&str>,
+    ) -> Result<NodeRow> {
+        let query =
+            sqlx::query("UPDATE nodes SET enabled = $2, disabled_reason = $3 WHERE host = $1")
+                .bind(host.as_str())
+                .bind(i64::from(enabled))
+                .bind(reason.filter(|_| !enabled));
+        self.steady(query.execute(&self.pool)).await?;
+        self.node(host).await
+    }
+}
+
+fn node(row: &AnyRow) -> Result<NodeRow> {
+    Ok(NodeRow {
+        report: from_json("a node", row.try_get("report")?)?,
+        heard_at_ms: unsigned(row.try_get("heard_at_ms")?),
+        enabled: row.try_get::<i64, _>("enabled")? != 0,
+        disabled_reason: row.try_get("disabled_reason")?,
+    })
+}

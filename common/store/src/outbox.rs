@@ -1,0 +1,78 @@
+//! Notifications between their commit and their publication, so that none is
+//! lost with a process and none tells of what was not committed.
+
+use serde_json::Value;
+use sqlx::{Any, Row, Transaction};
+use uuid::Uuid;
+
+use crate::{Result, Store, from_json, to_json};
+
+/// A notification to publish.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Notification {
+    /// Orders and names it.
+    pub id: Uuid,
+    /// Nova's event type, `instance.live_migration_pre.start`.
+    pub event_type: String,
+    /// `INFO`, `WARN` or `ERROR`.
+    pub priority: String,
+    /// What it says.
+    pub payload: Value,
+}
+
+impl Notification {
+    /// A notification with a new id.
+    pub fn new(event_type: &str, priority: &str, payload: Value) -> Self {
+        Self {
+            id: Uuid::now_v7(),
+            event_type: event_type.to_owned(),
+            priority: priority.to_owned(),
+            payload,
+        }
+    }
+}
+
+pub(crate) async fn put(tx: &mut Transaction<'static, Any>, n: &Notification) -> Result<()> {
+    sqlx::query("INSERT INTO outbox (id, event_type, priority, payload) VALUES ($1, $2, $3, $4)")
+        .bind(n.id.to_string())
+        .bind(&n.event_type)
+        .bind(&n.priority)
+        .bind(to_json("a notification", &n.payload)?)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+impl Store {
+    /// The oldest unpublished notifications.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn unpublished(&self, limit: u32) -> Result<Vec<Notification>> {
+        let query = sqlx::query("SELECT * FROM outbox ORDER BY id LIMIT $1").bind(i64::from(limit));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter()
+            .map(|row| {
+                let id: String = row.try_get("id")?;
+                Ok(Notification {
+                    id: id
+                        .parse()
+                        .map_err(|e| crate::corrupt("a notification", &e))?,
+                    event_type: row.try_get("event_type")?,
+                    priority: row.try_get("priority")?,
+                    payload: from_json("a notification", row.try_get("payload")?)?,
+                })
+            })
+            .collect()
+    }
+
+    /// Forgets a notification that was published.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn published(&self, id: Uuid) -> Result<()> {
+        let query = sqlx::query("DELETE FROM outbox WHERE id = $1").bind(id.to_string());
+        self.steady(query.execute(&self.pool)).await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,166 @@
+//! Journals of sagas, each event committed together with what it changes on
+//! the migration's record and the notification that tells of it.
+
+use drover_model::migration::{IllegalTransition, Migration};
+use drover_saga::{Event, JournalError};
+use sqlx::Row;
+
+use crate::{
+    Result, Store, StoreError, from_json, migrations,
+    migrations::Lease,
+    outbox::{self, Notification},
+    signed, to_json,
+};
+
+impl Store {
+    /// All events of a saga, in order.
+    ///
+    /// # Errors
+    /// The database failed or holds what cannot be read.
+    pub async fn saga_events(&self, lease: Lease) -> Result<Vec<Event>> {
+        let query = sqlx::query("SELECT event FROM saga_events WHERE saga_uuid = $1 ORDER BY seq")
+            .bind(lease.migration.to_string());
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter()
+            .map(|row| from_json("a saga", row.try_get("event")?))
+            .collect()
+    }
+
+    /// Appends events behind the `at` that are there, and with them what
+    /// `project` makes of the record and wants told.
+    ///
+    /// # Errors
+    /// [`JournalError::Fenced`] if the lease is no longer the newest.
+    pub async fn append_saga_events(
+        &self,
+        lease: Lease,
+        at: usize,
+        events: &[Event],
+        now_ms: u64,
+        mut project: impl FnMut(
+            &mut Migration,
+        ) -> std::result::Result<Vec<Notification>, IllegalTransition>
+        + Send,
+    ) -> std::result::Result<Migration, JournalError> {
+        for _ in 0..20 {
+            let tried = self
+                .steady(self.try_append(lease, at, events, now_ms, &mut project))
+                .await;
+            match tried {
+                Ok(migration) => {
+                    self.changed(lease.migration);
+                    return Ok(migration);
+                }
+                // Somebody wrote the record in between (an abort, say), or took
+                // the saga over: the epoch tells.
+                Err(StoreError::Conflict(_)) => match self.steady(self.epoch(lease)).await {
+                    Ok(epoch) if epoch == lease.epoch => {}
+                    Ok(_) => return Err(JournalError::Fenced),
+                    Err(error) => return Err(unavailable(&error)),
+                },
+                Err(error @ StoreError::Illegal(_)) => {
+                    return Err(JournalError::Illegal(error.to_string()));
+                }
+                Err(error) => return Err(unavailable(&error)),
+            }
+        }
+        Err(JournalError::Unavailable(
+            "the record changes too fast".to_owned(),
+        ))
+    }
+
+    async fn try_append(
+        &self,
+        lease: Lease,
+        at: usize,
+        events: &[Event],
+        now_ms: u64,
+        project: &mut (
+                 impl FnMut(&mut Migration) -> std::result::Result<Vec<Notification>, IllegalTransition>
+                 + Send
+             ),
+    ) -> Result<Migration> {
+        let mut tx = self.begin().await?;
+        let before = migrations::load(&mut tx, lease.migration).await?;
+        let mut after = before.clone();
+        let told = project(&mut after).map_err(|e| StoreError::Illegal(e.to_string()))?;
+        migrations::write(&mut tx, &before, &mut after, Some(lease.epoch)).await?;
+        for (i, event) in events.iter().enumerate() {
+            sqlx::query(
+                "INSERT INTO saga_events (saga_uuid, seq, epoch, at_ms, event) \
+                 VALUES ($1, $2, $3, $4, $5)",
+            )
+            .bind(lease.migration.to_string())
+            .bind(signed((at + i) as u64))
+            .bind(lease.epoch)
+            .bind(signed(now_ms))
+            .bind(to_json("a saga's event", event)?)
+            .execute(&mut *tx)
+            .await?;
+        }
+        for notification in &told {
+            outbox::put(&mut tx, notification).await?;
+        }
+        tx.commit().await?;
+        Ok(after)
+    }
+
+    async fn epoch(&self, lease: Lease) -> Result<i64> {
+        let row = sqlx::query("SELECT epoch FROM migrations WHERE uuid = $1")
+            .bind(lease.migration.to_string())
+            .fetch_one(&self.pool)
+            .await?;
+        Ok(row.try_get("epoch")?)
+    }
+
+    /// Remembers tidying that was put off.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn put_off(&self, lease: Lease, step: &str, now_ms: u64) -> Result<()> {
+        let query = sqlx::query(
+            "INSERT INTO cleanups (migration_uuid, step, at_ms) VALUES ($1, $2, $3) \
+             ON CONFLICT (migration_uuid, step) DO NOTHING",
+        )
+        .bind(lease.migration.to_string())
+        .bind(step)
+        .bind(signed(now_ms));
+        self.steady(query.execute(&self.pool)).await?;
+        Ok(())
+    }
+
+    /// Tidying that was put off: migration and step.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn put_off_steps(&self) -> Result<Vec<(String, String)>> {
+        let query =
+            sqlx::query("SELECT migration_uuid, step FROM cleanups ORDER BY at_ms LIMIT 100");
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter()
+            .map(|row| Ok((row.try_get("migration_uuid")?, row.try_get("step")?)))
+            .collect()
+    }
+
+    /// Forgets tidying that is done.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn tidied(&self, migration: &str, step: &str) -> Result<()> {
+        let query = sqlx::query("DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2")
+            .bind(migration)
+            .bind(step);
+        self.steady(query.execute(&self.pool)).await?;
+        Ok(())
+    }
+}
+
+fn unavailable(error: &StoreError) -> JournalError {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    JournalError::Unavailable(text)
+}

@@ -1,0 +1,524 @@
+//! The record's promises.
+
+#![allow(clippy::unwrap_used)] // all of it is test
+
+use std::path::PathBuf;
+
+use drover_model::{
+    api::{compute::Outcome, conductor::ListMigrations},
+    guest::PowerState,
+    ids::{HostName, InstanceId, MigrationId},
+    migration::{LiveOptions, Migration, MigrationStatus, MigrationType, Progress, Requester},
+    node::{AllocationPolicy, Endpoint, HypervisorReport, InstanceReport, Inventory, NodeReport},
+};
+use drover_saga::{Event, JournalError};
+use drover_store::{
+    Store, StoreError,
+    claims::Resources,
+    migrations::{Admitted, Lease},
+    nodes::Reported,
+};
+use uuid::Uuid;
+
+async fn store() -> Store {
+    Store::in_memory().await.unwrap()
+}
+
+fn host(name: &str) -> HostName {
+    name.parse().unwrap()
+}
+
+fn listed(n: u128) -> InstanceReport {
+    InstanceReport {
+        id: InstanceId(Uuid::from_u128(n)),
+        name: format!("vm{n}"),
+        project: "demo".into(),
+        generation: 0,
+        power_state: PowerState::Running,
+        incoming: false,
+        vcpus: 1,
+        memory_mib: 1024,
+        disk_bytes: 1 << 30,
+        migration: None,
+    }
+}
+
+fn report(name: &str, sequence: u64, instances: Vec<InstanceReport>) -> NodeReport {
+    NodeReport {
+        host: host(name),
+        agent_version: "0.1.0".into(),
+        agent_started_ms: 1,
+        sequence,
+        clock_ms: 0,
+        endpoint: Endpoint {
+            address: name.into(),
+            libvirt_uri: format!("qemu+tcp://{name}/system"),
+            libvirt_port: 16509,
+        },
+        policy: AllocationPolicy {
+            cpu_allocation_ratio: 1.0,
+            ram_allocation_ratio: 1.0,
+            reserved_memory_mib: 0,
+        },
+        hypervisor: HypervisorReport::Up {
+            inventory: Inventory {
+                hypervisor_type: "QEMU".into(),
+                hypervisor_version: 7_002_000,
+                libvirt_version: 9_000_000,
+                arch: "x86_64".into(),
+                cpu_model: "qemu64".into(),
+                kvm: false,
+                vcpus: 4,
+                memory_mib: 4096,
+                disk_bytes: 10 << 30,
+                disk_free_bytes: 5 << 30,
+            },
+            instances,
+        },
+    }
+}
+
+fn migration(n: u128, instance: u128) -> Migration {
+    Migration {
+        id: 0,
+        uuid: MigrationId(Uuid::from_u128(n << 96 | n)),
+        instance_uuid: InstanceId(Uuid::from_u128(instance)),
+        instance_name: format!("vm{instance}"),
+        project_id: "demo".into(),
+        migration_type: MigrationType::LiveMigration,
+        status: MigrationStatus::Accepted,
+        source_host: host("kvm1"),
+        dest_host: None,
+        dest_requested: false,
+        options: LiveOptions::default(),
+        step: String::new(),
+        step_started_at_ms: 0,
+        attempt: 1,
+        owner: "ctl".into(),
+        requester: Requester::default(),
+        abort_requested: false,
+        force_complete_requested: false,
+        end_reason: None,
+        warnings: vec![],
+        decisions: vec![],
+        timings: vec![],
+        progress: Progress::default(),
+        downtime_ms: None,
+        created_at_ms: 1,
+        updated_at_ms: 1,
+        finished_at_ms: None,
+        deadline_at_ms: None,
+        version: 0,
+    }
+}
+
+async fn admit(store: &Store, m: &Migration, unique_id: Option<&str>) -> Admitted {
+    store.admit(m, unique_id, 100).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_request_is_carried_out_once_and_an_instance_moves_once() {
+    let store = store().await;
+    let first = migration(1, 7);
+    let Admitted::New(kept) = admit(&store, &first, Some("u1")).await else {
+        panic!("new")
+    };
+    assert_eq!((kept.id, kept.version), (1, 1));
+    let again = admit(&store, &migration(2, 7), Some("u1")).await;
+    assert_eq!(
+        again,
+        Admitted::Repeated(kept.clone()),
+        "the same request comes again"
+    );
+    let rival = admit(&store, &migration(3, 7), Some("u2")).await;
+    assert_eq!(
+        rival,
+        Admitted::Busy(kept.clone()),
+        "another request for the same instance"
+    );
+    assert!(matches!(admit(&store, &migration(4, 8), None).await, Admitted::New(m) if m.id == 2));
+    let ended = |m: &mut Migration| {
+        m.status = MigrationStatus::Failed;
+        true
+    };
+    store.update_migration(kept.uuid, ended).await.unwrap();
+    assert!(matches!(
+        admit(&store, &migration(5, 7), None).await,
+        Admitted::New(_)
+    ));
+}
+
+#[tokio::test]
+async fn what_is_final_stays() {
+    let store = store().await;
+    let m = migration(1, 7);
+    admit(&store, &m, None).await;
+    let to = |status| {
+        move |m: &mut Migration| {
+            m.status = status;
+            true
+        }
+    };
+    store
+        .update_migration(m.uuid, to(MigrationStatus::Cancelled))
+        .await
+        .unwrap();
+    let revived = store
+        .update_migration(m.uuid, to(MigrationStatus::Running))
+        .await;
+    assert!(
+        matches!(revived, Err(StoreError::Illegal(_))),
+        "{revived:?}"
+    );
+}
+
+#[tokio::test]
+async fn migrations_are_found_by_number_uuid_and_prefix() {
+    let store = store().await;
+    for n in [1, 2] {
+        admit(&store, &migration(n, n), None).await;
+    }
+    let uuid = migration(2, 2).uuid;
+    for reference in ["2", &uuid.to_string(), &uuid.to_string()[..8]] {
+        assert_eq!(
+            store.find_migration(reference).await.unwrap().uuid,
+            uuid,
+            "{reference}"
+        );
+    }
+    assert!(matches!(
+        store.find_migration("0000").await,
+        Err(StoreError::Ambiguous(_))
+    ));
+    for bad in ["9", "", "abc'--", "ffffffff", "%"] {
+        assert!(
+            matches!(
+                store.find_migration(bad).await,
+                Err(StoreError::NotFound(_))
+            ),
+            "{bad}"
+        );
+    }
+    let all = store
+        .migrations(&ListMigrations::default(), None)
+        .await
+        .unwrap();
+    assert_eq!(
+        all.iter().map(|m| m.id).collect::<Vec<_>>(),
+        [2, 1],
+        "newest first"
+    );
+}
+
+#[tokio::test]
+async fn instances_are_adopted_found_and_forgotten_late() {
+    let store = store().await;
+    store
+        .record_report(&report("kvm1", 1, vec![listed(1), listed(2)]), 1000)
+        .await
+        .unwrap();
+    let row = store.find_instance("vm1").await.unwrap();
+    assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm1", None));
+    assert!(matches!(
+        store.find_instance("0000").await,
+        Err(StoreError::Ambiguous(_))
+    ));
+    assert!(matches!(
+        store.find_instance("vm9").await,
+        Err(StoreError::NotFound(_))
+    ));
+    // Its node no longer lists vm1: missing, not gone.
+    store
+        .record_report(&report("kvm1", 2, vec![listed(2)]), 2000)
+        .await
+        .unwrap();
+    assert_eq!(
+        store.find_instance("vm1").await.unwrap().missing_since_ms,
+        Some(2000)
+    );
+    // Another node lists it: it moved.
+    store
+        .record_report(&report("kvm2", 1, vec![listed(1)]), 3000)
+        .await
+        .unwrap();
+    let row = store.find_instance("vm1").await.unwrap();
+    assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm2", None));
+    // Missing for long: forgotten.
+    store
+        .record_report(&report("kvm2", 2, vec![]), 4000)
+        .await
+        .unwrap();
+    store
+        .record_report(&report("kvm2", 3, vec![]), 70_000)
+        .await
+        .unwrap();
+    assert!(matches!(
+        store.find_instance("vm1").await,
+        Err(StoreError::NotFound(_))
+    ));
+}
+
+#[tokio::test]
+async fn silence_and_old_news_change_nothing() {
+    let store = store().await;
+    store
+        .record_report(&report("kvm1", 5, vec![listed(1)]), 1000)
+        .await
+        .unwrap();
+    let old = store
+        .record_report(&report("kvm1", 4, vec![]), 1001)
+        .await
+        .unwrap();
+    assert_eq!(old, Reported::Stale);
+    let mut down = report("kvm1", 6, vec![]);
+    down.hypervisor = HypervisorReport::Down {
+        reason: "refused".into(),
+    };
+    store.record_report(&down, 100_000).await.unwrap();
+    assert_eq!(
+        store.find_instance("vm1").await.unwrap().missing_since_ms,
+        None,
+        "unknown is not absent"
+    );
+}
+
+#[tokio::test]
+async fn two_nodes_that_list_one_instance_are_told_of_and_nothing_flips() {
+    let store = store().await;
+    store
+        .record_report(&report("kvm1", 1, vec![listed(1)]), 1000)
+        .await
+        .unwrap();
+    let kept = store
+        .record_report(&report("kvm2", 1, vec![listed(1)]), 1001)
+        .await
+        .unwrap();
+    assert!(
+        matches!(&kept, Reported::Kept { notes } if notes.len() == 1),
+        "{kept:?}"
+    );
+    assert_eq!(
+        store.find_instance("vm1").await.unwrap().host.as_str(),
+        "kvm1"
+    );
+    let waiting = InstanceReport {
+        incoming: true,
+        ..listed(1)
+    };
+    let kept = store
+        .record_report(&report("kvm2", 2, vec![waiting]), 1002)
+        .await
+        .unwrap();
+    assert_eq!(
+        kept,
+        Reported::Kept { notes: vec![] },
+        "a copy that waits is no second copy"
+    );
+}
+
+#[tokio::test]
+async fn during_a_migration_reports_do_not_move_the_instance() {
+    let store = store().await;
+    store
+        .record_report(&report("kvm1", 1, vec![listed(1)]), 1000)
+        .await
+        .unwrap();
+    store
+        .record_report(&report("kvm2", 1, vec![]), 1000)
+        .await
+        .unwrap();
+    let m = migration(1, 1);
+    admit(&store, &m, None).await;
+    store
+        .record_report(&report("kvm1", 2, vec![]), 1001)
+        .await
+        .unwrap();
+    store
+        .record_report(&report("kvm2", 2, vec![listed(1)]), 1002)
+        .await
+        .unwrap();
+    let row = store.find_instance("vm1").await.unwrap();
+    assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm1", None));
+    store
+        .settle(m.uuid, m.instance_uuid, &host("kvm2"), 1003)
+        .await
+        .unwrap();
+    assert_eq!(
+        store.find_instance("vm1").await.unwrap().host.as_str(),
+        "kvm2"
+    );
+}
+
+#[tokio::test]
+async fn claims_balance() {
+    let store = store().await;
+    let node = report("kvm2", 1, vec![listed(1)]);
+    store.record_report(&node, 1000).await.unwrap();
+    store
+        .record_report(&report("kvm1", 1, vec![listed(2)]), 1000)
+        .await
+        .unwrap();
+    let before = store.usage(&node).await.unwrap();
+    assert_eq!((before.used.vcpus, before.used.memory_mib), (1, 1024));
+    let wanted = Resources {
+        vcpus: 1,
+        memory_mib: 1024,
+        disk_bytes: 1 << 30,
+    };
+    let (a, b) = (migration(1, 2), migration(2, 3));
+    for _ in 0..2 {
+        store
+            .claim(a.uuid, &host("kvm2"), wanted)
+            .await
+            .unwrap()
+            .unwrap();
+    }
+    let claimed = store.usage(&node).await.unwrap();
+    assert_eq!(claimed.used.vcpus, 2, "claimed twice is claimed once");
+    let greedy = Resources {
+        memory_mib: 2049,
+        ..wanted
+    };
+    let short = store
+        .claim(b.uuid, &host("kvm2"), greedy)
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(short.len(), 1, "only memory is short: {short:?}");
+    // Settled: the instance's own use takes the claim's place.
+    store
+        .settle(a.uuid, a.instance_uuid, &host("kvm2"), 1001)
+        .await
+        .unwrap();
+    assert_eq!(store.usage(&node).await.unwrap().used.vcpus, 2);
+    assert!(store.claims().await.unwrap().is_empty());
+    store
+        .claim(b.uuid, &host("kvm2"), wanted)
+        .await
+        .unwrap()
+        .unwrap();
+    store.release_claim(b.uuid).await.unwrap();
+    store.release_claim(b.uuid).await.unwrap();
+    assert_eq!(store.usage(&node).await.unwrap().used.vcpus, 2);
+}
+
+#[tokio::test]
+async fn rival_claims_never_exceed_the_node() {
+    let store = store().await;
+    let node = report("kvm2", 1, vec![]);
+    store.record_report(&node, 1000).await.unwrap();
+    let wanted = Resources {
+        vcpus: 1,
+        memory_mib: 1500,
+        disk_bytes: 0,
+    };
+    let rivals = (1..=8).map(|n| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            let id = migration(n, n).uuid;
+            store
+                .claim(id, &host("kvm2"), wanted)
+                .await
+                .unwrap()
+                .is_ok()
+        })
+    });
+    let mut won = 0;
+    for rival in rivals.collect::<Vec<_>>() {
+        won += usize::from(rival.await.unwrap());
+    }
+    assert_eq!(won, 2, "4096 MiB hold two of 1500");
+}
+
+fn nothing(
+    _: &mut Migration,
+) -> Result<Vec<drover_store::outbox::Notification>, drover_model::migration::IllegalTransition> {
+    Ok(vec![])
+}
+
+#[tokio::test]
+async fn a_journal_has_one_writer() {
+    let store = store().await;
+    let m = migration(1, 7);
+    admit(&store, &m, None).await;
+    let lease = Store::first_lease(m.uuid);
+    let event = |step: &str| [Event::Started { step: step.into() }];
+    store
+        .append_saga_events(lease, 0, &event("place"), 1, nothing)
+        .await
+        .unwrap();
+    // Another conductor takes over after the lease ran out.
+    assert!(
+        store
+            .adopt("other", false, 50, 200)
+            .await
+            .unwrap()
+            .is_empty(),
+        "still held"
+    );
+    let taken = store.adopt("other", false, 150, 300).await.unwrap();
+    assert_eq!(
+        taken,
+        [Lease {
+            migration: m.uuid,
+            epoch: 2
+        }]
+    );
+    let late = store
+        .append_saga_events(lease, 1, &event("prepare"), 2, nothing)
+        .await;
+    assert!(matches!(late, Err(JournalError::Fenced)), "{late:?}");
+    assert_eq!(
+        store.saga_events(taken[0]).await.unwrap().len(),
+        1,
+        "nothing was written"
+    );
+    store
+        .append_saga_events(taken[0], 1, &event("prepare"), 2, nothing)
+        .await
+        .unwrap();
+    // Its own again at start, whatever the lease says.
+    assert_eq!(store.adopt("other", true, 0, 400).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn an_outcome_is_kept_for_whoever_drives() {
+    let store = store().await;
+    let m = migration(1, 7);
+    admit(&store, &m, None).await;
+    assert_eq!(store.outcome(m.uuid).await.unwrap(), None);
+    let moved = Outcome::Moved {
+        downtime_ms: Some(5),
+        total_ms: None,
+    };
+    store.set_outcome(m.uuid, &moved).await.unwrap();
+    assert_eq!(store.outcome(m.uuid).await.unwrap(), Some(moved));
+}
+
+#[tokio::test]
+async fn the_record_survives_the_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let path: PathBuf = directory.path().join("conductor.sqlite");
+    let url = format!("sqlite://{}", path.display());
+    let m = migration(1, 7);
+    let first = Store::open(&url).await.unwrap();
+    admit(&first, &m, Some("u1")).await;
+    drop(first);
+    let second = Store::open(&url).await.unwrap();
+    assert_eq!(second.migration(m.uuid).await.unwrap().instance_name, "vm7");
+}
+
+#[tokio::test]
+async fn a_database_that_cannot_be_opened_says_what_to_do() {
+    for (url, expected) in [
+        (
+            "sqlite:///nonexistent/directory/x.sqlite",
+            "make its directory",
+        ),
+        ("mysql://root@localhost/x", "use sqlite:///"),
+        ("nonsense", "use sqlite:///"),
+    ] {
+        let error = Store::open(url).await.err().expect("must fail").to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}

@@ -1,0 +1,526 @@
+/*
+ * guestd: the whole user space of a devstack guest, run as PID 1.
+ *
+ * It exists so that a migration can be judged from outside:
+ *   port 7   TCP echo; a session held open shows for how long the guest stood still
+ *   port 9   one line of JSON with what is known now, then the connection closes
+ *   port 10  the same after checking all rewritten memory and every record on the disk
+ *
+ * Memory: a region is rewritten page by page, for ever. Each page holds a pattern made of its
+ * index and of the pass that wrote it, and is checked before it is rewritten, so a page that
+ * was lost, or arrived in an older state, is found within one pass and counted in mem_errors.
+ *
+ * Disk: numbered records go into a ring on /dev/vda, past the page cache. A check reads the ring
+ * and wants every record up to the last one acknowledged, so one lost write shows as a gap.
+ * After a reboot the count goes on from the highest record found.
+ *
+ * Kernel command line: drover.name= drover.ip=ADDR/BITS drover.mem_mib= drover.dirty_mib_s=
+ * drover.disk_hz= (0 switches a load off), and drover.probe, which powers off as soon as the guest
+ * is up.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/input.h>
+#include <net/if.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE 4096
+#define WORDS (PAGE / 8)
+#define SLOTS 4096 /* records in the ring: 16 MiB of disk */
+#define RECORD_MAGIC 0x6472766f72656331ull
+#define MAX_PEERS 64
+#define MAX_BUTTONS 8
+
+/* Each module after those it needs. */
+static const char *const modules[] = {
+	"virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci",
+	"virtio_blk", "failover", "net_failover", "virtio_net", "evdev", "button",
+};
+
+static char cmdline[4096];
+static char name[64] = "guest";
+
+static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t *memory;
+static uint64_t memory_pages, memory_rewrites, memory_errors;
+static unsigned dirty_mib_s = 4;
+
+static pthread_mutex_t disk_lock = PTHREAD_MUTEX_INITIALIZER;
+static int disk = -1;
+static uint64_t disk_written, disk_verified, disk_errors;
+static bool disk_gap; /* the last check missed a record */
+static unsigned disk_hz = 10;
+
+static uint64_t now_ms(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+static void sleep_ms(unsigned ms)
+{
+	struct timespec t = { ms / 1000, (ms % 1000) * 1000000L };
+	nanosleep(&t, NULL);
+}
+
+/* The value of `key=` on the kernel command line, or NULL. */
+static const char *option(const char *key, char *value, size_t size)
+{
+	size_t n = strlen(key);
+	for (const char *p = cmdline; (p = strstr(p, key)); p += n) {
+		if ((p == cmdline || p[-1] == ' ') && p[n] == '=') {
+			size_t length = strcspn(p + n + 1, " \n");
+			snprintf(value, size, "%.*s", (int)length, p + n + 1);
+			return value;
+		}
+	}
+	return NULL;
+}
+
+static unsigned number(const char *key, unsigned otherwise)
+{
+	char value[32];
+	return option(key, value, sizeof value) ? strtoul(value, NULL, 10) : otherwise;
+}
+
+static void power_off(void)
+{
+	printf("guestd: %s powers off\n", name);
+	fflush(stdout);
+	sync();
+	reboot(RB_POWER_OFF);
+	for (;;)
+		pause();
+}
+
+/* ---- memory ------------------------------------------------------------------------------- */
+
+static uint64_t scramble(uint64_t x)
+{
+	x += 0x9e3779b97f4a7c15ull;
+	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+	return x ^ (x >> 27);
+}
+
+static void page_write(uint64_t index, uint64_t pass)
+{
+	uint64_t *page = memory + index * WORDS, x = scramble(index << 32 ^ pass);
+	for (int i = 0; i < WORDS; i++, x += 0x9e3779b97f4a7c15ull)
+		page[i] = x;
+}
+
+static bool page_intact(uint64_t index, uint64_t pass)
+{
+	const uint64_t *page = memory + index * WORDS;
+	uint64_t x = scramble(index << 32 ^ pass), wrong = 0;
+	for (int i = 0; i < WORDS; i++, x += 0x9e3779b97f4a7c15ull)
+		wrong |= page[i] ^ x;
+	return wrong == 0;
+}
+
+/* Pass 0 wrote every page; rewrite number r is page r % pages in pass r / pages + 1. */
+static uint64_t pass_of(uint64_t index)
+{
+	uint64_t pass = memory_rewrites / memory_pages;
+	return index < memory_rewrites % memory_pages ? pass + 1 : pass;
+}
+
+static void rewrite_next(void)
+{
+	uint64_t index = memory_rewrites % memory_pages;
+	if (!page_intact(index, pass_of(index)))
+		memory_errors++;
+	page_write(index, pass_of(index) + 1);
+	memory_rewrites++;
+}
+
+static void *rewrite_memory(void *unused)
+{
+	const unsigned period = 20; /* ms */
+	uint64_t owed = 0; /* thousandths of a page */
+	(void)unused;
+	for (uint64_t due = now_ms();; due += period) {
+		uint64_t now = now_ms();
+		if (now < due)
+			sleep_ms(due - now);
+		else
+			due = now; /* late, or paused by a migration: no burst to catch up */
+		owed += (uint64_t)dirty_mib_s * 256 * period;
+		for (; owed >= 1000; owed -= 1000) {
+			pthread_mutex_lock(&memory_lock);
+			rewrite_next();
+			pthread_mutex_unlock(&memory_lock);
+		}
+	}
+	return NULL;
+}
+
+static void check_memory(void)
+{
+	for (uint64_t i = 0; i < memory_pages; i++) {
+		pthread_mutex_lock(&memory_lock);
+		if (!page_intact(i, pass_of(i)))
+			memory_errors++;
+		pthread_mutex_unlock(&memory_lock);
+	}
+}
+
+/* ---- disk --------------------------------------------------------------------------------- */
+
+static void record_make(uint64_t *record, uint64_t n)
+{
+	uint64_t x = scramble(n);
+	record[0] = RECORD_MAGIC;
+	record[1] = n;
+	for (int i = 2; i < WORDS; i++, x += 0x9e3779b97f4a7c15ull)
+		record[i] = x;
+}
+
+static uint64_t record_number(const uint64_t *record)
+{
+	uint64_t want[WORDS];
+	record_make(want, record[1]);
+	return memcmp(want, record, PAGE) == 0 ? record[1] : 0;
+}
+
+/* Fills numbers[slot] with the record each slot holds (0: none that is intact). */
+static bool read_ring(uint64_t *numbers)
+{
+	const size_t chunk = 64 * PAGE;
+	uint64_t *buffer = aligned_alloc(PAGE, chunk);
+	bool read_all = true;
+	for (size_t slot = 0; slot < SLOTS; slot += 64) {
+		bool ok = pread(disk, buffer, chunk, (off_t)slot * PAGE) == (ssize_t)chunk;
+		read_all &= ok;
+		for (size_t i = 0; i < 64; i++)
+			numbers[slot + i] = ok ? record_number(buffer + i * WORDS) : 0;
+	}
+	free(buffer);
+	return read_all;
+}
+
+static void check_disk(void)
+{
+	static uint64_t numbers[SLOTS];
+	if (disk < 0)
+		return;
+	pthread_mutex_lock(&disk_lock);
+	if (!read_ring(numbers))
+		disk_errors++;
+	uint64_t n = disk_written > SLOTS ? disk_written - SLOTS + 1 : 1;
+	while (n <= disk_written && numbers[n % SLOTS] == n)
+		n++;
+	disk_verified = n - 1;
+	disk_gap = disk_verified < disk_written;
+	pthread_mutex_unlock(&disk_lock);
+}
+
+static void *write_disk(void *unused)
+{
+	uint64_t *record = aligned_alloc(PAGE, PAGE);
+	(void)unused;
+	for (;;) {
+		pthread_mutex_lock(&disk_lock);
+		uint64_t n = disk_written + 1;
+		record_make(record, n);
+		if (pwrite(disk, record, PAGE, (off_t)(n % SLOTS) * PAGE) == PAGE && fdatasync(disk) == 0)
+			disk_written = n;
+		else
+			disk_errors++;
+		pthread_mutex_unlock(&disk_lock);
+		sleep_ms(1000 / disk_hz);
+	}
+	return NULL;
+}
+
+static void open_disk(void)
+{
+	static uint64_t numbers[SLOTS];
+	for (int i = 0; i < 50 && disk < 0; i++) {
+		disk = open("/dev/vda", O_RDWR | O_DIRECT | O_CLOEXEC);
+		if (disk < 0)
+			sleep_ms(20);
+	}
+	if (disk < 0) {
+		printf("guestd: no disk at /dev/vda\n");
+		return;
+	}
+	read_ring(numbers);
+	for (int i = 0; i < SLOTS; i++)
+		if (numbers[i] > disk_written)
+			disk_written = numbers[i];
+	check_disk();
+}
+
+/* ---- status ------------------------------------------------------------------------------- */
+
+static void send_status(int fd)
+{
+	char line[512];
+	pthread_mutex_lock(&memory_lock);
+	pthread_mutex_lock(&disk_lock);
+	int n = snprintf(line, sizeof line,
+		"{\"name\":\"%s\",\"uptime_ms\":%llu,\"mem_mib\":%llu,\"dirty_mib_s\":%u,"
+		"\"mem_rewrites\":%llu,\"mem_errors\":%llu,\"mem_ok\":%s,"
+		"\"disk_written\":%llu,\"disk_verified\":%llu,\"disk_errors\":%llu,\"disk_ok\":%s}\n",
+		name, (unsigned long long)now_ms(), (unsigned long long)memory_pages / 256, dirty_mib_s,
+		(unsigned long long)memory_rewrites, (unsigned long long)memory_errors,
+		memory_errors ? "false" : "true",
+		(unsigned long long)disk_written, (unsigned long long)disk_verified,
+		(unsigned long long)disk_errors,
+		disk >= 0 && !disk_errors && !disk_gap ? "true" : "false");
+	pthread_mutex_unlock(&disk_lock);
+	pthread_mutex_unlock(&memory_lock);
+	if (write(fd, line, n) < 0)
+		perror("guestd: status");
+	close(fd);
+}
+
+/* One at a time, on a thread of its own: the echo must not wait for it. */
+static void *check_and_send(void *argument)
+{
+	static pthread_mutex_t one = PTHREAD_MUTEX_INITIALIZER;
+	pthread_mutex_lock(&one);
+	check_memory();
+	check_disk();
+	send_status((int)(intptr_t)argument);
+	pthread_mutex_unlock(&one);
+	return NULL;
+}
+
+static void spawn(void *(*body)(void *), void *argument)
+{
+	pthread_t thread;
+	if (pthread_create(&thread, NULL, body, argument) == 0)
+		pthread_detach(thread);
+	else
+		perror("guestd: thread");
+}
+
+/* ---- network ------------------------------------------------------------------------------ */
+
+static void set_address(struct ifreq *request, int s, unsigned long what, uint32_t address)
+{
+	struct sockaddr_in in = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(address) };
+	memcpy(&request->ifr_addr, &in, sizeof in);
+	if (ioctl(s, what, request) < 0)
+		perror("guestd: address");
+}
+
+static void interface_up(const char *interface, const char *ip)
+{
+	struct ifreq request = { 0 };
+	char address[32];
+	int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), bits = 24;
+	snprintf(request.ifr_name, sizeof request.ifr_name, "%s", interface);
+	for (int i = 0; i < 250 && ioctl(s, SIOCGIFFLAGS, &request) < 0; i++)
+		sleep_ms(20);
+	if (ip && sscanf(ip, "%31[0-9.]/%d", address, &bits) >= 1) {
+		struct in_addr parsed;
+		inet_aton(address, &parsed);
+		set_address(&request, s, SIOCSIFADDR, ntohl(parsed.s_addr));
+		set_address(&request, s, SIOCSIFNETMASK, ~0u << (32 - bits));
+		ioctl(s, SIOCGIFFLAGS, &request);
+	}
+	request.ifr_flags |= IFF_UP | IFF_RUNNING;
+	if (ioctl(s, SIOCSIFFLAGS, &request) < 0)
+		perror("guestd: interface");
+	close(s);
+}
+
+static int listen_on(int port)
+{
+	struct sockaddr_in in = { .sin_family = AF_INET, .sin_port = htons(port) };
+	int s = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1;
+	setsockopt(s, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+	if (bind(s, (struct sockaddr *)&in, sizeof in) < 0 || listen(s, 64) < 0)
+		perror("guestd: listen");
+	return s;
+}
+
+struct peer {
+	int fd;
+	size_t held; /* bytes read and not yet echoed */
+	char buffer[16384];
+};
+static struct peer peers[MAX_PEERS];
+static int peer_count;
+
+static void peer_add(int fd)
+{
+	int on = 1;
+	if (peer_count == MAX_PEERS) {
+		close(fd);
+		return;
+	}
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+	peers[peer_count].fd = fd;
+	peers[peer_count++].held = 0;
+}
+
+/* Echoes what there is; false once the peer is gone. Reads no more than it can give back. */
+static bool peer_serve(struct peer *p)
+{
+	if (p->held == 0) {
+		ssize_t n = read(p->fd, p->buffer, sizeof p->buffer);
+		if (n <= 0)
+			return n < 0 && (errno == EAGAIN || errno == EINTR);
+		p->held = n;
+	}
+	ssize_t n = write(p->fd, p->buffer, p->held);
+	if (n < 0)
+		return errno == EAGAIN || errno == EINTR;
+	memmove(p->buffer, p->buffer + n, p->held - n);
+	p->held -= n;
+	return true;
+}
+
+/* ---- start -------------------------------------------------------------------------------- */
+
+static void load_modules(void)
+{
+	char path[128];
+	for (size_t i = 0; i < sizeof modules / sizeof *modules; i++) {
+		snprintf(path, sizeof path, "/modules/%s.ko", modules[i]);
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			continue; /* built into this kernel */
+		if (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST)
+			perror(path);
+		close(fd);
+	}
+}
+
+static int open_buttons(struct pollfd *fds)
+{
+	int count = 0;
+	struct dirent *entry;
+	DIR *directory = opendir("/dev/input");
+	while (directory && count < MAX_BUTTONS && (entry = readdir(directory))) {
+		char path[300];
+		snprintf(path, sizeof path, "/dev/input/%s", entry->d_name);
+		if (strncmp(entry->d_name, "event", 5) == 0) {
+			int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+			if (fd >= 0)
+				fds[count++] = (struct pollfd){ .fd = fd, .events = POLLIN };
+		}
+	}
+	if (directory)
+		closedir(directory);
+	return count;
+}
+
+static bool power_button(int fd)
+{
+	struct input_event event;
+	while (read(fd, &event, sizeof event) == sizeof event)
+		if (event.type == EV_KEY && event.code == KEY_POWER && event.value == 1)
+			return true;
+	return false;
+}
+
+static void serve(void)
+{
+	static struct pollfd fds[3 + MAX_BUTTONS + MAX_PEERS];
+	static const int ports[3] = { 7, 9, 10 };
+	for (int i = 0; i < 3; i++)
+		fds[i] = (struct pollfd){ .fd = listen_on(ports[i]), .events = POLLIN };
+	int fixed = 3 + open_buttons(fds + 3);
+	printf("guestd: %s is up after %llu ms\n", name, (unsigned long long)now_ms());
+	fflush(stdout);
+	for (;;) {
+		int serving = peer_count;
+		for (int i = 0; i < serving; i++)
+			fds[fixed + i] = (struct pollfd){ .fd = peers[i].fd,
+				.events = peers[i].held ? POLLOUT : POLLIN };
+		if (poll(fds, fixed + serving, -1) < 0)
+			continue;
+		/* Backwards, because a peer that leaves is replaced by the last one. */
+		for (int i = serving - 1; i >= 0; i--) {
+			if (fds[fixed + i].revents && !peer_serve(&peers[i])) {
+				close(peers[i].fd);
+				peers[i] = peers[--peer_count];
+			}
+		}
+		for (int i = 3; i < fixed; i++)
+			if (fds[i].revents && power_button(fds[i].fd))
+				power_off();
+		for (int i = 0; i < 3; i++) {
+			if (!fds[i].revents)
+				continue;
+			int fd = accept4(fds[i].fd, NULL, NULL, SOCK_CLOEXEC | (i ? 0 : SOCK_NONBLOCK));
+			if (fd < 0)
+				continue;
+			if (i == 0)
+				peer_add(fd);
+			else if (i == 1)
+				send_status(fd);
+			else
+				spawn(check_and_send, (void *)(intptr_t)fd);
+		}
+	}
+}
+
+int main(void)
+{
+	char ip[40];
+	mount("dev", "/dev", "devtmpfs", 0, NULL);
+	mount("proc", "/proc", "proc", 0, NULL);
+	int console = open("/dev/console", O_WRONLY | O_CLOEXEC);
+	if (console >= 0) {
+		dup2(console, 1);
+		dup2(console, 2);
+	}
+	int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+	if (fd >= 0 && read(fd, cmdline, sizeof cmdline - 1) < 0)
+		perror("guestd: /proc/cmdline");
+	option("drover.name", name, sizeof name);
+	if (strstr(cmdline, "drover.probe")) {
+		printf("guestd: probe is up\n");
+		power_off();
+	}
+	dirty_mib_s = number("drover.dirty_mib_s", dirty_mib_s);
+	disk_hz = number("drover.disk_hz", disk_hz);
+
+	load_modules();
+	interface_up("lo", "127.0.0.1/8");
+	interface_up("eth0", option("drover.ip", ip, sizeof ip));
+	open_disk();
+
+	memory_pages = (uint64_t)number("drover.mem_mib", 32) * 256;
+	if (memory_pages == 0)
+		memory_pages = 1;
+	memory = mmap(NULL, memory_pages * PAGE, PROT_READ | PROT_WRITE,
+		MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (memory == MAP_FAILED) {
+		perror("guestd: drover.mem_mib");
+		power_off();
+	}
+	for (uint64_t i = 0; i < memory_pages; i++)
+		page_write(i, 0);
+	if (dirty_mib_s)
+		spawn(rewrite_memory, NULL);
+	if (disk >= 0 && disk_hz)
+		spawn(write_disk, NULL);
+	serve();
+}

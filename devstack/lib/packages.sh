@@ -1,0 +1,68 @@
+# The one list of Debian packages, and how they are installed.
+# shellcheck shell=bash
+
+PACKAGES=(
+    libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients   # a libvirtd and virsh per node
+    qemu-system-x86 qemu-utils                                  # the guests
+    rabbitmq-server                                             # the broker
+    iproute2 util-linux procps                                  # namespaces
+    gcc libc6-dev busybox-static                                # the guests' user space
+    libvirt-dev pkg-config ca-certificates                      # what cargo needs to build Drover
+    python3 python3-venv                                        # the TCP probe, the oslo.messaging peer
+)
+
+packages_missing() {
+    local package
+    for package in "${PACKAGES[@]}"; do
+        dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed || echo "$package"
+    done
+}
+
+POLICY=/usr/sbin/policy-rc.d
+
+# Packages must not start their services: the devstack runs its own, in namespaces. A run that was killed
+# in between left our policy behind, and the machine's own beside it: both cases end as they began.
+policy_forbid() {
+    policy_restore
+    if [ -e $POLICY ]; then mv $POLICY $POLICY.before-drover; fi
+    printf '#!/bin/sh\n# put here by drover devstack while it installs packages\nexit 101\n' >$POLICY
+    chmod +x $POLICY
+}
+policy_restore() {
+    if grep -qs 'drover devstack' $POLICY; then rm -f $POLICY; fi
+    if [ -e $POLICY.before-drover ]; then mv $POLICY.before-drover $POLICY; fi
+}
+
+apt_get() {
+    DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=600 -o APT::Sandbox::User=root \
+        -o Dpkg::Options::=--force-confold "$@" </dev/null
+}
+
+# A machine may carry parts of QEMU from elsewhere, which the release's own QEMU refuses to sit beside.
+# Then, and only then, those parts are brought to the release's version.
+apt_install() {
+    local log=$1; shift
+    apt_get install --no-install-recommends "$@" >"$log" 2>&1 && return
+    grep -q 'unmet dependencies' "$log" || return 1
+    local pins=$log.pins
+    printf 'Package: qemu-*\nPin: release o=Debian\nPin-Priority: 1001\n' >"$pins"
+    apt_get -o Dir::Etc::Preferences="$pins" install --no-install-recommends --allow-downgrades "$@" \
+        >>"$log" 2>&1 || { rm -f "$pins"; return 1; }
+    rm -f "$pins"
+}
+
+install_packages() {
+    local missing log
+    mapfile -t missing < <(packages_missing)
+    [ ${#missing[@]} -gt 0 ] || return 0
+    command -v apt-get >/dev/null || die "packages are missing and there is no apt-get: ${missing[*]}" \
+        "the devstack is made for Debian 12"
+    say "installing ${missing[*]}"
+    log=$(mktemp)
+    (
+        trap policy_restore EXIT
+        policy_forbid
+        apt_get update >"$log" 2>&1 && apt_install "$log" "${missing[@]}"
+    ) || { tail -n 20 "$log" >&2; die "installing packages failed (log: $log)" "missing: ${missing[*]}"; }
+    rm -f "$log"
+}

@@ -1,0 +1,163 @@
+//! What the doctor makes of what it is told.
+
+use super::*;
+use crate::{exit::Exit, samples};
+
+fn answer<T>(said: T, offset_ms: i64) -> Answer<T> {
+    Answer {
+        said,
+        took_ms: 3,
+        offset_ms,
+    }
+}
+
+fn agent(host: &str) -> AgentStatus {
+    AgentStatus {
+        host: samples::host(host),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        clock_ms: samples::T0,
+        libvirt: Ok(samples::inventory()),
+        migrations: Vec::new(),
+        counters: std::collections::BTreeMap::new(),
+    }
+}
+
+fn levels(findings: &[Finding]) -> Vec<(&'static str, Level)> {
+    findings.iter().map(|f| (f.check, f.level)).collect()
+}
+
+fn level(findings: &[Finding], check: &str) -> Level {
+    let found = findings.iter().find(|f| f.check == check);
+    let found = found.unwrap_or_else(|| panic!("no {check} in {findings:?}"));
+    let told = found.level == Level::Ok || found.remedy.is_some();
+    assert!(told, "a fault without a remedy: {found:?}");
+    found.level
+}
+
+#[test]
+fn a_node_that_is_well_has_no_fault() {
+    let conductor = answer(samples::conductor(), 0);
+    let findings = node(
+        &samples::node("kvm1"),
+        &Ok(answer(agent("kvm1"), 5)),
+        &conductor,
+    );
+    assert!(
+        findings.iter().all(|f| f.level == Level::Ok),
+        "{findings:?}"
+    );
+    let checks: Vec<_> = findings.iter().map(|f| f.check).collect();
+    assert_eq!(
+        checks,
+        ["report", "placing", "agent", "libvirt", "version", "clock"]
+    );
+}
+
+#[test]
+fn each_fault_of_a_node_is_found_and_has_a_remedy() {
+    let conductor = answer(samples::conductor(), 0);
+    let mut sick = samples::node("kvm1");
+    sick.up = false;
+    sick.enabled = false;
+    let mut said = agent("kvm1");
+    said.libvirt = Err("no socket".to_owned());
+    said.version = "0.0.9".to_owned();
+    let findings = node(&sick, &Ok(answer(said, -5_000)), &conductor);
+    assert_eq!(level(&findings, "report"), Level::Fail);
+    assert_eq!(level(&findings, "placing"), Level::Warn);
+    assert_eq!(level(&findings, "agent"), Level::Ok);
+    assert_eq!(level(&findings, "libvirt"), Level::Fail);
+    assert_eq!(level(&findings, "version"), Level::Warn);
+    assert_eq!(level(&findings, "clock"), Level::Warn);
+    assert!(
+        findings
+            .iter()
+            .any(|f| f.message == "5.0 s behind the conductor's")
+    );
+}
+
+#[test]
+fn an_agent_that_is_silent_is_judged_by_its_last_report() {
+    let conductor = answer(samples::conductor(), 0);
+    let mut sick = samples::node("kvm1");
+    sick.clock_offset_ms = 90_000;
+    sick.report.hypervisor = HypervisorReport::Down {
+        reason: "gone".to_owned(),
+    };
+    let silent = Trouble::new(Exit::TimedOut, "no answer").remedy("`drover doctor` tells");
+    let findings = node(&sick, &Err(silent), &conductor);
+    assert_eq!(level(&findings, "agent"), Level::Fail);
+    assert_eq!(level(&findings, "libvirt"), Level::Fail);
+    assert_eq!(level(&findings, "clock"), Level::Fail);
+    let remedies: Vec<_> = findings
+        .iter()
+        .filter_map(|f| f.remedy.as_deref())
+        .collect();
+    assert!(
+        remedies.iter().all(|text| !text.contains("drover doctor")),
+        "{remedies:?}"
+    );
+}
+
+#[test]
+fn clocks_of_agents_are_compared_with_the_conductors_not_with_ours() {
+    let conductor = answer(samples::conductor(), 60_000);
+    let findings = node(
+        &samples::node("kvm1"),
+        &Ok(answer(agent("kvm1"), 60_010)),
+        &conductor,
+    );
+    assert_eq!(level(&findings, "clock"), Level::Ok);
+    assert_eq!(level(&super::conductor(&conductor), "clock"), Level::Fail);
+}
+
+#[test]
+fn a_conductor_of_another_major_version_is_wrong() {
+    let mut said = samples::conductor();
+    said.version = "9.0.0".to_owned();
+    assert_eq!(level(&conductor(&answer(said, 0)), "version"), Level::Fail);
+}
+
+#[test]
+fn older_hypervisors_are_named() {
+    let (old, mut new) = (samples::node("kvm1"), samples::node("kvm2"));
+    let alike = together(&[old.clone(), samples::node("kvm2")]);
+    assert_eq!(
+        levels(&alike),
+        [("count", Level::Ok), ("hypervisors", Level::Ok)]
+    );
+    if let HypervisorReport::Up { inventory, .. } = &mut new.report.hypervisor {
+        inventory.hypervisor_version = 8_002_001;
+    }
+    let mixed = together(&[old, new]);
+    assert_eq!(level(&mixed, "hypervisors"), Level::Warn);
+    let message = &mixed[1].message;
+    assert!(
+        message.starts_with("kvm1 (libvirt 9.0.0, QEMU 7.2.0) older"),
+        "{message}"
+    );
+}
+
+#[test]
+fn no_node_is_wrong_and_one_is_odd() {
+    assert_eq!(level(&together(&[]), "count"), Level::Fail);
+    assert_eq!(
+        level(&together(&[samples::node("kvm1")]), "count"),
+        Level::Warn
+    );
+}
+
+#[test]
+fn stuck_migrations_are_wrong() {
+    let running = samples::running(samples::migration());
+    let mut stuck = running.clone();
+    stuck.status = MigrationStatus::Stuck;
+    assert_eq!(
+        level(&migrations(std::slice::from_ref(&running)), "stuck"),
+        Level::Ok
+    );
+    let findings = migrations(&[running, stuck]);
+    assert_eq!(findings.len(), 1);
+    assert_eq!(level(&findings, "stuck"), Level::Fail);
+    assert!(!Diagnosis::from(findings).healthy);
+}

@@ -1,0 +1,200 @@
+//! Following a migration to its end. The wait is a long poll: the conductor
+//! answers the moment the record changes, so nothing here sleeps while all is
+//! well. A conductor that is away for a while ends nothing: the migration goes
+//! on without it, and so does the wait.
+
+use std::time::Duration;
+
+use drover_model::migration::{EndReason, Migration, MigrationStatus};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::Session;
+use crate::{
+    client::Client,
+    exit::{Exit, Trouble},
+    render::{
+        clean,
+        meter::Meter,
+        outcome,
+        screen::{Manner, Screen},
+    },
+};
+
+/// How long a conductor may be away before the wait is given up.
+const SILENCE: Duration = Duration::from_secs(180);
+/// Pause before asking again a conductor that did not answer.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// What the operator wants of the migration that is followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// That the guest gets there.
+    Moved,
+    /// That it stays.
+    Aborted,
+    /// That it moves again after it was stuck.
+    Resumed,
+}
+
+/// Why following ended.
+enum Ending {
+    Over,
+    Timeout,
+    Interrupt,
+}
+
+/// Follows a migration and tells its end.
+pub async fn run(
+    session: &mut Session,
+    first: Migration,
+    mut meter: Meter,
+    deadline: Option<Instant>,
+    goal: Goal,
+) -> Result<Exit, Trouble> {
+    let mut record = first;
+    // A record that is stuck when something is done about it is about to change.
+    let mut about_to_change = goal != Goal::Moved;
+    meter.show(&mut session.screen, &record)?;
+    let ending = loop {
+        if is_over(&record) && (record.status.is_final() || !about_to_change) {
+            break Ending::Over;
+        }
+        let Session {
+            client,
+            screen,
+            interrupt,
+        } = &mut *session;
+        tokio::select! {
+            biased;
+            () = interrupt => break Ending::Interrupt,
+            next = next(client, &record, &mut meter, screen) => record = next?,
+            () = at(deadline) => break Ending::Timeout,
+        }
+        about_to_change = false;
+        meter.show(&mut session.screen, &record)?;
+    };
+    conclude(session, &record, &meter, &ending, goal)
+}
+
+/// Says that a migration is on its way: its id, for scripts to go on with.
+pub fn accepted(session: &mut Session, m: &Migration) -> Result<(), Trouble> {
+    session.screen.value(m, |m| m.id.to_string())?;
+    if session.screen.manner() == Manner::Terminal {
+        session.screen.notice(&goes_on("accepted", m));
+    }
+    Ok(())
+}
+
+/// Nothing more happens, unless somebody acts.
+fn is_over(m: &Migration) -> bool {
+    m.status.is_final() || m.status == MigrationStatus::Stuck
+}
+
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next record that differs from the one seen.
+async fn next(
+    client: &Client,
+    seen: &Migration,
+    meter: &mut Meter,
+    screen: &mut Screen,
+) -> Result<Migration, Trouble> {
+    let mut silent_since = None;
+    loop {
+        let asked = Instant::now();
+        match client.wait_migration(seen).await {
+            Ok(record) if record.version != seen.version || record.status.is_final() => {
+                return Ok(record);
+            }
+            // Asked to wait and answered at once with nothing new: not in a hurry.
+            Ok(_) if asked.elapsed() < PAUSE => sleep(PAUSE).await,
+            Ok(_) => silent_since = None,
+            Err(trouble) if trouble.may_pass() => {
+                let since = *silent_since.get_or_insert_with(|| {
+                    meter.notice(screen, &waiting(&trouble));
+                    asked
+                });
+                if since.elapsed() >= SILENCE {
+                    return Err(given_up(trouble, seen));
+                }
+                sleep(PAUSE).await;
+            }
+            Err(trouble) => return Err(given_up(trouble, seen)),
+        }
+    }
+}
+
+fn waiting(trouble: &Trouble) -> String {
+    format!(
+        "drover: {}; the migration goes on without it, still asking",
+        trouble.message
+    )
+}
+
+fn given_up(trouble: Trouble, m: &Migration) -> Trouble {
+    let look = format!(
+        "when the conductor answers again: `drover migration watch {}`",
+        m.id
+    );
+    let message = format!(
+        "{}; how migration {} ends is unknown here",
+        trouble.message, m.id
+    );
+    Trouble { message, ..trouble }.remedy(look)
+}
+
+fn goes_on(what: &str, m: &Migration) -> String {
+    let (name, id) = (clean(&m.instance_name), m.id);
+    format!(
+        "drover: {what}: the migration of {name} goes on\n  \
+         to watch it: `drover migration watch {id}`\n  \
+         to end it:   `drover migration abort {id}`"
+    )
+}
+
+fn conclude(
+    session: &mut Session,
+    m: &Migration,
+    meter: &Meter,
+    ending: &Ending,
+    goal: Goal,
+) -> Result<Exit, Trouble> {
+    if session.screen.manner() == Manner::Json && !meter.is_streaming() {
+        session.screen.value(m, outcome::end)?;
+    }
+    match ending {
+        Ending::Over => {
+            session.screen.say(&outcome::end(m))?;
+            Ok(exit(m, goal))
+        }
+        Ending::Timeout => {
+            session.screen.notice(&goes_on("not over in time", m));
+            Ok(Exit::TimedOut)
+        }
+        Ending::Interrupt => {
+            if session.screen.manner() == Manner::Terminal {
+                // The terminal has written ^C where the next line begins.
+                session.screen.raw(b"\r\x1b[2K")?;
+            }
+            session.screen.notice(&goes_on("interrupted", m));
+            Ok(Exit::Interrupted)
+        }
+    }
+}
+
+/// How a command ends whose migration ended so.
+fn exit(m: &Migration, goal: Goal) -> Exit {
+    match (m.status, goal) {
+        (MigrationStatus::Cancelled, Goal::Aborted) => Exit::Done,
+        (MigrationStatus::Completed, Goal::Moved | Goal::Resumed) => Exit::Done,
+        _ => match m.end_reason {
+            Some(EndReason::Refused { .. }) => Exit::Refused,
+            _ => Exit::Failed,
+        },
+    }
+}

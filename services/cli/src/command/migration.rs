@@ -1,0 +1,110 @@
+//! `drover migration`: what moves and what moved, following it, steering it.
+
+use drover_model::{
+    api::conductor::{ListMigrations, method},
+    migration::{Migration, MigrationStatus},
+};
+
+use super::{
+    Session,
+    follow::{self, Goal},
+    instance::deadline,
+};
+use crate::{
+    args::{MigrationVerb, Steer},
+    exit::{Exit, Trouble},
+    render::{clean, describe, meter::Meter, table},
+};
+
+/// Runs a verb.
+pub async fn run(session: &mut Session, verb: MigrationVerb) -> Result<Exit, Trouble> {
+    match verb {
+        MigrationVerb::List {
+            instance,
+            host,
+            active,
+            limit,
+        } => {
+            let which = ListMigrations {
+                instance,
+                host,
+                active,
+                limit,
+            };
+            let migrations = session.client.list_migrations(&which).await?;
+            session
+                .screen
+                .value(&migrations, |migrations| table::migrations(migrations))?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::Show { id } => {
+            let migration = session.client.get_migration(&id).await?;
+            session.screen.value(&migration, describe::migration)?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::Watch { id, patience } => {
+            let deadline = deadline(patience);
+            let first = session.client.get_migration(&id).await?;
+            follow::run(session, first, Meter::streaming(), deadline, Goal::Moved).await
+        }
+        MigrationVerb::Abort(order) => steer(session, &ABORT, order).await,
+        MigrationVerb::ForceComplete(order) => steer(session, &FORCE_COMPLETE, order).await,
+        MigrationVerb::Resume(order) => steer(session, &RESUME, order).await,
+    }
+}
+
+/// A way to steer a migration.
+struct Way {
+    method: &'static str,
+    goal: Goal,
+    /// What it does, for a dry run.
+    would: &'static str,
+    /// Whether it can be done in that status.
+    fits: fn(MigrationStatus) -> bool,
+}
+
+const ABORT: Way = Way {
+    method: method::ABORT_MIGRATION,
+    goal: Goal::Aborted,
+    would: "would be aborted; the guest would stay where it is",
+    fits: |status| !status.is_final() && status.may_become(MigrationStatus::Cancelled),
+};
+const FORCE_COMPLETE: Way = Way {
+    method: method::FORCE_COMPLETE_MIGRATION,
+    goal: Goal::Moved,
+    would: "would be made to complete, by post-copy if its options allow that, \
+            else by pausing the guest until it has moved",
+    fits: |status| status == MigrationStatus::Running,
+};
+const RESUME: Way = Way {
+    method: method::RESUME_MIGRATION,
+    goal: Goal::Resumed,
+    would: "would be taken up again at its step",
+    fits: |status| status == MigrationStatus::Stuck,
+};
+
+async fn steer(session: &mut Session, way: &Way, order: Steer) -> Result<Exit, Trouble> {
+    if order.change.dry_run {
+        let migration = session.client.get_migration(&order.id).await?;
+        return dry_run(session, way, &migration);
+    }
+    let deadline = deadline(order.patience);
+    let record = session.client.steer(way.method, &order.id).await?;
+    if order.change.no_wait {
+        follow::accepted(session, &record)?;
+        return Ok(Exit::Done);
+    }
+    follow::run(session, record, Meter::new(), deadline, way.goal).await
+}
+
+fn dry_run(session: &mut Session, way: &Way, m: &Migration) -> Result<Exit, Trouble> {
+    let subject = format!("migration {} of {}", m.id, clean(&m.instance_name));
+    if !(way.fits)(m.status) {
+        let message = format!("{subject} is {}: that cannot be done with it", m.status);
+        return Err(Trouble::new(Exit::Refused, message));
+    }
+    session
+        .screen
+        .value(m, |m| format!("{subject} ({}) {}", m.status, way.would))?;
+    Ok(Exit::Done)
+}

@@ -1,0 +1,114 @@
+//! Texts as an operator reads them.
+
+use super::*;
+use crate::samples;
+
+#[test]
+fn a_plan_looks_so() {
+    let mut sample = samples::plan();
+    sample.failures = samples::checks();
+    let expected = "\
+instance       demo-1 (11111111-2222-4333-8444-555555555555)
+from           kvm1
+to             kvm2
+memory         128 MiB
+disks to copy  1 (600 MiB)
+verdict        would be refused: 2 checks failed
+
+disks to copy
+  vda  600 MiB
+
+decisions
+  kvm2 has the most room
+
+failed checks
+  memory (destination): kvm2 has 64 MiB left, 128 MiB needed
+      what to do: free memory on kvm2
+  network (destination): bridge br1[2J is missing";
+    assert_eq!(plan(&sample), expected);
+    assert!(plan(&samples::plan()).contains("verdict        would be accepted"));
+}
+
+#[test]
+fn a_whole_record_looks_so() {
+    let mut m = samples::completed(samples::migration());
+    m.warnings = vec!["kvm1: /var/lib/x stays".to_owned()];
+    m.options.post_copy = true;
+    m.options.bandwidth_mib_s = Some(100);
+    m.requester.user_id = Some("ann".to_owned());
+    let expected = "\
+id             7
+uuid           01997777-0000-7000-8000-00000000abcd
+type           live-migration
+instance       demo-1 (11111111-2222-4333-8444-555555555555)
+project        default
+from           kvm1
+to             kvm2 (named by the caller)
+status         completed
+phase          done
+step           transfer
+ended because  -
+downtime       212 ms
+total time     2.1 s
+memory         128 MiB, 128 MiB sent, 0 B remaining
+disk           1 GiB, 1 GiB sent, 0 B remaining
+options        copy disks that are not shared, post-copy allowed, at most 100 MiB/s
+asked          -
+requester      user ann
+conductor      ctl, attempt 1
+accepted       2026-11-23 18:46:51Z
+changed        2026-11-23 18:46:53Z
+ended          2026-11-23 18:46:53Z
+
+steps
+  STEP      TOOK
+  check     120 ms
+  transfer  1.8 s
+
+decisions
+    +100 ms  vda is copied: kvm2 does not see its directory
+
+warnings
+  kvm1: /var/lib/x stays";
+    assert_eq!(migration(&m), expected, "\n{}", migration(&m));
+}
+
+#[test]
+fn a_running_record_tells_its_outlook() {
+    let text = migration(&samples::running(samples::migration()));
+    assert!(text.contains("\neta                1.5 s\n"), "{text}");
+    assert!(text.contains("\ndirty rate         4 MiB/s\n"), "{text}");
+}
+
+#[test]
+fn a_node_looks_so() {
+    let text = node(&samples::node("kvm1"));
+    let expected = "\
+host          kvm1
+state         up
+placing       enabled
+heard         1.2 s ago
+clock         +3 ms to the conductor's
+vcpus         2/16
+memory        0.2/7.5 GiB
+disk claimed  0 B
+address       100.100.100.11
+libvirt uri   qemu+tcp://kvm1/system
+agent         0.1.0, since 2026-11-23 18:46:51Z
+libvirt       9.0.0
+hypervisor    QEMU 7.2.0, with KVM
+cpu           4 x EPYC-Rome (x86_64)
+host memory   8 GiB
+disk          80 GiB free of 100 GiB";
+    assert_eq!(text, expected, "\n{text}");
+}
+
+#[test]
+fn an_instance_looks_so() {
+    let text = instance(&samples::instance("demo-1"));
+    assert!(
+        text.starts_with("name        demo-1\nuuid        11111111"),
+        "{text}"
+    );
+    assert!(text.contains("\nstate       running (active)\n"), "{text}");
+}

@@ -1,0 +1,186 @@
+//! How things ended: a refusal with every failed check, trouble, a migration's
+//! last line.
+
+use drover_model::{
+    check::CheckFailure,
+    migration::{EndReason, Migration, MigrationStatus, Phase},
+};
+
+use super::{clean, units::span};
+use crate::exit::Trouble;
+
+/// So many checks failed.
+pub(super) fn failed(n: usize) -> String {
+    if n == 1 {
+        "1 check failed".to_owned()
+    } else {
+        format!("{n} checks failed")
+    }
+}
+
+/// Every failed check, with what to do about it.
+pub(super) fn failures(checks: &[CheckFailure]) -> Vec<String> {
+    let line = |c: &CheckFailure| {
+        let first = format!("{} ({}): {}", c.code, c.side, clean(&c.message));
+        let remedy = clean(&c.remedy);
+        if remedy.is_empty() {
+            vec![first]
+        } else {
+            vec![first, format!("    what to do: {remedy}")]
+        }
+    };
+    checks.iter().flat_map(line).collect()
+}
+
+/// Trouble, for standard error.
+pub fn trouble(trouble: &Trouble) -> String {
+    let mut text = format!("drover: {}", clean(&trouble.message));
+    if !trouble.checks.is_empty() {
+        text = format!("{text}: {}", failed(trouble.checks.len()));
+        for line in failures(&trouble.checks) {
+            text.push_str(&format!("\n  {line}"));
+        }
+    }
+    if let Some(remedy) = &trouble.remedy {
+        text.push_str(&format!("\n  what to do: {}", clean(remedy)));
+    }
+    text
+}
+
+/// How a migration ended: warnings, then the line that tells the end, with
+/// what an operator has to do under it.
+pub fn end(m: &Migration) -> String {
+    let warnings = m.warnings.iter();
+    let warnings = warnings.map(|text| format!("warning: {}\n", clean(text)));
+    let mut text = warnings.collect::<String>() + &end_line(m);
+    if let Some(EndReason::Refused { checks }) = &m.end_reason {
+        for line in failures(checks) {
+            text.push_str(&format!("\n  {line}"));
+        }
+    }
+    text
+}
+
+fn end_line(m: &Migration) -> String {
+    let name = clean(&m.instance_name);
+    let total = span(m.total_time_ms());
+    match m.status {
+        MigrationStatus::Completed => {
+            let downtime = m.downtime_ms.map_or_else(
+                || "downtime not measured".to_owned(),
+                |ms| format!("downtime {}", span(ms)),
+            );
+            let host = m.dest_host.as_ref().map_or("?", |host| host.as_str());
+            format!("completed: {name} is on {host}; {downtime}, total {total}")
+        }
+        MigrationStatus::Stuck => format!(
+            "stuck in step {}: {}\n  what to do: mend that, then `drover migration resume {}`",
+            clean(&m.step),
+            why(m),
+            m.id
+        ),
+        status if m.progress.phase >= Phase::PostCopy && m.progress.phase < Phase::Done => format!(
+            "{status} after {name} began to change sides: {}; total {total}\n  \
+             what to do: `drover instance show {}` tells where it is now",
+            why(m),
+            m.instance_uuid
+        ),
+        status => format!(
+            "{status}: {name} stays on {}; {}, total {total}",
+            m.source_host,
+            why(m)
+        ),
+    }
+}
+
+fn why(m: &Migration) -> String {
+    match (&m.end_reason, &m.progress.note) {
+        (Some(EndReason::Refused { checks }), _) => failed(checks.len()),
+        (Some(reason), _) => clean(&reason.to_string()),
+        (None, Some(note)) => clean(note),
+        (None, None) => format!("`drover migration show {}` tells more", m.id),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{exit::Exit, samples};
+
+    #[test]
+    fn a_refusal_lists_every_check_with_its_remedy() {
+        let trouble_text = trouble(&Trouble::refused("demo-1 cannot move", samples::checks()));
+        let expected = "\
+drover: demo-1 cannot move: 2 checks failed
+  memory (destination): kvm2 has 64 MiB left, 128 MiB needed
+      what to do: free memory on kvm2
+  network (destination): bridge br1[2J is missing";
+        assert_eq!(trouble_text, expected);
+    }
+
+    #[test]
+    fn trouble_is_one_line_and_a_remedy() {
+        let told = trouble(&Trouble::new(Exit::Failed, "no\nbroker").remedy("start it"));
+        assert_eq!(told, "drover: no broker\n  what to do: start it");
+    }
+
+    #[test]
+    fn the_last_line_tells_downtime_and_total_time() {
+        let mut m = samples::completed(samples::migration());
+        assert_eq!(
+            end(&m),
+            "completed: demo-1 is on kvm2; downtime 212 ms, total 2.1 s"
+        );
+        m.downtime_ms = None;
+        m.warnings = vec!["a\x07b".to_owned()];
+        assert_eq!(
+            end(&m),
+            "warning: ab\ncompleted: demo-1 is on kvm2; downtime not measured, total 2.1 s"
+        );
+    }
+
+    #[test]
+    fn every_other_end_tells_where_the_guest_is_and_why() {
+        let mut m = samples::running(samples::migration());
+        m.status = MigrationStatus::Failed;
+        m.end_reason = Some(EndReason::Failed {
+            message: "QEMU on kvm2 died".to_owned(),
+        });
+        assert_eq!(
+            end(&m),
+            "failed: demo-1 stays on kvm1; QEMU on kvm2 died, total 1.0 s"
+        );
+
+        m.progress.phase = Phase::PostCopy;
+        let text = end(&m);
+        assert!(
+            text.starts_with("failed after demo-1 began to change sides: QEMU"),
+            "{text}"
+        );
+        assert!(text.contains("drover instance show 11111111"), "{text}");
+
+        m.progress.phase = Phase::Checking;
+        m.end_reason = Some(EndReason::Refused {
+            checks: samples::checks(),
+        });
+        let text = end(&m);
+        assert!(
+            text.starts_with("failed: demo-1 stays on kvm1; 2 checks failed, total"),
+            "{text}"
+        );
+        assert!(text.contains("\n  memory (destination)"), "{text}");
+
+        m.status = MigrationStatus::Cancelled;
+        m.end_reason = Some(EndReason::Aborted);
+        assert!(end(&m).starts_with("cancelled: demo-1 stays on kvm1; aborted on request"));
+
+        m.status = MigrationStatus::Stuck;
+        m.end_reason = None;
+        let text = end(&m);
+        assert!(
+            text.starts_with("stuck in step transfer: `drover migration show 7`"),
+            "{text}"
+        );
+        assert!(text.ends_with("`drover migration resume 7`"), "{text}");
+    }
+}

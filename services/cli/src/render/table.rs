@@ -1,0 +1,224 @@
+//! Lists as tables: one line each, columns by two blanks, no lines drawn, so
+//! that they read well and cut well.
+
+use comfy_table::{Table, presets::NOTHING};
+use drover_model::{
+    api::conductor::{Instance, Node},
+    guest::PowerState,
+    migration::Migration,
+    node::HypervisorReport,
+};
+
+use super::{
+    clean,
+    progress::Shown,
+    units::{bytes, mib, moment, rate, share, span, version},
+};
+
+/// What stands where there is nothing.
+pub const NOTHING_HERE: &str = "-";
+
+/// A table of texts, cleaned.
+pub fn grid(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(NOTHING).set_header(header.iter().copied());
+    for row in rows {
+        table.add_row(row.iter().map(|cell| clean(cell)));
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.trim_fmt()
+}
+
+/// Nodes.
+pub fn nodes(nodes: &[Node]) -> String {
+    if nodes.is_empty() {
+        return "no nodes: no agent has reported yet; `drover doctor` tells why".to_owned();
+    }
+    let header = [
+        "HOST",
+        "STATE",
+        "PLACING",
+        "INSTANCES",
+        "VCPUS",
+        "MEMORY",
+        "DISK FREE",
+        "LIBVIRT",
+        "QEMU",
+        "HEARD",
+        "REASON",
+    ];
+    grid(&header, nodes.iter().map(node_row))
+}
+
+fn node_row(node: &Node) -> Vec<String> {
+    let (disk, libvirt, qemu) = match &node.report.hypervisor {
+        HypervisorReport::Up { inventory, .. } => (
+            bytes(inventory.disk_free_bytes),
+            version(inventory.libvirt_version),
+            version(inventory.hypervisor_version),
+        ),
+        HypervisorReport::Down { .. } => (nothing(), "down".to_owned(), nothing()),
+    };
+    vec![
+        node.host.to_string(),
+        if node.up { "up" } else { "down" }.to_owned(),
+        placing(node).to_owned(),
+        node.instances.map_or_else(nothing, |n| n.to_string()),
+        format!("{}/{}", node.vcpus_used, node.vcpus_usable),
+        share(node.memory_used_mib << 20, node.memory_usable_mib << 20),
+        disk,
+        libvirt,
+        qemu,
+        format!("{} ago", span(node.report_age_ms)),
+        node.disabled_reason.clone().unwrap_or_else(nothing),
+    ]
+}
+
+/// Whether a node takes instances, in a word.
+pub fn placing(node: &Node) -> &'static str {
+    if node.enabled { "enabled" } else { "disabled" }
+}
+
+/// Instances.
+pub fn instances(instances: &[Instance]) -> String {
+    if instances.is_empty() {
+        return "no instances".to_owned();
+    }
+    let header = [
+        "NAME", "UUID", "HOST", "STATE", "TASK", "VCPUS", "MEMORY", "DISK", "PROJECT",
+    ];
+    let row = |i: &Instance| {
+        vec![
+            i.name.clone(),
+            i.uuid.to_string(),
+            i.host.to_string(),
+            power(i.power_state).to_owned(),
+            i.task_state.clone().unwrap_or_else(nothing),
+            i.vcpus.to_string(),
+            mib(i.memory_mb),
+            bytes(i.disk_bytes),
+            i.project_id.clone(),
+        ]
+    };
+    grid(&header, instances.iter().map(row))
+}
+
+/// A power state in a word.
+pub fn power(state: PowerState) -> &'static str {
+    match state {
+        PowerState::Running => "running",
+        PowerState::Paused => "paused",
+        PowerState::Shutdown => "shutdown",
+        PowerState::Crashed => "crashed",
+        PowerState::Suspended => "suspended",
+    }
+}
+
+/// Migrations.
+pub fn migrations(migrations: &[Migration]) -> String {
+    if migrations.is_empty() {
+        return "no migrations".to_owned();
+    }
+    let header = [
+        "ID", "INSTANCE", "FROM", "TO", "STATUS", "PHASE", "%", "MOVED", "RATE", "DIRTY", "ETA",
+        "DOWNTIME", "TIME", "ACCEPTED", "REASON",
+    ];
+    grid(&header, migrations.iter().map(migration_row))
+}
+
+fn migration_row(m: &Migration) -> Vec<String> {
+    let shown = Shown::of(m);
+    let over = m.status.is_final();
+    let running = |text: Option<String>| text.filter(|_| !over).unwrap_or_else(nothing);
+    let measured = m.downtime_ms.map(span);
+    vec![
+        m.id.to_string(),
+        m.instance_name.clone(),
+        m.source_host.to_string(),
+        m.dest_host
+            .as_ref()
+            .map_or_else(nothing, ToString::to_string),
+        m.status.to_string(),
+        running(Some(m.progress.phase.as_str().to_owned())),
+        shown.percent.to_string(),
+        share(shown.moved(), shown.total()),
+        running(some_rate(m.progress.rate_bytes_s)),
+        running(some_rate(m.progress.dirty_rate_bytes_s)),
+        running(m.progress.eta_ms.map(span)),
+        measured.unwrap_or_else(|| running(expected(m))),
+        span(m.total_time_ms()),
+        moment(m.created_at_ms),
+        reason(m).unwrap_or_else(nothing),
+    ]
+}
+
+fn some_rate(bytes_s: u64) -> Option<String> {
+    (bytes_s > 0).then(|| rate(bytes_s))
+}
+
+fn expected(m: &Migration) -> Option<String> {
+    let expected = m.progress.expected_downtime_ms?;
+    Some(format!("~{}", span(expected)))
+}
+
+/// Why it is as it is: why it ended, or why it takes long.
+fn reason(m: &Migration) -> Option<String> {
+    match &m.end_reason {
+        Some(reason) => Some(reason.to_string()),
+        None => m.progress.note.clone(),
+    }
+}
+
+fn nothing() -> String {
+    NOTHING_HERE.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::samples;
+
+    #[test]
+    fn nodes_look_so() {
+        let mut down = samples::node("kvm2");
+        down.up = false;
+        down.enabled = false;
+        down.disabled_reason = Some("new\x1b[2J disks".to_owned());
+        down.instances = None;
+        down.report_age_ms = 95_000;
+        down.report.hypervisor = HypervisorReport::Down {
+            reason: "no socket".to_owned(),
+        };
+        let expected = "\
+HOST  STATE  PLACING   INSTANCES  VCPUS  MEMORY       DISK FREE  LIBVIRT  QEMU   HEARD           REASON
+kvm1  up     enabled   2          2/16   0.2/7.5 GiB  80 GiB     9.0.0    7.2.0  1.2 s ago       -
+kvm2  down   disabled  -          2/16   0.2/7.5 GiB  -          down     -      1 min 35 s ago  new[2J disks";
+        let table = nodes(&[samples::node("kvm1"), down]);
+        assert_eq!(table, expected, "\n{table}");
+        assert!(nodes(&[]).contains("drover doctor"));
+    }
+
+    #[test]
+    fn instances_look_so() {
+        let table = instances(&[samples::instance("demo-1")]);
+        let expected = "\
+NAME    UUID                                  HOST  STATE    TASK  VCPUS  MEMORY   DISK   PROJECT
+demo-1  11111111-2222-4333-8444-555555555555  kvm1  running  -     1      128 MiB  1 GiB  default";
+        assert_eq!(table, expected, "\n{table}");
+        assert_eq!(instances(&[]), "no instances");
+    }
+
+    #[test]
+    fn migrations_look_so() {
+        let done = samples::completed(samples::migration());
+        let table = migrations(&[samples::running(samples::migration()), done]);
+        let expected = "\
+ID  INSTANCE  FROM  TO    STATUS     PHASE   %    MOVED        RATE      DIRTY    ETA    DOWNTIME  TIME   ACCEPTED              REASON
+7   demo-1    kvm1  kvm2  running    memory  61   0.6/1.1 GiB  90 MiB/s  4 MiB/s  1.5 s  ~120 ms   1.0 s  2026-11-23 18:46:51Z  -
+7   demo-1    kvm1  kvm2  completed  -       100  1.1/1.1 GiB  -         -        -      212 ms    2.1 s  2026-11-23 18:46:51Z  -";
+        assert_eq!(table, expected, "\n{table}");
+        assert_eq!(migrations(&[]), "no migrations");
+    }
+}

@@ -1,0 +1,213 @@
+//! What the agent serves: decode, act, answer. Two interfaces on one server:
+//! Drover's own steps here, and what Nova's frontends ask of a node in [`nova`].
+//!
+//! A request is acknowledged when its step is done. A step begun by an agent
+//! that died is delivered again, and finds in the journal what was done.
+
+pub(crate) mod nova;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use drover_model::api::{
+    NAMESPACE, VERSION,
+    compute::{
+        AgentStatus, CheckDestination, CheckPath, CheckSource, GuestLocation, LiveMigration,
+        PreLiveMigration, StepRef, method,
+    },
+    fault::Fault,
+};
+use drover_rpc::{Endpoint, RemoteFailure, Request};
+use serde::Serialize;
+use serde_json::Value;
+use tracing::{debug, warn};
+
+use crate::{
+    faults,
+    hypervisor::{HypervisorError, Job},
+    migration::{Command, Registry},
+    node::{Counters, Node},
+};
+
+const METHODS: &[&str] = &[
+    method::GET_STATUS,
+    method::CHECK_SOURCE,
+    method::CHECK_DESTINATION,
+    method::CHECK_PATH,
+    method::PRE_LIVE_MIGRATION,
+    method::LIVE_MIGRATION,
+    method::GET_JOB,
+    method::ABORT,
+    method::FORCE_COMPLETE,
+    method::LOCATE,
+    method::POST_LIVE_MIGRATION,
+    method::POST_AT_DESTINATION,
+    method::ROLLBACK_AT_DESTINATION,
+    method::ROLLBACK_AT_SOURCE,
+];
+
+/// Drover's own steps.
+pub(crate) struct Steps {
+    pub(crate) node: Arc<Node>,
+    pub(crate) registry: Arc<Registry>,
+}
+
+#[async_trait]
+impl Endpoint for Steps {
+    fn namespace(&self) -> Option<&str> {
+        Some(NAMESPACE)
+    }
+
+    fn version(&self) -> &str {
+        VERSION
+    }
+
+    fn methods(&self) -> &[&str] {
+        METHODS
+    }
+
+    async fn handle(&self, request: Request) -> Result<Value, RemoteFailure> {
+        let answer = self.serve(&request).await;
+        let counters = &self.node.counters;
+        match &answer {
+            Ok(_) => {
+                debug!(method = request.method(), "step done");
+                Counters::add(&counters.steps_done);
+            }
+            Err(failure) => {
+                let (method, request_id) = (request.method(), request.context().request_id());
+                warn!(method, request_id, %failure, "step not done");
+                Counters::add(&counters.steps_failed);
+            }
+        }
+        answer
+    }
+}
+
+impl Steps {
+    async fn serve(&self, request: &Request) -> Result<Value, RemoteFailure> {
+        use Command as C;
+        let actors = &self.registry;
+        match request.method() {
+            method::GET_STATUS => answer(Ok(self.status().await)),
+            method::LOCATE => answer(self.locate(request.args()?).await),
+            method::CHECK_SOURCE => {
+                let step: CheckSource = request.args()?;
+                answer(
+                    actors
+                        .ask(step.migration, |to| C::CheckSource(step, to))
+                        .await,
+                )
+            }
+            method::CHECK_DESTINATION => {
+                let step: Box<CheckDestination> = request.args()?;
+                answer(
+                    actors
+                        .ask(step.migration, |to| C::CheckDestination(step, to))
+                        .await,
+                )
+            }
+            method::CHECK_PATH => {
+                let step: CheckPath = request.args()?;
+                answer(
+                    actors
+                        .ask(step.migration, |to| C::CheckPath(step, to))
+                        .await,
+                )
+            }
+            method::PRE_LIVE_MIGRATION => {
+                let step: Box<PreLiveMigration> = request.args()?;
+                answer(
+                    actors
+                        .ask(step.migration, |to| C::PreLiveMigration(step, to))
+                        .await,
+                )
+            }
+            method::LIVE_MIGRATION => {
+                let step: Box<LiveMigration> = request.args()?;
+                answer(
+                    actors
+                        .ask(step.migration, |to| C::LiveMigration(step, to))
+                        .await,
+                )
+            }
+            _ => self.serve_by_reference(request).await,
+        }
+    }
+
+    /// Steps that need nothing but the name of their subject.
+    async fn serve_by_reference(&self, request: &Request) -> Result<Value, RemoteFailure> {
+        use Command as C;
+        let step: StepRef = request.args()?;
+        let (actors, id) = (&self.registry, step.migration);
+        match request.method() {
+            method::GET_JOB => answer(actors.ask(id, |to| C::GetJob(step, to)).await),
+            method::ABORT => answer(actors.ask(id, |to| C::Abort(step, to)).await),
+            method::FORCE_COMPLETE => answer(actors.ask(id, |to| C::ForceComplete(step, to)).await),
+            method::POST_LIVE_MIGRATION => {
+                answer(actors.ask(id, |to| C::PostLiveMigration(step, to)).await)
+            }
+            method::POST_AT_DESTINATION => {
+                answer(actors.ask(id, |to| C::PostAtDestination(step, to)).await)
+            }
+            method::ROLLBACK_AT_DESTINATION => answer(
+                actors
+                    .ask(id, |to| C::RollbackAtDestination(step, to))
+                    .await,
+            ),
+            method::ROLLBACK_AT_SOURCE => {
+                answer(actors.ask(id, |to| C::RollbackAtSource(step, to)).await)
+            }
+            other => {
+                let message = format!("'{other}' is listed and not served");
+                Err(faults::exception(Fault::bug(message)))
+            }
+        }
+    }
+
+    async fn status(&self) -> AgentStatus {
+        let mut counters = self.node.counters.snapshot();
+        if let Value::Object(messaging) = self.node.conductor.messaging_counters() {
+            for (name, value) in messaging {
+                counters.extend(value.as_u64().map(|v| (format!("rpc_{name}"), v)));
+            }
+        }
+        let mut migrations: Vec<_> = self.registry.under_way().into_values().collect();
+        migrations.sort();
+        AgentStatus {
+            host: self.node.settings.host.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            clock_ms: self.node.now_ms(),
+            libvirt: self
+                .node
+                .hypervisor
+                .inventory()
+                .await
+                .map_err(|e| e.to_string()),
+            migrations,
+            counters,
+        }
+    }
+
+    /// Asked of libvirt at once, past whatever the migration's actor is doing.
+    async fn locate(&self, step: StepRef) -> Result<GuestLocation, Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let job = async {
+            match hypervisor.job(step.instance).await {
+                Err(HypervisorError::NoSuchGuest(_)) => Ok(Job::None),
+                other => other,
+            }
+        };
+        let asked = tokio::try_join!(hypervisor.presence(step.instance), job);
+        let (presence, job) = asked.map_err(faults::hypervisor)?;
+        Ok(GuestLocation {
+            presence,
+            migrating: matches!(job, Job::Migration(_)),
+        })
+    }
+}
+
+fn answer<T: Serialize>(answer: Result<T, Fault>) -> Result<Value, RemoteFailure> {
+    let answer = answer.map_err(faults::exception)?;
+    serde_json::to_value(answer).map_err(|e| faults::exception(Fault::bug(e.to_string())))
+}

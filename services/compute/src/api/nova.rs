@@ -1,0 +1,175 @@
+//! What Nova's frontends ask of a compute node, with Nova's names and arguments
+//! (null namespace, version 6.x). The conductor decides on migrations, so both
+//! wishes are passed on to it under the caller's context.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use drover_model::ids::{InstanceId, MigrationId};
+use drover_rpc::{Endpoint, RemoteFailure, Request, RequestContext, RpcError};
+use drover_runtime::error_chain::Chain;
+use serde::Deserialize;
+use serde_json::Value;
+use tracing::info;
+
+use crate::{migration::Registry, node::Node};
+
+/// The newest interface of Nova's whose two methods these are.
+const VERSION: &str = "6.5";
+const ABORT: &str = "live_migration_abort";
+const FORCE_COMPLETE: &str = "live_migration_force_complete";
+const METHODS: &[&str] = &[ABORT, FORCE_COMPLETE];
+
+/// Nova's interface of a compute node.
+pub(crate) struct NovaCompute {
+    pub(crate) node: Arc<Node>,
+    pub(crate) registry: Arc<Registry>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Abort {
+    instance: NovaInstance,
+    migration_id: i64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ForceComplete {
+    instance: NovaInstance,
+}
+
+/// An instance as Nova's frontends name one: its UUID, or the whole of it as a
+/// serialised versioned object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Value")]
+struct NovaInstance(InstanceId);
+
+impl TryFrom<Value> for NovaInstance {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        let uuid = match &value {
+            Value::String(uuid) => Some(uuid.as_str()),
+            object => object
+                .pointer("/nova_object.data/uuid")
+                .and_then(Value::as_str),
+        };
+        let uuid = uuid.ok_or("an instance is a UUID or a versioned object that has one")?;
+        let id = uuid
+            .parse()
+            .map_err(|e| format!("the instance's UUID: {e}"))?;
+        Ok(Self(id))
+    }
+}
+
+#[async_trait]
+impl Endpoint for NovaCompute {
+    fn version(&self) -> &str {
+        VERSION
+    }
+
+    fn methods(&self) -> &[&str] {
+        METHODS
+    }
+
+    async fn handle(&self, request: Request) -> Result<Value, RemoteFailure> {
+        let who = request.context();
+        match request.method() {
+            ABORT => {
+                let Abort {
+                    instance: NovaInstance(instance),
+                    migration_id,
+                } = request.args()?;
+                info!(%instance, migration_id, "a frontend asks to abort; the conductor decides");
+                let sent = self
+                    .node
+                    .conductor
+                    .abort(migration_id.to_string(), who)
+                    .await;
+                sent.map_err(|e| not_passed_on(&e))?;
+            }
+            _ => {
+                let ForceComplete {
+                    instance: NovaInstance(instance),
+                } = request.args()?;
+                let migration = self.migration_of(instance, who).await?;
+                info!(%instance, %migration, "a frontend asks to force the end; the conductor decides");
+                let sent = self.node.conductor.force_complete(migration, who).await;
+                sent.map_err(|e| not_passed_on(&e))?;
+            }
+        }
+        Ok(Value::Null)
+    }
+}
+
+impl NovaCompute {
+    /// The migration under way of an instance: this node knows its own.
+    async fn migration_of(
+        &self,
+        instance: InstanceId,
+        who: &RequestContext,
+    ) -> Result<MigrationId, RemoteFailure> {
+        if let Some(own) = self.registry.holder(instance) {
+            return Ok(own);
+        }
+        let found = self.node.conductor.active_migration(instance, who).await;
+        found.map_err(|e| not_passed_on(&e))?.ok_or_else(|| {
+            let message =
+                format!("Migration not found for instance {instance} with status running.");
+            RemoteFailure::nova("MigrationNotFoundByStatus", message)
+        })
+    }
+}
+
+fn not_passed_on(error: &RpcError) -> RemoteFailure {
+    match error.failure() {
+        Some(failure) => failure.clone(),
+        None => {
+            let message = format!("The conductor was not reached: {}", Chain(error));
+            RemoteFailure::nova("ServiceUnavailable", message)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: &str = "6f1f3a36-6b3e-4a7e-9f0a-1d9a4b7d0001";
+
+    #[test]
+    fn an_instance_comes_as_text_or_as_novas_object() {
+        let id = NovaInstance(UUID.parse().unwrap());
+        let plain = serde_json::json!({"instance": UUID});
+        let read: ForceComplete = serde_json::from_value(plain).unwrap();
+        assert_eq!(read.instance, id);
+
+        let object = serde_json::json!({
+            "instance": {
+                "nova_object.name": "Instance",
+                "nova_object.namespace": "nova",
+                "nova_object.version": "2.8",
+                "nova_object.data": {"id": 1, "uuid": UUID, "flavor": {}},
+                "nova_object.changes": ["flavor"],
+            },
+            "migration_id": 7,
+        });
+        let read: Abort = serde_json::from_value(object).unwrap();
+        assert_eq!((read.instance, read.migration_id), (id, 7));
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for bad in [
+            serde_json::json!({}),
+            serde_json::json!({"instance": null}),
+            serde_json::json!({"instance": "vm1"}),
+            serde_json::json!({"instance": {"uuid": UUID}}),
+            serde_json::json!({"instance": {"nova_object.data": {"uuid": 1}}}),
+            serde_json::json!({"instance": UUID, "more": 1}),
+        ] {
+            assert!(serde_json::from_value::<ForceComplete>(bad).is_err());
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! The way to the conductor: what the agent says to it, and how losing it is
+//! borne. Reports are casts that may be lost; the conductor asks if it wonders.
+
+use std::{sync::Arc, time::Duration};
+
+use drover_model::{
+    api::{
+        CONDUCTOR_TOPIC, NAMESPACE, VERSION,
+        conductor::{ListMigrations, MigrationRef, MigrationReport, method},
+    },
+    ids::{InstanceId, MigrationId},
+    migration::Migration,
+    node::NodeReport,
+};
+use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target, Transport};
+use tokio::sync::mpsc;
+
+/// Reports that may wait for the broker; one a second per migration, so this is
+/// a minute of one migration. Beyond it the newest is dropped: nobody reads
+/// progress that old.
+const MAX_WAITING_REPORTS: usize = 64;
+/// How long a frontend's wish waits for the conductor.
+const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The conductor as the agent sees it.
+#[derive(Clone)]
+pub(crate) struct Conductor {
+    client: RpcClient,
+    target: Target,
+    transport: Arc<dyn Transport>,
+    reports: mpsc::Sender<MigrationReport>,
+}
+
+impl Conductor {
+    /// The way to the conductor, and the reports that [`Self::report`] queues
+    /// for somebody to send.
+    pub(crate) fn new(
+        client: RpcClient,
+        transport: Arc<dyn Transport>,
+    ) -> (Self, mpsc::Receiver<MigrationReport>) {
+        let (reports, waiting) = mpsc::channel(MAX_WAITING_REPORTS);
+        let target = Target::topic(CONDUCTOR_TOPIC)
+            .namespace(NAMESPACE)
+            .version(VERSION);
+        let conductor = Self {
+            client,
+            target,
+            transport,
+            reports,
+        };
+        (conductor, waiting)
+    }
+
+    /// Counters of the messaging below, by name.
+    pub(crate) fn messaging_counters(&self) -> serde_json::Value {
+        serde_json::to_value(self.transport.stats().snapshot()).unwrap_or_default()
+    }
+
+    /// Queues a report without ever waiting; says whether there was room.
+    pub(crate) fn report(&self, report: MigrationReport) -> bool {
+        self.reports.try_send(report).is_ok()
+    }
+
+    /// Sends a report on a migration.
+    pub(crate) async fn send_report(&self, report: &MigrationReport) -> Result<(), RpcError> {
+        self.cast(method::MIGRATION_PROGRESS, report, &service())
+            .await
+    }
+
+    /// Sends a report on the node.
+    pub(crate) async fn report_state(&self, report: &NodeReport) -> Result<(), RpcError> {
+        self.cast(method::REPORT_STATE, report, &service()).await
+    }
+
+    /// Passes on a frontend's wish to abort.
+    pub(crate) async fn abort(
+        &self,
+        migration: String,
+        who: &RequestContext,
+    ) -> Result<(), RpcError> {
+        self.cast(method::ABORT_MIGRATION, &MigrationRef { migration }, who)
+            .await
+    }
+
+    /// Passes on a frontend's wish to force a migration to its end.
+    pub(crate) async fn force_complete(
+        &self,
+        migration: MigrationId,
+        who: &RequestContext,
+    ) -> Result<(), RpcError> {
+        let migration = migration.to_string();
+        self.cast(
+            method::FORCE_COMPLETE_MIGRATION,
+            &MigrationRef { migration },
+            who,
+        )
+        .await
+    }
+
+    /// The unfinished migration of an instance, if there is one.
+    pub(crate) async fn active_migration(
+        &self,
+        instance: InstanceId,
+        who: &RequestContext,
+    ) -> Result<Option<MigrationId>, RpcError> {
+        let which = ListMigrations {
+            instance: Some(instance.to_string()),
+            active: true,
+            limit: Some(1),
+            ..ListMigrations::default()
+        };
+        let options = CallOptions {
+            timeout: Some(ASK_TIMEOUT),
+            ..CallOptions::default()
+        };
+        let found: Vec<Migration> = self
+            .client
+            .call_with(&self.target, who, method::LIST_MIGRATIONS, &which, options)
+            .await?;
+        Ok(found.first().map(|migration| migration.uuid))
+    }
+
+    async fn cast<A: serde::Serialize + Sync>(
+        &self,
+        method: &str,
+        args: &A,
+        who: &RequestContext,
+    ) -> Result<(), RpcError> {
+        self.client.cast(&self.target, who, method, args).await
+    }
+}
+
+fn service() -> RequestContext {
+    RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()))
+}

@@ -1,0 +1,211 @@
+//! What callers do to guests and migrations, each act carried out at one
+//! moment, with libvirt's rules for what it refuses.
+
+use std::time::Duration;
+
+use drover_model::{
+    guest::{Guest, PowerState, Presence},
+    ids::{HostName, InstanceId},
+};
+use tokio::time::Instant;
+
+use super::{
+    super::{Event, HypervisorError, Job, JobSample, Result},
+    journey::{Journey, Leg},
+    node::{Domain, Memory},
+    transfer::MemoryLoad,
+    world::World,
+};
+
+fn wrong_state<T>(words: impl Into<String>) -> Result<T> {
+    Err(HypervisorError::WrongState(words.into()))
+}
+
+impl World {
+    pub(super) fn job(&self, host: &HostName, id: InstanceId) -> Result<Job> {
+        let Some(domain) = self.domain(host, id) else {
+            return Err(HypervisorError::NoSuchGuest(id));
+        };
+        Ok(match self.journey_at(host, id) {
+            Some(journey) if journey.from == *host => Job::Migration(journey.sample()),
+            Some(journey) => Job::Migration(journey.sample_incoming()),
+            None => domain.other_job.clone().map_or(Job::None, Job::Other),
+        })
+    }
+
+    pub(super) fn completed_job(
+        &self,
+        host: &HostName,
+        id: InstanceId,
+    ) -> Result<Option<JobSample>> {
+        match self.domain(host, id) {
+            Some(domain) => Ok(domain.completed.clone()),
+            None => Err(HypervisorError::NoSuchGuest(id)),
+        }
+    }
+
+    /// The migration that leaves this node with that guest.
+    fn outgoing(&self, host: &HostName, id: InstanceId) -> Result<&Journey> {
+        if self.domain(host, id).is_none() {
+            return Err(HypervisorError::NoSuchGuest(id));
+        }
+        match self.journeys.get(&id).filter(|j| j.from == *host) {
+            Some(journey) => Ok(journey),
+            None => wrong_state("domain is not being migrated"),
+        }
+    }
+
+    /// The same, if it can still be turned round.
+    fn revocable(&self, host: &HostName, id: InstanceId) -> Result<&Journey> {
+        let journey = self.outgoing(host, id)?;
+        let leaving = matches!(
+            journey.leg,
+            Leg::SwitchOver {
+                then_post_copy: true,
+                ..
+            }
+        );
+        if journey.is_committed() || leaving {
+            return wrong_state("the guest is the destination's already");
+        }
+        Ok(journey)
+    }
+
+    pub(super) fn abort(&mut self, host: &HostName, id: InstanceId, now: Instant) -> Result<()> {
+        self.revocable(host, id)?;
+        let words = "operation aborted: migration out job: canceled by client";
+        self.fail(id, HypervisorError::Aborted(words.to_owned()), now);
+        Ok(())
+    }
+
+    pub(super) fn start_post_copy(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        now: Instant,
+    ) -> Result<()> {
+        let journey = self.outgoing(host, id)?;
+        if !journey.spec.options.post_copy {
+            return wrong_state("migration was not started with post-copy allowed");
+        }
+        match journey.leg {
+            Leg::Memory => {
+                self.switch_over(id, now, 1, true);
+                Ok(())
+            }
+            Leg::PostCopy { .. }
+            | Leg::SwitchOver {
+                then_post_copy: true,
+                ..
+            } => Ok(()),
+            _ => wrong_state("memory is not being copied"),
+        }
+    }
+
+    pub(super) fn pause_for_switch_over(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        now: Instant,
+    ) -> Result<()> {
+        self.revocable(host, id)?;
+        self.stop_for_journey(id, now);
+        Ok(())
+    }
+
+    pub(super) fn resume(&mut self, host: &HostName, id: InstanceId, now: Instant) -> Result<()> {
+        let Some(domain) = self.domain(host, id) else {
+            return Err(HypervisorError::NoSuchGuest(id));
+        };
+        match domain.presence() {
+            _ if self.journey_at(host, id).is_some() => wrong_state("domain is being migrated"),
+            Presence::Present(PowerState::Running) => Ok(()),
+            Presence::Present(PowerState::Paused) if domain.whole => {
+                self.start_vcpus(host, id, now);
+                Ok(())
+            }
+            Presence::Present(PowerState::Paused) => {
+                wrong_state("domain lost its memory in post-copy")
+            }
+            Presence::Incoming => wrong_state("domain waits for a migration"),
+            _ => wrong_state("domain is not paused"),
+        }
+    }
+
+    pub(super) fn set_max_downtime(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        downtime_ms: u64,
+    ) -> Result<()> {
+        self.revocable(host, id)?;
+        if let Some(journey) = self.journeys.get_mut(&id) {
+            journey.precopy.allow_downtime_ms(downtime_ms);
+        }
+        Ok(())
+    }
+
+    pub(super) fn discard_incoming(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        now: Instant,
+    ) -> Result<()> {
+        match self.presence(host, id) {
+            Presence::Absent => return Ok(()),
+            Presence::Incoming => {}
+            Presence::Present(_) => return wrong_state("domain is not waiting for a migration"),
+        }
+        // The migration that was to arrive fails with its QEMU.
+        self.qemu_dies(host, id, now);
+        self.remove_incoming(host, id);
+        self.node_mut(host).domains.remove(&id);
+        Ok(())
+    }
+
+    pub(super) fn undefine(&mut self, host: &HostName, id: InstanceId) -> Result<()> {
+        match self.presence(host, id) {
+            Presence::Absent => Ok(()),
+            Presence::Present(PowerState::Shutdown | PowerState::Crashed) => {
+                self.node_mut(host).domains.remove(&id);
+                self.node(host).emit(Event::Guest(id));
+                Ok(())
+            }
+            _ => wrong_state("domain is active"),
+        }
+    }
+
+    /// Puts a new guest on a node, with the files of its drives.
+    pub(super) fn add_guest(
+        &mut self,
+        host: &HostName,
+        guest: Guest,
+        load: MemoryLoad,
+        now: Instant,
+    ) {
+        let id = guest.id;
+        let state = guest.power_state;
+        let tokens = self.make_disks(host, &guest);
+        let counter = Duration::ZERO;
+        self.ledger.born(id, state.is_active(), counter);
+        let domain = Domain {
+            guest,
+            state: PowerState::Paused,
+            incoming: false,
+            defined_before: false,
+            whole: true,
+            load,
+            memory: Memory::at(counter),
+            tokens,
+            completed: None,
+            other_job: None,
+            left_by_script: false,
+        };
+        self.node_mut(host).domains.insert(id, domain);
+        if state == PowerState::Running {
+            self.start_vcpus(host, id, now);
+        } else if let Some(domain) = self.domain_mut(host, id) {
+            domain.state = state;
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! What a node says when it is asked: its inventory, its domains, and what it
+//! knows of a guest that may come.
+
+use drover_model::{
+    api::compute::{CpuVerdict, DiskFact, Mark, NetworkFact},
+    guest::{Disk, Guest, Presence},
+    ids::{HostName, InstanceId},
+    node::{InstanceReport, Inventory},
+};
+
+use super::{
+    super::{DestinationAnswer, DestinationQuestion},
+    node::Domain,
+    storage::{Content, directory_of},
+    world::World,
+};
+
+/// Where a node keeps its guests' disks unless it is told otherwise.
+pub(super) const IMAGES: &str = "/var/lib/libvirt/images";
+
+impl World {
+    pub(super) fn inventory(&self, host: &HostName) -> Inventory {
+        let spec = &self.node(host).spec;
+        let volume = self.storage.volume_at(host, IMAGES);
+        Inventory {
+            hypervisor_type: spec.hypervisor_type.clone(),
+            hypervisor_version: spec.hypervisor_version,
+            libvirt_version: spec.libvirt_version,
+            arch: spec.arch.clone(),
+            cpu_model: spec.cpu_model.clone(),
+            kvm: spec.kvm,
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            disk_bytes: volume.map_or(0, |v| v.capacity_bytes()),
+            disk_free_bytes: volume.map_or(0, |v| v.free_bytes()),
+        }
+    }
+
+    pub(super) fn reports(&self, host: &HostName) -> Vec<InstanceReport> {
+        self.node(host).domains.values().map(report).collect()
+    }
+
+    pub(super) fn describe(&self, host: &HostName, id: InstanceId) -> Option<Guest> {
+        let domain = self.domain(host, id)?;
+        let mut guest = domain.guest.clone();
+        guest.power_state = domain.state;
+        guest.active_job = match self.journey_at(host, id) {
+            Some(journey) if journey.from == *host => Some("migration out".to_owned()),
+            Some(_) => Some("migration in".to_owned()),
+            None => domain.other_job.clone(),
+        };
+        for disk in &mut guest.disks {
+            let file = disk.local_path().and_then(|p| self.storage.file(host, p));
+            disk.allocated_bytes = file.map_or(0, |f| f.allocated_bytes);
+        }
+        Some(guest)
+    }
+
+    pub(super) fn presence(&self, host: &HostName, id: InstanceId) -> Presence {
+        self.domain(host, id)
+            .map_or(Presence::Absent, Domain::presence)
+    }
+
+    pub(super) fn answer(
+        &self,
+        host: &HostName,
+        question: &DestinationQuestion<'_>,
+    ) -> DestinationAnswer {
+        let guest = question.guest;
+        let spec = &self.node(host).spec;
+        let networks = guest.nics.iter().map(|nic| NetworkFact {
+            mac: nic.mac.clone(),
+            attachment: nic.attachment.clone(),
+            present: spec.has_attachment(&nic.attachment),
+        });
+        DestinationAnswer {
+            emulator_present: spec.emulators.contains(&guest.emulator),
+            machine_supported: spec.machines.contains(&guest.machine),
+            virt_type_supported: spec.runs(&guest.virt_type),
+            cpu: self.cpu_verdict(host, guest),
+            networks: networks.collect(),
+            same_uuid: self.presence(host, guest.id),
+            same_name: self.other_of_name(host, guest),
+            disks: self.disk_facts(host, question),
+        }
+    }
+
+    fn cpu_verdict(&self, host: &HostName, guest: &Guest) -> CpuVerdict {
+        let spec = &self.node(host).spec;
+        let unknown = |detail: &str| CpuVerdict::Unknown {
+            detail: detail.to_owned(),
+        };
+        let Some(cpu_xml) = &guest.cpu_xml else {
+            return unknown("the guest's definition names no CPU");
+        };
+        if let Some(detail) = &spec.cpu_unknown {
+            return unknown(detail);
+        }
+        match spec.missing_features(cpu_xml) {
+            missing if missing.is_empty() => CpuVerdict::Compatible,
+            missing => CpuVerdict::Incompatible {
+                detail: format!("missing features: {}", missing.join(", ")),
+            },
+        }
+    }
+
+    pub(super) fn other_of_name(&self, host: &HostName, guest: &Guest) -> Option<InstanceId> {
+        self.node(host)
+            .domains
+            .values()
+            .find(|d| d.guest.name == guest.name && d.guest.id != guest.id)
+            .map(|d| d.guest.id)
+    }
+
+    fn disk_facts(&self, host: &HostName, question: &DestinationQuestion<'_>) -> Vec<DiskFact> {
+        let disks = question.guest.disks.iter();
+        disks
+            .filter_map(|disk| Some((disk, disk.local_path()?)))
+            .map(|(disk, path)| {
+                let directory = directory_of(path);
+                let volume = self.storage.volume_at(host, directory);
+                DiskFact {
+                    target: disk.target.clone(),
+                    shared: question
+                        .marks
+                        .iter()
+                        .any(|m| m.directory == directory && self.sees_mark(host, m)),
+                    exists: self.storage.file(host, path).is_some(),
+                    directory_exists: self.storage.has_directory(host, directory),
+                    file_system: volume.map_or_else(String::new, |v| v.name.clone()),
+                    free_bytes: volume.map_or(0, |v| v.free_bytes()),
+                    missing_backing: self.missing_backing(host, disk),
+                }
+            })
+            .collect()
+    }
+
+    pub(super) fn sees_mark(&self, host: &HostName, mark: &Mark) -> bool {
+        let file = mark
+            .path
+            .as_ref()
+            .and_then(|path| self.storage.file(host, path));
+        file.is_some_and(|f| f.content == Content::Text(mark.content.clone()))
+    }
+
+    pub(super) fn missing_backing(&self, host: &HostName, disk: &Disk) -> Vec<String> {
+        let paths = disk.backing.iter().map(|image| &image.path);
+        paths
+            .filter(|path| self.storage.file(host, path).is_none())
+            .cloned()
+            .collect()
+    }
+}
+
+fn report(domain: &Domain) -> InstanceReport {
+    let guest = &domain.guest;
+    InstanceReport {
+        id: guest.id,
+        name: guest.name.clone(),
+        project: guest.project.clone(),
+        generation: guest.generation,
+        power_state: domain.state,
+        incoming: domain.incoming,
+        vcpus: guest.vcpus,
+        memory_mib: guest.memory_mib,
+        disk_bytes: guest.disks.iter().map(|d| d.virtual_bytes).sum(),
+        migration: None,
+    }
+}

@@ -1,0 +1,241 @@
+//! What a fake guest is made from.
+
+use drover_model::{
+    DEFAULT_PROJECT,
+    guest::{
+        BackingImage, Disk, DiskSource, Guest, Immovable, ImmovableKind, Nic, NicAttachment,
+        PowerState,
+    },
+    ids::InstanceId,
+};
+
+use super::transfer::MemoryLoad;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// A guest to be. Idle, running, diskless, one vCPU, 512 MiB and one NIC on
+/// `br-guests`, unless told otherwise.
+#[derive(Debug, Clone)]
+pub struct GuestBuilder {
+    guest: Guest,
+    id: Option<InstanceId>,
+    dirty_mib_s: u64,
+    working_set_mib: Option<u64>,
+}
+
+impl GuestBuilder {
+    /// A guest of that name.
+    pub fn new(name: &str) -> Self {
+        Self {
+            guest: plain_guest(name),
+            id: None,
+            dirty_mib_s: 0,
+            working_set_mib: None,
+        }
+    }
+
+    /// Its UUID; otherwise the fabric draws one.
+    pub fn id(mut self, id: InstanceId) -> Self {
+        self.id = Some(id);
+        self
+    }
+
+    /// Its project.
+    pub fn project(mut self, project: &str) -> Self {
+        project.clone_into(&mut self.guest.project);
+        self
+    }
+
+    /// Its state to begin with.
+    pub fn state(mut self, state: PowerState) -> Self {
+        self.guest.power_state = state;
+        self
+    }
+
+    /// Defined only as long as it runs.
+    pub fn transient(mut self) -> Self {
+        self.guest.persistent = false;
+        self
+    }
+
+    /// Its vCPUs.
+    pub fn vcpus(mut self, vcpus: u32) -> Self {
+        self.guest.vcpus = vcpus;
+        self
+    }
+
+    /// Its memory, MiB.
+    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
+        self.guest.memory_mib = memory_mib;
+        self
+    }
+
+    /// How fast it writes memory, MiB/s.
+    pub fn dirty_mib_s(mut self, dirty_mib_s: u64) -> Self {
+        self.dirty_mib_s = dirty_mib_s;
+        self
+    }
+
+    /// How much of its memory it writes to, MiB; all of it otherwise.
+    pub fn working_set_mib(mut self, working_set_mib: u64) -> Self {
+        self.working_set_mib = Some(working_set_mib);
+        self
+    }
+
+    /// One more qcow2 disk, not cached by the host, of 10 GiB with
+    /// `allocated_mib` MiB in use.
+    pub fn disk(mut self, path: &str, allocated_mib: u64) -> Self {
+        let target = self.next_target();
+        self.guest.disks.push(Disk {
+            target,
+            device: "disk".to_owned(),
+            source: DiskSource::File {
+                path: path.to_owned(),
+            },
+            format: "qcow2".to_owned(),
+            cache: Some("none".to_owned()),
+            read_only: false,
+            shareable: false,
+            virtual_bytes: 10 * GIB,
+            allocated_bytes: allocated_mib * MIB,
+            backing: Vec::new(),
+        });
+        self
+    }
+
+    /// A base image under the disk that was added last.
+    pub fn backing(mut self, path: &str) -> Self {
+        if let Some(disk) = self.guest.disks.last_mut() {
+            disk.backing.push(BackingImage {
+                path: path.to_owned(),
+                format: "qcow2".to_owned(),
+            });
+        }
+        self
+    }
+
+    /// One more drive, whatever it is. Its file is made if the node lacks it.
+    pub fn drive(mut self, disk: Disk) -> Self {
+        self.guest.disks.push(disk);
+        self
+    }
+
+    /// Its NICs, instead of the one on `br-guests`.
+    pub fn nics(mut self, attachments: &[NicAttachment]) -> Self {
+        self.guest.nics = attachments
+            .iter()
+            .enumerate()
+            .map(|(i, attachment)| Nic {
+                mac: format!("52:54:00:00:00:{i:02x}"),
+                attachment: attachment.clone(),
+            })
+            .collect();
+        self
+    }
+
+    /// CPU features it was started with and needs wherever it runs.
+    pub fn cpu_features(mut self, features: &[&str]) -> Self {
+        self.guest.cpu_xml = Some(cpu_xml(features));
+        self
+    }
+
+    /// A device that ties it to its node.
+    pub fn immovable(mut self, kind: ImmovableKind, what: &str) -> Self {
+        self.guest.immovable.push(Immovable {
+            kind,
+            what: what.to_owned(),
+        });
+        self
+    }
+
+    /// Anything else about its description.
+    pub fn with(mut self, change: impl FnOnce(&mut Guest)) -> Self {
+        change(&mut self.guest);
+        self
+    }
+
+    fn next_target(&self) -> String {
+        let letter = (b'a'..=b'z')
+            .nth(self.guest.disks.len())
+            .expect("a fake guest has at most 26 drives");
+        format!("vd{}", char::from(letter))
+    }
+
+    pub(super) fn build(self, drawn: InstanceId) -> (Guest, MemoryLoad) {
+        let mut guest = self.guest;
+        guest.id = self.id.unwrap_or(drawn);
+        let total_bytes = guest.memory_mib * MIB;
+        let load = MemoryLoad {
+            total_bytes,
+            dirty_bytes_s: self.dirty_mib_s * MIB,
+            working_set_bytes: self.working_set_mib.map_or(total_bytes, |mib| mib * MIB),
+        };
+        (guest, load)
+    }
+}
+
+fn plain_guest(name: &str) -> Guest {
+    Guest {
+        id: InstanceId(uuid::Uuid::nil()),
+        name: name.to_owned(),
+        project: DEFAULT_PROJECT.to_owned(),
+        generation: 0,
+        power_state: PowerState::Running,
+        persistent: true,
+        vcpus: 1,
+        memory_mib: 512,
+        virt_type: "qemu".to_owned(),
+        arch: "x86_64".to_owned(),
+        machine: super::node::MACHINE.to_owned(),
+        emulator: super::node::EMULATOR.to_owned(),
+        cpu_xml: Some(cpu_xml(&["sse4.2"])),
+        disks: Vec::new(),
+        nics: vec![Nic {
+            mac: "52:54:00:00:00:01".to_owned(),
+            attachment: NicAttachment::Bridge {
+                bridge: super::node::BRIDGE.to_owned(),
+            },
+        }],
+        immovable: Vec::new(),
+        snapshots: Vec::new(),
+        active_job: None,
+    }
+}
+
+fn cpu_xml(features: &[&str]) -> String {
+    let features: String = features
+        .iter()
+        .map(|name| format!("<feature policy='require' name='{name}'/>"))
+        .collect();
+    format!("<cpu mode='custom' match='exact'><model>qemu64</model>{features}</cpu>")
+}
+
+/// The features that [`cpu_xml`] wrote into a `<cpu>` element.
+pub(super) fn features_in(cpu_xml: &str) -> impl Iterator<Item = &str> {
+    cpu_xml
+        .split(" name='")
+        .skip(1)
+        .filter_map(|rest| rest.split('\'').next())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_read_back() {
+        let xml = cpu_xml(&["avx2", "pcid"]);
+        assert_eq!(features_in(&xml).collect::<Vec<_>>(), ["avx2", "pcid"]);
+        assert_eq!(features_in("<cpu/>").count(), 0);
+    }
+
+    #[test]
+    fn disks_get_names_in_turn() {
+        let builder = GuestBuilder::new("g").disk("/a/1", 1).disk("/a/2", 1);
+        let (guest, _) = builder.build(InstanceId(uuid::Uuid::from_u128(7)));
+        let targets: Vec<&str> = guest.disks.iter().map(|d| d.target.as_str()).collect();
+        assert_eq!(targets, ["vda", "vdb"]);
+        assert_eq!(guest.id.0.as_u128(), 7);
+    }
+}

@@ -1,0 +1,122 @@
+//! The checker's look at the world as it is now; what happened before is in
+//! [`super::ledger`].
+
+use std::time::Duration;
+
+use drover_model::{
+    guest::{Disk, PowerState},
+    ids::{HostName, InstanceId},
+};
+use tokio::time::Instant;
+
+use super::{
+    ledger::Violation,
+    node::Domain,
+    storage::{Content, Volume},
+    vcpus::own_disks,
+    world::World,
+};
+
+impl World {
+    /// Notes every violation that can be seen now.
+    pub(super) fn inspect(&mut self, now: Instant) {
+        for guest in self.ledger.guests() {
+            self.inspect_guest(guest, now);
+        }
+    }
+
+    fn inspect_guest(&mut self, guest: InstanceId, now: Instant) {
+        let running = self.hosts_where(guest, Domain::runs);
+        let active = self.hosts_where(guest, |d| {
+            !d.incoming && !d.left_by_script && d.state.is_active()
+        });
+        for host in &running {
+            self.write_disks(host, guest, now);
+            self.check_disks(host, guest, now);
+        }
+        let ended = self.ledger.has_ended(guest);
+        if running.len() > 1 {
+            let nodes = running;
+            self.ledger.record(Violation::TwoRunning { guest, nodes });
+        } else if active.len() > 1 && !ended && !self.journeys.contains_key(&guest) {
+            let nodes = active;
+            self.ledger.record(Violation::TwoActive { guest, nodes });
+        } else if active.is_empty() && !ended {
+            self.ledger.record(Violation::NowhereActive { guest });
+        }
+    }
+
+    fn hosts_where(&self, guest: InstanceId, holds: impl Fn(&Domain) -> bool) -> Vec<HostName> {
+        self.nodes
+            .iter()
+            .filter(|(_, node)| node.domains.get(&guest).is_some_and(&holds))
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
+    /// What a guest's disks say how long it had run.
+    pub(super) fn last_written(&self, host: &HostName, id: InstanceId) -> Duration {
+        let disks = self.domain(host, id).map(own_disks).unwrap_or_default();
+        let written =
+            disks.iter().filter_map(
+                |(path, token)| match self.storage.file(host, path)?.content {
+                    Content::Disk { token: t, written } if t == *token => Some(written),
+                    _ => None,
+                },
+            );
+        written.max().unwrap_or_default()
+    }
+
+    /// What belongs to nobody, in words.
+    pub(super) fn leftovers(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for (host, node) in &self.nodes {
+            for (id, domain) in &node.domains {
+                if let Some(what) = self.leftover_of(host, *id, domain) {
+                    found.push(format!("{host}: {what} of {}", domain.guest.name));
+                }
+            }
+        }
+        for (volume, hosts) in self.storage.volumes() {
+            let paths = volume.files().map(|(path, _)| path);
+            let lost = paths.filter(|path| self.is_lost_file(volume, path, &hosts));
+            found.extend(lost.map(|path| format!("{}: file {path}", volume.name)));
+        }
+        found
+    }
+
+    fn leftover_of(
+        &self,
+        host: &HostName,
+        id: InstanceId,
+        domain: &Domain,
+    ) -> Option<&'static str> {
+        if self.journeys.contains_key(&id) {
+            return None;
+        }
+        let elsewhere = |d: &Domain| !d.incoming && !d.left_by_script && d.state.is_active();
+        let lives_elsewhere = self.hosts_where(id, elsewhere).iter().any(|h| h != host);
+        match domain.state {
+            _ if domain.incoming => Some("waiting copy"),
+            _ if domain.left_by_script => Some("old copy"),
+            PowerState::Shutdown | PowerState::Crashed if lives_elsewhere => Some("definition"),
+            _ => None,
+        }
+    }
+
+    fn is_lost_file(&self, volume: &Volume, path: &str, hosts: &[&HostName]) -> bool {
+        let Some((_, file)) = volume.files().find(|(p, _)| *p == path) else {
+            return false;
+        };
+        if let Content::Text(_) = file.content {
+            return path.contains("/.drover-");
+        }
+        let uses = |disk: &Disk| {
+            disk.local_path() == Some(path) || disk.backing.iter().any(|b| b.path == path)
+        };
+        !hosts.iter().any(|host| {
+            let mut domains = self.node(host).domains.values();
+            domains.any(|d| d.guest.disks.iter().any(uses))
+        })
+    }
+}

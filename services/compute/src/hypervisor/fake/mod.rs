@@ -1,0 +1,345 @@
+//! A fake hypervisor for tests: [`FakeDriver`]s on one [`Fabric`].
+//!
+//! A fake migration moves a fake guest from one fake node to another, in
+//! virtual time: memory and disks take as long as the guest's size, its
+//! writing and the road's width make them. It is honest to the contract in
+//! [`super`], which the contract suite holds it to beside the real driver, and
+//! it can be made to break wherever the real thing breaks ([`script`]).
+//!
+//! The world checks itself apart from what the nodes believe ([`ledger`],
+//! [`Fabric::check_invariants`]): each guest's memory counts how long it has
+//! run, and its disks hold that count, so lost memory, an old disk or a second
+//! running copy shows.
+//!
+//! Only tests make a fabric: no setting of any binary leads here.
+
+mod acts;
+mod answers;
+mod breakage;
+mod departure;
+mod fabric;
+mod files;
+mod guest_builder;
+mod inspect;
+mod journey;
+pub mod ledger;
+mod node;
+pub mod script;
+mod storage;
+#[cfg(test)]
+mod tests;
+pub mod transfer;
+mod vcpus;
+mod world;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use drover_model::{
+    api::compute::Mark,
+    guest::{Disk, Guest, Presence},
+    ids::{HostName, InstanceId, MigrationId},
+    node::{InstanceReport, Inventory},
+};
+use tokio::{
+    sync::{broadcast, watch},
+    time::{Instant, sleep},
+};
+
+use super::{
+    DestinationAnswer, DestinationQuestion, Event, Hypervisor, HypervisorError, Job, JobSample,
+    MigrateSpec, Result,
+};
+use journey::Outcome;
+use node::Libvirtd;
+use script::Effect;
+use world::World;
+
+pub use fabric::Fabric;
+pub use guest_builder::GuestBuilder;
+pub use ledger::Violation;
+pub use node::NodeSpec;
+pub use script::{At, Call, End, Fault};
+pub use storage::{Content, File};
+
+/// Longest time a call takes when no script slows it, microseconds.
+const LATENCY_US: u64 = 2_000;
+/// How long it takes to find out that nobody answers.
+const REACH_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a probe port stays open.
+const PROBE_TIME: Duration = Duration::from_secs(5);
+
+/// The driver of one fake node. It remembers nothing: all there is, is the
+/// fabric's, so dropping it is what killing an agent is.
+#[derive(Debug, Clone)]
+pub struct FakeDriver {
+    fabric: Fabric,
+    host: HostName,
+}
+
+impl FakeDriver {
+    fn new(fabric: Fabric, host: HostName) -> Self {
+        Self { fabric, host }
+    }
+
+    /// Its node.
+    pub fn host(&self) -> &HostName {
+        &self.host
+    }
+
+    /// Carries out a call as scripts and the node's libvirtd allow.
+    async fn call<T>(
+        &self,
+        call: Call,
+        act: impl FnOnce(&mut World, &HostName, Instant) -> Result<T> + Send,
+    ) -> Result<T> {
+        let (latency, effect) = self.fabric.with(|world, _| {
+            let latency = Duration::from_micros(world.rng.u64(..LATENCY_US));
+            (latency, take_effect(world, &self.host, call))
+        });
+        let before = match &effect {
+            Some(Effect::SlowBefore(delay)) => *delay,
+            _ => Duration::ZERO,
+        };
+        sleep(latency + before).await;
+        if let Some(Effect::Refuse(error)) = effect {
+            return Err(error);
+        }
+        let result = self.fabric.with(|world, now| {
+            self.answers(world, call)?;
+            act(world, &self.host, now)
+        });
+        match effect {
+            Some(Effect::SlowAfter(delay)) => {
+                sleep(delay).await;
+                result
+            }
+            Some(Effect::Forget(error)) => result.and(Err(error)),
+            _ => result,
+        }
+    }
+
+    fn answers(&self, world: &World, call: Call) -> Result<()> {
+        let node = world.node(&self.host);
+        if !call.asks_libvirt() || node.answers() {
+            return Ok(());
+        }
+        Err(HypervisorError::Unreachable {
+            uri: "qemu:///system".to_owned(),
+            message: match node.libvirtd {
+                Libvirtd::Dead => "Failed to connect socket: Connection refused".to_owned(),
+                Libvirtd::Away | Libvirtd::Up => "no answer in time".to_owned(),
+            },
+        })
+    }
+
+    fn can_reach(&self, address: &str, port: u16) -> Reach {
+        self.fabric.with(|world, now| {
+            let Some(to) = world.host_at(address) else {
+                return Reach::Refused(format!("{address}: no such host"));
+            };
+            let node = world.node(&to);
+            let blocked = node.spec.blocked_ports.contains(&port);
+            if blocked || (to != self.host && !world.is_linked(&self.host, &to)) {
+                return Reach::Silent;
+            }
+            let libvirtd = port == node.spec.libvirt_port && node.libvirtd != Libvirtd::Dead;
+            let probe = node
+                .probe_ports
+                .get(&port)
+                .is_some_and(|until| now <= *until);
+            if libvirtd || probe {
+                Reach::Open
+            } else {
+                Reach::Refused(format!("{address}:{port}: Connection refused"))
+            }
+        })
+    }
+}
+
+/// What comes of trying a port.
+enum Reach {
+    Open,
+    Refused(String),
+    Silent,
+}
+
+fn take_effect(world: &mut World, host: &HostName, call: Call) -> Option<Effect> {
+    let scripts = &mut world.node_mut(host).call_scripts;
+    scripts.retain(|script| script.times > 0);
+    let script = scripts.iter_mut().find(|script| script.call == call)?;
+    script.times -= 1;
+    Some(script.effect.clone())
+}
+
+/// Waits for a migration's end, and hears of it when its script lets it.
+async fn end_of(mut outcome: watch::Receiver<Outcome>) -> Result<()> {
+    let ended = match outcome.wait_for(Option::is_some).await {
+        Ok(ended) => ended.clone(),
+        Err(_) => None,
+    };
+    match ended {
+        Some((result, delay)) => {
+            sleep(delay).await;
+            result
+        }
+        None => Err(HypervisorError::Lost("the fabric is gone".to_owned())),
+    }
+}
+
+#[async_trait]
+impl Hypervisor for FakeDriver {
+    async fn inventory(&self) -> Result<Inventory> {
+        self.call(Call::Inventory, |world, host, _| Ok(world.inventory(host)))
+            .await
+    }
+
+    async fn guests(&self) -> Result<Vec<InstanceReport>> {
+        self.call(Call::Guests, |world, host, _| Ok(world.reports(host)))
+            .await
+    }
+
+    async fn guest(&self, id: InstanceId) -> Result<Option<Guest>> {
+        self.call(Call::Guest, |world, host, _| Ok(world.describe(host, id)))
+            .await
+    }
+
+    async fn presence(&self, id: InstanceId) -> Result<Presence> {
+        self.call(
+            Call::Presence,
+            |world, host, _| Ok(world.presence(host, id)),
+        )
+        .await
+    }
+
+    fn events(&self) -> broadcast::Receiver<Event> {
+        self.fabric
+            .with(|world, _| world.node(&self.host).events.subscribe())
+    }
+
+    async fn leave_marks(&self, migration: MigrationId, disks: &[Disk]) -> Result<Vec<Mark>> {
+        self.call(Call::LeaveMarks, |world, host, _| {
+            Ok(world.leave_marks(host, migration, disks))
+        })
+        .await
+    }
+
+    async fn remove_marks(&self, marks: &[Mark]) -> Result<()> {
+        self.call(Call::RemoveMarks, |world, host, _| {
+            world.remove_marks(host, marks);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn answer_destination(
+        &self,
+        question: DestinationQuestion<'_>,
+    ) -> Result<DestinationAnswer> {
+        self.call(Call::AnswerDestination, |world, host, _| {
+            Ok(world.answer(host, &question))
+        })
+        .await
+    }
+
+    async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), String> {
+        match self.can_reach(address, port) {
+            Reach::Open => Ok(()),
+            Reach::Refused(words) => Err(words),
+            Reach::Silent => {
+                sleep(REACH_TIMEOUT).await;
+                Err(format!("{address}:{port}: timed out"))
+            }
+        }
+    }
+
+    async fn open_probe_port(&self) -> std::result::Result<u16, String> {
+        self.fabric.with(|world, now| {
+            let node = world.node_mut(&self.host);
+            node.probe_ports.retain(|_, until| now <= *until);
+            let (first, end) = node.spec.migration_ports;
+            let free = (first..end).find(|port| !node.probe_ports.contains_key(port));
+            let port = free.ok_or("no free port in the migration range")?;
+            node.probe_ports.insert(port, now + PROBE_TIME);
+            Ok(port)
+        })
+    }
+
+    async fn create_disk(&self, disk: &Disk) -> Result<()> {
+        self.call(Call::CreateDisk, |world, host, _| {
+            world.create_disk(host, disk)
+        })
+        .await
+    }
+
+    async fn remove_disk(&self, path: &str) -> Result<()> {
+        self.call(Call::RemoveDisk, |world, host, _| {
+            world.remove_disk(host, path)
+        })
+        .await
+    }
+
+    async fn migrate(&self, spec: MigrateSpec) -> Result<()> {
+        let outcome = self
+            .call(Call::Migrate, |world, host, now| {
+                world.begin(host, spec, now)
+            })
+            .await?;
+        end_of(outcome).await
+    }
+
+    async fn job(&self, id: InstanceId) -> Result<Job> {
+        self.call(Call::Job, |world, host, _| world.job(host, id))
+            .await
+    }
+
+    async fn completed_job(&self, id: InstanceId) -> Result<Option<JobSample>> {
+        self.call(Call::CompletedJob, |world, host, _| {
+            world.completed_job(host, id)
+        })
+        .await
+    }
+
+    async fn abort(&self, id: InstanceId) -> Result<()> {
+        self.call(Call::Abort, |world, host, now| world.abort(host, id, now))
+            .await
+    }
+
+    async fn start_post_copy(&self, id: InstanceId) -> Result<()> {
+        self.call(Call::StartPostCopy, |world, host, now| {
+            world.start_post_copy(host, id, now)
+        })
+        .await
+    }
+
+    async fn pause_for_switch_over(&self, id: InstanceId) -> Result<()> {
+        self.call(Call::PauseForSwitchOver, |world, host, now| {
+            world.pause_for_switch_over(host, id, now)
+        })
+        .await
+    }
+
+    async fn resume(&self, id: InstanceId) -> Result<()> {
+        self.call(Call::Resume, |world, host, now| world.resume(host, id, now))
+            .await
+    }
+
+    async fn set_max_downtime_ms(&self, id: InstanceId, downtime_ms: u64) -> Result<()> {
+        self.call(Call::SetMaxDowntime, |world, host, _| {
+            world.set_max_downtime(host, id, downtime_ms)
+        })
+        .await
+    }
+
+    async fn discard_incoming(&self, id: InstanceId) -> Result<()> {
+        self.call(Call::DiscardIncoming, |world, host, now| {
+            world.discard_incoming(host, id, now)
+        })
+        .await
+    }
+
+    async fn undefine(&self, id: InstanceId) -> Result<()> {
+        self.call(Call::Undefine, |world, host, _| world.undefine(host, id))
+            .await
+    }
+}

@@ -1,0 +1,68 @@
+//! Taking down what must not stay: guests that will never arrive, and
+//! definitions nobody needs. Everything here blocks.
+
+use drover_model::{
+    guest::{PowerState, Presence},
+    ids::InstanceId,
+};
+use virt::{connect::Connect, domain::Domain, error::ErrorNumber, sys};
+
+use super::{
+    errors::{self, CallResult},
+    guests,
+    standing::presence,
+};
+use crate::hypervisor::HypervisorError;
+
+fn wrong(words: String) -> errors::CallError {
+    HypervisorError::WrongState(words).into()
+}
+
+/// Kills a QEMU that waits for a migration, and its definition.
+///
+/// Between the look and the kill the guest could arrive; the caller asks only
+/// when its source was seen to run it, and then no migration can end here.
+pub(super) fn discard_incoming(connect: &Connect, id: InstanceId) -> CallResult<()> {
+    let Some(domain) = guests::find(connect, id)? else {
+        return Ok(());
+    };
+    match errors::absent_is_none(presence(&domain))? {
+        None | Some(Presence::Absent) => return Ok(()),
+        Some(Presence::Incoming) => {}
+        Some(Presence::Present(state)) => {
+            return Err(wrong(format!("the guest is not arriving, it is {state:?}")));
+        }
+    }
+    errors::absent_is_none(domain.destroy())?;
+    // The definition goes with the process, unless libvirt had made it last already.
+    match guests::find(connect, id)? {
+        Some(domain) if !domain.is_active()? => remove_definition(&domain),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the definition of a domain that is shut off.
+pub(super) fn undefine(connect: &Connect, id: InstanceId) -> CallResult<()> {
+    let Some(domain) = guests::find(connect, id)? else {
+        return Ok(());
+    };
+    let found = errors::absent_is_none(presence(&domain))?;
+    match found.unwrap_or(Presence::Absent) {
+        Presence::Absent => Ok(()),
+        Presence::Present(PowerState::Shutdown | PowerState::Crashed) => remove_definition(&domain),
+        other => Err(wrong(format!("the guest is active here: {other:?}"))),
+    }
+}
+
+/// Keeps the firmware's and TPM's state: files that nothing else could restore.
+/// Snapshots and saved memory make libvirt refuse, and rightly so.
+fn remove_definition(domain: &Domain) -> CallResult<()> {
+    let keep = sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM;
+    let removed = match domain.undefine_flags(keep | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM) {
+        // libvirt before 8.9 does not know the second flag, nor removes the TPM's state.
+        Err(error) if errors::is(&error, ErrorNumber::InvalidArg) => domain.undefine_flags(keep),
+        other => other,
+    };
+    errors::absent_is_none(removed)?;
+    Ok(())
+}

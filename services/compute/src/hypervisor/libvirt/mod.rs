@@ -1,0 +1,242 @@
+//! The real hypervisor: a node's libvirt.
+//!
+//! Owns the connection to libvirtd and all that is said over it. Nothing else
+//! in Drover names `virt`, and nothing but [`ffi`] here contains `unsafe` code.
+//!
+//! ```text
+//!   LibvirtDriver ── Calls ──► blocking pool ──► Link's connection ──► libvirtd
+//!        │                                          │  ▲
+//!        │                                   events │  │ reconnects for ever
+//!        ├─ events() ◄── broadcast ◄────────────────┘  │ (connection.rs)
+//!        └─ migrate() ── Mover ──► thread and connection of its own
+//! ```
+//!
+//! What blocks runs off the runtime, with a bound in number and in time
+//! ([`blocking`]). While libvirtd is away every call fails at once, saying where
+//! it was sought and why it did not answer. Needs libvirt 6.0 or later.
+
+mod blocking;
+mod capabilities;
+mod connection;
+mod destination;
+mod errors;
+mod event_loop;
+mod ffi;
+mod guests;
+mod jobs;
+mod lifecycle;
+mod migrate;
+mod network;
+#[cfg(test)]
+mod on_devstack;
+mod settings;
+mod standing;
+mod storage;
+mod xml;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use drover_model::{
+    api::compute::Mark,
+    guest::{Disk, Guest, Presence},
+    ids::{InstanceId, MigrationId},
+    node::{InstanceReport, Inventory},
+};
+use tokio::sync::broadcast;
+
+pub use self::settings::LibvirtSettings;
+use self::{
+    blocking::{Calls, Effect},
+    connection::Link,
+    jobs::Switching,
+    migrate::Mover,
+    network::Ports,
+    storage::{image, marks},
+};
+use super::{
+    DestinationAnswer, DestinationQuestion, Event, Hypervisor, HypervisorError, Job, JobSample,
+    MigrateSpec, Result,
+};
+
+/// A node's libvirt.
+#[derive(Debug)]
+pub struct LibvirtDriver {
+    settings: LibvirtSettings,
+    link: Arc<Link>,
+    calls: Calls,
+    mover: Mover,
+    ports: Ports,
+    switching: Arc<Switching>,
+}
+
+impl LibvirtDriver {
+    /// Starts to connect and returns at once, whether libvirt is there or not;
+    /// it is sought for ever. Calls made before the first answer wait for it.
+    ///
+    /// # Errors
+    /// `Failed` for settings that make no sense; `Bug` outside a tokio runtime
+    /// or if libvirt's event loop cannot be started.
+    pub fn start(settings: LibvirtSettings) -> Result<Arc<Self>> {
+        settings.check()?;
+        tokio::runtime::Handle::try_current().map_err(|e| HypervisorError::Bug(e.to_string()))?;
+        event_loop::start()?;
+        let link = Link::start(settings.clone());
+        let deadline = Duration::from_secs(settings.call_timeout_s);
+        Ok(Arc::new(Self {
+            calls: Calls::new(link.clone(), deadline),
+            mover: Mover::new(link.clone()),
+            ports: Ports::new(&settings),
+            switching: Arc::default(),
+            link,
+            settings,
+        }))
+    }
+}
+
+#[async_trait]
+impl Hypervisor for LibvirtDriver {
+    async fn inventory(&self) -> Result<Inventory> {
+        let path = PathBuf::from(&self.settings.instances_path);
+        let mut inventory = self.calls.node(capabilities::inventory).await?;
+        let look = move || capabilities::instances_room(&path);
+        let room = self.calls.files(Effect::Read, look).await?;
+        inventory.disk_bytes = room.total_bytes;
+        inventory.disk_free_bytes = room.free_bytes;
+        Ok(inventory)
+    }
+
+    async fn guests(&self) -> Result<Vec<InstanceReport>> {
+        let found = self.calls.node(guests::all).await?;
+        let measure = move || Ok(guests::measured(found));
+        self.calls.files(Effect::Read, measure).await
+    }
+
+    async fn guest(&self, id: InstanceId) -> Result<Option<Guest>> {
+        let read = move |connect: &_| guests::whole(connect, id);
+        self.calls.guest(Effect::Read, id, read).await
+    }
+
+    async fn presence(&self, id: InstanceId) -> Result<Presence> {
+        let look = move |connect: &_| {
+            let Some(domain) = guests::find(connect, id)? else {
+                return Ok(Presence::Absent);
+            };
+            let presence = errors::absent_is_none(standing::presence(&domain))?;
+            Ok(presence.unwrap_or(Presence::Absent))
+        };
+        self.calls.guest(Effect::Read, id, look).await
+    }
+
+    fn events(&self) -> broadcast::Receiver<Event> {
+        self.link.events()
+    }
+
+    async fn leave_marks(&self, migration: MigrationId, disks: &[Disk]) -> Result<Vec<Mark>> {
+        let disks = disks.to_vec();
+        let leave = move || Ok(marks::leave(migration, &disks));
+        self.calls.files(Effect::Change, leave).await
+    }
+
+    async fn remove_marks(&self, marks: &[Mark]) -> Result<()> {
+        let marks = marks.to_vec();
+        let remove = move || marks::remove(&marks);
+        self.calls.files(Effect::Change, remove).await
+    }
+
+    async fn answer_destination(
+        &self,
+        question: DestinationQuestion<'_>,
+    ) -> Result<DestinationAnswer> {
+        destination::check(question.guest)?;
+        let (guest, marks) = (Arc::new(question.guest.clone()), question.marks.to_vec());
+        let asked = guest.clone();
+        let ask = move |connect: &_| destination::ask_libvirt(connect, &asked);
+        let libvirt = self.calls.node(ask).await?;
+        let look = move || destination::ask_files(&guest, &marks);
+        let files = self.calls.files(Effect::Read, look).await?;
+        Ok(DestinationAnswer {
+            emulator_present: files.emulator_present,
+            machine_supported: libvirt.machine_supported,
+            virt_type_supported: libvirt.virt_type_supported,
+            cpu: libvirt.cpu,
+            networks: libvirt.networks,
+            same_uuid: libvirt.same_uuid,
+            same_name: libvirt.same_name,
+            disks: files.disks,
+        })
+    }
+
+    async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), String> {
+        self.ports.reach(address, port).await
+    }
+
+    async fn open_probe_port(&self) -> std::result::Result<u16, String> {
+        self.ports.open_probe().await
+    }
+
+    async fn create_disk(&self, disk: &Disk) -> Result<()> {
+        let recipe = image::recipe(disk)?;
+        let host = self.calls.node(capabilities::of_host).await?;
+        let limit = Duration::from_secs(self.settings.qemu_img_timeout_s);
+        image::create(recipe, &self.settings.qemu_img, host.qemu_owner, limit).await
+    }
+
+    async fn remove_disk(&self, path: &str) -> Result<()> {
+        let path = path.to_owned();
+        let used = self.calls.node(guests::storage_in_use).await?;
+        let remove = move || image::remove(&path, &used);
+        self.calls.files(Effect::Change, remove).await
+    }
+
+    async fn migrate(&self, spec: MigrateSpec) -> Result<()> {
+        self.mover.migrate(spec).await
+    }
+
+    async fn job(&self, id: InstanceId) -> Result<Job> {
+        let look = move |connect: &_| jobs::current(connect, id);
+        self.calls.guest(Effect::Read, id, look).await
+    }
+
+    async fn completed_job(&self, id: InstanceId) -> Result<Option<JobSample>> {
+        let look = move |connect: &_| jobs::completed(connect, id);
+        self.calls.guest(Effect::Read, id, look).await
+    }
+
+    async fn abort(&self, id: InstanceId) -> Result<()> {
+        let switching = self.switching.clone();
+        let act = move |connect: &_| jobs::abort(connect, id, &switching);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn start_post_copy(&self, id: InstanceId) -> Result<()> {
+        let switching = self.switching.clone();
+        let act = move |connect: &_| jobs::start_post_copy(connect, id, &switching);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn pause_for_switch_over(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| jobs::pause(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn resume(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| jobs::resume(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn set_max_downtime_ms(&self, id: InstanceId, downtime_ms: u64) -> Result<()> {
+        let act = move |connect: &_| jobs::set_max_downtime(connect, id, downtime_ms);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn discard_incoming(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| lifecycle::discard_incoming(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn undefine(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| lifecycle::undefine(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+}

@@ -1,0 +1,254 @@
+//! Images made for a disk to come, and removed when they are no longer wanted.
+
+use std::{
+    collections::HashSet,
+    fs::{File, OpenOptions},
+    io::ErrorKind,
+    os::unix::fs::{MetadataExt, OpenOptionsExt, fchown},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use drover_model::guest::{BackingImage, Disk, DiskSource};
+use tokio::process::Command;
+
+use super::{checked, directory, failed};
+use crate::hypervisor::{HypervisorError, Result, libvirt::ffi};
+
+/// Largest image that is made, bytes: what QEMU can address.
+const LARGEST: u64 = i64::MAX.unsigned_abs();
+
+/// An image to make, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in super::super) struct Recipe {
+    path: PathBuf,
+    format: Format,
+    bytes: u64,
+    backing: Option<BackingImage>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Raw,
+    Qcow2,
+}
+
+/// Checks whether and how a disk's image can be made here.
+///
+/// # Errors
+/// `Failed`, saying what is in the way.
+pub(in super::super) fn recipe(disk: &Disk) -> Result<Recipe> {
+    let refuse = |why: String| Err(HypervisorError::Failed(format!("{}: {why}", disk.target)));
+    let path = match &disk.source {
+        DiskSource::File { path } => checked(path)?,
+        DiskSource::Block { path } => {
+            return refuse(format!(
+                "{path} is a block device; it must be made beforehand"
+            ));
+        }
+        _ => return refuse("its bytes are not in a local file".to_owned()),
+    };
+    let format = match disk.format.as_str() {
+        "raw" => Format::Raw,
+        "qcow2" => Format::Qcow2,
+        other => return refuse(format!("images of format {other} are not made")),
+    };
+    if disk.virtual_bytes == 0 || disk.virtual_bytes > LARGEST {
+        return refuse(format!("its size is given as {} bytes", disk.virtual_bytes));
+    }
+    let backing = disk.backing.first().cloned();
+    match (&backing, format) {
+        (Some(_), Format::Raw) => return refuse("a raw image has no backing".to_owned()),
+        (Some(image), Format::Qcow2) => check_backing(image)?,
+        (None, _) => {}
+    }
+    Ok(Recipe {
+        path,
+        format,
+        bytes: disk.virtual_bytes,
+        backing,
+    })
+}
+
+fn check_backing(image: &BackingImage) -> Result<()> {
+    checked(&image.path)?;
+    let letters = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if image.format.is_empty() || !image.format.chars().all(letters) {
+        let format = image.format.escape_debug();
+        return Err(HypervisorError::Failed(format!(
+            "backing format '{format}'"
+        )));
+    }
+    Ok(())
+}
+
+/// The path's file, made by us just now. Removed again unless kept.
+struct Reserved {
+    path: PathBuf,
+    file: Option<File>,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if self.file.is_some() {
+            // It is ours: it was made with O_EXCL and never given away.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Makes the image. Nothing is left if that fails, and nothing touched if
+/// anything is there.
+pub(in super::super) async fn create(
+    recipe: Recipe,
+    qemu_img: &str,
+    owner: Option<(u32, u32)>,
+    limit: Duration,
+) -> Result<()> {
+    if let Some(image) = &recipe.backing
+        && !Path::new(&image.path).exists()
+    {
+        return Err(HypervisorError::Failed(format!(
+            "backing image {} is not here",
+            image.path
+        )));
+    }
+    let mut reserved = reserve(&recipe.path)?;
+    let file = reserved.file.as_ref().ok_or_else(bug)?;
+    let made = match recipe.format {
+        Format::Raw => file
+            .set_len(recipe.bytes)
+            .map_err(|e| failed("sizing", &recipe.path, &e)),
+        Format::Qcow2 => format_qcow2(file, &recipe, qemu_img, limit).await,
+    };
+    made?;
+    let file = reserved.file.as_ref().ok_or_else(bug)?;
+    give_to(file, owner, &recipe.path);
+    file.sync_all()
+        .map_err(|e| failed("writing", &recipe.path, &e))?;
+    reserved.file = None;
+    Ok(())
+}
+
+fn bug() -> HypervisorError {
+    HypervisorError::Bug("a reserved image lost its file".to_owned())
+}
+
+/// Makes the empty file: exclusively, so whatever stands there wins, a dangling
+/// link included.
+fn reserve(path: &Path) -> Result<Reserved> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => HypervisorError::Exists(path.display().to_string()),
+            ErrorKind::NotFound => failed("no directory for", path, &error),
+            _ => failed("creating", path, &error),
+        })?;
+    Ok(Reserved {
+        path: path.to_path_buf(),
+        file: Some(file),
+    })
+}
+
+/// Lets `qemu-img` write the format into the file we made, which it gets as its
+/// standard input: the name cannot be turned to something else meanwhile. The
+/// backing image is recorded, not opened (`-u`): its content is not ours to trust.
+async fn format_qcow2(file: &File, recipe: &Recipe, qemu_img: &str, limit: Duration) -> Result<()> {
+    let input = file
+        .try_clone()
+        .map_err(|e| failed("opening", &recipe.path, &e))?;
+    let mut command = Command::new(qemu_img);
+    command.args(["create", "-q", "-f", "qcow2"]);
+    if let Some(image) = &recipe.backing {
+        command.args(["-u", "-F", &image.format, "-b", &image.path]);
+    }
+    command.args(["/proc/self/fd/0", &recipe.bytes.to_string()]);
+    command
+        .stdin(Stdio::from(input))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let failure = |words: String| HypervisorError::Failed(format!("{qemu_img} create: {words}"));
+    let output = tokio::time::timeout(limit, command.output())
+        .await
+        .map_err(|_| failure(format!("not done after {} s", limit.as_secs())))?
+        .map_err(|e| failure(e.to_string()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let words = String::from_utf8_lossy(&output.stderr);
+    let words: String = words.trim().chars().take(500).collect();
+    Err(failure(words.replace(
+        "/proc/self/fd/0",
+        &recipe.path.display().to_string(),
+    )))
+}
+
+/// Gives the image to the user QEMU runs as. libvirt mostly does that itself
+/// when the guest starts, so trouble here is worth a line, not a failure.
+fn give_to(file: &File, owner: Option<(u32, u32)>, path: &Path) {
+    let Some((user, group)) = owner else { return };
+    if let Err(error) = fchown(file, Some(user), Some(group)) {
+        tracing::warn!(path = %path.display(), user, group, %error, "cannot give an image to QEMU's user");
+    }
+}
+
+/// What tells a file from all others on this node, by whatever name.
+type Identity = (u64, u64);
+
+/// Removes an image, unless one of `used` is that file or a QEMU has it open.
+pub(in super::super) fn remove(path: &str, used: &[String]) -> Result<()> {
+    let path = checked(path)?;
+    let metadata = match std::fs::symlink_metadata(&path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("looking at", &path, &error)),
+    };
+    let refuse = |why: &str| {
+        let shown = path.display();
+        Err(HypervisorError::WrongState(format!(
+            "{shown} is not removed: {why}"
+        )))
+    };
+    if !metadata.is_file() {
+        return refuse("it is no plain file");
+    }
+    let used_here: HashSet<Identity> = used.iter().filter_map(|p| identity(p)).collect();
+    if used.iter().any(|other| Path::new(other) == path)
+        || used_here.contains(&(metadata.dev(), metadata.ino()))
+    {
+        return refuse("a domain of this node uses it");
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(&path)
+        .map_err(|e| failed("opening", &path, &e))?;
+    if ffi::is_locked_by_qemu(&file).map_err(|e| failed("looking for locks on", &path, &e))? {
+        return refuse("a QEMU has it open");
+    }
+    std::fs::remove_file(&path).map_err(|e| failed("removing", &path, &e))?;
+    sync_directory(&path);
+    Ok(())
+}
+
+fn identity(path: &str) -> Option<Identity> {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+fn sync_directory(path: &Path) {
+    let synced = File::open(directory(path)).and_then(|d| d.sync_all());
+    if let Err(error) = synced {
+        tracing::debug!(path = %path.display(), %error, "directory not synced");
+    }
+}
+
+#[cfg(test)]
+mod tests;

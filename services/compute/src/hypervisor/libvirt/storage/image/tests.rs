@@ -1,0 +1,192 @@
+//! Images made and removed on a real file system.
+
+use std::os::fd::AsRawFd;
+
+use super::*;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn disk(path: &Path, format: &str) -> Disk {
+    Disk {
+        target: "vda".to_owned(),
+        device: "disk".to_owned(),
+        source: DiskSource::File {
+            path: path.display().to_string(),
+        },
+        format: format.to_owned(),
+        cache: None,
+        read_only: false,
+        shareable: false,
+        virtual_bytes: 10 << 20,
+        allocated_bytes: 0,
+        backing: Vec::new(),
+    }
+}
+
+async fn make(disk: &Disk) -> Result<()> {
+    create(recipe(disk)?, "qemu-img", None, LIMIT).await
+}
+
+#[tokio::test]
+async fn images_have_format_size_and_backing() {
+    let place = tempfile::tempdir().unwrap();
+    let base = place.path().join("base.raw");
+    make(&disk(&base, "raw")).await.unwrap();
+    let top = place.path().join("odd, name: 'x'.qcow2");
+    let mut overlay = disk(&top, "qcow2");
+    overlay.virtual_bytes = 12 << 20;
+    overlay.backing = vec![BackingImage {
+        path: base.display().to_string(),
+        format: "raw".to_owned(),
+    }];
+    make(&overlay).await.unwrap();
+
+    let sizes = super::super::sizes::measure(&top, "qcow2").unwrap();
+    assert_eq!(sizes.virtual_bytes, 12 << 20);
+    let output = std::process::Command::new("qemu-img")
+        .args(["info", "--output=json", "-f", "qcow2"])
+        .arg(&top)
+        .output()
+        .unwrap();
+    let info: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(info["backing-filename"], base.to_str().unwrap());
+    assert_eq!(info["backing-filename-format"], "raw");
+}
+
+#[tokio::test]
+async fn whatever_stands_there_is_left_alone() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("a.qcow2");
+    std::fs::write(&path, "precious").unwrap();
+    let error = make(&disk(&path, "qcow2")).await.unwrap_err();
+    assert_eq!(error, HypervisorError::Exists(path.display().to_string()));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+
+    let link = place.path().join("link.qcow2");
+    std::os::unix::fs::symlink(place.path().join("elsewhere"), &link).unwrap();
+    make(&disk(&link, "qcow2")).await.unwrap_err();
+    assert!(!place.path().join("elsewhere").exists());
+}
+
+#[tokio::test]
+async fn a_failure_leaves_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("a.qcow2");
+    let plan = recipe(&disk(&path, "qcow2")).unwrap();
+    let error = create(plan.clone(), "/bin/false", None, LIMIT)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, HypervisorError::Failed(_)), "{error}");
+    assert!(!path.exists());
+    create(plan, "/nonexistent/qemu-img", None, LIMIT)
+        .await
+        .unwrap_err();
+    assert!(!path.exists());
+
+    let mut overlay = disk(&path, "qcow2");
+    overlay.backing = vec![BackingImage {
+        path: "/nonexistent/base".to_owned(),
+        format: "raw".to_owned(),
+    }];
+    let error = make(&overlay).await.unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/base"), "{error}");
+    assert!(!path.exists());
+}
+
+#[test]
+fn what_cannot_be_made_is_refused() {
+    let place = Path::new("/srv/a.img");
+    let mut vmdk = disk(place, "raw");
+    vmdk.format = "vmdk".to_owned();
+    let mut empty = disk(place, "raw");
+    empty.virtual_bytes = 0;
+    let mut device = disk(place, "raw");
+    device.source = DiskSource::Block {
+        path: "/dev/vg/a".to_owned(),
+    };
+    let mut option = disk(place, "qcow2");
+    option.backing = vec![BackingImage {
+        path: "/srv/base".to_owned(),
+        format: "raw,file.filename=/etc/passwd".to_owned(),
+    }];
+    for bad in [
+        vmdk,
+        empty,
+        device,
+        option,
+        disk(Path::new("/srv/../a"), "raw"),
+    ] {
+        assert!(recipe(&bad).is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn used_files_are_not_removed_by_any_name() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("a.img");
+    std::fs::write(&path, "bytes").unwrap();
+    let name = path.display().to_string();
+    let link = place.path().join("hard.img");
+    std::fs::hard_link(&path, &link).unwrap();
+    remove(&name, std::slice::from_ref(&name)).unwrap_err();
+    remove(&name, &[link.display().to_string()]).unwrap_err();
+    assert!(path.exists());
+    remove(&name, &["/other".to_owned()]).unwrap();
+    remove(&name, &[]).unwrap();
+    assert!(!path.exists() && link.exists());
+}
+
+#[test]
+fn links_and_directories_are_not_removed() {
+    let place = tempfile::tempdir().unwrap();
+    let link = place.path().join("link");
+    std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
+    remove(&link.display().to_string(), &[]).unwrap_err();
+    remove(&place.path().display().to_string(), &[]).unwrap_err();
+    assert!(link.is_symlink());
+}
+
+#[test]
+fn an_image_that_a_qemu_holds_is_not_removed() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("a.img");
+    std::fs::write(&path, vec![0_u8; 512]).unwrap();
+    let name = path.display().to_string();
+    let held = Held::new(&path);
+    let error = remove(&name, &[]).unwrap_err();
+    assert!(error.to_string().contains("QEMU"), "{error}");
+    drop(held);
+    remove(&name, &[]).unwrap();
+}
+
+/// A process that holds an image as QEMU does.
+struct Held(std::process::Child);
+
+impl Held {
+    fn new(path: &Path) -> Self {
+        let child = std::process::Command::new("qemu-io")
+            .args(["-f", "raw"])
+            .arg(path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let held = Self(child);
+        let file = File::open(path).unwrap();
+        assert!(file.as_raw_fd() > 0);
+        for _ in 0..200 {
+            if ffi::is_locked_by_qemu(&file).unwrap() {
+                return held;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("qemu-io never took its locks");
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

@@ -1,0 +1,116 @@
+//! How large disks are, read from the files themselves. That needs no answer
+//! from a guest's QEMU, whose monitor may be busy or hang. The format is the
+//! definition's; a file is never asked what it is.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{Read, Seek, SeekFrom},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    path::Path,
+};
+
+use drover_model::guest::{Disk, Guest};
+
+/// First bytes of a qcow2 image.
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+/// Where in it the size stands, as eight bytes, most significant first.
+const QCOW2_SIZE: std::ops::Range<usize> = 24..32;
+
+/// What a disk takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(in super::super) struct Sizes {
+    /// What the guest sees, bytes.
+    pub(in super::super) virtual_bytes: u64,
+    /// What it takes on this node, bytes.
+    pub(in super::super) allocated_bytes: u64,
+}
+
+/// Fills in the sizes of a guest's local disks; one that cannot be read keeps 0.
+pub(in super::super) fn fill(guest: &mut Guest) {
+    for disk in &mut guest.disks {
+        if let Some(sizes) = of_disk(disk) {
+            disk.virtual_bytes = sizes.virtual_bytes;
+            disk.allocated_bytes = sizes.allocated_bytes;
+        }
+    }
+}
+
+fn of_disk(disk: &Disk) -> Option<Sizes> {
+    let path = disk.local_path()?;
+    match measure(Path::new(path), &disk.format) {
+        Ok(sizes) => Some(sizes),
+        Err(error) => {
+            tracing::debug!(path, %error, "size of a disk cannot be read");
+            None
+        }
+    }
+}
+
+/// Sizes of an image of a known format.
+pub(in super::super) fn measure(path: &Path, format: &str) -> std::io::Result<Sizes> {
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let metadata = file.metadata()?;
+    let kind = metadata.file_type();
+    let length = if kind.is_block_device() {
+        file.seek(SeekFrom::End(0))?
+    } else if kind.is_file() {
+        metadata.len()
+    } else {
+        return Err(std::io::Error::other("neither a file nor a block device"));
+    };
+    let allocated_bytes = if kind.is_file() {
+        metadata.blocks().saturating_mul(512)
+    } else {
+        length
+    };
+    let virtual_bytes = match format {
+        "raw" => length,
+        "qcow2" => qcow2_size(&mut file)?,
+        other => return Err(std::io::Error::other(format!("format {other}"))),
+    };
+    Ok(Sizes {
+        virtual_bytes,
+        allocated_bytes,
+    })
+}
+
+fn qcow2_size(file: &mut File) -> std::io::Result<u64> {
+    let mut header = [0_u8; QCOW2_SIZE.end];
+    file.seek(SeekFrom::Start(0))?;
+    file.read_exact(&mut header)?;
+    if header[..4] != QCOW2_MAGIC {
+        return Err(std::io::Error::other(
+            "no qcow2 image, as the definition says",
+        ));
+    }
+    let mut size = [0_u8; 8];
+    size.copy_from_slice(&header[QCOW2_SIZE]);
+    Ok(u64::from_be_bytes(size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn raw_is_its_length_and_qcow2_says_so() {
+        let place = tempfile::tempdir().unwrap();
+        let raw = place.path().join("raw");
+        File::create(&raw).unwrap().set_len(1 << 20).unwrap();
+        let sizes = measure(&raw, "raw").unwrap();
+        assert_eq!(sizes.virtual_bytes, 1 << 20);
+        assert_eq!(sizes.allocated_bytes, 0, "sparse");
+
+        let mut header = vec![0_u8; 512];
+        header[..4].copy_from_slice(&QCOW2_MAGIC);
+        header[QCOW2_SIZE].copy_from_slice(&(5_u64 << 30).to_be_bytes());
+        let qcow2 = place.path().join("qcow2");
+        std::fs::write(&qcow2, header).unwrap();
+        assert_eq!(measure(&qcow2, "qcow2").unwrap().virtual_bytes, 5 << 30);
+        assert!(measure(&raw, "qcow2").is_err());
+        assert!(measure(&raw, "vmdk").is_err());
+    }
+}

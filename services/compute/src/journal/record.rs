@@ -1,0 +1,100 @@
+//! What the journal's files say.
+
+use drover_model::{
+    api::compute::{LiveMigration, Mark, Outcome},
+    guest::Disk,
+    ids::InstanceId,
+    migration::{Decision, Progress},
+};
+use serde::{Deserialize, Serialize};
+
+/// What this node does for a migration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "snake_case")]
+pub enum Record {
+    /// It gives the guest away.
+    Source(Box<SourceRecord>),
+    /// It takes the guest.
+    Destination(DestinationRecord),
+}
+
+impl Record {
+    /// The instance that moves.
+    pub fn instance(&self) -> InstanceId {
+        match self {
+            Self::Source(record) => record.request.instance,
+            Self::Destination(record) => record.instance,
+        }
+    }
+}
+
+/// A migration from this node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SourceRecord {
+    /// What the conductor asked for.
+    pub request: LiveMigration,
+    /// The disks it copies: all that may be removed here afterwards.
+    pub disks: Vec<CopiedDisk>,
+    /// The guest's memory, bytes.
+    pub memory_bytes: u64,
+    /// Whether the guest ran (rather than stood paused) when it began.
+    pub was_running: bool,
+    /// Whether a force-complete was about to pause the guest.
+    pub paused_by_force_complete: bool,
+    /// When it began, milliseconds since 1970.
+    pub started_at_ms: u64,
+    /// What was decided on the way, the last few.
+    pub decisions: Vec<Decision>,
+    /// How it ended; none while it is being sent.
+    pub ended: Option<Ended>,
+}
+
+/// A disk that a migration copies, on its source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopiedDisk {
+    /// Name in the guest.
+    pub target: String,
+    /// Where it is here.
+    pub path: String,
+}
+
+/// How a transfer ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ended {
+    /// How.
+    pub outcome: Outcome,
+    /// The last sample.
+    pub progress: Progress,
+}
+
+/// A migration to this node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DestinationRecord {
+    /// The instance. libvirt had no such domain when this was written.
+    pub instance: InstanceId,
+    /// Disks to create: all that may be removed here if the guest does not come.
+    pub disks: Vec<NewDisk>,
+    /// Whether all of them are there.
+    pub prepared: bool,
+}
+
+/// A disk that a migration creates on its destination. Nothing was at its path
+/// when the intent was written, so what is there now is the migration's own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NewDisk {
+    /// What to create.
+    pub disk: Disk,
+    /// Where.
+    pub path: String,
+    /// Whether it is known to be whole.
+    pub created: bool,
+}
+
+/// Marks that were left, or were about to be.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MarksRecord {
+    /// The disks beside which they lie.
+    pub disks: Vec<Disk>,
+    /// The marks, once they are there.
+    pub marks: Vec<Mark>,
+}

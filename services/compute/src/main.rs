@@ -1,0 +1,111 @@
+//! `drover-compute --config FILE`: reads its settings, puts the agent together,
+//! and runs until a signal.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use clap::Parser;
+use drover_compute::{
+    app::Agent,
+    config::{self, ComputeSettings},
+    hypervisor::libvirt::LibvirtDriver,
+};
+use drover_rpc::{AmqpTransport, MessagingSettings};
+use drover_runtime::{
+    clock,
+    config::{ConfigError, DEFAULT_PATH, Document},
+    error_chain::Chain,
+    logging::{self, LogSettings},
+    shutdown,
+};
+use tracing::{error, info};
+
+/// Exit code for settings that cannot be used.
+const EXIT_USAGE: u8 = 2;
+
+/// Drover's compute agent: carries out migrations on this node's libvirt.
+#[derive(Parser)]
+#[command(name = "drover-compute", version)]
+struct Args {
+    /// Configuration file
+    #[arg(long, value_name = "FILE", env = "DROVER_CONFIG", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+}
+
+struct Settings {
+    compute: ComputeSettings,
+    messaging: MessagingSettings,
+    log: LogSettings,
+}
+
+fn main() -> ExitCode {
+    let read = read(&Args::parse().config);
+    let settings = match read.and_then(|s| logging::init(&s.log).map(|()| s)) {
+        Ok(settings) => settings,
+        Err(message) => {
+            eprintln!("drover-compute: {message}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    // Work here is waiting for others; few threads keep the memory small. Each
+    // call to libvirt blocks one, and a migration one of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(32)
+        .thread_keep_alive(Duration::from_secs(5))
+        .enable_all()
+        .build();
+    let ended = match runtime {
+        Ok(runtime) => {
+            let ended = runtime.block_on(run(settings));
+            runtime.shutdown_timeout(Duration::from_secs(2));
+            ended
+        }
+        Err(e) => Err(format!("the runtime cannot start: {e}")),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            error!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<Settings, String> {
+    let text = |e: ConfigError| e.to_string();
+    let document = Document::read(path).map_err(text)?;
+    let messaging: MessagingSettings = document.section("messaging").map_err(text)?;
+    messaging
+        .validate()
+        .map_err(|e| text(document.bad_key("messaging", "url", &Chain(&e).to_string())))?;
+    Ok(Settings {
+        compute: config::read(&document).map_err(text)?,
+        messaging,
+        log: document.section("log").map_err(text)?,
+    })
+}
+
+async fn run(settings: Settings) -> Result<(), String> {
+    let stop = shutdown::signal_token().map_err(|e| format!("signals cannot be caught: {e}"))?;
+    let ComputeSettings { agent, libvirt } = settings.compute;
+    info!(
+        version = env!("CARGO_PKG_VERSION"), host = %agent.host, libvirt = %libvirt.libvirt_uri,
+        state_dir = %agent.state_dir.display(), "starting"
+    );
+    let driver = LibvirtDriver::start(libvirt).map_err(|e| Chain(&e).to_string())?;
+    let transport = AmqpTransport::new(&settings.messaging).map_err(|e| Chain(&e).to_string())?;
+    let clock = Arc::new(clock::now_ms);
+    let started = Agent::start(driver, transport, &settings.messaging, agent, clock);
+    let mut agent = started.map_err(|e| format!("{e}; correct [compute] state_dir"))?;
+    let failure = tokio::select! {
+        () = stop.cancelled() => None,
+        reason = agent.failed() => Some(reason),
+    };
+    agent.stop().await;
+    failure.map_or(Ok(()), Err)
+}

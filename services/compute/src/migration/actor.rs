@@ -1,0 +1,239 @@
+//! The actor of one migration: takes its steps one after the other from a
+//! mailbox, and lives as long as there is something to remember.
+
+use std::sync::Arc;
+
+use drover_model::{
+    api::{
+        compute::{
+            CheckDestination, CheckPath, CheckSource, CleanUp, DestinationFacts, JobState,
+            LiveMigration, PathFacts, PreLiveMigration, SourceFacts, StepRef,
+        },
+        fault::Fault,
+    },
+    ids::{InstanceId, MigrationId},
+};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    marks::Marks,
+    orders::Order,
+    registry::{Finished, Registry},
+    sending::{MonitorDied, Sending},
+};
+use crate::{
+    journal::{DestinationRecord, MarksRecord, Record, SourceRecord},
+    node::{Counters, Node},
+};
+
+/// Where a step's answer goes.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Fault>>;
+
+/// A step, and where its answer goes.
+pub(crate) enum Command {
+    CheckSource(CheckSource, Reply<SourceFacts>),
+    CheckDestination(Box<CheckDestination>, Reply<DestinationFacts>),
+    CheckPath(CheckPath, Reply<PathFacts>),
+    PreLiveMigration(Box<PreLiveMigration>, Reply<()>),
+    LiveMigration(Box<LiveMigration>, Reply<JobState>),
+    GetJob(StepRef, Reply<JobState>),
+    Abort(StepRef, Reply<()>),
+    ForceComplete(StepRef, Reply<()>),
+    PostLiveMigration(StepRef, Reply<CleanUp>),
+    PostAtDestination(StepRef, Reply<CleanUp>),
+    RollbackAtDestination(StepRef, Reply<CleanUp>),
+    RollbackAtSource(StepRef, Reply<()>),
+    /// Another migration wants the instance.
+    StepAside(InstanceId, Reply<()>),
+}
+
+/// What this node is doing for a migration.
+pub(super) enum Stage {
+    /// Nothing that it would have to remember.
+    Idle,
+    /// The guest is on its way from here.
+    Sending(Sending),
+    /// It was on its way from here, and is not any more.
+    Ended(Box<SourceRecord>),
+    /// The guest is to come here.
+    Arriving(DestinationRecord),
+}
+
+/// See the module.
+pub(super) struct Actor {
+    pub(super) node: Arc<Node>,
+    pub(super) registry: Arc<Registry>,
+    pub(super) migration: MigrationId,
+    pub(super) stage: Stage,
+    pub(super) marks: Option<Marks>,
+    inbox: mpsc::Receiver<Command>,
+}
+
+enum Happening {
+    Step(Command),
+    Sent(Result<Box<SourceRecord>, MonitorDied>),
+    MarksAreDue,
+}
+
+impl Actor {
+    pub(super) fn new(
+        registry: &Arc<Registry>,
+        migration: MigrationId,
+        stage: Stage,
+        inbox: mpsc::Receiver<Command>,
+    ) -> Self {
+        Self {
+            node: registry.node().clone(),
+            registry: registry.clone(),
+            migration,
+            stage,
+            marks: None,
+            inbox,
+        }
+    }
+
+    /// An actor for what the journal says was under way.
+    pub(super) fn resume(
+        registry: &Arc<Registry>,
+        migration: MigrationId,
+        record: Record,
+        marks: Option<MarksRecord>,
+        inbox: mpsc::Receiver<Command>,
+    ) -> Self {
+        let stage = match record {
+            Record::Destination(record) => Stage::Arriving(record),
+            Record::Source(record) if record.ended.is_some() => Stage::Ended(record),
+            Record::Source(record) => {
+                Counters::add(&registry.node().counters.transfers_attached);
+                Stage::Sending(Sending::watch(registry.node(), migration, *record, None))
+            }
+        };
+        let mut actor = Self::new(registry, migration, stage, inbox);
+        actor.marks = marks.map(Marks::due_now);
+        actor
+    }
+
+    /// An actor for marks that a former life of the agent left.
+    pub(super) fn sweep(
+        registry: &Arc<Registry>,
+        migration: MigrationId,
+        marks: MarksRecord,
+        inbox: mpsc::Receiver<Command>,
+    ) -> Self {
+        let mut actor = Self::new(registry, migration, Stage::Idle, inbox);
+        actor.marks = Some(Marks::due_now(marks));
+        actor
+    }
+
+    pub(super) async fn run(mut self) {
+        loop {
+            let idle = matches!(self.stage, Stage::Idle) && self.marks.is_none();
+            if idle && self.registry.retire(self.migration, &self.inbox) {
+                return;
+            }
+            match self.next().await {
+                Some(Happening::Step(command)) => self.serve(command).await,
+                Some(Happening::Sent(Ok(record))) => self.sent(record).await,
+                Some(Happening::Sent(Err(MonitorDied))) => self.watch_again(),
+                Some(Happening::MarksAreDue) => self.remove_marks().await,
+                None => return,
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Option<Happening> {
+        tokio::select! {
+            command = self.inbox.recv() => command.map(Happening::Step),
+            record = over(&mut self.stage) => Some(Happening::Sent(record)),
+            () = due(&self.marks) => Some(Happening::MarksAreDue),
+        }
+    }
+
+    async fn serve(&mut self, command: Command) {
+        use Command as C;
+        match command {
+            C::CheckSource(step, to) => {
+                let facts = self.check_source(step).await;
+                self.answer(to, facts);
+            }
+            C::CheckDestination(step, to) => {
+                let facts = self.check_destination(*step).await;
+                self.answer(to, facts);
+            }
+            C::CheckPath(step, to) => {
+                let facts = self.check_path(step).await;
+                self.answer(to, facts);
+            }
+            C::PreLiveMigration(step, to) => {
+                let done = self.pre_live_migration(*step).await;
+                self.answer(to, done);
+            }
+            C::LiveMigration(step, to) => {
+                let job = self.live_migration(*step).await;
+                self.answer(to, job);
+            }
+            C::GetJob(step, to) => self.answer(to, self.get_job(step)),
+            C::Abort(step, to) => self.order(step, Order::Abort, to),
+            C::ForceComplete(step, to) => self.order(step, Order::ForceComplete, to),
+            C::PostLiveMigration(step, to) => {
+                let clean_up = self.post_live_migration(step).await;
+                self.answer(to, clean_up);
+            }
+            C::PostAtDestination(step, to) => {
+                let clean_up = self.post_at_destination(step).await;
+                self.answer(to, clean_up);
+            }
+            C::RollbackAtDestination(step, to) => {
+                let clean_up = self.rollback_at_destination(step).await;
+                self.answer(to, clean_up);
+            }
+            C::RollbackAtSource(step, to) => {
+                let done = self.rollback_at_source(step).await;
+                self.answer(to, done);
+            }
+            C::StepAside(instance, to) => {
+                let done = self.step_aside(instance).await;
+                self.answer(to, done);
+            }
+        }
+    }
+
+    fn answer<T>(&self, to: Reply<T>, answer: Result<T, Fault>) {
+        // Whoever asked may have given up; the step is done all the same.
+        drop(to.send(answer));
+    }
+
+    /// The migration with an instance.
+    pub(super) fn step(&self, instance: InstanceId) -> StepRef {
+        StepRef {
+            migration: self.migration,
+            instance,
+        }
+    }
+
+    /// Nothing is left to do here: forgets the journal first, then the rest.
+    ///
+    /// # Errors
+    /// The journal's file cannot be removed; nothing is forgotten then.
+    pub(super) async fn forget(&mut self, step: StepRef, finished: Finished) -> Result<(), Fault> {
+        self.node.journal.migrations.remove(self.migration).await?;
+        self.stage = Stage::Idle;
+        self.registry.release(step, Some(finished));
+        Ok(())
+    }
+}
+
+/// The end of a transfer; for ever silent where none runs.
+async fn over(stage: &mut Stage) -> Result<Box<SourceRecord>, MonitorDied> {
+    match stage {
+        Stage::Sending(sending) => sending.over().await,
+        _ => std::future::pending().await,
+    }
+}
+
+async fn due(marks: &Option<Marks>) {
+    match marks {
+        Some(marks) => tokio::time::sleep_until(marks.due).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,349 @@
+//! The destination's steps: what it answers, what it makes ready, and what it
+//! keeps or takes back. It never touches what a migration did not make here.
+
+use std::path::Path;
+
+use drover_model::{
+    api::{
+        compute::{CheckDestination, CleanUp, DestinationFacts, PreLiveMigration, StepRef},
+        fault::Fault,
+    },
+    guest::{Disk, Guest, PowerState, Presence},
+    ids::InstanceId,
+};
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use super::{
+    actor::{Actor, Stage},
+    registry::Finished,
+};
+use crate::{
+    faults::hypervisor as fault,
+    hypervisor::{DestinationQuestion, HypervisorError},
+    journal::{DestinationRecord, NewDisk, Record},
+};
+
+/// Disks of one guest. A virtual machine has far fewer slots.
+const MAX_DISKS: usize = 256;
+
+impl Actor {
+    /// What this node is and has for a guest that may come.
+    pub(super) async fn check_destination(
+        &mut self,
+        step: CheckDestination,
+    ) -> Result<DestinationFacts, Fault> {
+        self.registry.make_way(self.step(step.guest.id)).await?;
+        let hypervisor = &self.node.hypervisor;
+        let question = DestinationQuestion {
+            guest: &step.guest,
+            marks: &step.marks,
+        };
+        let source = &step.source;
+        let (inventory, answer, reach_source, probe_port) = tokio::join!(
+            hypervisor.inventory(),
+            hypervisor.answer_destination(question),
+            hypervisor.reach(&source.address, source.libvirt_port),
+            hypervisor.open_probe_port(),
+        );
+        let (inventory, answer) = (inventory.map_err(fault)?, answer.map_err(fault)?);
+        Ok(DestinationFacts {
+            inventory,
+            emulator_present: answer.emulator_present,
+            machine_supported: answer.machine_supported,
+            virt_type_supported: answer.virt_type_supported,
+            cpu: answer.cpu,
+            networks: answer.networks,
+            same_uuid: answer.same_uuid,
+            same_name: answer.same_name,
+            disks: answer.disks,
+            reach_source,
+            probe_port,
+        })
+    }
+
+    /// Makes ready for the guest: its disks to be copied are created, empty.
+    pub(super) async fn pre_live_migration(&mut self, step: PreLiveMigration) -> Result<(), Fault> {
+        let reference = self.step(step.guest.id);
+        self.same_instance(reference)?;
+        let (record, first) = match &self.stage {
+            Stage::Arriving(record) if record.prepared => return Ok(()),
+            // Begun by a former life of the agent, or broken off by a fault.
+            Stage::Arriving(record) => (record.clone(), false),
+            Stage::Sending(_) | Stage::Ended(_) => {
+                return Err(Fault::refused("this node is the migration's source"));
+            }
+            Stage::Idle => (self.begin_arriving(&step).await?, true),
+        };
+        self.create_disks(record, first).await
+    }
+
+    /// Writes down what is to be created, having seen that nothing is there.
+    async fn begin_arriving(
+        &mut self,
+        step: &PreLiveMigration,
+    ) -> Result<DestinationRecord, Fault> {
+        if self.registry.finished(self.migration).is_some() {
+            return Err(Fault::refused("this migration is over here"));
+        }
+        let instance = step.guest.id;
+        let disks = new_disks(&step.guest, &step.copied_disks)?;
+        let reference = self.step(instance);
+        self.registry.hold(reference).await?;
+        let record = DestinationRecord {
+            instance,
+            disks,
+            prepared: false,
+        };
+        let begun = async {
+            self.nothing_is_here(&record).await?;
+            self.write(&record).await
+        };
+        if let Err(fault) = begun.await {
+            self.registry.release(reference, None);
+            return Err(fault);
+        }
+        self.stage = Stage::Arriving(record.clone());
+        Ok(record)
+    }
+
+    /// What is found later at these places is then the migration's own.
+    async fn nothing_is_here(&self, record: &DestinationRecord) -> Result<(), Fault> {
+        let presence = self.node.hypervisor.presence(record.instance).await;
+        let presence = presence.map_err(fault)?;
+        if presence != Presence::Absent {
+            let message = format!("the instance is on this node already ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        for disk in &record.disks {
+            if tokio::fs::symlink_metadata(&disk.path).await.is_ok() {
+                return Err(Fault::refused(format!("{} is there already", disk.path)));
+            }
+        }
+        Ok(())
+    }
+
+    async fn create_disks(
+        &mut self,
+        mut record: DestinationRecord,
+        first: bool,
+    ) -> Result<(), Fault> {
+        let mut creating = JoinSet::new();
+        for new in record.disks.iter().filter(|new| !new.created).cloned() {
+            let hypervisor = self.node.hypervisor.clone();
+            creating.spawn(async move {
+                // A former attempt may have left half a file, and it is ours.
+                let cleared = match first {
+                    true => Ok(()),
+                    false => hypervisor.remove_disk(&new.path).await,
+                };
+                let created = match cleared {
+                    Ok(()) => hypervisor.create_disk(&new.disk).await,
+                    Err(e) => Err(e),
+                };
+                (new.path, created)
+            });
+        }
+        let mut failure = None;
+        while let Some(ended) = creating.join_next().await {
+            match ended {
+                Ok((path, created)) => {
+                    if let Err(e) = take_note(&mut record.disks, &path, created) {
+                        failure = Some(e);
+                    }
+                }
+                Err(died) => failure = Some(Fault::bug(format!("creating a disk died: {died}"))),
+            }
+        }
+        record.prepared = failure.is_none();
+        self.write(&record).await?;
+        let instance = record.instance;
+        self.stage = Stage::Arriving(record);
+        match failure {
+            Some(fault) => Err(fault),
+            None => {
+                info!(migration = %self.migration, %instance, "ready for the guest to come");
+                Ok(())
+            }
+        }
+    }
+
+    async fn write(&self, record: &DestinationRecord) -> Result<(), Fault> {
+        let entry = Record::Destination(record.clone());
+        Ok(self
+            .node
+            .journal
+            .migrations
+            .store(self.migration, &entry)
+            .await?)
+    }
+
+    /// Confirms that the guest runs here and will be here tomorrow.
+    pub(super) async fn post_at_destination(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        let hypervisor = self.node.hypervisor.clone();
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        match presence {
+            Presence::Present(state) if state.is_active() => {}
+            Presence::Incoming => return Err(Fault::not_now("the guest is still arriving")),
+            Presence::Absent | Presence::Present(_) => {
+                let message = format!("the guest does not run on this node ({presence:?})");
+                return Err(Fault::refused(message));
+            }
+        }
+        let (guest, job) = tokio::join!(
+            hypervisor.guest(step.instance),
+            hypervisor.completed_job(step.instance)
+        );
+        let mut clean_up = CleanUp {
+            warnings: arrival_warnings(guest),
+            ..CleanUp::default()
+        };
+        if let Ok(Some(job)) = job {
+            clean_up.downtime_ms = job.downtime_ms;
+            clean_up.total_ms = Some(job.elapsed_ms);
+        }
+        if matches!(self.stage, Stage::Arriving(_)) {
+            let finished = Finished {
+                job: None,
+                clean_up: clean_up.clone(),
+            };
+            self.forget(step, finished).await?;
+        }
+        Ok(clean_up)
+    }
+
+    /// Takes back what this migration made here. Only for a guest that is known
+    /// to run on its source; refused if it is active here (invariants 1 and 3).
+    pub(super) async fn rollback_at_destination(
+        &mut self,
+        step: StepRef,
+    ) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        let presence = self.node.hypervisor.presence(step.instance).await;
+        let presence = presence.map_err(fault)?;
+        if presence.is_active() {
+            let message = format!("the guest is active on this node ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        let record = match &self.stage {
+            Stage::Arriving(record) => record.clone(),
+            Stage::Idle => {
+                self.leave_alone(step, presence);
+                return Ok(self.remembered());
+            }
+            Stage::Sending(_) | Stage::Ended(_) => {
+                return Err(Fault::refused("this node is the migration's source"));
+            }
+        };
+        self.remove_domain(step.instance, presence).await?;
+        let mut clean_up = CleanUp::default();
+        for disk in &record.disks {
+            self.remove_disk(&disk.path, &mut clean_up).await?;
+        }
+        info!(migration = %self.migration, instance = %step.instance,
+            removed = ?clean_up.removed, "took back what was made ready for the guest");
+        if !clean_up.warnings.is_empty() {
+            // The journal keeps what is left, for whoever asks again.
+            return Ok(clean_up);
+        }
+        let finished = Finished {
+            job: None,
+            clean_up: clean_up.clone(),
+        };
+        self.forget(step, finished).await?;
+        Ok(clean_up)
+    }
+
+    /// The journal knows of nothing that this migration made here.
+    fn leave_alone(&self, step: StepRef, presence: Presence) {
+        if presence != Presence::Absent {
+            warn!(migration = %self.migration, instance = %step.instance, ?presence,
+                "a domain of the instance is here that, as far as the journal knows, this \
+                 migration did not make: left alone");
+        }
+    }
+
+    /// Removes a domain that appeared since the journal said there was none.
+    async fn remove_domain(&self, instance: InstanceId, presence: Presence) -> Result<(), Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let removed = match presence {
+            Presence::Absent => Ok(()),
+            Presence::Incoming => hypervisor.discard_incoming(instance).await,
+            Presence::Present(_) => hypervisor.undefine(instance).await,
+        };
+        removed.map_err(fault)
+    }
+}
+
+/// Notes what came of creating a disk. What somebody else has put there since
+/// is not the migration's own and leaves the list.
+fn take_note(
+    disks: &mut Vec<NewDisk>,
+    path: &str,
+    created: Result<(), HypervisorError>,
+) -> Result<(), Fault> {
+    if let Err(HypervisorError::Exists(_)) = &created {
+        disks.retain(|disk| disk.path != path);
+    }
+    created.map_err(fault)?;
+    for disk in disks.iter_mut().filter(|disk| disk.path == path) {
+        disk.created = true;
+    }
+    Ok(())
+}
+
+/// What is wrong with a guest that has arrived. It is healthy, so these are
+/// warnings (invariant 2).
+fn arrival_warnings(guest: Result<Option<Guest>, HypervisorError>) -> Vec<String> {
+    let mut warnings = Vec::new();
+    match guest {
+        Ok(Some(guest)) => {
+            if !guest.persistent {
+                warnings.push(
+                    "its definition is transient here and will be gone when it stops: \
+                     define it with virsh"
+                        .to_owned(),
+                );
+            }
+            if guest.power_state == PowerState::Paused {
+                warnings.push("the guest is paused".to_owned());
+            }
+        }
+        Ok(None) => warnings.push("libvirt no longer knows the guest".to_owned()),
+        Err(e) => {
+            warn!(error = %e, "the guest that arrived could not be looked at");
+            warnings.push(format!("its definition could not be looked at: {e}"));
+        }
+    }
+    warnings
+}
+
+/// The disks to create, all of them such as a migration may copy.
+fn new_disks(guest: &Guest, targets: &[String]) -> Result<Vec<NewDisk>, Fault> {
+    if targets.len() > MAX_DISKS {
+        return Err(Fault::refused(format!("more than {MAX_DISKS} disks")));
+    }
+    targets
+        .iter()
+        .map(|target| new_disk(guest, target))
+        .collect()
+}
+
+fn new_disk(guest: &Guest, target: &str) -> Result<NewDisk, Fault> {
+    let disk = guest.disks.iter().find(|disk| disk.target == target);
+    let path = disk
+        .filter(|disk| disk.is_copied_when_local())
+        .and_then(Disk::local_path)
+        .filter(|path| Path::new(path).is_absolute());
+    match (disk, path) {
+        (Some(disk), Some(path)) => Ok(NewDisk {
+            disk: disk.clone(),
+            path: path.to_owned(),
+            created: false,
+        }),
+        _ => Err(Fault::refused(format!(
+            "{target} is no disk that could be copied"
+        ))),
+    }
+}

@@ -1,0 +1,37 @@
+//! Migrations on this node: one actor per migration, through which every step
+//! for it goes, in order; so a step that is asked for twice at once is done once.
+//!
+//! ```text
+//!  source       check ─► Marked ─┬─ path checked, or 60 s ─► (nothing left)
+//!                                ▼
+//!               live_migration ─► Sending ─► Ended ─┬─ post_live_migration ────► (nothing left)
+//!                 journal first ┘   ▲ restart       └─ rollback_at_source ─────► (nothing left)
+//!
+//!  destination  pre_live_migration ─► Arriving ─┬─ post_at_destination ────────► (nothing left)
+//!                    journal first ┘  ▲ restart └─ rollback_at_destination ────► (nothing left)
+//! ```
+//!
+//! * [`registry`]: which actors there are, and which migration has which instance.
+//! * [`actor`]: the mailbox; [`source`] and [`destination`]: the steps; [`marks`].
+//! * [`sending`]: a transfer under way; [`monitor`]: the task beside it, with its
+//!   [`orders`] and its [`voice`]; what it decides by is pure: [`policy`],
+//!   [`progress`], [`outcome`].
+
+mod actor;
+mod destination;
+mod marks;
+mod monitor;
+mod orders;
+pub mod outcome;
+pub mod policy;
+pub mod progress;
+mod registry;
+mod sending;
+mod shared;
+mod source;
+mod voice;
+mod waiting;
+pub mod words;
+
+pub(crate) use actor::Command;
+pub(crate) use registry::Registry;

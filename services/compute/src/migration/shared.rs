@@ -1,0 +1,112 @@
+//! What the steps of both sides share.
+
+use drover_model::{
+    api::{
+        compute::{CleanUp, JobState, Outcome, StepRef},
+        fault::Fault,
+    },
+    error::ErrorClass,
+    ids::InstanceId,
+};
+use tracing::{info, warn};
+
+use super::{
+    actor::{Actor, Stage},
+    registry::Finished,
+    sending::job_of,
+};
+use crate::{
+    faults::{self, hypervisor as fault},
+    hypervisor::Job,
+};
+
+impl Actor {
+    /// What the last step here answered, for the same step come again.
+    pub(super) fn remembered(&self) -> CleanUp {
+        let finished = self.registry.finished(self.migration);
+        finished.map(|f| f.clean_up).unwrap_or_default()
+    }
+
+    /// Removes one of the migration's own disks. What does not work is a
+    /// warning, unless libvirt is away: then it is for later.
+    pub(super) async fn remove_disk(
+        &self,
+        path: &str,
+        clean_up: &mut CleanUp,
+    ) -> Result<(), Fault> {
+        match self.node.hypervisor.remove_disk(path).await {
+            Ok(()) => clean_up.removed.push(path.to_owned()),
+            Err(e) if e.class() == ErrorClass::Refused => {
+                let warning = format!("{path} was not removed: {e}");
+                warn!(migration = %self.migration, warning);
+                clean_up.warnings.push(warning);
+            }
+            Err(e) => return Err(fault(e)),
+        }
+        Ok(())
+    }
+
+    /// Refuses a step that names another instance than the migration's.
+    pub(super) fn same_instance(&self, step: StepRef) -> Result<(), Fault> {
+        let own = match &self.stage {
+            Stage::Idle => return Ok(()),
+            Stage::Sending(sending) => sending.record.request.instance,
+            Stage::Ended(record) => record.request.instance,
+            Stage::Arriving(record) => record.instance,
+        };
+        match own == step.instance {
+            true => Ok(()),
+            false => Err(Fault::refused(format!(
+                "migration {} moves instance {own}, not {}",
+                self.migration, step.instance
+            ))),
+        }
+    }
+
+    /// Gives the instance up to another migration if this one is plainly over:
+    /// it ended without a move, or arrived, and the guest is active here.
+    pub(super) async fn step_aside(&mut self, instance: InstanceId) -> Result<(), Fault> {
+        if matches!(self.stage, Stage::Idle) {
+            return Ok(());
+        }
+        if !self.is_over_for(instance).await? {
+            return Err(faults::busy(instance, self.migration));
+        }
+        info!(migration = %self.migration, %instance, "the migration is over and makes way for another");
+        let job = match &self.stage {
+            Stage::Ended(record) => Some(job_of(record)),
+            _ => None,
+        };
+        let finished = Finished {
+            job,
+            clean_up: CleanUp::default(),
+        };
+        self.forget(self.step(instance), finished).await
+    }
+
+    async fn is_over_for(&self, instance: InstanceId) -> Result<bool, Fault> {
+        let settled = match &self.stage {
+            Stage::Idle | Stage::Sending(_) => false,
+            Stage::Ended(record) => !has_moved(&job_of(record)),
+            Stage::Arriving(record) => record.prepared,
+        };
+        if !settled {
+            return Ok(false);
+        }
+        let hypervisor = &self.node.hypervisor;
+        let presence = hypervisor.presence(instance).await.map_err(fault)?;
+        let job = hypervisor.job(instance).await.map_err(fault)?;
+        Ok(presence.is_active() && job == Job::None)
+    }
+}
+
+/// Whether a transfer ended with the guest on the other side.
+pub(super) fn has_moved(job: &JobState) -> bool {
+    matches!(
+        job,
+        JobState::Ended {
+            outcome: Outcome::Moved { .. },
+            ..
+        }
+    )
+}

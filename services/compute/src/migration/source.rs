@@ -1,0 +1,313 @@
+//! The source's steps: what is given away, how it is sent, and what is tidied
+//! here afterwards.
+
+use drover_model::{
+    api::{
+        compute::{
+            CheckPath, CheckSource, CleanUp, JobState, LiveMigration, PathFacts, SourceFacts,
+            StepRef,
+        },
+        fault::Fault,
+    },
+    guest::{Disk, Guest, PowerState, Presence},
+};
+use tracing::{info, warn};
+
+use super::{
+    actor::{Actor, Reply, Stage},
+    orders::Order,
+    registry::Finished,
+    sending::{MonitorDied, Sending, job_of, spec},
+    shared::has_moved,
+};
+use crate::{
+    faults::hypervisor as fault,
+    journal::{CopiedDisk, Record, SourceRecord},
+    node::Counters,
+};
+
+impl Actor {
+    /// What is to be given away. Leaves marks beside the disks.
+    pub(super) async fn check_source(&mut self, step: CheckSource) -> Result<SourceFacts, Fault> {
+        self.registry.make_way(self.step(step.instance)).await?;
+        let hypervisor = self.node.hypervisor.clone();
+        let asked = tokio::try_join!(hypervisor.guest(step.instance), hypervisor.inventory());
+        let (guest, inventory) = asked.map_err(fault)?;
+        let marks = match &guest {
+            Some(guest) => self.leave_marks(guest).await.map_err(fault)?,
+            None => Vec::new(),
+        };
+        Ok(SourceFacts {
+            guest,
+            marks,
+            inventory,
+        })
+    }
+
+    /// Whether the destination can be reached. The marks have served.
+    pub(super) async fn check_path(&mut self, step: CheckPath) -> Result<PathFacts, Fault> {
+        self.registry.make_way(self.step(step.instance)).await?;
+        let hypervisor = self.node.hypervisor.clone();
+        let there = &step.destination;
+        let probe = async {
+            match step.probe_port {
+                Some(port) => hypervisor.reach(&there.address, port).await,
+                None => Err("the destination opened no port to try".to_owned()),
+            }
+        };
+        let libvirt = hypervisor.reach(&there.address, there.libvirt_port);
+        let (libvirt, migration_port, ()) = tokio::join!(libvirt, probe, self.remove_marks());
+        Ok(PathFacts {
+            libvirt,
+            migration_port,
+        })
+    }
+
+    /// Starts sending, once; asked again, says how it goes.
+    pub(super) async fn live_migration(&mut self, step: LiveMigration) -> Result<JobState, Fault> {
+        match &self.stage {
+            Stage::Idle => {}
+            Stage::Arriving(_) => {
+                return Err(Fault::refused("this node is the migration's destination"));
+            }
+            Stage::Sending(_) | Stage::Ended(_) => return self.get_job(self.step(step.instance)),
+        }
+        if let Some(finished) = self.registry.finished(self.migration) {
+            let over = Fault::refused("this migration is over here");
+            return finished.job.ok_or(over);
+        }
+        let problems = step.options.problems();
+        if !problems.is_empty() {
+            return Err(Fault::refused(problems.join("; ")));
+        }
+        let reference = self.step(step.instance);
+        self.registry.hold(reference).await?;
+        let begun = self.begin(step).await;
+        if begun.is_err() {
+            self.registry.release(reference, None);
+        }
+        begun
+    }
+
+    async fn begin(&mut self, step: LiveMigration) -> Result<JobState, Fault> {
+        let instance = step.instance;
+        let guest = self.node.hypervisor.guest(instance).await.map_err(fault)?;
+        let missing = || Fault::refused(format!("there is no instance {instance} on this node"));
+        let guest = guest.ok_or_else(missing)?;
+        let record = self.plan(step, &guest)?;
+        let spec = spec(&self.node, &record);
+        let journal = &self.node.journal.migrations;
+        let entry = Record::Source(Box::new(record.clone()));
+        journal.store(self.migration, &entry).await?;
+        info!(migration = %self.migration, %instance, name = %guest.name,
+            to = %record.request.dest_host, "sending the guest");
+        Counters::add(&self.node.counters.transfers_started);
+        let sending = Sending::watch(&self.node, self.migration, record, Some(spec));
+        let job = sending.job();
+        self.stage = Stage::Sending(sending);
+        Ok(job)
+    }
+
+    /// What is to be done, if it fits the guest as it is now.
+    fn plan(&self, request: LiveMigration, guest: &Guest) -> Result<SourceRecord, Fault> {
+        if !guest.power_state.is_active() {
+            let state = guest.power_state;
+            return Err(Fault::refused(format!(
+                "the guest is not running: {state:?}"
+            )));
+        }
+        if let Some(job) = &guest.active_job {
+            return Err(Fault::refused(format!(
+                "libvirt is busy with the guest: {job}"
+            )));
+        }
+        let copied = request.copied_disks.iter();
+        let disks = copied
+            .map(|target| copied_disk(guest, target))
+            .collect::<Result<_, _>>()?;
+        Ok(SourceRecord {
+            disks,
+            memory_bytes: guest.memory_mib << 20,
+            was_running: guest.power_state == PowerState::Running,
+            paused_by_force_complete: false,
+            started_at_ms: self.node.now_ms(),
+            decisions: Vec::new(),
+            ended: None,
+            request,
+        })
+    }
+
+    /// Where the transfer stands.
+    pub(super) fn get_job(&self, step: StepRef) -> Result<JobState, Fault> {
+        self.same_instance(step)?;
+        Ok(match &self.stage {
+            Stage::Sending(sending) => sending.job(),
+            Stage::Ended(record) => job_of(record),
+            Stage::Idle | Stage::Arriving(_) => {
+                let finished = self.registry.finished(self.migration);
+                finished.and_then(|f| f.job).unwrap_or(JobState::Unknown)
+            }
+        })
+    }
+
+    /// Passes an order on to the monitor, which answers it itself. Of a transfer
+    /// that is over, the outcome is the answer.
+    pub(super) fn order(
+        &self,
+        step: StepRef,
+        order: impl FnOnce(Reply<()>) -> Order,
+        to: Reply<()>,
+    ) {
+        if let Err(other) = self.same_instance(step) {
+            drop(to.send(Err(other)));
+            return;
+        }
+        match &self.stage {
+            Stage::Sending(sending) if !sending.is_over() => sending.give(order(to)),
+            Stage::Sending(_) | Stage::Ended(_) => drop(to.send(Ok(()))),
+            Stage::Idle | Stage::Arriving(_) => {
+                let finished = self.registry.finished(self.migration);
+                let known = finished.is_some_and(|f| f.job.is_some());
+                let unknown = || Fault::refused("this node sends nothing for this migration");
+                drop(to.send(known.then_some(()).ok_or_else(unknown)));
+            }
+        }
+    }
+
+    /// The monitor died: the guest is watched by another, as after a restart.
+    pub(super) fn watch_again(&mut self) {
+        if let Stage::Sending(sending) = &self.stage {
+            warn!(migration = %self.migration, "the transfer's monitor died; watching anew");
+            let record = (*sending.record).clone();
+            self.stage = Stage::Sending(Sending::watch(&self.node, self.migration, record, None));
+        }
+    }
+
+    /// The monitor is done: its findings go into the journal.
+    pub(super) async fn sent(&mut self, record: Box<SourceRecord>) {
+        let entry = Record::Source(record.clone());
+        if let Err(e) = self
+            .node
+            .journal
+            .migrations
+            .store(self.migration, &entry)
+            .await
+        {
+            // A restart would look at the guest and find the same.
+            warn!(migration = %self.migration, error = %e, "the outcome is not in the journal");
+        }
+        self.stage = Stage::Ended(record);
+    }
+
+    /// Tidies the source after the guest has moved: its definition, if one is
+    /// left, and the disks that were copied.
+    pub(super) async fn post_live_migration(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
+        let Some(record) = self.ended(step).await? else {
+            return Ok(self.remembered());
+        };
+        let presence = self
+            .node
+            .hypervisor
+            .presence(step.instance)
+            .await
+            .map_err(fault)?;
+        let moved = has_moved(&job_of(&record));
+        match presence {
+            Presence::Absent => {}
+            Presence::Present(state) if !state.is_active() && moved => {
+                self.node
+                    .hypervisor
+                    .undefine(step.instance)
+                    .await
+                    .map_err(fault)?;
+            }
+            // Invariant 3: its disks may be the only ones.
+            Presence::Present(_) | Presence::Incoming => {
+                return Err(Fault::refused(format!(
+                    "the guest is still on the source ({presence:?}): nothing is removed"
+                )));
+            }
+        }
+        let mut clean_up = CleanUp::default();
+        for disk in &record.disks {
+            self.remove_disk(&disk.path, &mut clean_up).await?;
+        }
+        self.remove_marks().await;
+        self.finish_source(step, &record, clean_up).await
+    }
+
+    /// Forgets a transfer that did not happen; the guest stays and runs on.
+    pub(super) async fn rollback_at_source(&mut self, step: StepRef) -> Result<(), Fault> {
+        self.remove_marks().await;
+        let Some(record) = self.ended(step).await? else {
+            return Ok(());
+        };
+        if record.paused_by_force_complete && record.was_running {
+            let hypervisor = &self.node.hypervisor;
+            let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+            if presence == Presence::Present(PowerState::Paused) {
+                info!(migration = %self.migration, instance = %step.instance,
+                    "resuming the guest that force-complete had paused");
+                hypervisor.resume(step.instance).await.map_err(fault)?;
+            }
+        }
+        self.finish_source(step, &record, CleanUp::default())
+            .await?;
+        Ok(())
+    }
+
+    /// The record of a transfer that is over; none if there was none here.
+    ///
+    /// # Errors
+    /// Retryable while the transfer runs.
+    async fn ended(&mut self, step: StepRef) -> Result<Option<Box<SourceRecord>>, Fault> {
+        self.same_instance(step)?;
+        if let Stage::Sending(sending) = &mut self.stage {
+            if !sending.is_over() {
+                return Err(Fault::not_now("the transfer is still running"));
+            }
+            match sending.over().await {
+                Ok(record) => self.sent(record).await,
+                Err(MonitorDied) => self.watch_again(),
+            }
+        }
+        match &self.stage {
+            Stage::Ended(record) => Ok(Some(record.clone())),
+            Stage::Arriving(_) => Err(Fault::refused("this node is the migration's destination")),
+            Stage::Sending(_) => Err(Fault::not_now("the transfer is being looked for")),
+            Stage::Idle => Ok(None),
+        }
+    }
+
+    async fn finish_source(
+        &mut self,
+        step: StepRef,
+        record: &SourceRecord,
+        clean_up: CleanUp,
+    ) -> Result<CleanUp, Fault> {
+        let job = Some(job_of(record));
+        let finished = Finished {
+            job,
+            clean_up: clean_up.clone(),
+        };
+        self.forget(step, finished).await?;
+        Ok(clean_up)
+    }
+}
+
+/// A disk that may be copied, and so removed here afterwards.
+fn copied_disk(guest: &Guest, target: &str) -> Result<CopiedDisk, Fault> {
+    let disk = guest.disks.iter().find(|disk| disk.target == target);
+    let path = disk
+        .filter(|d| d.is_copied_when_local())
+        .and_then(Disk::local_path);
+    let path = path.ok_or_else(|| {
+        Fault::refused(format!(
+            "{target} is no disk of the guest that could be copied"
+        ))
+    })?;
+    Ok(CopiedDisk {
+        target: target.to_owned(),
+        path: path.to_owned(),
+    })
+}

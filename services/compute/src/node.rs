@@ -1,0 +1,117 @@
+//! What every part of the agent shares: the hypervisor, the journal, the way to
+//! the conductor, the settings, the clock and the counters.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use drover_model::{
+    api::compute::Outcome,
+    ids::HostName,
+    node::{AllocationPolicy, Endpoint},
+};
+use tokio::task::JoinHandle;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{conductor::Conductor, hypervisor::Hypervisor, journal::Journal};
+
+/// The wall clock: milliseconds since 1970. Waiting is tokio's.
+pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+/// How an agent is to work; all checked.
+#[derive(Debug, Clone)]
+pub struct AgentSettings {
+    /// The node's name: the agent's server name.
+    pub host: HostName,
+    /// Where other nodes reach this one.
+    pub endpoint: Endpoint,
+    /// How much of the node may be given to guests.
+    pub policy: AllocationPolicy,
+    /// Where the journal is.
+    pub state_dir: std::path::PathBuf,
+    /// Time between reports, seconds.
+    pub report_interval_s: u64,
+    /// Downtime of a migration that asks for none in particular, ms.
+    pub max_downtime_ms: u64,
+    /// Progress timeout of a migration that asks for none in particular, seconds.
+    pub progress_timeout_s: u64,
+}
+
+/// The shared parts.
+pub(crate) struct Node {
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    pub(crate) journal: Journal,
+    pub(crate) conductor: Conductor,
+    pub(crate) settings: AgentSettings,
+    pub(crate) clock: Clock,
+    pub(crate) counters: Counters,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) stop: CancellationToken,
+}
+
+impl Node {
+    /// Runs something beside everything else until it ends or the agent stops.
+    /// Every task of the agent is one of these, so none outlives it.
+    pub(crate) fn spawn<F>(&self, work: F) -> JoinHandle<Option<F::Output>>
+    where
+        F: Future<Output: Send + 'static> + Send + 'static,
+    {
+        let stop = self.stop.clone();
+        self.tasks.spawn(stop.run_until_cancelled_owned(work))
+    }
+
+    /// The time now, milliseconds since 1970.
+    pub(crate) fn now_ms(&self) -> u64 {
+        (self.clock)()
+    }
+}
+
+macro_rules! counters {
+    ($($name:ident,)*) => {
+        /// What the agent has done since it started.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters { $(pub(crate) $name: AtomicU64,)* }
+
+        impl Counters {
+            /// All of them by name.
+            pub(crate) fn snapshot(&self) -> BTreeMap<String, u64> {
+                BTreeMap::from([$((stringify!($name).to_owned(), self.$name.load(Ordering::Relaxed)),)*])
+            }
+        }
+    };
+}
+
+counters! {
+    steps_done,
+    steps_failed,
+    transfers_started,
+    transfers_attached,
+    transfers_moved,
+    transfers_failed,
+    transfers_aborted,
+    transfers_stalled,
+    node_reports_sent,
+    node_reports_lost,
+    migration_reports_sent,
+    migration_reports_lost,
+}
+
+impl Counters {
+    pub(crate) fn add(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_outcome(&self, outcome: &Outcome) {
+        Self::add(match outcome {
+            Outcome::Moved { .. } => &self.transfers_moved,
+            Outcome::Failed { .. } => &self.transfers_failed,
+            Outcome::Aborted => &self.transfers_aborted,
+            Outcome::Stalled { .. } => &self.transfers_stalled,
+        });
+    }
+}

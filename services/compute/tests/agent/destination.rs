@@ -1,0 +1,284 @@
+//! The destination's steps: what it makes, keeps, takes back and never touches.
+
+use drover_compute::hypervisor::{
+    HypervisorError,
+    fake::{At, Call, Fault as Mishap, script::Effect},
+};
+use drover_model::{
+    api::{
+        compute::{Outcome, method},
+        fault::code,
+    },
+    error::ErrorClass,
+    guest::{PowerState, Presence},
+};
+
+use crate::harness::*;
+
+#[tokio::test(start_paused = true)]
+async fn what_was_made_ready_is_taken_back() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    assert!(world.fabric.file(B, DISK).is_some());
+    let undone = world
+        .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+        .await
+        .unwrap();
+    assert_eq!(undone.removed, vec![DISK.to_owned()]);
+    let again = world
+        .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+        .await
+        .unwrap();
+    assert_eq!(again, undone);
+    world.assert_tidy(&m, A);
+    let late = world.prepare(&m).await.unwrap_err();
+    assert!(
+        late.message.contains("over"),
+        "a late repeat creates nothing: {late}"
+    );
+    world.assert_tidy(&m, A);
+}
+
+#[tokio::test(start_paused = true)]
+async fn asked_twice_at_once_it_is_made_once() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    let ask = m.prepare(world.guest(&m).await);
+    world.check_path(&m).await.unwrap();
+    let (one, two) = tokio::join!(
+        world.call::<()>(B, method::PRE_LIVE_MIGRATION, &ask),
+        world.call::<()>(B, method::PRE_LIVE_MIGRATION, &ask),
+    );
+    assert_eq!((one, two), (Ok(()), Ok(())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn somebody_elses_file_is_never_touched() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.fabric.write_file(B, DISK, "precious").unwrap();
+    let refused = world.prepare(&m).await.unwrap_err();
+    assert_eq!(refused.class, ErrorClass::Refused);
+    assert!(refused.message.contains("already"), "{refused}");
+    let undone = world
+        .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+        .await
+        .unwrap();
+    assert_eq!(undone.removed, Vec::<String>::new());
+    assert!(world.fabric.file(B, DISK).is_some());
+    assert_eq!(world.journal_files(B), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_could_not_be_created_is_tried_again() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    let full = HypervisorError::Failed("No space left on device".to_owned());
+    world
+        .fabric
+        .on_call(B, Call::CreateDisk, 1, Effect::Refuse(full));
+    let refused = world.prepare(&m).await.unwrap_err();
+    assert_eq!(&*refused.code, code::HYPERVISOR_REFUSED);
+    assert_eq!(world.prepare(&m).await, Ok(()));
+    // Created, and the answer lost: the second attempt makes it anew.
+    let other = world.migration(
+        small()
+            .id(drover_model::ids::InstanceId(uuid::Uuid::from_u128(3)))
+            .with(|g| {
+                g.name = "other".to_owned();
+                for disk in &mut g.disks {
+                    disk.source = drover_model::guest::DiskSource::File {
+                        path: format!("{DISK}.2"),
+                    };
+                }
+            }),
+    );
+    let lost = Effect::Forget(HypervisorError::Lost("gone".to_owned()));
+    world.fabric.on_call(B, Call::CreateDisk, 1, lost);
+    assert_eq!(
+        world.prepare(&other).await.unwrap_err().class,
+        ErrorClass::Lost
+    );
+    assert_eq!(world.prepare(&other).await, Ok(()));
+    for m in [&m, &other] {
+        world.take_back(m).await;
+    }
+    world.assert_tidy(&m, A);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_domain_that_is_here_already_refuses_the_guest() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    let guest = world.guest(&m).await;
+    world.fabric.add_guest(
+        B,
+        small()
+            .id(m.step.instance)
+            .state(PowerState::Shutdown)
+            .disk("/var/lib/libvirt/images/b.qcow2", 1),
+    );
+    let ask = m.prepare(guest);
+    let refused = world
+        .call::<()>(B, method::PRE_LIVE_MIGRATION, &ask)
+        .await
+        .unwrap_err();
+    assert!(
+        refused.message.contains("on this node already"),
+        "{refused}"
+    );
+    // And a take-back leaves it alone, for it was not made by this migration.
+    let undone = world
+        .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+        .await
+        .unwrap();
+    assert_eq!((undone.removed.len(), undone.warnings.len()), (0, 0));
+    assert_eq!(
+        world.locate(B, &m).await,
+        Presence::Present(PowerState::Shutdown)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn disks_that_cannot_be_copied_are_refused() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    let good = m.prepare(world.guest(&m).await);
+    let mut read_only = good.clone();
+    read_only.guest.disks[0].read_only = true;
+    let mut relative = good.clone();
+    relative.guest.disks[0].source = drover_model::guest::DiskSource::File {
+        path: "x".to_owned(),
+    };
+    let mut unknown = good.clone();
+    unknown.copied_disks = vec!["vdq".to_owned()];
+    for bad in [read_only, relative, unknown] {
+        let refused = world
+            .call::<()>(B, method::PRE_LIVE_MIGRATION, &bad)
+            .await
+            .unwrap_err();
+        assert!(
+            refused.message.contains("no disk that could be copied"),
+            "{refused}"
+        );
+    }
+    assert_eq!(world.journal_files(B), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_active_here_is_never_taken_back() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    world.send(&m).await.unwrap();
+    assert!(matches!(world.outcome(&m).await, Outcome::Moved { .. }));
+    let refused = world
+        .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+        .await
+        .unwrap_err();
+    assert_eq!(refused.class, ErrorClass::Refused);
+    assert!(refused.message.contains("active on this node"), "{refused}");
+    world.settle(&m).await;
+    world.assert_tidy(&m, B);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_failed_move_left_behind_is_removed() {
+    for left in [Mishap::LeaveIncoming, Mishap::LeaveStaleCopy] {
+        let world = World::new().await;
+        let m = world.migration(small());
+        world.prepare(&m).await.unwrap();
+        world
+            .fabric
+            .on_migration(m.step.instance, At::Memory(50), left.clone());
+        world.fabric.on_migration(
+            m.step.instance,
+            At::Memory(60),
+            Mishap::Fail("no".to_owned()),
+        );
+        world.send(&m).await.unwrap();
+        assert!(
+            matches!(world.outcome(&m).await, Outcome::Failed { .. }),
+            "{left:?}"
+        );
+        if world.locate(B, &m).await.is_active() {
+            // That is for a conductor to sort out; the agent keeps its hands off.
+            world
+                .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+                .await
+                .unwrap_err();
+            continue;
+        }
+        world.take_back(&m).await;
+        world.assert_tidy(&m, A);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn arrival_is_confirmed_only_of_a_guest_that_runs_here() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    let absent = world
+        .clean_up(B, method::POST_AT_DESTINATION, &m)
+        .await
+        .unwrap_err();
+    assert_eq!(absent.class, ErrorClass::Refused);
+    world.send(&m).await.unwrap();
+    pause(600).await;
+    let arriving = world
+        .clean_up(B, method::POST_AT_DESTINATION, &m)
+        .await
+        .unwrap_err();
+    assert_eq!(arriving.class, ErrorClass::Retryable);
+    world.outcome(&m).await;
+    world
+        .fabric
+        .edit_guest(B, m.step.instance, |guest| guest.persistent = false);
+    let there = world
+        .clean_up(B, method::POST_AT_DESTINATION, &m)
+        .await
+        .unwrap();
+    assert!(there.warnings[0].contains("transient"), "{there:?}");
+    assert_eq!(world.journal_files(B), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_could_not_be_removed_is_removed_when_asked_again() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    let busy = Effect::Refuse(HypervisorError::Failed(
+        "Device or resource busy".to_owned(),
+    ));
+    world.fabric.on_call(B, Call::RemoveDisk, 1, busy);
+    let first = world
+        .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+        .await
+        .unwrap();
+    assert!(first.warnings[0].contains("busy"), "{first:?}");
+    world.take_back(&m).await;
+    world.assert_tidy(&m, A);
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_libvirt_is_away_nothing_is_removed_or_forgotten() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    world.fabric.libvirtd_away(B);
+    let fault = world
+        .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.class, &*fault.code),
+        (ErrorClass::Retryable, code::HYPERVISOR_UNREACHABLE)
+    );
+    assert!(world.fabric.file(B, DISK).is_some());
+    world.fabric.libvirtd_back(B);
+    pause(1000).await;
+    world.take_back(&m).await;
+    world.assert_tidy(&m, A);
+}

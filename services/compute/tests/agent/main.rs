@@ -1,0 +1,13 @@
+//! Whole agents over fake hypervisors, messaging in memory and virtual time:
+//! every step, twice; death in every phase; every way a transfer can end.
+
+#![allow(clippy::unwrap_used)] // all of it is test
+
+mod destination;
+mod harness;
+mod listener;
+mod nova;
+mod reports;
+mod restart;
+mod source;
+mod transfer;

@@ -1,0 +1,219 @@
+//! What the conductor asks of agents: typed calls, each with a time limit, and
+//! every way they can fail reduced to an error class. Agents' steps are
+//! idempotent, so an answer that did not come is passing trouble: ask again.
+
+use std::time::Duration;
+
+use drover_model::{
+    api::{self, compute as c, fault::Fault},
+    error::ErrorClass,
+    ids::HostName,
+};
+use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target};
+use drover_runtime::error_chain::Chain;
+use serde::{Serialize, de::DeserializeOwned};
+
+/// Why an agent did not do as asked.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct AgentError {
+    /// What may be done about it.
+    pub class: ErrorClass,
+    /// In words.
+    pub message: String,
+}
+
+/// Time limits of calls to agents.
+#[derive(Debug, Clone, Copy)]
+pub struct CallLimits {
+    /// For questions.
+    pub check: Duration,
+    /// For acts that work on disks.
+    pub act: Duration,
+    /// For the agent's sign of life during those.
+    pub silence: Duration,
+}
+
+impl Default for CallLimits {
+    fn default() -> Self {
+        Self {
+            check: Duration::from_secs(15),
+            act: Duration::from_secs(600),
+            silence: Duration::from_secs(20),
+        }
+    }
+}
+
+/// Speaks to agents. Cheap to clone.
+#[derive(Clone)]
+pub struct AgentClient {
+    rpc: RpcClient,
+    limits: CallLimits,
+}
+
+/// Result of a call.
+pub type Result<T> = std::result::Result<T, AgentError>;
+
+impl AgentClient {
+    /// A client over this process's RPC client.
+    pub fn new(rpc: RpcClient, limits: CallLimits) -> Self {
+        Self { rpc, limits }
+    }
+
+    async fn ask<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
+    where
+        A: Serialize + Sync,
+        R: DeserializeOwned,
+    {
+        let options = CallOptions {
+            timeout: Some(self.limits.check),
+            ..CallOptions::default()
+        };
+        self.call(host, method, args, options).await
+    }
+
+    async fn act<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
+    where
+        A: Serialize + Sync,
+        R: DeserializeOwned,
+    {
+        let options = CallOptions {
+            timeout: Some(self.limits.act),
+            monitor_timeout: Some(self.limits.silence),
+            ..CallOptions::default()
+        };
+        self.call(host, method, args, options).await
+    }
+
+    async fn call<A, R>(
+        &self,
+        host: &HostName,
+        method: &str,
+        args: &A,
+        options: CallOptions,
+    ) -> Result<R>
+    where
+        A: Serialize + Sync,
+        R: DeserializeOwned,
+    {
+        let target = Target::topic(api::COMPUTE_TOPIC)
+            .server(host.as_str())
+            .namespace(api::NAMESPACE)
+            .version(api::VERSION);
+        let context = RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()));
+        let called = self.rpc.call_with(&target, &context, method, args, options);
+        called.await.map_err(|e| agent_error(host, &e))
+    }
+
+    /// How an agent is.
+    pub async fn status(&self, host: &HostName) -> Result<c::AgentStatus> {
+        let none = serde_json::Map::new();
+        self.ask(host, c::method::GET_STATUS, &none).await
+    }
+
+    /// What the source has to give.
+    pub async fn check_source(
+        &self,
+        host: &HostName,
+        ask: &c::CheckSource,
+    ) -> Result<c::SourceFacts> {
+        self.ask(host, c::method::CHECK_SOURCE, ask).await
+    }
+
+    /// What the destination says to it.
+    pub async fn check_destination(
+        &self,
+        host: &HostName,
+        ask: &c::CheckDestination,
+    ) -> Result<c::DestinationFacts> {
+        self.ask(host, c::method::CHECK_DESTINATION, ask).await
+    }
+
+    /// Whether the source reaches the destination.
+    pub async fn check_path(&self, host: &HostName, ask: &c::CheckPath) -> Result<c::PathFacts> {
+        self.ask(host, c::method::CHECK_PATH, ask).await
+    }
+
+    /// Makes the destination ready.
+    pub async fn prepare(&self, host: &HostName, ask: &c::PreLiveMigration) -> Result<()> {
+        self.act(host, c::method::PRE_LIVE_MIGRATION, ask).await
+    }
+
+    /// Starts the transfer on the source, or finds it started.
+    pub async fn start(&self, host: &HostName, ask: &c::LiveMigration) -> Result<c::JobState> {
+        self.ask(host, c::method::LIVE_MIGRATION, ask).await
+    }
+
+    /// Where the transfer stands.
+    pub async fn job(&self, host: &HostName, step: c::StepRef) -> Result<c::JobState> {
+        self.ask(host, c::method::GET_JOB, &step).await
+    }
+
+    /// Aborts the transfer.
+    pub async fn abort(&self, host: &HostName, step: c::StepRef) -> Result<()> {
+        self.ask(host, c::method::ABORT, &step).await
+    }
+
+    /// Has the transfer end soon, whatever it costs the guest.
+    pub async fn force_complete(&self, host: &HostName, step: c::StepRef) -> Result<()> {
+        self.ask(host, c::method::FORCE_COMPLETE, &step).await
+    }
+
+    /// Where a node sees the guest.
+    pub async fn locate(&self, host: &HostName, step: c::StepRef) -> Result<c::GuestLocation> {
+        self.ask(host, c::method::LOCATE, &step).await
+    }
+
+    /// Tidies the source after the switch-over.
+    pub async fn post_at_source(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        self.act(host, c::method::POST_LIVE_MIGRATION, &step).await
+    }
+
+    /// Tidies the destination after the switch-over.
+    pub async fn post_at_destination(
+        &self,
+        host: &HostName,
+        step: c::StepRef,
+    ) -> Result<c::CleanUp> {
+        self.act(host, c::method::POST_AT_DESTINATION, &step).await
+    }
+
+    /// Takes back what was prepared on the destination.
+    pub async fn rollback_at_destination(
+        &self,
+        host: &HostName,
+        step: c::StepRef,
+    ) -> Result<c::CleanUp> {
+        self.act(host, c::method::ROLLBACK_AT_DESTINATION, &step)
+            .await
+    }
+
+    /// Has the source forget the migration.
+    pub async fn rollback_at_source(&self, host: &HostName, step: c::StepRef) -> Result<()> {
+        self.act(host, c::method::ROLLBACK_AT_SOURCE, &step).await
+    }
+}
+
+fn agent_error(host: &HostName, error: &RpcError) -> AgentError {
+    let fault = error
+        .failure()
+        .and_then(|f| Fault::from_parts(&f.module, &f.class, &f.message, &f.kwargs));
+    match (fault, error.failure()) {
+        (Some(fault), _) => AgentError {
+            class: fault.class,
+            message: format!("{host}: {}", fault.message),
+        },
+        // An exception of dispatch or decoding: the two sides do not fit.
+        (None, Some(failure)) => AgentError {
+            class: ErrorClass::Refused,
+            message: format!("{host}: {}: {}", failure.class, failure.message),
+        },
+        (None, None) => AgentError {
+            class: match error {
+                RpcError::BadArguments { .. } | RpcError::BadReply { .. } => ErrorClass::Bug,
+                _ => ErrorClass::Retryable,
+            },
+            message: Chain(error).to_string(),
+        },
+    }
+}

@@ -1,0 +1,74 @@
+//! Rows of the record as the answers that callers get.
+
+use drover_model::{
+    api::conductor::{Instance, Node},
+    guest::PowerState,
+    migration::{Migration, MigrationType},
+    node::HypervisorReport,
+};
+use drover_store::{claims::Usage, instances::InstanceRow, nodes::NodeRow};
+
+use crate::checks::Liveness;
+
+/// An instance, given the unfinished migrations.
+pub(crate) fn instance(row: &InstanceRow, active: &[Migration]) -> Instance {
+    let moving = active.iter().find(|m| m.instance_uuid == row.id);
+    Instance {
+        uuid: row.id,
+        name: row.name.clone(),
+        project_id: row.project.clone(),
+        host: row.host.clone(),
+        power_state: row.power_state,
+        vm_state: vm_state(row).to_owned(),
+        task_state: moving.map(|m| task_state(m.migration_type).to_owned()),
+        vcpus: row.vcpus,
+        memory_mb: row.memory_mib,
+        disk_bytes: row.disk_bytes,
+        generation: row.generation,
+        migration: moving.map(|m| m.uuid),
+        seen_at_ms: row.missing_since_ms.unwrap_or(row.changed_at_ms),
+    }
+}
+
+fn vm_state(row: &InstanceRow) -> &'static str {
+    match row.power_state {
+        _ if row.missing_since_ms.is_some() => "unknown",
+        PowerState::Running => "active",
+        PowerState::Paused => "paused",
+        PowerState::Suspended => "suspended",
+        PowerState::Shutdown => "stopped",
+        PowerState::Crashed => "error",
+    }
+}
+
+fn task_state(kind: MigrationType) -> &'static str {
+    match kind {
+        MigrationType::LiveMigration => "migrating",
+    }
+}
+
+/// A node, with its room.
+pub(crate) fn node(row: &NodeRow, usage: &Usage, live: Liveness) -> Node {
+    let report = &row.report;
+    let age_ms = live.now_ms.saturating_sub(row.heard_at_ms);
+    Node {
+        host: report.host.clone(),
+        enabled: row.enabled,
+        disabled_reason: row.disabled_reason.clone(),
+        up: live.is_up(row),
+        heard_at_ms: row.heard_at_ms,
+        report_age_ms: age_ms,
+        clock_offset_ms: i64::try_from(report.clock_ms).unwrap_or(i64::MAX)
+            - i64::try_from(row.heard_at_ms).unwrap_or(i64::MAX),
+        vcpus_used: usage.used.vcpus,
+        memory_used_mib: usage.used.memory_mib,
+        disk_claimed_bytes: usage.used.disk_bytes,
+        vcpus_usable: usage.usable.vcpus,
+        memory_usable_mib: usage.usable.memory_mib,
+        instances: match &report.hypervisor {
+            HypervisorReport::Up { instances, .. } => Some(instances.len() as u64),
+            HypervisorReport::Down { .. } => None,
+        },
+        report: report.clone(),
+    }
+}

@@ -1,0 +1,91 @@
+//! Refusals as exceptions: Nova's where Nova has one, so that a Nova-style
+//! client raises its own class again. Every failed check travels along in the
+//! keyword argument `checks`.
+
+use drover_model::{
+    check::{CheckCode, CheckFailure},
+    migration::Migration,
+};
+use drover_rpc::RemoteFailure;
+use drover_runtime::error_chain::Chain;
+use drover_store::StoreError;
+use serde::Serialize;
+use serde_json::Value;
+use tracing::error;
+
+/// An answer as JSON.
+pub(crate) fn to_value<T: Serialize>(answer: &T) -> Result<Value, RemoteFailure> {
+    serde_json::to_value(answer)
+        .map_err(|e| RemoteFailure::runtime_error(format!("the answer cannot be written: {e}")))
+}
+
+/// Trouble with the record.
+pub(crate) fn store_failure(error: &StoreError) -> RemoteFailure {
+    match error {
+        StoreError::NotFound(what) => {
+            let class = match what.split(' ').next() {
+                Some("instance") => "InstanceNotFound",
+                Some("node") => "ComputeHostNotFound",
+                Some("migration" | "unfinished") => "MigrationNotFound",
+                _ => "NotFound",
+            };
+            nova(class, format!("There is no {what}."), 404)
+        }
+        StoreError::Ambiguous(text) => nova("Invalid", text.clone(), 400),
+        other => {
+            error!(error = %Chain(other), "the record failed");
+            RemoteFailure::runtime_error(Chain(other).to_string())
+        }
+    }
+}
+
+/// A migration is not in a state for this.
+pub(crate) fn wrong_state(m: &Migration, what: &str) -> RemoteFailure {
+    let step = match m.status.is_final() {
+        true => String::new(),
+        false => format!(" in step '{}'", m.step),
+    };
+    let message = format!(
+        "Migration {} is {}{step}: {what} is not possible.",
+        m.id, m.status
+    );
+    nova("InvalidMigrationState", message, 409)
+        .with_kwarg("migration_id", m.id)
+        .with_kwarg("instance_uuid", m.instance_uuid.to_string())
+        .with_kwarg("state", m.status.as_str())
+        .with_kwarg("method", what)
+}
+
+/// Checks said no.
+pub(crate) fn refused(checks: &[CheckFailure], migration: Option<&Migration>) -> RemoteFailure {
+    let texts: Vec<String> = checks.iter().map(ToString::to_string).collect();
+    let reason = texts.join("; ");
+    let class = match checks {
+        [one] => class_of(one.code),
+        _ => "MigrationPreCheckError",
+    };
+    let failure = nova(class, format!("Migration pre-check error: {reason}"), 400)
+        .with_kwarg("reason", reason)
+        .with_kwarg("checks", serde_json::to_value(checks).unwrap_or_default());
+    match migration {
+        Some(m) => failure.with_kwarg("migration_id", m.id),
+        None => failure,
+    }
+}
+
+/// Nova's class for a check that failed alone.
+fn class_of(code: CheckCode) -> &'static str {
+    match code {
+        CheckCode::InstanceState | CheckCode::InstanceBusy => "InstanceInvalidState",
+        CheckCode::InstanceMissing => "InstanceNotFound",
+        CheckCode::SameHost => "UnableToMigrateToSelf",
+        CheckCode::UnknownHost => "ComputeHostNotFound",
+        CheckCode::HostDown => "ComputeServiceUnavailable",
+        CheckCode::NoValidHost => "NoValidHost",
+        _ => "MigrationPreCheckError",
+    }
+}
+
+fn nova(class: &'static str, message: String, http_code: u16) -> RemoteFailure {
+    RemoteFailure::nova(class, message).with_kwarg("code", http_code)
+}

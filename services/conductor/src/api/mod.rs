@@ -1,0 +1,424 @@
+//! What the conductor serves: decode, admit, journal, acknowledge, answer.
+//!
+//! [`DroverEndpoint`] (namespace `drover`) is for operators, frontends and
+//! agents; [`ComputeTaskEndpoint`] (namespace `compute_task`) takes what Nova's
+//! frontends cast. [`migrate`] admits; [`convert`] turns rows into answers;
+//! [`failure`] turns refusals into the exceptions that callers know.
+
+pub mod convert;
+pub mod failure;
+pub mod migrate;
+mod nova;
+mod wait;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use drover_model::{
+    api::{
+        NAMESPACE, VERSION,
+        conductor::{
+            ConductorStatus, InstanceRef, ListInstances, ListMigrations, MigrateInstance,
+            MigrationRef, MigrationReport, NodeRef, SetNode, WaitMigration, method,
+        },
+    },
+    ids::{InstanceId, MigrationId},
+    migration::{Migration, MigrationStatus, Phase},
+    node::NodeReport,
+};
+use drover_rpc::{Endpoint, Notifier, Priority, RemoteFailure, Request, RpcStats};
+use drover_store::nodes::Reported;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::Semaphore;
+use tracing::{info, warn};
+
+pub use nova::ComputeTaskEndpoint;
+
+use crate::{
+    api::failure::{store_failure, to_value},
+    app::Context,
+    task::{journal::notification, runner::Runner},
+};
+
+/// Result of a method.
+pub(crate) type Answer = Result<Value, RemoteFailure>;
+
+/// Namespace `drover`.
+pub struct DroverEndpoint {
+    pub(crate) context: Context,
+    pub(crate) runner: Runner,
+    notifier: Notifier,
+    stats: Arc<RpcStats>,
+    waits: Semaphore,
+}
+
+#[async_trait]
+impl Endpoint for DroverEndpoint {
+    fn namespace(&self) -> Option<&str> {
+        Some(NAMESPACE)
+    }
+
+    fn version(&self) -> &str {
+        VERSION
+    }
+
+    fn methods(&self) -> &[&str] {
+        &[
+            method::MIGRATE_INSTANCE,
+            method::ABORT_MIGRATION,
+            method::FORCE_COMPLETE_MIGRATION,
+            method::RESUME_MIGRATION,
+            method::GET_MIGRATION,
+            method::WAIT_MIGRATION,
+            method::LIST_MIGRATIONS,
+            method::GET_INSTANCE,
+            method::LIST_INSTANCES,
+            method::GET_NODE,
+            method::LIST_NODES,
+            method::SET_NODE,
+            method::GET_STATUS,
+            method::REPORT_STATE,
+            method::MIGRATION_PROGRESS,
+        ]
+    }
+
+    async fn handle(&self, request: Request) -> Answer {
+        match request.method() {
+            method::MIGRATE_INSTANCE => {
+                let ask: MigrateInstance = request.args()?;
+                to_value(&self.migrate_instance(&request, &ask).await?)
+            }
+            method::ABORT_MIGRATION => to_value(&self.abort(&request.args()?).await?),
+            method::FORCE_COMPLETE_MIGRATION => to_value(&self.force(&request.args()?).await?),
+            method::RESUME_MIGRATION => to_value(&self.resume(&request.args()?).await?),
+            method::GET_MIGRATION => to_value(&self.find(&request.args()?).await?),
+            method::WAIT_MIGRATION => {
+                let ask: WaitMigration = request.args()?;
+                // A long wait holds no unacknowledged message.
+                request.accept().await;
+                to_value(&self.wait(&ask).await?)
+            }
+            method::LIST_MIGRATIONS => self.list_migrations(&request.args()?).await,
+            method::GET_INSTANCE => self.get_instance(&request.args()?).await,
+            method::LIST_INSTANCES => self.list_instances(&request.args()?).await,
+            method::GET_NODE => self.get_node(&request.args()?).await,
+            method::LIST_NODES => self.list_nodes().await,
+            method::SET_NODE => self.set_node(&request.args()?).await,
+            method::GET_STATUS => to_value(&self.status()),
+            method::REPORT_STATE => self.report_state(&request.args()?).await,
+            method::MIGRATION_PROGRESS => self.migration_progress(request.args()?).await,
+            other => Err(RemoteFailure::runtime_error(format!(
+                "{other} is listed and not served"
+            ))),
+        }
+    }
+}
+
+impl DroverEndpoint {
+    /// The endpoint of a conductor.
+    pub fn new(context: Context, runner: Runner, notifier: Notifier, stats: Arc<RpcStats>) -> Self {
+        Self {
+            context,
+            runner,
+            notifier,
+            stats,
+            waits: Semaphore::new(wait::MAX_WAITS),
+        }
+    }
+
+    // ---- migrations
+
+    async fn find(&self, ask: &MigrationRef) -> Result<Migration, RemoteFailure> {
+        let found = self.context.store.find_migration(&ask.migration).await;
+        found.map_err(|e| store_failure(&e))
+    }
+
+    async fn change(
+        &self,
+        id: MigrationId,
+        change: impl FnMut(&mut Migration) -> bool + Send,
+    ) -> Result<Migration, RemoteFailure> {
+        let changed = self.context.store.update_migration(id, change).await;
+        changed.map_err(|e| store_failure(&e))
+    }
+
+    /// Asks for an abort. Valid in every state before the switch-over; asked
+    /// twice it is one abort.
+    pub(crate) async fn abort(&self, ask: &MigrationRef) -> Result<Migration, RemoteFailure> {
+        let found = self.find(ask).await?;
+        let mut too_late = false;
+        let migration = self
+            .change(found.uuid, |m| {
+                too_late = m.status.is_final() || past_return(m);
+                !too_late && !std::mem::replace(&mut m.abort_requested, true)
+            })
+            .await?;
+        if too_late {
+            return Err(failure::wrong_state(&migration, "abort"));
+        }
+        if !found.abort_requested {
+            info!(migration = migration.id, "abort asked for");
+            self.tell(&migration, "instance.live_migration_abort.start")
+                .await;
+        }
+        if migration.status == MigrationStatus::Stuck {
+            let resumed = self.runner.resume(migration.uuid).await;
+            resumed.map_err(|e| store_failure(&e))?;
+        }
+        Ok(migration)
+    }
+
+    /// Asks for the end of a transfer at the guest's expense.
+    pub(crate) async fn force(&self, ask: &MigrationRef) -> Result<Migration, RemoteFailure> {
+        let found = self.find(ask).await?;
+        let mut wrong = false;
+        let migration = self
+            .change(found.uuid, |m| {
+                wrong = m.status != MigrationStatus::Running || past_return(m);
+                !wrong && !std::mem::replace(&mut m.force_complete_requested, true)
+            })
+            .await?;
+        if wrong {
+            return Err(failure::wrong_state(&migration, "force-complete"));
+        }
+        if !found.force_complete_requested {
+            self.tell(&migration, "instance.live_migration_force_complete.start")
+                .await;
+        }
+        Ok(migration)
+    }
+
+    async fn resume(&self, ask: &MigrationRef) -> Result<Migration, RemoteFailure> {
+        let migration = self.find(ask).await?;
+        if migration.status != MigrationStatus::Stuck {
+            return Err(failure::wrong_state(&migration, "resume"));
+        }
+        let resumed = self.runner.resume(migration.uuid).await;
+        resumed.map_err(|e| store_failure(&e))?;
+        Ok(migration)
+    }
+
+    async fn list_migrations(&self, ask: &ListMigrations) -> Answer {
+        let instance: Option<InstanceId> = match &ask.instance {
+            None => None,
+            Some(text) => match text.parse() {
+                // An instance that is gone keeps its history.
+                Ok(id) => Some(id),
+                Err(_) => Some(self.instance(text).await?.id),
+            },
+        };
+        let listed = self.context.store.migrations(ask, instance).await;
+        to_value(&listed.map_err(|e| store_failure(&e))?)
+    }
+
+    async fn tell(&self, migration: &Migration, event_type: &str) {
+        let n = notification(migration, event_type, "INFO");
+        let context = drover_rpc::RequestContext::service(
+            migration.requester.request_id.clone().unwrap_or_default(),
+        );
+        let sent = self
+            .notifier
+            .notify(&context, Priority::Info, event_type, &n.payload)
+            .await;
+        if let Err(error) = sent {
+            warn!(%error, event_type, "a notification was not sent");
+        }
+    }
+
+    // ---- instances and nodes
+
+    pub(crate) async fn instance(
+        &self,
+        reference: &str,
+    ) -> Result<drover_store::instances::InstanceRow, RemoteFailure> {
+        let found = self.context.store.find_instance(reference).await;
+        found.map_err(|e| store_failure(&e))
+    }
+
+    async fn get_instance(&self, ask: &InstanceRef) -> Answer {
+        let row = self.instance(&ask.instance).await?;
+        let moving = self.active_of(std::slice::from_ref(&row)).await?;
+        to_value(&convert::instance(&row, &moving))
+    }
+
+    async fn list_instances(&self, ask: &ListInstances) -> Answer {
+        let rows = self
+            .context
+            .store
+            .instances(ask.host.as_ref(), ask.project.as_deref())
+            .await;
+        let rows = rows.map_err(|e| store_failure(&e))?;
+        let moving = self.active_of(&rows).await?;
+        let all: Vec<_> = rows
+            .iter()
+            .map(|row| convert::instance(row, &moving))
+            .collect();
+        to_value(&all)
+    }
+
+    async fn active_of(
+        &self,
+        rows: &[drover_store::instances::InstanceRow],
+    ) -> Result<Vec<Migration>, RemoteFailure> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let filter = ListMigrations {
+            active: true,
+            limit: Some(1000),
+            ..ListMigrations::default()
+        };
+        let active = self.context.store.migrations(&filter, None).await;
+        active.map_err(|e| store_failure(&e))
+    }
+
+    async fn get_node(&self, ask: &NodeRef) -> Answer {
+        let row = self
+            .context
+            .store
+            .node(&ask.host)
+            .await
+            .map_err(|e| store_failure(&e))?;
+        to_value(&self.node(&row).await?)
+    }
+
+    async fn list_nodes(&self) -> Answer {
+        let rows = self
+            .context
+            .store
+            .nodes()
+            .await
+            .map_err(|e| store_failure(&e))?;
+        let mut nodes = Vec::with_capacity(rows.len());
+        for row in &rows {
+            nodes.push(self.node(row).await?);
+        }
+        to_value(&nodes)
+    }
+
+    async fn node(
+        &self,
+        row: &drover_store::nodes::NodeRow,
+    ) -> Result<drover_model::api::conductor::Node, RemoteFailure> {
+        let usage = self
+            .context
+            .store
+            .usage(&row.report)
+            .await
+            .map_err(|e| store_failure(&e))?;
+        Ok(convert::node(row, &usage, self.context.liveness()))
+    }
+
+    async fn set_node(&self, ask: &SetNode) -> Answer {
+        let set = self
+            .context
+            .store
+            .set_node(&ask.host, ask.enabled, ask.reason.as_deref())
+            .await;
+        let row = set.map_err(|e| store_failure(&e))?;
+        info!(host = %ask.host, enabled = ask.enabled, "node set");
+        to_value(&self.node(&row).await?)
+    }
+
+    fn status(&self) -> ConductorStatus {
+        ConductorStatus {
+            conductor: self.runner.owner().to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            clock_ms: self.context.clock.now_ms(),
+            database: self.context.store.kind().as_str().to_owned(),
+            migrations_owned: self.runner.driven() as u64,
+            counters: counters(&self.stats.snapshot()),
+            service_down_time_s: self.context.down_after_ms / 1000,
+        }
+    }
+
+    // ---- what agents say
+
+    async fn report_state(&self, report: &NodeReport) -> Answer {
+        let heard_at_ms = self.context.clock.now_ms();
+        let kept = self.context.store.record_report(report, heard_at_ms).await;
+        if let Reported::Kept { notes } = kept.map_err(|e| store_failure(&e))? {
+            for note in notes {
+                warn!(note, "noticed in a report");
+            }
+        }
+        Ok(Value::Null)
+    }
+
+    async fn migration_progress(&self, report: MigrationReport) -> Answer {
+        let now_ms = self.context.clock.now_ms();
+        let timeout_ms = |m: &Migration| m.options.progress_timeout_s.map(|s| now_ms + s * 1000);
+        let migration = self
+            .change(report.migration, |m| {
+                // Word from another node, or late word, changes nothing.
+                if m.source_host != report.host || m.status.is_final() {
+                    return false;
+                }
+                take_in(m, &report, now_ms);
+                m.deadline_at_ms = timeout_ms(m);
+                true
+            })
+            .await?;
+        if migration.source_host != report.host {
+            warn!(migration = migration.id, host = %report.host, "word on a migration from a node that is not its source");
+            return Ok(Value::Null);
+        }
+        if let Some(outcome) = &report.outcome {
+            let kept = self
+                .context
+                .store
+                .set_outcome(report.migration, outcome)
+                .await;
+            kept.map_err(|e| store_failure(&e))?;
+        }
+        if !migration.status.is_final() {
+            let mut n = notification(&migration, "instance.live_migration.progress", "INFO");
+            n.payload["progress"] = to_value(&migration.progress)?;
+            let context = drover_rpc::RequestContext::service(
+                migration.requester.request_id.clone().unwrap_or_default(),
+            );
+            // Progress that is lost is followed by more.
+            let _ = self
+                .notifier
+                .notify(&context, Priority::Info, &n.event_type, &n.payload)
+                .await;
+        }
+        Ok(Value::Null)
+    }
+}
+
+/// Takes an agent's word into the record.
+fn take_in(m: &mut Migration, report: &MigrationReport, now_ms: u64) {
+    /// Decisions kept of one migration.
+    const MAX_DECISIONS: usize = 200;
+    m.updated_at_ms = now_ms;
+    let phase = m.progress.phase;
+    m.progress = report.progress.clone();
+    // Samples may come late or twice; what was reached is not taken back.
+    m.progress.phase = m.progress.phase.max(phase);
+    if m.progress.phase == Phase::PostCopy && m.status == MigrationStatus::Running {
+        // Cannot fail: from running one may go to post-copy.
+        let _ = m.become_status(MigrationStatus::RunningPostCopy);
+    }
+    for text in &report.decisions {
+        if m.decisions.len() < MAX_DECISIONS {
+            m.decisions.push(drover_model::migration::Decision {
+                at_ms: now_ms,
+                text: text.clone(),
+            });
+        }
+    }
+}
+
+/// Whether the guest may already run on the destination.
+fn past_return(m: &Migration) -> bool {
+    m.status == MigrationStatus::RunningPostCopy || matches!(m.step.as_str(), "settle" | "tidy")
+}
+
+fn counters(snapshot: &impl Serialize) -> std::collections::BTreeMap<String, u64> {
+    let value = serde_json::to_value(snapshot).unwrap_or_default();
+    let all = value.as_object().into_iter().flatten();
+    all.filter_map(|(name, v)| Some((name.clone(), v.as_u64()?)))
+        .collect()
+}

@@ -1,0 +1,136 @@
+//! The conductor put together: record, agents, runner and RPC server. `main`
+//! runs it on RabbitMQ, tests on a transport in memory.
+
+use std::{sync::Arc, time::Duration};
+
+use drover_model::api::CONDUCTOR_TOPIC;
+use drover_rpc::{MessagingSettings, Notifier, RpcClient, RpcServer, Transport, TransportError};
+use drover_saga::Patience;
+use drover_store::{Store, StoreError};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::{
+    agent_client::AgentClient,
+    api::{ComputeTaskEndpoint, DroverEndpoint},
+    checks::Liveness,
+    clock::Clock,
+    config::ConductorSettings,
+    notify,
+    task::runner::Runner,
+};
+
+/// How long running handlers may go on when the conductor stops.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// Requests answered at once. Half of them may be waits (see `api::wait`), which
+/// do nothing but must not keep others from being served.
+const MAX_RUNNING: usize = 1024;
+
+/// What every part of the conductor works with. Cheap to clone.
+#[derive(Clone)]
+pub struct Context {
+    /// The record.
+    pub store: Store,
+    /// The agents.
+    pub agents: AgentClient,
+    /// The time.
+    pub clock: Clock,
+    /// Silence after which a node is down, ms.
+    pub down_after_ms: u64,
+}
+
+impl Context {
+    /// What counts as down, and the time.
+    pub fn liveness(&self) -> Liveness {
+        Liveness {
+            down_after_ms: self.down_after_ms,
+            now_ms: self.clock.now_ms(),
+        }
+    }
+}
+
+/// Why a conductor cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The record.
+    #[error("the record cannot be used")]
+    Store(#[from] StoreError),
+    /// The broker connection was closed for good.
+    #[error("the conductor cannot serve")]
+    Transport(#[from] TransportError),
+}
+
+/// A conductor at work.
+pub struct Conductor {
+    server: RpcServer,
+    client: RpcClient,
+    runner: Runner,
+    stop: CancellationToken,
+}
+
+impl Conductor {
+    /// Takes up unfinished work, then serves. Waits for the broker.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start(
+        settings: &ConductorSettings,
+        name: &str,
+        messaging: &MessagingSettings,
+        transport: Arc<dyn Transport>,
+        store: Store,
+        clock: Clock,
+        patience: Patience,
+    ) -> Result<Self, StartError> {
+        let client = RpcClient::new(transport.clone(), messaging);
+        let context = Context {
+            store: store.clone(),
+            agents: AgentClient::new(client.clone(), settings.call_limits()),
+            clock,
+            down_after_ms: settings.service_down_time_s * 1000,
+        };
+        let slots = settings.max_concurrent_migrations;
+        let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);
+        let stop = CancellationToken::new();
+        let notifier = Notifier::new(transport.clone(), messaging, format!("conductor.{name}"));
+        tokio::spawn(notify::publish(store, notifier.clone(), stop.clone()));
+        runner.recover().await?;
+        let drover = Arc::new(DroverEndpoint::new(
+            context,
+            runner.clone(),
+            notifier,
+            transport.stats().clone(),
+        ));
+        let server = RpcServer::builder(transport, messaging, CONDUCTOR_TOPIC, name)
+            .shared_endpoint(drover.clone())
+            .endpoint(ComputeTaskEndpoint::new(drover))
+            .max_running(MAX_RUNNING)
+            .start()
+            .await?;
+        let keeper = runner.clone();
+        let keeper_stop = stop.clone();
+        tokio::spawn(async move { keeper.keep(keeper_stop).await });
+        info!(conductor = name, "serves");
+        Ok(Self {
+            server,
+            client,
+            runner,
+            stop,
+        })
+    }
+
+    /// Lets handlers finish, then lets go; the journal has the rest.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        self.server.stop(STOP_GRACE).await;
+        self.runner.stop();
+        self.client.close().await;
+    }
+
+    /// Ends at once, as if the process had died. For tests.
+    pub fn kill(self) {
+        self.stop.cancel();
+        self.runner.stop();
+    }
+}

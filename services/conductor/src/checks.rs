@@ -1,0 +1,681 @@
+//! The checks (invariant 8): pure functions from what was asked and what both
+//! nodes found to every reason why it cannot be done. None of them stops at
+//! the first failure; none of them asks anybody anything.
+//!
+//! [`request`] judges what the record alone can tell, [`source`] what the
+//! source found, [`destination`] what a candidate found, [`path`] the way
+//! between them.
+
+use drover_model::{
+    api::compute::{CpuVerdict, DestinationFacts, DiskFact, NetworkFact, PathFacts, SourceFacts},
+    check::{CheckCode, CheckFailure, Side},
+    guest::{Disk, DiskSource, Guest, ImmovableKind, NicAttachment, PowerState, Presence},
+    ids::HostName,
+    migration::{BlockMigration, LiveOptions, Migration},
+    node::{HypervisorReport, Inventory},
+};
+use drover_store::{claims, instances::InstanceRow, nodes::NodeRow};
+
+/// How long without a report makes a node *down*, and the time now.
+#[derive(Debug, Clone, Copy)]
+pub struct Liveness {
+    /// Longest silence, ms.
+    pub down_after_ms: u64,
+    /// Now, by the conductor's clock, milliseconds since 1970.
+    pub now_ms: u64,
+}
+
+impl Liveness {
+    /// Whether a node was heard from recently.
+    pub fn is_up(&self, node: &NodeRow) -> bool {
+        self.now_ms.saturating_sub(node.heard_at_ms) <= self.down_after_ms
+    }
+}
+
+fn fail(
+    code: CheckCode,
+    side: Side,
+    message: impl Into<String>,
+    remedy: impl Into<String>,
+) -> CheckFailure {
+    CheckFailure {
+        code,
+        side,
+        message: message.into(),
+        remedy: remedy.into(),
+    }
+}
+
+/// What the record alone can say about moving an instance.
+pub fn request(
+    instance: &InstanceRow,
+    options: &LiveOptions,
+    active: Option<&Migration>,
+) -> Vec<CheckFailure> {
+    let mut failures: Vec<CheckFailure> = options
+        .problems()
+        .into_iter()
+        .map(|p| {
+            fail(
+                CheckCode::Options,
+                Side::Request,
+                p,
+                "give a value within the bounds",
+            )
+        })
+        .collect();
+    if options.post_copy && options.parallel_connections.is_some() {
+        failures.push(fail(
+            CheckCode::Options,
+            Side::Request,
+            "post-copy and parallel streams exclude each other in this QEMU",
+            "choose one of them",
+        ));
+    }
+    if let Some(m) = active {
+        failures.push(fail(
+            CheckCode::InstanceBusy,
+            Side::Instance,
+            format!(
+                "migration {} ({}) of it is {} since before",
+                m.id, m.migration_type, m.status
+            ),
+            format!(
+                "wait for it, or end it with 'drover migration abort {}'",
+                m.id
+            ),
+        ));
+    }
+    if let Some(since) = instance.missing_since_ms {
+        failures.push(fail(
+            CheckCode::InstanceMissing,
+            Side::Instance,
+            format!("{} no longer lists it (since {since} ms)", instance.host),
+            "look with 'virsh list --all' whether it was undefined or moved by hand",
+        ));
+    } else if !matches!(
+        instance.power_state,
+        PowerState::Running | PowerState::Paused
+    ) {
+        failures.push(state_failure(instance.power_state));
+    }
+    failures
+}
+
+fn state_failure(state: PowerState) -> CheckFailure {
+    fail(
+        CheckCode::InstanceState,
+        Side::Instance,
+        format!("it is {state:?}; only a running or paused instance moves live").to_lowercase(),
+        "start it first",
+    )
+}
+
+/// What the record can say about a node as source or destination.
+pub fn node(
+    host: &HostName,
+    row: Option<&NodeRow>,
+    side: Side,
+    live: Liveness,
+) -> Vec<CheckFailure> {
+    let Some(row) = row else {
+        return vec![fail(
+            CheckCode::UnknownHost,
+            side,
+            format!("no node called {host} has ever reported"),
+            "see 'drover node list' for those that have",
+        )];
+    };
+    let mut failures = Vec::new();
+    let silent_ms = live.now_ms.saturating_sub(row.heard_at_ms);
+    if !live.is_up(row) {
+        failures.push(fail(
+            CheckCode::HostDown,
+            side,
+            format!(
+                "{host} was last heard from {} s ago; after {} s it counts as down",
+                silent_ms / 1000,
+                live.down_after_ms / 1000
+            ),
+            format!("see whether drover-compute runs on {host} and reaches the broker"),
+        ));
+    }
+    if let HypervisorReport::Down { reason } = &row.report.hypervisor {
+        failures.push(fail(
+            CheckCode::LibvirtDown,
+            side,
+            format!("libvirt on {host} does not answer: {reason}"),
+            format!("start libvirtd on {host}"),
+        ));
+    }
+    if side == Side::Destination && !row.enabled {
+        let reason = row.disabled_reason.as_deref().unwrap_or("no reason given");
+        failures.push(fail(
+            CheckCode::HostDisabled,
+            side,
+            format!("{host} is closed for new instances: {reason}"),
+            format!("choose another node, or 'drover node enable {host}'"),
+        ));
+    }
+    failures
+}
+
+/// Source and destination must differ.
+pub fn same_host(source: &HostName, dest: &HostName) -> Option<CheckFailure> {
+    (source == dest).then(|| {
+        fail(
+            CheckCode::SameHost,
+            Side::Request,
+            format!("it runs on {source} already"),
+            "name another node, or none to have one chosen",
+        )
+    })
+}
+
+/// A node that does not answer a check.
+pub fn unanswered(host: &HostName, side: Side, error: &str) -> CheckFailure {
+    fail(
+        CheckCode::HostDown,
+        side,
+        format!("the agent on {host} did not answer: {error}"),
+        format!("see whether drover-compute runs on {host} and reaches the broker and libvirt"),
+    )
+}
+
+/// What the source found out about its guest.
+pub fn source(facts: &SourceFacts, host: &HostName) -> Vec<CheckFailure> {
+    let Some(guest) = &facts.guest else {
+        return vec![fail(
+            CheckCode::InstanceMissing,
+            Side::Source,
+            format!("libvirt on {host} has no such domain"),
+            "it was moved or undefined by hand; the record follows with the next report",
+        )];
+    };
+    let mut failures = Vec::new();
+    if !matches!(guest.power_state, PowerState::Running | PowerState::Paused) {
+        failures.push(state_failure(guest.power_state));
+    }
+    if let Some(job) = &guest.active_job {
+        failures.push(fail(
+            CheckCode::InstanceJob,
+            Side::Source,
+            format!("libvirt is busy with it: {job}"),
+            "wait for that job, or end it with 'virsh domjobabort' or 'virsh blockjob --abort'",
+        ));
+    }
+    failures.extend(guest.immovable.iter().map(|device| {
+        fail(
+            immovable_code(device.kind),
+            Side::Instance,
+            format!("{} cannot leave {host}", device.what),
+            "detach it, or move the instance cold",
+        )
+    }));
+    if !guest.snapshots.is_empty() {
+        failures.push(fail(
+            CheckCode::Snapshots,
+            Side::Instance,
+            format!(
+                "libvirt keeps {} snapshot(s) of it, which do not move: {}",
+                guest.snapshots.len(),
+                guest.snapshots.join(", ")
+            ),
+            "delete them with 'virsh snapshot-delete', or move the instance cold",
+        ));
+    }
+    failures.extend(marks(facts));
+    failures
+}
+
+fn marks(facts: &SourceFacts) -> impl Iterator<Item = CheckFailure> + '_ {
+    facts.marks.iter().filter_map(|mark| {
+        let error = mark.error.as_ref()?;
+        Some(fail(
+            CheckCode::DiskDirectory,
+            Side::Source,
+            format!(
+                "whether {} is shared cannot be tested: {error}",
+                mark.directory
+            ),
+            "make the directory writable for the agent",
+        ))
+    })
+}
+
+fn immovable_code(kind: ImmovableKind) -> CheckCode {
+    match kind {
+        ImmovableKind::HostDevice => CheckCode::HostDevice,
+        ImmovableKind::MediatedDevice => CheckCode::MediatedDevice,
+        ImmovableKind::Filesystem => CheckCode::Filesystem,
+        ImmovableKind::Disk => CheckCode::DiskNotCopyable,
+        ImmovableKind::Tpm
+        | ImmovableKind::Nvdimm
+        | ImmovableKind::LaunchSecurity
+        | ImmovableKind::Interface
+        | ImmovableKind::CharacterDevice => CheckCode::ImmovableDevice,
+    }
+}
+
+/// What a destination found out about a guest to come.
+pub fn destination(
+    guest: &Guest,
+    source: &Inventory,
+    facts: &DestinationFacts,
+    host: &HostName,
+    options: &LiveOptions,
+) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    failures.extend(versions(source, &facts.inventory, host));
+    failures.extend(machine(guest, facts, host));
+    failures.extend(
+        facts
+            .networks
+            .iter()
+            .filter(|n| !n.present)
+            .map(|n| network(n, host)),
+    );
+    failures.extend(names(guest, facts, host));
+    failures.extend(disks(guest, &facts.disks, options, host));
+    if let Err(error) = &facts.reach_source {
+        failures.push(fail(
+            CheckCode::LibvirtUnreachable,
+            Side::Path,
+            format!("{host} cannot reach the source's libvirt: {error}"),
+            "open the port between the nodes, and see that libvirtd listens on the migration network",
+        ));
+    }
+    if let Err(error) = &facts.probe_port {
+        failures.push(fail(
+            CheckCode::MigrationPortUnreachable,
+            Side::Destination,
+            format!("{host} can open none of its migration ports: {error}"),
+            "free a port of the range, or widen it",
+        ));
+    }
+    failures
+}
+
+fn versions(source: &Inventory, dest: &Inventory, host: &HostName) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    let mut add = |code, message: String, remedy: &str| {
+        failures.push(fail(code, Side::Destination, message, remedy));
+    };
+    if source.hypervisor_type != dest.hypervisor_type {
+        let (here, there) = (&source.hypervisor_type, &dest.hypervisor_type);
+        add(
+            CheckCode::HypervisorType,
+            format!("the source runs {here}, {host} runs {there}"),
+            "choose a node with the same hypervisor",
+        );
+    }
+    let order = [
+        (
+            "hypervisor",
+            source.hypervisor_version,
+            dest.hypervisor_version,
+        ),
+        ("libvirt", source.libvirt_version, dest.libvirt_version),
+    ];
+    for (what, here, there) in order {
+        if here > there {
+            add(
+                CheckCode::HypervisorVersion,
+                format!(
+                    "the source has {what} {}, {host} has the older {}",
+                    version(here),
+                    version(there)
+                ),
+                "upgrade the destination first, or choose a node that is as new",
+            );
+        }
+    }
+    failures
+}
+
+/// libvirt's version number as people write it.
+pub fn version(number: u64) -> String {
+    format!(
+        "{}.{}.{}",
+        number / 1_000_000,
+        number / 1000 % 1000,
+        number % 1000
+    )
+}
+
+fn machine(guest: &Guest, facts: &DestinationFacts, host: &HostName) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    let mut add = |code, message: String, remedy: &str| {
+        failures.push(fail(code, Side::Destination, message, remedy));
+    };
+    if facts.inventory.arch != guest.arch {
+        add(
+            CheckCode::Architecture,
+            format!(
+                "the guest is {}, {host} is {}",
+                guest.arch, facts.inventory.arch
+            ),
+            "choose a node of the guest's architecture",
+        );
+    }
+    if !facts.virt_type_supported {
+        add(
+            CheckCode::VirtType,
+            format!("{host} cannot run guests of type '{}'", guest.virt_type),
+            "load KVM there, or choose another node",
+        );
+    }
+    if !facts.emulator_present {
+        add(
+            CheckCode::Emulator,
+            format!("{host} has no emulator {}", guest.emulator),
+            "install the same QEMU package there",
+        );
+    } else if !facts.machine_supported {
+        add(
+            CheckCode::MachineType,
+            format!(
+                "QEMU on {host} does not know machine type {}",
+                guest.machine
+            ),
+            "upgrade QEMU there, or choose another node",
+        );
+    }
+    if let CpuVerdict::Incompatible { detail } = &facts.cpu {
+        add(
+            CheckCode::Cpu,
+            format!("the CPU of {host} lacks what the guest uses: {detail}"),
+            "choose a node with the same or a newer CPU, or give the guest a baseline model",
+        );
+    }
+    failures
+}
+
+fn network(fact: &NetworkFact, host: &HostName) -> CheckFailure {
+    let (what, remedy) = match &fact.attachment {
+        NicAttachment::Bridge { bridge } => (
+            format!("bridge {bridge}"),
+            format!("make the bridge on {host} and connect it to the same network"),
+        ),
+        NicAttachment::Network { network } => (
+            format!("active libvirt network {network}"),
+            format!("define it there and 'virsh net-start {network}'"),
+        ),
+        NicAttachment::Direct { device } => (
+            format!("interface {device}"),
+            "choose a node that has it".to_owned(),
+        ),
+        NicAttachment::User => (
+            "user-mode network".to_owned(),
+            "upgrade QEMU there".to_owned(),
+        ),
+        NicAttachment::Other { kind } => (
+            format!("network of type {kind}"),
+            "plug the NIC into a bridge or a libvirt network".to_owned(),
+        ),
+    };
+    fail(
+        CheckCode::Network,
+        Side::Destination,
+        format!(
+            "{host} has no {what}, which NIC {} is plugged into",
+            fact.mac
+        ),
+        remedy,
+    )
+}
+
+fn names(guest: &Guest, facts: &DestinationFacts, host: &HostName) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    if facts.same_uuid != Presence::Absent {
+        failures.push(fail(
+            CheckCode::UuidTaken,
+            Side::Destination,
+            format!("{host} already has a domain with UUID {}", guest.id),
+            "see with 'virsh dominfo' what it is; undefine it if it is a left-over",
+        ));
+    }
+    if let Some(other) = facts.same_name {
+        failures.push(fail(
+            CheckCode::NameTaken,
+            Side::Destination,
+            format!(
+                "{host} already has another domain called '{}' ({other})",
+                guest.name
+            ),
+            "rename one of them with 'virsh domrename'",
+        ));
+    }
+    failures
+}
+
+fn disks(
+    guest: &Guest,
+    facts: &[DiskFact],
+    options: &LiveOptions,
+    host: &HostName,
+) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    for disk in &guest.disks {
+        if let DiskSource::Other { kind } = &disk.source {
+            failures.push(fail(
+                CheckCode::DiskNotCopyable,
+                Side::Instance,
+                format!(
+                    "disk {} is of type {kind}, which cannot be moved",
+                    disk.target
+                ),
+                "move its data to an image file or a network disk",
+            ));
+        }
+        let fact = facts.iter().find(|f| f.target == disk.target);
+        if let (Some(path), Some(fact)) = (disk.local_path(), fact) {
+            failures.extend(local_disk(disk, path, fact, options, host));
+        }
+    }
+    failures.extend(disk_space(guest, facts, host));
+    failures
+}
+
+fn local_disk(
+    disk: &Disk,
+    path: &str,
+    fact: &DiskFact,
+    options: &LiveOptions,
+    host: &HostName,
+) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    let target = &disk.target;
+    let mut add = |code, side, message: String, remedy: &str| {
+        failures.push(fail(code, side, message, remedy));
+    };
+    if fact.shared {
+        if options.block_migration == BlockMigration::Yes && disk.is_copied_when_local() {
+            add(
+                CheckCode::DiskShared,
+                Side::Request,
+                format!("copying was demanded, and disk {target} ({path}) is shared by both nodes"),
+                "leave block migration on auto",
+            );
+        }
+        if !disk.is_coherent_when_shared() {
+            let cache = disk.cache.as_deref().unwrap_or("default");
+            add(
+                CheckCode::DiskCache,
+                Side::Instance,
+                format!(
+                    "shared disk {target} has cache mode '{cache}': the nodes could see different bytes"
+                ),
+                "set its driver's cache to 'none' or 'directsync'",
+            );
+        }
+        return failures;
+    }
+    if !disk.is_copied_when_local() {
+        if !fact.exists {
+            let how = if disk.read_only {
+                "read-only"
+            } else {
+                "shareable"
+            };
+            add(
+                CheckCode::DiskNotCopyable,
+                Side::Destination,
+                format!("{how} disk {target} is not copied, and {host} has no {path}"),
+                "put the same file there, or eject it",
+            );
+        }
+        return failures;
+    }
+    if options.block_migration == BlockMigration::No {
+        add(
+            CheckCode::DiskNotShared,
+            Side::Path,
+            format!("copying was forbidden, and disk {target} ({path}) is not shared with {host}"),
+            "leave block migration on auto, or choose a node that shares the storage",
+        );
+    }
+    if matches!(disk.source, DiskSource::Block { .. }) {
+        if !fact.exists {
+            add(
+                CheckCode::DiskNotCopyable,
+                Side::Destination,
+                format!("disk {target} is block device {path}, and {host} has no such device"),
+                "make a device of that path and at least its size there",
+            );
+        }
+        return failures;
+    }
+    if !fact.directory_exists {
+        add(
+            CheckCode::DiskDirectory,
+            Side::Destination,
+            format!("{host} has no directory for disk {target} ({path})"),
+            "make the directory there",
+        );
+    }
+    if fact.exists {
+        add(
+            CheckCode::DiskExists,
+            Side::Destination,
+            format!("{host} already has a file {path}, where disk {target} would be copied to"),
+            "see whether it is a left-over; move it away",
+        );
+    }
+    if !fact.missing_backing.is_empty() {
+        add(
+            CheckCode::BackingImage,
+            Side::Destination,
+            format!(
+                "{host} lacks what disk {target} is based on: {}",
+                fact.missing_backing.join(", ")
+            ),
+            "copy the base image there, same path",
+        );
+    }
+    failures
+}
+
+/// Room for everything that is copied, per file system: disks that lie on one
+/// share its room.
+fn disk_space(guest: &Guest, facts: &[DiskFact], host: &HostName) -> Vec<CheckFailure> {
+    let mut wanted: Vec<(&str, u64, u64)> = Vec::new();
+    for disk in copied(guest, facts) {
+        let Some(fact) = facts.iter().find(|f| f.target == disk.target) else {
+            continue;
+        };
+        if matches!(disk.source, DiskSource::Block { .. }) {
+            continue;
+        }
+        match wanted.iter_mut().find(|(fs, ..)| *fs == fact.file_system) {
+            Some((_, bytes, _)) => *bytes += disk.allocated_bytes,
+            None => wanted.push((&fact.file_system, disk.allocated_bytes, fact.free_bytes)),
+        }
+    }
+    wanted
+        .into_iter()
+        .filter(|(_, bytes, free)| bytes > free)
+        .map(|(fs, bytes, free)| {
+            fail(
+                CheckCode::DiskSpace,
+                Side::Destination,
+                format!(
+                    "the disks need {} MiB on {host}, {} MiB are free on {fs}",
+                    bytes >> 20,
+                    free >> 20
+                ),
+                "make room there, or choose another node",
+            )
+        })
+        .collect()
+}
+
+/// The disks whose bytes a migration must carry.
+pub fn copied<'a>(guest: &'a Guest, facts: &[DiskFact]) -> Vec<&'a Disk> {
+    let is_shared = |d: &Disk| facts.iter().any(|f| f.target == d.target && f.shared);
+    let copied = guest
+        .disks
+        .iter()
+        .filter(|d| d.is_copied_when_local() && !is_shared(d));
+    copied.collect()
+}
+
+/// The writable disks that both nodes were seen to share.
+pub fn shared<'a>(guest: &'a Guest, facts: &[DiskFact]) -> Vec<&'a Disk> {
+    let is_shared = |d: &Disk| facts.iter().any(|f| f.target == d.target && f.shared);
+    let shared = guest
+        .disks
+        .iter()
+        .filter(|d| d.local_path().is_some() && is_shared(d));
+    shared.collect()
+}
+
+/// The way from source to destination.
+pub fn path(facts: &PathFacts, source: &HostName, dest: &HostName) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    if let Err(error) = &facts.libvirt {
+        failures.push(fail(
+            CheckCode::LibvirtUnreachable,
+            Side::Path,
+            format!("{source} cannot reach libvirt on {dest}: {error}"),
+            "open the port between the nodes, and see that libvirtd listens on the migration network",
+        ));
+    }
+    if let Err(error) = &facts.migration_port {
+        failures.push(fail(
+            CheckCode::MigrationPortUnreachable,
+            Side::Path,
+            format!("{source} cannot reach a migration port of {dest}: {error}"),
+            "open TCP ports 49152 to 49215 between the nodes",
+        ));
+    }
+    failures
+}
+
+/// Room for the guest itself, counting claims under way.
+pub fn room(short: &[claims::Shortfall], host: &HostName) -> Vec<CheckFailure> {
+    let one = |s: &claims::Shortfall| {
+        let (code, unit, scale) = match s.kind {
+            claims::Kind::Vcpus => (CheckCode::Vcpus, "vCPUs", 0),
+            claims::Kind::Memory => (CheckCode::Memory, "MiB of memory", 0),
+            claims::Kind::Disk => (CheckCode::DiskSpace, "MiB of disk", 20),
+        };
+        let shown = |amount: u64| amount >> scale;
+        fail(
+            code,
+            Side::Destination,
+            format!(
+                "it needs {} {unit}; of {} on {host}, {} are used or promised",
+                shown(s.wanted),
+                shown(s.usable),
+                shown(s.used)
+            ),
+            "choose another node, or make room there",
+        )
+    };
+    short.iter().map(one).collect()
+}
+
+#[cfg(test)]
+#[path = "checks_tests.rs"]
+mod tests;

@@ -1,0 +1,534 @@
+//! Each check has a case that makes it fail, and it alone.
+
+use drover_model::{
+    guest::{BackingImage, DiskSource, Immovable, Nic},
+    ids::InstanceId,
+    node::{AllocationPolicy, Endpoint, NodeReport},
+};
+use drover_store::claims::Shortfall;
+use uuid::Uuid;
+
+use super::*;
+
+const LIVE: Liveness = Liveness {
+    down_after_ms: 30_000,
+    now_ms: 1_000_000,
+};
+
+fn host(name: &str) -> HostName {
+    name.parse().unwrap()
+}
+
+fn inventory() -> Inventory {
+    Inventory {
+        hypervisor_type: "QEMU".into(),
+        hypervisor_version: 7_002_000,
+        libvirt_version: 9_000_000,
+        arch: "x86_64".into(),
+        cpu_model: "qemu64".into(),
+        kvm: false,
+        vcpus: 2,
+        memory_mib: 4096,
+        disk_bytes: 100 << 30,
+        disk_free_bytes: 50 << 30,
+    }
+}
+
+fn disk(target: &str, path: &str) -> Disk {
+    Disk {
+        target: target.into(),
+        device: "disk".into(),
+        source: DiskSource::File { path: path.into() },
+        format: "qcow2".into(),
+        cache: Some("none".into()),
+        read_only: false,
+        shareable: false,
+        virtual_bytes: 1 << 30,
+        allocated_bytes: 1 << 20,
+        backing: vec![BackingImage {
+            path: "/images/base.qcow2".into(),
+            format: "qcow2".into(),
+        }],
+    }
+}
+
+fn guest() -> Guest {
+    Guest {
+        id: InstanceId(Uuid::from_u128(7)),
+        name: "vm1".into(),
+        project: "demo".into(),
+        generation: 0,
+        power_state: PowerState::Running,
+        persistent: true,
+        vcpus: 1,
+        memory_mib: 128,
+        virt_type: "qemu".into(),
+        arch: "x86_64".into(),
+        machine: "pc-q35-7.2".into(),
+        emulator: "/usr/bin/qemu-system-x86_64".into(),
+        cpu_xml: None,
+        disks: vec![disk("vda", "/images/vm1.qcow2")],
+        nics: vec![Nic {
+            mac: "52:54:00:00:00:01".into(),
+            attachment: NicAttachment::Bridge {
+                bridge: "br0".into(),
+            },
+        }],
+        immovable: vec![],
+        snapshots: vec![],
+        active_job: None,
+    }
+}
+
+fn source_facts() -> SourceFacts {
+    SourceFacts {
+        guest: Some(guest()),
+        marks: vec![],
+        inventory: inventory(),
+    }
+}
+
+fn disk_fact() -> DiskFact {
+    DiskFact {
+        target: "vda".into(),
+        shared: false,
+        exists: false,
+        directory_exists: true,
+        file_system: "/images".into(),
+        free_bytes: 10 << 30,
+        missing_backing: vec![],
+    }
+}
+
+fn destination_facts() -> DestinationFacts {
+    DestinationFacts {
+        inventory: inventory(),
+        emulator_present: true,
+        machine_supported: true,
+        virt_type_supported: true,
+        cpu: CpuVerdict::Compatible,
+        networks: vec![NetworkFact {
+            mac: "52:54:00:00:00:01".into(),
+            attachment: NicAttachment::Bridge {
+                bridge: "br0".into(),
+            },
+            present: true,
+        }],
+        same_uuid: Presence::Absent,
+        same_name: None,
+        disks: vec![disk_fact()],
+        reach_source: Ok(()),
+        probe_port: Ok(49152),
+    }
+}
+
+fn instance() -> InstanceRow {
+    InstanceRow {
+        id: guest().id,
+        name: "vm1".into(),
+        project: "demo".into(),
+        host: host("kvm1"),
+        power_state: PowerState::Running,
+        vcpus: 1,
+        memory_mib: 128,
+        disk_bytes: 1 << 20,
+        generation: 0,
+        changed_at_ms: 0,
+        missing_since_ms: None,
+    }
+}
+
+fn node_row(name: &str) -> NodeRow {
+    NodeRow {
+        report: NodeReport {
+            host: host(name),
+            agent_version: "0.1.0".into(),
+            agent_started_ms: 1,
+            sequence: 1,
+            clock_ms: 1_000_000,
+            endpoint: Endpoint {
+                address: "192.0.2.1".into(),
+                libvirt_uri: "qemu+tcp://192.0.2.1/system".into(),
+                libvirt_port: 16509,
+            },
+            policy: AllocationPolicy::default(),
+            hypervisor: HypervisorReport::Up {
+                inventory: inventory(),
+                instances: vec![],
+            },
+        },
+        heard_at_ms: 999_000,
+        enabled: true,
+        disabled_reason: None,
+    }
+}
+
+fn codes(failures: &[CheckFailure]) -> Vec<CheckCode> {
+    for failure in failures {
+        assert!(
+            !failure.message.is_empty() && !failure.remedy.is_empty(),
+            "{failure:?}"
+        );
+    }
+    failures.iter().map(|f| f.code).collect()
+}
+
+#[test]
+fn a_sound_move_passes() {
+    assert!(request(&instance(), &LiveOptions::default(), None).is_empty());
+    assert!(
+        node(
+            &host("kvm2"),
+            Some(&node_row("kvm2")),
+            Side::Destination,
+            LIVE
+        )
+        .is_empty()
+    );
+    assert!(same_host(&host("kvm1"), &host("kvm2")).is_none());
+    assert!(source(&source_facts(), &host("kvm1")).is_empty());
+    assert_eq!(at_destination(|_, _, _| {}), []);
+    let reached = PathFacts {
+        libvirt: Ok(()),
+        migration_port: Ok(()),
+    };
+    assert!(path(&reached, &host("kvm1"), &host("kvm2")).is_empty());
+}
+
+#[test]
+fn the_record_refuses() {
+    let of = |change: fn(&mut InstanceRow, &mut LiveOptions)| {
+        let (mut row, mut options) = (instance(), LiveOptions::default());
+        change(&mut row, &mut options);
+        codes(&request(&row, &options, None))
+    };
+    assert_eq!(
+        of(|r, _| r.power_state = PowerState::Shutdown),
+        [CheckCode::InstanceState]
+    );
+    assert_eq!(
+        of(|r, _| r.power_state = PowerState::Crashed),
+        [CheckCode::InstanceState]
+    );
+    assert_eq!(of(|r, _| r.power_state = PowerState::Paused), []);
+    assert_eq!(
+        of(|r, _| r.missing_since_ms = Some(1)),
+        [CheckCode::InstanceMissing]
+    );
+    assert_eq!(of(|_, o| o.max_downtime_ms = Some(0)), [CheckCode::Options]);
+    let both = of(|_, o| {
+        o.post_copy = true;
+        o.parallel_connections = Some(4);
+    });
+    assert_eq!(both, [CheckCode::Options]);
+    let busy = request(
+        &instance(),
+        &LiveOptions::default(),
+        Some(&crate::tests_support::migration()),
+    );
+    assert_eq!(codes(&busy), [CheckCode::InstanceBusy]);
+}
+
+#[test]
+fn a_node_refuses() {
+    let of = |side, change: fn(&mut NodeRow)| {
+        let mut row = node_row("kvm2");
+        change(&mut row);
+        codes(&node(&host("kvm2"), Some(&row), side, LIVE))
+    };
+    assert_eq!(
+        codes(&node(&host("x"), None, Side::Destination, LIVE)),
+        [CheckCode::UnknownHost]
+    );
+    assert_eq!(
+        of(Side::Source, |r| r.heard_at_ms = 0),
+        [CheckCode::HostDown]
+    );
+    let closed = |r: &mut NodeRow| r.enabled = false;
+    assert_eq!(of(Side::Destination, closed), [CheckCode::HostDisabled]);
+    assert_eq!(of(Side::Source, closed), [], "a closed node may be left");
+    let down = |r: &mut NodeRow| {
+        r.report.hypervisor = HypervisorReport::Down {
+            reason: "refused".into(),
+        };
+    };
+    assert_eq!(of(Side::Destination, down), [CheckCode::LibvirtDown]);
+    let same = same_host(&host("kvm1"), &host("kvm1"));
+    assert_eq!(same.map(|f| f.code), Some(CheckCode::SameHost));
+}
+
+#[test]
+fn the_source_refuses() {
+    let of = |change: fn(&mut Guest)| {
+        let mut facts = source_facts();
+        change(facts.guest.as_mut().unwrap());
+        codes(&source(&facts, &host("kvm1")))
+    };
+    let gone = SourceFacts {
+        guest: None,
+        ..source_facts()
+    };
+    assert_eq!(
+        codes(&source(&gone, &host("kvm1"))),
+        [CheckCode::InstanceMissing]
+    );
+    assert_eq!(
+        of(|g| g.power_state = PowerState::Shutdown),
+        [CheckCode::InstanceState]
+    );
+    assert_eq!(
+        of(|g| g.active_job = Some("backup".into())),
+        [CheckCode::InstanceJob]
+    );
+    assert_eq!(
+        of(|g| g.snapshots = vec!["s1".into()]),
+        [CheckCode::Snapshots]
+    );
+    let mut unmarked = source_facts();
+    unmarked.marks = vec![drover_model::api::compute::Mark {
+        directory: "/images".into(),
+        path: None,
+        content: String::new(),
+        error: Some("read-only file system".into()),
+    }];
+    assert_eq!(
+        codes(&source(&unmarked, &host("kvm1"))),
+        [CheckCode::DiskDirectory]
+    );
+}
+
+#[test]
+fn what_cannot_move_is_named_one_by_one() {
+    let kinds = [
+        (ImmovableKind::HostDevice, CheckCode::HostDevice),
+        (ImmovableKind::MediatedDevice, CheckCode::MediatedDevice),
+        (ImmovableKind::Filesystem, CheckCode::Filesystem),
+        (ImmovableKind::Disk, CheckCode::DiskNotCopyable),
+        (ImmovableKind::Tpm, CheckCode::ImmovableDevice),
+        (ImmovableKind::Nvdimm, CheckCode::ImmovableDevice),
+        (ImmovableKind::LaunchSecurity, CheckCode::ImmovableDevice),
+        (ImmovableKind::Interface, CheckCode::ImmovableDevice),
+        (ImmovableKind::CharacterDevice, CheckCode::ImmovableDevice),
+    ];
+    let mut facts = source_facts();
+    facts.guest.as_mut().unwrap().immovable = kinds
+        .iter()
+        .enumerate()
+        .map(|(i, (kind, _))| Immovable {
+            kind: *kind,
+            what: format!("device-{i}"),
+        })
+        .collect();
+    let failures = source(&facts, &host("kvm1"));
+    assert_eq!(codes(&failures), kinds.map(|(_, code)| code));
+    for (i, failure) in failures.iter().enumerate() {
+        assert!(
+            failure.message.contains(&format!("device-{i}")),
+            "{failure}"
+        );
+    }
+}
+
+fn at_destination(
+    change: impl FnOnce(&mut Guest, &mut DestinationFacts, &mut LiveOptions),
+) -> Vec<CheckCode> {
+    let (mut guest, mut facts, mut options) =
+        (guest(), destination_facts(), LiveOptions::default());
+    change(&mut guest, &mut facts, &mut options);
+    codes(&destination(
+        &guest,
+        &inventory(),
+        &facts,
+        &host("kvm2"),
+        &options,
+    ))
+}
+
+#[test]
+fn the_destination_refuses() {
+    use CheckCode as C;
+    assert_eq!(
+        at_destination(|_, f, _| f.inventory.hypervisor_type = "Xen".into()),
+        [C::HypervisorType]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.inventory.hypervisor_version -= 1),
+        [C::HypervisorVersion]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.inventory.libvirt_version -= 1),
+        [C::HypervisorVersion]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.inventory.libvirt_version += 1),
+        []
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.inventory.arch = "aarch64".into()),
+        [C::Architecture]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.virt_type_supported = false),
+        [C::VirtType]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.emulator_present = false),
+        [C::Emulator]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.machine_supported = false),
+        [C::MachineType]
+    );
+    let lacks = CpuVerdict::Incompatible {
+        detail: "avx2".into(),
+    };
+    assert_eq!(at_destination(|_, f, _| f.cpu = lacks), [C::Cpu]);
+    let unknown = CpuVerdict::Unknown {
+        detail: "emulated".into(),
+    };
+    assert_eq!(at_destination(|_, f, _| f.cpu = unknown), []);
+    assert_eq!(
+        at_destination(|_, f, _| f.networks[0].present = false),
+        [C::Network]
+    );
+    let off = Presence::Present(PowerState::Shutdown);
+    assert_eq!(at_destination(|_, f, _| f.same_uuid = off), [C::UuidTaken]);
+    let other = Some(InstanceId(Uuid::from_u128(8)));
+    assert_eq!(
+        at_destination(|_, f, _| f.same_name = other),
+        [C::NameTaken]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.reach_source = Err("refused".into())),
+        [C::LibvirtUnreachable]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.probe_port = Err("none".into())),
+        [C::MigrationPortUnreachable]
+    );
+}
+
+#[test]
+fn disks_refuse() {
+    use CheckCode as C;
+    let forbid = |_: &mut Guest, _: &mut DestinationFacts, o: &mut LiveOptions| {
+        o.block_migration = BlockMigration::No;
+    };
+    assert_eq!(at_destination(forbid), [C::DiskNotShared]);
+    assert_eq!(
+        at_destination(|_, f, _| f.disks[0].exists = true),
+        [C::DiskExists]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.disks[0].directory_exists = false),
+        [C::DiskDirectory]
+    );
+    let missing = vec!["/images/base.qcow2".to_owned()];
+    assert_eq!(
+        at_destination(|_, f, _| f.disks[0].missing_backing = missing),
+        [C::BackingImage]
+    );
+    assert_eq!(
+        at_destination(|_, f, _| f.disks[0].free_bytes = 1),
+        [C::DiskSpace]
+    );
+    let demand = |_: &mut Guest, f: &mut DestinationFacts, o: &mut LiveOptions| {
+        f.disks[0].shared = true;
+        o.block_migration = BlockMigration::Yes;
+    };
+    assert_eq!(at_destination(demand), [C::DiskShared]);
+    let cached = |g: &mut Guest, f: &mut DestinationFacts, _: &mut LiveOptions| {
+        f.disks[0].shared = true;
+        g.disks[0].cache = Some("writeback".into());
+    };
+    assert_eq!(at_destination(cached), [C::DiskCache]);
+    let odd = |g: &mut Guest, _: &mut DestinationFacts, _: &mut LiveOptions| {
+        g.disks[0].source = DiskSource::Other {
+            kind: "vhostuser".into(),
+        };
+    };
+    assert_eq!(at_destination(odd), [C::DiskNotCopyable]);
+    let ejected = |g: &mut Guest, _: &mut DestinationFacts, _: &mut LiveOptions| {
+        g.disks[0].read_only = true;
+    };
+    assert_eq!(at_destination(ejected), [C::DiskNotCopyable]);
+    let block = |g: &mut Guest, _: &mut DestinationFacts, _: &mut LiveOptions| {
+        g.disks[0].source = DiskSource::Block {
+            path: "/dev/vg/vm1".into(),
+        };
+    };
+    assert_eq!(at_destination(block), [C::DiskNotCopyable]);
+}
+
+#[test]
+fn disks_on_one_file_system_share_its_room() {
+    let two = |g: &mut Guest, f: &mut DestinationFacts, _: &mut LiveOptions| {
+        g.disks.push(disk("vdb", "/images/vm1b.qcow2"));
+        f.disks.push(DiskFact {
+            target: "vdb".into(),
+            ..disk_fact()
+        });
+        for fact in &mut f.disks {
+            fact.free_bytes = (3 << 20) / 2;
+        }
+    };
+    assert_eq!(at_destination(two), [CheckCode::DiskSpace]);
+}
+
+#[test]
+fn the_way_refuses() {
+    let of = |libvirt, migration_port| {
+        let facts = PathFacts {
+            libvirt,
+            migration_port,
+        };
+        codes(&path(&facts, &host("kvm1"), &host("kvm2")))
+    };
+    assert_eq!(of(Err("x".into()), Ok(())), [CheckCode::LibvirtUnreachable]);
+    assert_eq!(
+        of(Ok(()), Err("x".into())),
+        [CheckCode::MigrationPortUnreachable]
+    );
+}
+
+#[test]
+fn room_refuses_each_resource() {
+    let short = |kind| Shortfall {
+        kind,
+        wanted: 2,
+        used: 3,
+        usable: 4,
+    };
+    let all = [
+        claims::Kind::Vcpus,
+        claims::Kind::Memory,
+        claims::Kind::Disk,
+    ]
+    .map(short);
+    let expected = [CheckCode::Vcpus, CheckCode::Memory, CheckCode::DiskSpace];
+    assert_eq!(codes(&room(&all, &host("kvm2"))), expected);
+}
+
+#[test]
+fn all_failures_come_together() {
+    let many = at_destination(|g, f, _| {
+        f.inventory.libvirt_version = 1;
+        f.machine_supported = false;
+        f.networks[0].present = false;
+        f.same_name = Some(InstanceId(Uuid::from_u128(8)));
+        f.disks[0].exists = true;
+        g.disks[0].allocated_bytes = 20 << 30;
+        f.reach_source = Err("refused".into());
+    });
+    use CheckCode as C;
+    let expected = [
+        C::HypervisorVersion,
+        C::MachineType,
+        C::Network,
+        C::NameTaken,
+        C::DiskExists,
+        C::DiskSpace,
+        C::LibvirtUnreachable,
+    ];
+    assert_eq!(many, expected);
+}

@@ -1,0 +1,78 @@
+//! The `[conductor]` section.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::agent_client::CallLimits;
+
+/// Settings of a conductor.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ConductorSettings {
+    /// Name of this conductor; leases on migrations are held in it, so it must
+    /// stay the same over restarts and differ between conductors. Default: the
+    /// machine's host name.
+    pub name: Option<String>,
+    /// Where the record is.
+    pub database_url: String,
+    /// A node that was not heard from for so long is down, seconds.
+    pub service_down_time_s: u64,
+    /// Operations that run at once; more wait as *accepted*.
+    pub max_concurrent_migrations: usize,
+    /// How long an agent may take to answer a question, seconds.
+    pub agent_timeout_s: u64,
+    /// After so long without a word from its owner, another conductor takes an
+    /// operation over, seconds.
+    pub lease_s: u64,
+    /// Downtime allowed where the caller says nothing, ms.
+    pub default_max_downtime_ms: Option<u64>,
+}
+
+impl Default for ConductorSettings {
+    fn default() -> Self {
+        Self {
+            name: None,
+            database_url: "sqlite:///var/lib/drover/conductor.sqlite".to_owned(),
+            service_down_time_s: 30,
+            max_concurrent_migrations: 64,
+            agent_timeout_s: 15,
+            lease_s: 30,
+            default_max_downtime_ms: None,
+        }
+    }
+}
+
+impl ConductorSettings {
+    /// The first value that cannot be: its key, and what is wrong with it.
+    pub fn problem(&self) -> Option<(&'static str, String)> {
+        let bounds = [
+            ("service_down_time_s", self.service_down_time_s, 2, 3600),
+            ("agent_timeout_s", self.agent_timeout_s, 1, 600),
+            ("lease_s", self.lease_s, 3, 3600),
+            (
+                "max_concurrent_migrations",
+                self.max_concurrent_migrations as u64,
+                1,
+                10_000,
+            ),
+        ];
+        let broken = bounds
+            .into_iter()
+            .find(|(_, v, low, high)| !(low..=high).contains(&v));
+        if let Some((key, value, low, high)) = broken {
+            return Some((key, format!("is {value}; it may be {low} to {high}")));
+        }
+        let name = self.name.as_deref()?;
+        (name.is_empty() || name.len() > 253)
+            .then(|| ("name", "must be 1 to 253 characters".to_owned()))
+    }
+
+    /// Time limits of calls to agents.
+    pub fn call_limits(&self) -> CallLimits {
+        CallLimits {
+            check: Duration::from_secs(self.agent_timeout_s),
+            ..CallLimits::default()
+        }
+    }
+}

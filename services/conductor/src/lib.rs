@@ -1,0 +1,21 @@
+//! The conductor: admits requests, checks both nodes, chooses destinations,
+//! runs every operation as a journalled saga, keeps the record.
+//!
+//! The way of a request: [`api`] decodes and admits it, the record is
+//! committed, the request acknowledged, and [`task::runner`] drives the saga in
+//! [`task`], which asks agents through [`agent_client`]. What decides is pure:
+//! [`checks`], [`placement`]. [`app`] puts it all together.
+
+pub mod agent_client;
+pub mod api;
+pub mod app;
+pub mod checks;
+pub mod clock;
+pub mod config;
+pub mod notify;
+pub mod placement;
+pub mod survey;
+pub mod task;
+
+#[cfg(test)]
+mod tests_support;

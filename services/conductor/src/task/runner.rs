@@ -1,0 +1,284 @@
+//! The runner: one task per unfinished operation that this conductor owns.
+//!
+//! ```text
+//! admitted ──► waits for a slot ──► driven ──► at its end
+//!                                    │  ▲
+//!                              stuck ▼  │ resume, or both nodes are back
+//!                                 on the record
+//! ```
+//!
+//! At start, and whenever a lease of another conductor runs out, unfinished
+//! operations are taken up with a new epoch (invariant 4). A pass every few
+//! seconds renews leases, resumes what was stuck, and does tidying that was
+//! put off.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use drover_model::{
+    ids::MigrationId,
+    migration::{Migration, MigrationStatus},
+};
+use drover_saga::{DriveError, JournalError, Outcome, Patience, drive};
+use drover_store::{Store, StoreError, migrations::Lease};
+use tokio::{sync::Semaphore, task::AbortHandle};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::{
+    journal::LiveJournal,
+    live_migrate::{Data, LiveMigrate},
+};
+use crate::{app::Context, survey::hypervisor_is_up};
+
+/// Time between two passes.
+const PASS: Duration = Duration::from_secs(5);
+/// Pause before a saga whose journal failed is driven again.
+const JOURNAL_PAUSE: Duration = Duration::from_secs(2);
+/// How long a stuck operation rests before it is tried again by itself, ms.
+const STUCK_REST_MS: u64 = 30_000;
+/// How long unique ids of requests are remembered, ms.
+const REQUESTS_KEPT_MS: u64 = 86_400_000;
+
+/// Drives operations. Cheap to clone.
+#[derive(Clone)]
+pub struct Runner {
+    context: Context,
+    owner: Arc<str>,
+    lease_ms: u64,
+    slots: Arc<Semaphore>,
+    patience: Patience,
+    driven: Arc<Mutex<HashMap<MigrationId, AbortHandle>>>,
+}
+
+impl Runner {
+    /// A runner in the name of `owner`.
+    pub fn new(
+        context: Context,
+        owner: &str,
+        lease_s: u64,
+        slots: usize,
+        patience: Patience,
+    ) -> Self {
+        Self {
+            context,
+            owner: owner.into(),
+            lease_ms: lease_s * 1000,
+            slots: Arc::new(Semaphore::new(slots)),
+            patience,
+            driven: Arc::default(),
+        }
+    }
+
+    /// In whose name.
+    pub fn owner(&self) -> &str {
+        &self.owner
+    }
+
+    /// Until when a lease taken now holds, milliseconds since 1970.
+    pub fn lease_until_ms(&self) -> u64 {
+        self.context.clock.now_ms() + self.lease_ms
+    }
+
+    /// Operations driven now.
+    pub fn driven(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Drives a migration of this owner from wherever it stands.
+    pub fn spawn(&self, lease: Lease) {
+        let mut driven = self.lock();
+        let runner = self.clone();
+        let task = tokio::spawn(async move {
+            runner.run(lease).await;
+            runner.lock().remove(&lease.migration);
+        });
+        // A newer lease shuts the older task out anyway; it need not find out.
+        if let Some(old) = driven.insert(lease.migration, task.abort_handle()) {
+            old.abort();
+        }
+    }
+
+    /// Lets go of everything; the journal has what is needed to go on.
+    pub fn stop(&self) {
+        for (_, task) in self.lock().drain() {
+            task.abort();
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<MigrationId, AbortHandle>> {
+        self.driven.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn run(&self, lease: Lease) {
+        let Ok(_slot) = self.slots.acquire().await else {
+            return;
+        };
+        loop {
+            match self.drive_once(lease).await {
+                Ok(outcome) => return tell(lease.migration, &outcome),
+                Err(DriveError::Stuck(_)) => return,
+                Err(DriveError::Journal(JournalError::Fenced)) => {
+                    info!(migration = %lease.migration, "another conductor goes on with it");
+                    return;
+                }
+                Err(DriveError::Journal(JournalError::Illegal(what))) => {
+                    error!(migration = %lease.migration, what, "cannot go on with it");
+                    return;
+                }
+                Err(DriveError::Journal(error)) => {
+                    warn!(migration = %lease.migration, %error, "tried again soon");
+                    tokio::time::sleep(JOURNAL_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn drive_once(&self, lease: Lease) -> Result<Outcome, DriveError> {
+        let store = &self.context.store;
+        let migration = store.migration(lease.migration).await;
+        let migration = migration.map_err(|e| JournalError::Unavailable(e.to_string()))?;
+        let journal = LiveJournal {
+            store: store.clone(),
+            clock: self.context.clock.clone(),
+            lease,
+        };
+        let saga = LiveMigrate::new(self.context.clone(), lease, migration);
+        drive(&saga, &journal, self.patience, Data::default()).await
+    }
+
+    /// Takes up what this owner left unfinished in an earlier life.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    pub async fn recover(&self) -> Result<(), StoreError> {
+        self.adopt(true).await
+    }
+
+    async fn adopt(&self, own_too: bool) -> Result<(), StoreError> {
+        let now_ms = self.context.clock.now_ms();
+        let store = &self.context.store;
+        let leases = store
+            .adopt(&self.owner, own_too, now_ms, self.lease_until_ms())
+            .await?;
+        for lease in leases {
+            let attempted = store
+                .update_migration(lease.migration, |m| {
+                    m.attempt += 1;
+                    self.owner.as_ref().clone_into(&mut m.owner);
+                    true
+                })
+                .await?;
+            info!(
+                migration = attempted.id, attempt = attempted.attempt, status = %attempted.status,
+                "takes up an unfinished migration"
+            );
+            self.spawn(lease);
+        }
+        Ok(())
+    }
+
+    /// Tries a stuck operation again at once.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    pub async fn resume(&self, id: MigrationId) -> Result<(), StoreError> {
+        let until = self.lease_until_ms();
+        let lease = self.context.store.adopt_one(id, &self.owner, until).await?;
+        self.spawn(lease);
+        Ok(())
+    }
+
+    /// The pass, until told to stop.
+    pub async fn keep(&self, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(PASS) => {}
+            }
+            if let Err(error) = self.pass().await {
+                warn!(%error, "the record could not be looked after; tried again soon");
+            }
+        }
+    }
+
+    async fn pass(&self) -> Result<(), StoreError> {
+        let store = &self.context.store;
+        let now_ms = self.context.clock.now_ms();
+        store
+            .renew_leases(&self.owner, self.lease_until_ms())
+            .await?;
+        self.adopt(false).await?;
+        self.resume_rested(store, now_ms).await?;
+        self.tidy(store).await?;
+        store
+            .prune_requests(now_ms.saturating_sub(REQUESTS_KEPT_MS))
+            .await
+    }
+
+    async fn resume_rested(&self, store: &Store, now_ms: u64) -> Result<(), StoreError> {
+        let filter = drover_model::api::conductor::ListMigrations {
+            active: true,
+            limit: Some(1000),
+            ..Default::default()
+        };
+        for m in store.migrations(&filter, None).await? {
+            let rested = now_ms.saturating_sub(m.updated_at_ms) >= STUCK_REST_MS;
+            let stuck = m.status == MigrationStatus::Stuck && m.owner == *self.owner;
+            if stuck && rested && self.both_up(&m).await? {
+                self.resume(m.uuid).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn both_up(&self, m: &Migration) -> Result<bool, StoreError> {
+        let live = self.context.liveness();
+        for host in std::iter::once(&m.source_host).chain(&m.dest_host) {
+            match self.context.store.node(host).await {
+                Ok(node) if live.is_up(&node) && hypervisor_is_up(&node) => {}
+                Ok(_) | Err(StoreError::NotFound(_)) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    async fn tidy(&self, store: &Store) -> Result<(), StoreError> {
+        for (uuid, step) in store.put_off_steps().await? {
+            let Ok(id) = uuid.parse::<MigrationId>() else {
+                continue;
+            };
+            let m = store.migration(id).await?;
+            let Some(dest) = m.dest_host.clone() else {
+                continue;
+            };
+            let lease = Store::first_lease(id);
+            let saga = LiveMigrate::new(self.context.clone(), lease, m);
+            match saga.tidy_again(&step, &dest).await {
+                Ok(()) => {
+                    store.tidied(&uuid, &step).await?;
+                    let done = format!("{step} was put off, and is done now");
+                    store
+                        .update_migration(id, |m| {
+                            m.warnings.push(done.clone());
+                            true
+                        })
+                        .await?;
+                }
+                Err(error) => info!(migration = uuid, step, %error, "tidying is put off again"),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn tell(migration: MigrationId, outcome: &Outcome) {
+    match outcome {
+        Outcome::Completed => info!(%migration, "completed"),
+        Outcome::RolledBack(error) => info!(%migration, %error, "rolled back"),
+    }
+}

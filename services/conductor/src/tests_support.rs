@@ -1,0 +1,42 @@
+//! What several unit tests need.
+
+use drover_model::{
+    ids::{InstanceId, MigrationId},
+    migration::{LiveOptions, Migration, MigrationStatus, MigrationType, Progress, Requester},
+};
+use uuid::Uuid;
+
+/// A migration from kvm1 to kvm2 that was just accepted.
+pub(crate) fn migration() -> Migration {
+    Migration {
+        id: 1,
+        uuid: MigrationId(Uuid::from_u128(1)),
+        instance_uuid: InstanceId(Uuid::from_u128(7)),
+        instance_name: "vm1".into(),
+        project_id: "demo".into(),
+        migration_type: MigrationType::LiveMigration,
+        status: MigrationStatus::Accepted,
+        source_host: "kvm1".parse().unwrap(),
+        dest_host: None,
+        dest_requested: false,
+        options: LiveOptions::default(),
+        step: String::new(),
+        step_started_at_ms: 0,
+        attempt: 1,
+        owner: "ctl".into(),
+        requester: Requester::default(),
+        abort_requested: false,
+        force_complete_requested: false,
+        end_reason: None,
+        warnings: vec![],
+        decisions: vec![],
+        timings: vec![],
+        progress: Progress::default(),
+        downtime_ms: None,
+        created_at_ms: 0,
+        updated_at_ms: 0,
+        finished_at_ms: None,
+        deadline_at_ms: None,
+        version: 1,
+    }
+}

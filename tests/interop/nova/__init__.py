@@ -1,0 +1,1 @@
+"""Stands in for Nova: only what a client needs to raise Nova's exceptions again."""

@@ -1,0 +1,324 @@
+//! A whole Drover in one process and in virtual time: conductor and agents as
+//! they are, on a broker in memory and hypervisors that share a fabric. Any of
+//! them can be killed and started again; an independent check says afterwards
+//! whether what the invariants promise held.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+
+use drover_compute::{
+    AgentSettings,
+    app::{Agent, AgentHandle},
+    hypervisor::fake::{Fabric, NodeSpec},
+};
+use drover_conductor::{app::Conductor, clock::Clock, config::ConductorSettings};
+use drover_model::{
+    api::{
+        CONDUCTOR_TOPIC, NAMESPACE, VERSION,
+        conductor::{
+            Instance, InstanceRef, MigrateAnswer, MigrateInstance, MigrationRef, WaitMigration,
+            method,
+        },
+    },
+    ids::{HostName, InstanceId, MigrationId},
+    migration::{LiveOptions, Migration, MigrationStatus, MigrationType},
+    node::AllocationPolicy,
+};
+use drover_rpc::{
+    MessagingSettings, RequestContext, RpcClient, RpcError, Target,
+    memory::{Faults, MemoryBroker},
+};
+use drover_saga::Patience;
+use drover_store::Store;
+use serde::{Serialize, de::DeserializeOwned};
+use tempfile::TempDir;
+use tokio::time::{Instant, timeout};
+
+/// Longest that anything is waited for, in virtual time.
+const PATIENCE: Duration = Duration::from_secs(3600);
+/// Virtual time begins here, milliseconds since 1970.
+const EPOCH_MS: u64 = 1_800_000_000_000;
+
+/// A Drover in virtual time.
+pub struct Cloud {
+    /// The world of the hypervisors.
+    pub fabric: Fabric,
+    /// The broker.
+    pub broker: MemoryBroker,
+    /// The record, which outlives the conductor.
+    pub store: Store,
+    began: Instant,
+    messaging: MessagingSettings,
+    conductor: Option<Conductor>,
+    agents: BTreeMap<String, AgentHandle>,
+    directories: TempDir,
+    client: RpcClient,
+}
+
+impl Cloud {
+    /// A conductor and two idle nodes, `kvm1` and `kvm2`, that it has heard of.
+    pub async fn start(seed: u64) -> Self {
+        Self::with_faults(seed, Faults::default()).await
+    }
+
+    /// The same over a broker that loses, delays, doubles and reorders.
+    pub async fn with_faults(seed: u64, faults: Faults) -> Self {
+        let fabric = Fabric::new(seed);
+        let broker = MemoryBroker::new(seed, Faults::default());
+        let messaging = MessagingSettings::default();
+        let client = RpcClient::new(broker.transport("operator"), &messaging);
+        let mut cloud = Self {
+            fabric,
+            broker,
+            store: Store::in_memory().await.expect("memory needs nothing"),
+            began: Instant::now(),
+            messaging,
+            conductor: None,
+            agents: BTreeMap::new(),
+            directories: TempDir::new().expect("a temporary directory"),
+            client,
+        };
+        cloud.start_conductor().await;
+        for host in ["kvm1", "kvm2"] {
+            cloud.add_node(host, NodeSpec::default()).await;
+        }
+        cloud.broker.set_faults(faults);
+        cloud
+    }
+
+    /// Adds a node and its agent, and waits until the conductor knows of it.
+    pub async fn add_node(&mut self, host: &str, spec: NodeSpec) {
+        drop(self.fabric.add_node(host, spec));
+        self.start_agent(host).await;
+        let store = self.store.clone();
+        let name: HostName = host.parse().expect("a host name");
+        eventually("the node's first report", async || {
+            store.node(&name).await.ok()
+        })
+        .await;
+    }
+
+    fn now_ms(began: Instant) -> u64 {
+        EPOCH_MS + u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Starts the conductor, which takes up what it finds.
+    pub async fn start_conductor(&mut self) {
+        let began = self.began;
+        let settings = ConductorSettings::default();
+        let started = Conductor::start(
+            &settings,
+            "ctl",
+            &self.messaging,
+            self.broker.transport("ctl"),
+            self.store.clone(),
+            Clock::from_fn(move || Self::now_ms(began)),
+            Patience::default(),
+        );
+        self.conductor = Some(started.await.expect("a conductor in memory starts"));
+    }
+
+    /// Kills the conductor in the middle of whatever it does.
+    pub fn kill_conductor(&mut self) {
+        if let Some(conductor) = self.conductor.take() {
+            conductor.kill();
+        }
+    }
+
+    /// Starts a node's agent on what its last life left.
+    pub async fn start_agent(&mut self, host: &str) {
+        let settings = AgentSettings {
+            host: host.parse().expect("a host name"),
+            endpoint: self.fabric.endpoint(host),
+            policy: AllocationPolicy::default(),
+            state_dir: self.state_dir(host),
+            report_interval_s: 5,
+            max_downtime_ms: 500,
+            progress_timeout_s: 150,
+        };
+        let began = self.began;
+        let started = Agent::start(
+            Arc::new(self.fabric.driver(host)),
+            self.broker.transport(host),
+            &self.messaging,
+            settings,
+            Arc::new(move || Self::now_ms(began)),
+        );
+        let mut agent = started.expect("an agent in memory starts");
+        agent.ready().await;
+        self.agents.insert(host.to_owned(), agent);
+    }
+
+    fn state_dir(&self, host: &str) -> PathBuf {
+        self.directories.path().join(host)
+    }
+
+    /// Kills a node's agent in the middle of whatever it does.
+    pub fn kill_agent(&mut self, host: &str) {
+        if let Some(agent) = self.agents.remove(host) {
+            agent.kill();
+        }
+    }
+
+    /// Waits until the conductor lists an instance.
+    pub async fn adopted(&self, id: InstanceId) -> Instance {
+        let ask = InstanceRef {
+            instance: id.to_string(),
+        };
+        let found = async || {
+            self.call::<_, Instance>(method::GET_INSTANCE, &ask)
+                .await
+                .ok()
+        };
+        eventually("the instance's adoption", found).await
+    }
+
+    /// Calls the conductor.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn call<A, R>(&self, method: &str, args: &A) -> Result<R, RpcError>
+    where
+        A: Serialize + Sync,
+        R: DeserializeOwned,
+    {
+        let target = Target::topic(CONDUCTOR_TOPIC)
+            .namespace(NAMESPACE)
+            .version(VERSION);
+        let context = RequestContext::service("req-test");
+        self.client.call(&target, &context, method, args).await
+    }
+
+    /// Asks for a live migration.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn migrate(
+        &self,
+        id: InstanceId,
+        host: Option<&str>,
+        options: LiveOptions,
+    ) -> Result<Migration, RpcError> {
+        let ask = MigrateInstance {
+            instance: id.to_string(),
+            migration_type: MigrationType::LiveMigration,
+            host: host.map(|h| h.parse().expect("a host name")),
+            options,
+            dry_run: false,
+        };
+        match self.call(method::MIGRATE_INSTANCE, &ask).await? {
+            MigrateAnswer::Accepted { migration } => Ok(*migration),
+            MigrateAnswer::Plan { plan } => panic!("a plan was not asked for: {plan:?}"),
+        }
+    }
+
+    /// Asks for an abort.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn abort(&self, id: MigrationId) -> Result<Migration, RpcError> {
+        let ask = MigrationRef {
+            migration: id.to_string(),
+        };
+        self.call(method::ABORT_MIGRATION, &ask).await
+    }
+
+    /// Waits, on the record, until a migration satisfies something.
+    pub async fn until(
+        &self,
+        id: MigrationId,
+        what: &str,
+        want: impl Fn(&Migration) -> bool,
+    ) -> Migration {
+        let mut changes = self.store.changes();
+        let waiting = async {
+            loop {
+                let m = self.store.migration(id).await.expect("it is on the record");
+                if want(&m) {
+                    return m;
+                }
+                // Anything wakes: a change, or a second without one.
+                let _ = timeout(Duration::from_secs(1), changes.recv()).await;
+            }
+        };
+        match timeout(PATIENCE, waiting).await {
+            Ok(m) => m,
+            Err(_) => panic!("never {what}: {:#?}", self.store.migration(id).await),
+        }
+    }
+
+    /// Waits for the end of a migration.
+    pub async fn end(&self, id: MigrationId) -> Migration {
+        self.until(id, "at its end", |m| m.status.is_final()).await
+    }
+
+    /// Waits for the end by `wait_migration`, as the command does.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn wait(&self, id: MigrationId) -> Result<Migration, RpcError> {
+        let mut seen_version = 0;
+        loop {
+            let ask = WaitMigration {
+                migration: id.to_string(),
+                seen_version,
+                timeout_ms: 20_000,
+            };
+            let m: Migration = self.call(method::WAIT_MIGRATION, &ask).await?;
+            if m.status.is_final() {
+                return Ok(m);
+            }
+            seen_version = m.version;
+        }
+    }
+
+    /// Checks what must hold after a migration, however it ended: the guest
+    /// runs once, where the record says; the record's outcome fits; nothing is
+    /// claimed and nothing is left behind.
+    pub async fn check(&self, m: &Migration) {
+        self.fabric
+            .check_invariants()
+            .unwrap_or_else(|v| panic!("{v:?}\n{m:#?}"));
+        let running = self.fabric.running_on(m.instance_uuid);
+        let expected = match m.status {
+            MigrationStatus::Completed => m
+                .dest_host
+                .clone()
+                .expect("a completed one has a destination"),
+            _ => m.source_host.clone(),
+        };
+        assert_eq!(running.as_ref(), Some(&expected), "{m:#?}");
+        let row = self
+            .store
+            .find_instance(&m.instance_uuid.to_string())
+            .await
+            .expect("on the record");
+        assert_eq!(
+            row.host, expected,
+            "the record follows the hypervisor: {m:#?}"
+        );
+        let none: Vec<(String, drover_store::claims::Resources)> = Vec::new();
+        assert_eq!(self.store.claims().await.expect("readable"), none, "{m:#?}");
+        let fabric = self.fabric.clone();
+        // The agents' timers may still have marks to take away.
+        eventually("nothing is left behind", async || {
+            fabric.leftovers().is_empty().then_some(())
+        })
+        .await;
+    }
+}
+
+/// Waits for something that can only be asked for, in virtual time.
+pub async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let asking = async {
+        loop {
+            if let Some(found) = ask().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    match timeout(PATIENCE, asking).await {
+        Ok(found) => found,
+        Err(_) => panic!("never came: {what}"),
+    }
+}

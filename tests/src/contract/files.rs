@@ -1,0 +1,209 @@
+//! Points about files: disks that are made and removed, marks that prove what
+//! is shared.
+
+use anyhow::{Context, Result, ensure};
+use drover_compute::hypervisor::{self, DestinationQuestion, HypervisorError};
+use drover_model::{
+    api::compute::Mark,
+    error::ErrorClass,
+    guest::{Disk, DiskSource, Guest},
+    ids::MigrationId,
+};
+
+use super::{Place, Stage, Wish, assert_class, nobody};
+
+const DISK_BYTES: u64 = 16 << 20;
+
+/// A disk of 16 MiB there.
+pub fn disk_at(path: &str, format: &str) -> Disk {
+    Disk {
+        target: "vda".to_owned(),
+        device: "disk".to_owned(),
+        source: DiskSource::File {
+            path: path.to_owned(),
+        },
+        format: format.to_owned(),
+        cache: Some("none".to_owned()),
+        read_only: false,
+        shareable: false,
+        virtual_bytes: DISK_BYTES,
+        allocated_bytes: 0,
+        backing: Vec::new(),
+    }
+}
+
+fn fresh_path(stage: &dyn Stage) -> String {
+    format!("{}/{}.img", stage.shared_directory(), nobody())
+}
+
+/// A disk is made, and removed, and removing it again is no error.
+///
+/// # Errors
+/// The point is broken.
+pub async fn a_disk_is_made_and_removed(stage: &dyn Stage) -> Result<()> {
+    let a = stage.a();
+    for format in ["qcow2", "raw"] {
+        let path = fresh_path(stage);
+        a.create_disk(&disk_at(&path, format)).await?;
+        ensure!(
+            stage.fingerprint(&path).await?.is_some(),
+            "no {format} file"
+        );
+        a.remove_disk(&path).await?;
+        ensure!(stage.fingerprint(&path).await?.is_none(), "{format} left");
+        a.remove_disk(&path).await.context("the second time")?;
+    }
+    Ok(())
+}
+
+/// A file that is there is not overwritten, not even by the same disk.
+///
+/// # Errors
+/// The point is broken.
+pub async fn no_disk_is_made_over_a_file(stage: &dyn Stage) -> Result<()> {
+    let path = fresh_path(stage);
+    stage.write(&path, "precious").await?;
+    let before = stage.fingerprint(&path).await?;
+    let result = stage.a().create_disk(&disk_at(&path, "qcow2")).await;
+    assert_exists("over a file", result)?;
+    ensure!(stage.fingerprint(&path).await? == before, "it was changed");
+    let path = fresh_path(stage);
+    let disk = disk_at(&path, "qcow2");
+    stage.a().create_disk(&disk).await?;
+    let before = stage.fingerprint(&path).await?;
+    let result = stage.a().create_disk(&disk).await;
+    assert_exists("over a disk", result)?;
+    ensure!(stage.fingerprint(&path).await? == before, "it was changed");
+    Ok(())
+}
+
+fn assert_exists(what: &str, result: hypervisor::Result<()>) -> Result<()> {
+    let there = matches!(result, Err(HypervisorError::Exists(_)));
+    ensure!(there, "{what}: Exists expected, got {result:?}");
+    Ok(())
+}
+
+/// Without its directory a disk is not made.
+///
+/// # Errors
+/// The point is broken.
+pub async fn no_disk_is_made_without_a_directory(stage: &dyn Stage) -> Result<()> {
+    let path = format!("{}/none/disk.qcow2", stage.shared_directory());
+    let result = stage.a().create_disk(&disk_at(&path, "qcow2")).await;
+    assert_class("create_disk", ErrorClass::Refused, result)?;
+    ensure!(stage.fingerprint(&path).await?.is_none(), "it was made");
+    Ok(())
+}
+
+/// A disk that a guest uses, running or not, is not removed.
+///
+/// # Errors
+/// The point is broken.
+pub async fn no_disk_in_use_is_removed(stage: &dyn Stage) -> Result<()> {
+    use drover_model::guest::PowerState::{Running, Shutdown};
+    for state in [Running, Shutdown] {
+        let wish = Wish {
+            state,
+            ..Wish::disk(Place::Shared)
+        };
+        let id = stage.guest(wish).await?;
+        let guest = stage.a().guest(id).await?.context("the guest is on a")?;
+        let path = guest.disks[0].local_path().context("its disk is a file")?;
+        let result = stage.a().remove_disk(path).await;
+        assert_class("remove_disk", ErrorClass::Refused, result)?;
+        ensure!(stage.fingerprint(path).await?.is_some(), "{state:?}: gone");
+    }
+    Ok(())
+}
+
+/// A mark that is left twice is one; the other node sees it where the
+/// directory is shared; it is removed, and removing it again is no error.
+///
+/// # Errors
+/// The point is broken.
+pub async fn a_mark_proves_a_shared_directory(stage: &dyn Stage) -> Result<()> {
+    let id = stage.guest(Wish::disk(Place::Shared)).await?;
+    let (a, migration) = (stage.a(), MigrationId::generate());
+    let guest = a.guest(id).await?.context("the guest is on a")?;
+    let marks = a.leave_marks(migration, &guest.disks).await?;
+    let again = a.leave_marks(migration, &guest.disks).await?;
+    ensure!(marks == again, "left twice: {marks:?} {again:?}");
+    ensure!(marks.len() == 1, "one directory, {} marks", marks.len());
+    ensure!(marks[0].error.is_none(), "{:?}", marks[0].error);
+    let path = marks[0].path.clone().context("it has no path")?;
+    ensure!(stage.fingerprint(&path).await?.is_some(), "no file");
+    ensure!(is_shared(stage, &guest, &marks).await?, "b does not see it");
+    let other = Mark {
+        content: "another's".to_owned(),
+        ..marks[0].clone()
+    };
+    ensure!(
+        !is_shared(stage, &guest, &[other]).await?,
+        "b sees another's"
+    );
+    for attempt in ["once", "twice"] {
+        let removed = a.remove_marks(&marks).await;
+        removed.with_context(|| format!("removed {attempt}"))?;
+        ensure!(stage.fingerprint(&path).await?.is_none(), "{attempt}");
+    }
+    ensure!(!is_shared(stage, &guest, &marks).await?, "b sees it still");
+    Ok(())
+}
+
+/// Two migrations' marks are two.
+///
+/// # Errors
+/// The point is broken.
+pub async fn marks_belong_to_their_migration(stage: &dyn Stage) -> Result<()> {
+    let id = stage.guest(Wish::disk(Place::Shared)).await?;
+    let a = stage.a();
+    let guest = a.guest(id).await?.context("the guest is on a")?;
+    let first = a.leave_marks(MigrationId::generate(), &guest.disks).await?;
+    let second = a.leave_marks(MigrationId::generate(), &guest.disks).await?;
+    a.remove_marks(&first).await?;
+    ensure!(
+        is_shared(stage, &guest, &second).await?,
+        "the second is gone"
+    );
+    a.remove_marks(&second).await?;
+    Ok(())
+}
+
+/// A directory that each node has for itself is not shared. (Where both drivers
+/// see one file system there is none.)
+///
+/// # Errors
+/// The point is broken.
+pub async fn a_mark_in_a_local_directory_proves_nothing(stage: &dyn Stage) -> Result<()> {
+    let Some(directory) = stage.local_directory() else {
+        return unwritable_marks_say_why(stage).await;
+    };
+    let a = stage.a();
+    let id = stage.guest(Wish::disk(Place::Local)).await?;
+    let guest = a.guest(id).await?.context("the guest is on a")?;
+    let marks = a.leave_marks(MigrationId::generate(), &guest.disks).await?;
+    ensure!(marks[0].directory == directory, "{marks:?}");
+    ensure!(!is_shared(stage, &guest, &marks).await?, "b sees it");
+    a.remove_marks(&marks).await?;
+    unwritable_marks_say_why(stage).await
+}
+
+async fn unwritable_marks_say_why(stage: &dyn Stage) -> Result<()> {
+    let nowhere = format!("{}/none/disk.qcow2", stage.shared_directory());
+    let disks = [disk_at(&nowhere, "qcow2")];
+    let marks = stage
+        .a()
+        .leave_marks(MigrationId::generate(), &disks)
+        .await?;
+    let mark = marks.first().context("no mark at all")?;
+    ensure!(mark.path.is_none() && mark.error.is_some(), "{mark:?}");
+    stage.a().remove_marks(&marks).await?;
+    Ok(())
+}
+
+async fn is_shared(stage: &dyn Stage, guest: &Guest, marks: &[Mark]) -> Result<bool> {
+    let question = DestinationQuestion { guest, marks };
+    let answer = stage.b().answer_destination(question).await?;
+    let disk = answer.disks.first().context("nothing about its disk")?;
+    Ok(disk.shared)
+}

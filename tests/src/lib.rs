@@ -1,0 +1,5 @@
+//! What the tests that cross crates share.
+
+pub mod cloud;
+pub mod contract;
+pub mod devstack;

@@ -1,0 +1,86 @@
+//! Every point of the hypervisor drivers' contract, on the fake and on libvirt.
+//!
+//! `fake::` always runs, in virtual time. `libvirt::` runs on a devstack whose
+//! directory is in `DROVER_DEVSTACK`, says `SKIPPED` without one, and fails
+//! without one if `DROVER_REQUIRE_REAL=1`.
+
+macro_rules! contract {
+    ($($module:ident { $($point:ident,)* })*) => {
+        mod fake {
+            $($(
+                #[test]
+                fn $point() {
+                    use drover_tests::contract::{fake, $module};
+                    fake::run($module::$point);
+                }
+            )*)*
+        }
+
+        mod libvirt {
+            $($(
+                #[test]
+                fn $point() {
+                    use drover_tests::contract::{real, $module};
+                    real::run($module::$point);
+                }
+            )*)*
+        }
+    };
+}
+
+contract! {
+    looking {
+        inventory_is_sane,
+        views_agree_on_a_running_guest,
+        views_agree_on_a_paused_guest,
+        views_agree_on_a_shut_off_guest,
+        an_unknown_guest_is_absent,
+        without_a_job_there_is_nothing_to_steer,
+        resume_lets_a_paused_guest_run,
+        resume_starts_nothing,
+        undefine_takes_what_is_off_and_nothing_else,
+        discard_incoming_takes_nothing_else,
+        a_fit_destination_says_so,
+        an_unfit_destination_says_where,
+        taken_names_are_told,
+        only_an_active_guest_migrates,
+        an_unreachable_destination_harms_nobody,
+        a_probe_port_is_reached,
+    }
+    moving {
+        migrate_moves_a_guest,
+        migrate_moves_a_guest_on_a_shared_disk,
+        migrate_copies_a_local_disk,
+        a_paused_guest_moves_paused,
+        job_tells_how_far_it_is,
+        the_destination_waits_while_the_source_runs,
+        the_destination_tells_the_downtime,
+        a_move_is_announced,
+        a_second_migration_is_refused,
+        a_longer_downtime_lets_a_busy_guest_go,
+        a_migration_outlives_its_caller,
+    }
+    turning {
+        an_abort_leaves_everything_as_it_was,
+        after_an_abort_it_can_move,
+        post_copy_moves_the_guest_at_once,
+        post_copy_must_have_been_allowed,
+        a_pause_ends_a_migration_that_would_not_end,
+        after_pause_and_abort_it_runs_on,
+        a_discarded_destination_leaves_the_guest,
+    }
+    files {
+        a_disk_is_made_and_removed,
+        no_disk_is_made_over_a_file,
+        no_disk_is_made_without_a_directory,
+        no_disk_in_use_is_removed,
+        a_mark_proves_a_shared_directory,
+        marks_belong_to_their_migration,
+        a_mark_in_a_local_directory_proves_nothing,
+    }
+    away {
+        away_is_an_error_and_never_an_empty_answer,
+        back_again_everything_works,
+        lost_in_the_middle_is_not_failed,
+    }
+}

@@ -1,0 +1,322 @@
+//! With a real oslo.messaging at the other end: an unmodified Python client
+//! calls a Drover server, and a Drover client an unmodified Python server.
+//!
+//! Needs a broker (`DROVER_TEST_AMQP_URL`) and Python, into whose virtualenv
+//! (`DROVER_TEST_VENV`, or one below `target/`) oslo.messaging is installed.
+//! Without a broker the tests say so and are skipped, unless
+//! `DROVER_REQUIRE_REAL=1`.
+
+use std::{path::Path, process::Stdio, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use drover_rpc::{
+    AmqpTransport, CallOptions, Endpoint, ErrorClass, MessagingSettings, NOVA_MODULE,
+    RemoteFailure, Request, RequestContext, RpcClient, RpcError, RpcServer, Target, Transport,
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
+    process::{Child, ChildStdin, ChildStdout, Command},
+    sync::mpsc,
+    time::{Instant, sleep, timeout},
+};
+
+/// Longer than anything here takes, on a busy machine too.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// One test's corner of the broker.
+struct Rig {
+    url: String,
+    settings: MessagingSettings,
+    transport: Arc<dyn Transport>,
+    topic: String,
+}
+
+impl Rig {
+    fn new() -> Option<Self> {
+        let url = match std::env::var("DROVER_TEST_AMQP_URL") {
+            Ok(url) if !url.is_empty() => url,
+            _ if std::env::var("DROVER_REQUIRE_REAL").as_deref() == Ok("1") => {
+                panic!("DROVER_REQUIRE_REAL=1, and DROVER_TEST_AMQP_URL names no broker")
+            }
+            _ => {
+                eprintln!("SKIPPED: needs a real broker, set DROVER_TEST_AMQP_URL");
+                return None;
+            }
+        };
+        let name = format!("drover-interop-{:016x}", fastrand::u64(..));
+        let settings = MessagingSettings {
+            control_exchange: name.clone(),
+            ..MessagingSettings::with_url(url.as_str())
+        };
+        let transport = AmqpTransport::new(&settings).expect("DROVER_TEST_AMQP_URL is usable");
+        Some(Self {
+            url,
+            settings,
+            transport,
+            topic: name,
+        })
+    }
+
+    /// A Python peer in a role, once it is ready.
+    async fn python(&self, role: &[&str]) -> Peer {
+        let exchange = self.settings.control_exchange.as_str();
+        Peer::start(&[&[self.url.as_str(), exchange], role].concat()).await
+    }
+}
+
+/// A Python process that answers a line with a line.
+struct Peer {
+    input: ChildStdin,
+    output: Lines<BufReader<ChildStdout>>,
+    _process: Child,
+}
+
+impl Peer {
+    async fn start(args: &[&str]) -> Self {
+        let mut process = Command::new(python().await)
+            .args(["-W", "ignore"])
+            .arg(directory().join("peer.py"))
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("the virtualenv has a Python");
+        let output = process.stdout.take().expect("its output is a pipe");
+        let mut peer = Self {
+            input: process.stdin.take().expect("its input is a pipe"),
+            output: BufReader::new(output).lines(),
+            _process: process,
+        };
+        assert_eq!(peer.line().await, "READY");
+        peer
+    }
+
+    async fn line(&mut self) -> String {
+        timeout(LIMIT, self.output.next_line())
+            .await
+            .expect("the Python peer answers in time")
+            .expect("its output is text")
+            .expect("the Python peer is alive")
+    }
+
+    /// Has the client do something and gives what came of it.
+    async fn ask(&mut self, order: Value) -> Value {
+        let order = format!("{order}\n");
+        let sent = self.input.write_all(order.as_bytes()).await;
+        sent.expect("the Python peer is alive");
+        serde_json::from_str(&self.line().await).expect("an outcome is JSON")
+    }
+}
+
+fn directory() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/interop"))
+}
+
+async fn python() -> String {
+    let venv = std::env::var("DROVER_TEST_VENV").unwrap_or_else(|_| {
+        let beside = directory().join("../../target/oslo-venv");
+        beside.to_string_lossy().into_owned()
+    });
+    let made = Command::new(directory().join("venv.sh")).arg(venv).output();
+    let made = made.await.expect("there is a shell");
+    let trouble = String::from_utf8_lossy(&made.stderr).into_owned();
+    assert!(made.status.success(), "no virtualenv: {trouble}");
+    String::from_utf8_lossy(&made.stdout).trim().to_owned()
+}
+
+/// What a Drover service looks like to Python.
+struct Service {
+    casts: mpsc::Sender<Value>,
+}
+
+#[async_trait]
+impl Endpoint for Service {
+    fn namespace(&self) -> Option<&str> {
+        Some("compute_task")
+    }
+
+    fn version(&self) -> &str {
+        "1.25"
+    }
+
+    fn methods(&self) -> &[&str] {
+        &["echo", "nothing", "precheck", "typed", "slow", "note"]
+    }
+
+    async fn handle(&self, request: Request) -> Result<Value, RemoteFailure> {
+        #[derive(serde::Deserialize)]
+        struct Typed {
+            count: u32,
+        }
+        request.accept().await;
+        let args = request.args_map()?;
+        match request.method() {
+            "nothing" => return Ok(Value::Null),
+            "precheck" => {
+                let text = "Migration pre-check error: no room on kvm2";
+                let failure = RemoteFailure::nova("MigrationPreCheckError", text);
+                return Err(failure.with_kwarg("reason", "no room on kvm2"));
+            }
+            "typed" => return Ok(request.args::<Typed>()?.count.into()),
+            "slow" => sleep(Duration::from_secs(3)).await,
+            "note" => {
+                let sent = self.casts.send(args.into()).await;
+                sent.expect("the test waits for it");
+                return Ok(Value::Null);
+            }
+            _ => {}
+        }
+        Ok(json!({"args": args, "user": request.context().user_id()}))
+    }
+}
+
+#[tokio::test]
+async fn a_python_client_calls_a_drover_server() {
+    let Some(rig) = Rig::new() else { return };
+    let (casts, mut noted) = mpsc::channel(4);
+    let server = RpcServer::builder(rig.transport.clone(), &rig.settings, &rig.topic, "ctl")
+        .endpoint(Service { casts })
+        .ping()
+        .start()
+        .await
+        .expect("the names are right");
+    let mut python = rig.python(&["client"]).await;
+    let order = |op: &str, method: &str, args: Value| {
+        json!({"op": op, "topic": rig.topic, "namespace": "compute_task", "version": "1.20",
+               "method": method, "args": args, "context": {"user_id": "u-1", "roles": ["admin"]}})
+    };
+
+    // Results.
+    let args = json!({"text": "ünï ☃ 😀", "list": [1, 2.5, null, true]});
+    let got = python.ask(order("call", "echo", args.clone())).await;
+    assert_eq!(got["returned"], json!({"args": args, "user": "u-1"}));
+    let got = python.ask(order("call", "nothing", json!({}))).await;
+    assert_eq!(got, json!({"returned": null}));
+
+    // Nova's exception is raised as its own class.
+    let got = python.ask(order("call", "precheck", json!({}))).await;
+    let class = "nova.exception_Remote.MigrationPreCheckError_Remote";
+    assert_eq!(got["raised"], class, "{got}");
+    let bases = got["bases"].as_array().expect("bases");
+    assert!(bases.contains(&json!("nova.exception.MigrationPreCheckError")));
+    assert_eq!(got["kwargs"]["reason"], "no room on kvm2");
+
+    // Wrong arguments, methods and versions are answered as Python answers them.
+    let got = python
+        .ask(order("call", "typed", json!({"count": "many"})))
+        .await;
+    assert_eq!(got["raised"], "builtins.TypeError", "{got}");
+    let text = got["text"].as_str().expect("a text");
+    assert!(text.contains("count"), "says where: {text}");
+    let got = python.ask(order("call", "nonsense", json!({}))).await;
+    assert_eq!(got["exc_type"], "NoSuchMethod", "{got}");
+    let mut newer = order("call", "echo", json!({}));
+    newer["version"] = json!("1.26");
+    assert_eq!(python.ask(newer).await["exc_type"], "UnsupportedVersion");
+    let ping = json!({"op": "call", "topic": rig.topic, "method": "oslo_rpc_server_ping"});
+    assert_eq!(python.ask(ping).await["returned"], "pong");
+
+    // A monitored call outlasts its monitor's patience thanks to heartbeats.
+    let mut slow = order("call", "slow", json!({}));
+    slow["timeout"] = json!(20);
+    slow["monitor"] = json!(2);
+    let got = python.ask(slow).await;
+    assert!(got["returned"].is_object(), "{got}");
+    assert!(rig.transport.stats().snapshot().heartbeats_sent >= 2);
+
+    // Casts to the topic, to the server and to all.
+    for (op, server) in [("cast", None), ("cast", Some("ctl")), ("fanout", None)] {
+        let mut note = order(op, "note", json!({"op": op, "server": server}));
+        note["server"] = json!(server);
+        assert_eq!(python.ask(note).await, json!({"returned": null}));
+        let arrived = timeout(LIMIT, noted.recv())
+            .await
+            .expect("the cast arrives");
+        assert_eq!(arrived, Some(json!({"op": op, "server": server})));
+    }
+    server.stop(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn a_drover_client_calls_a_python_server() {
+    let Some(rig) = Rig::new() else { return };
+    let _python = rig.python(&["server", &rig.topic, "kvm1"]).await;
+    let client = RpcClient::new(rig.transport.clone(), &rig.settings);
+    let target = Target::topic(&rig.topic).server("kvm1").version("1.2");
+    let context = RequestContext::new()
+        .with("user_id", "u-1")
+        .with("roles", json!(["admin"]));
+    let call = async |method: &str, args: Value, options: CallOptions| -> Result<Value, RpcError> {
+        client
+            .call_with(&target, &context, method, &args, options)
+            .await
+    };
+    let plain = CallOptions::default();
+
+    // Results.
+    let args = json!({"text": "ünï ☃ 😀", "big": "x".repeat(200_000)});
+    let echo = call("echo", args.clone(), plain).await.expect("an echo");
+    assert_eq!(echo["args"], args);
+    assert_eq!(
+        echo["context"],
+        json!({"user_id": "u-1", "roles": ["admin"]})
+    );
+    let nothing = call("nothing", json!({}), plain).await.expect("nothing");
+    assert_eq!(nothing, Value::Null);
+
+    // Failures, Python's own and Nova's.
+    let failed = async |method: &str, args: Value| {
+        let error = call(method, args, plain).await.expect_err("it fails");
+        error.failure().expect("the peer's exception").clone()
+    };
+    let failure = failed("precheck", json!({"reason": "no"})).await;
+    assert!(failure.is(NOVA_MODULE, "MigrationPreCheckError"));
+    assert_eq!(failure.kwargs["reason"], "no");
+    assert!(!failure.traceback.is_empty());
+    let failure = failed("value_error", json!({})).await;
+    assert_eq!(failure.args, [json!("bad value"), json!(42)]);
+    assert_eq!(failed("nonsense", json!({})).await.class, "NoSuchMethod");
+    assert_eq!(failed("precheck", json!({})).await.class, "TypeError");
+
+    // Timeouts and monitored calls.
+    let impatient = CallOptions {
+        timeout: Some(Duration::from_millis(300)),
+        ..plain
+    };
+    let late = call("slow", json!({"seconds": 1.0}), impatient).await;
+    assert_eq!(late.expect_err("too late").class(), ErrorClass::Lost);
+    let monitored = CallOptions {
+        timeout: Some(Duration::from_secs(20)),
+        monitor_timeout: Some(Duration::from_secs(2)),
+        ..plain
+    };
+    let done = call("slow", json!({"seconds": 3.5}), monitored).await;
+    assert_eq!(done.expect("heartbeats keep it"), "done");
+
+    // Namespaces, casts and fanout.
+    let task = Target::topic(&rig.topic)
+        .namespace("compute_task")
+        .version("1.20");
+    let answer: Value = client
+        .call(&task, &context, "migrate_server", &json!({"live": true}))
+        .await
+        .expect("an answer");
+    assert_eq!(answer, json!({"live": true}));
+    for target in [&target, &Target::topic(&rig.topic).fanout().version("1.2")] {
+        let args = json!({"what": target.to_string()});
+        let sent = client.cast(target, &context, "note", &args).await;
+        sent.expect("the broker takes it");
+    }
+    let give_up = Instant::now() + LIMIT;
+    loop {
+        let notes = call("notes", json!({}), plain).await.expect("the notes");
+        if notes.as_array().is_some_and(|notes| notes.len() == 2) {
+            break;
+        }
+        assert!(Instant::now() < give_up, "only {notes} arrived");
+        sleep(Duration::from_millis(20)).await;
+    }
+    client.close().await;
+}

@@ -33,6 +33,8 @@ def transport(url, exchange):
     # Some of oslo.messaging's options are registered on the global object alone.
     cfg.CONF([])
     oslo_messaging.set_transport_defaults(exchange)
+    # oslo.messaging knows a RabbitMQ by another scheme.
+    url = url.replace("amqp://", "rabbit://", 1)
     return oslo_messaging.get_rpc_transport(
         cfg.CONF, url=url, allowed_remote_exmods=["nova.exception"]
     )

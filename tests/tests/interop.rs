@@ -1,7 +1,8 @@
 //! With a real oslo.messaging at the other end: an unmodified Python client
-//! calls a Drover server, and a Drover client an unmodified Python server.
+//! calls a Drover server, and a Drover client an unmodified Python server. Last,
+//! a Python frontend with Nova's arguments has the conductor move a real guest.
 //!
-//! Needs a broker (`DROVER_TEST_AMQP_URL`) and Python, into whose virtualenv
+//! Needs a broker (`DROVER_TEST_AMQP_URL`), the last one a devstack, and Python, into whose virtualenv
 //! (`DROVER_TEST_VENV`, or one below `target/`) oslo.messaging is installed.
 //! Without a broker the tests say so and are skipped, unless
 //! `DROVER_REQUIRE_REAL=1`.
@@ -13,6 +14,7 @@ use drover_rpc::{
     AmqpTransport, CallOptions, Endpoint, ErrorClass, MessagingSettings, NOVA_MODULE,
     RemoteFailure, Request, RequestContext, RpcClient, RpcError, RpcServer, Target, Transport,
 };
+use drover_tests::devstack::Devstack;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
@@ -319,4 +321,87 @@ async fn a_drover_client_calls_a_python_server() {
         sleep(Duration::from_millis(20)).await;
     }
     client.close().await;
+}
+
+/// A request as Nova's own RPC class put it on the wire.
+fn captured(name: &str) -> Value {
+    let path = directory().join(format!("../wire-vectors/{name}.json"));
+    let text = std::fs::read_to_string(path).expect("the captured message is there");
+    let whole: Value = serde_json::from_str(&text).expect("JSON");
+    whole["decoded"]["message"].clone()
+}
+
+#[tokio::test]
+async fn a_python_frontend_has_the_conductor_move_a_guest() {
+    let Some(devstack) = Devstack::take() else {
+        return;
+    };
+    let guest = devstack.guest("vm24");
+    let uuid = guest.uuid();
+    let url = std::env::var("DROVER_TEST_AMQP_URL").expect("a devstack has a broker");
+    let exchange = MessagingSettings::with_url(url.as_str()).control_exchange;
+    let mut python = Peer::start(&[&url, &exchange, "client"]).await;
+    let order = |method: &str, args: Value| {
+        json!({"op": "call", "topic": "conductor", "namespace": "drover", "version": "1.0",
+               "method": method, "args": args, "context": {"user_id": "u-1", "roles": ["admin"]}})
+    };
+
+    // A result.
+    let found = python
+        .ask(order("get_instance", json!({"instance": "vm24"})))
+        .await;
+    assert_eq!(found["returned"]["uuid"], uuid.as_str(), "{found}");
+    assert_eq!(found["returned"]["host"], "kvm1", "{found}");
+
+    // Nova's exceptions are raised as its own classes, with every check in them.
+    let unknown = json!({"instance": "nobody", "dry_run": true});
+    let refused = python.ask(order("migrate_instance", unknown)).await;
+    let class = "nova.exception_Remote.InstanceNotFound_Remote";
+    assert_eq!(refused["raised"], class, "{refused}");
+    let nowhere = json!({"instance": uuid, "host": "kvm1"});
+    let refused = python.ask(order("migrate_instance", nowhere)).await;
+    let class = "nova.exception_Remote.UnableToMigrateToSelf_Remote";
+    assert_eq!(refused["raised"], class, "{refused}");
+    assert_eq!(refused["kwargs"]["checks"][0]["code"], "same_host");
+
+    // A cast as Nova's frontends send it; the guest moves.
+    let nova = captured("nova_live_migrate_instance");
+    let mut args = nova["args"].clone();
+    args["instance"]["nova_object.data"]["uuid"] = json!(uuid);
+    args["scheduler_hint"]["host"] = json!("kvm2");
+    let cast = json!({"op": "cast", "topic": "conductor", "namespace": nova["namespace"],
+                      "version": nova["version"], "method": nova["method"], "args": args,
+                      "context": {"request_id": "req-interop", "user_id": "u-1"}});
+    assert_eq!(python.ask(cast).await, json!({"returned": null}));
+    let ended = followed(&mut python, order, &uuid).await;
+    assert_eq!(ended["status"], "completed", "{ended:#}");
+    assert_eq!(ended["requester"]["request_id"], "req-interop");
+    assert_eq!(guest.node(), "kvm2");
+}
+
+/// The record, at its end, of the instance's migration that was not refused.
+async fn followed(
+    python: &mut Peer,
+    order: impl Fn(&str, Value) -> Value,
+    instance: &str,
+) -> Value {
+    let give_up = Instant::now() + LIMIT;
+    let mut record = Value::Null;
+    while record["finished_at_ms"].is_null() {
+        assert!(Instant::now() < give_up, "it never ends: {record:#}");
+        let ask = match record["uuid"].as_str() {
+            Some(uuid) => {
+                let wait = json!({"migration": uuid, "seen_version": record["version"], "timeout_ms": 10_000});
+                order("wait_migration", wait)
+            }
+            None => order("list_migrations", json!({"instance": instance, "limit": 1})),
+        };
+        let mut answer = python.ask(ask).await["returned"].take();
+        let newest = answer.get_mut(0).map(Value::take).unwrap_or(answer);
+        // The refusal from before is on record too.
+        if newest["requester"]["request_id"] == "req-interop" {
+            record = newest;
+        }
+    }
+    record
 }

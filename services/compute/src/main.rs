@@ -51,10 +51,10 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    // Work here is waiting for others; few threads keep the memory small. Each
-    // call to libvirt blocks one, and a migration one of its own.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // Work here is waiting for others: one thread answers sooner than several
+    // that wake each other. Each call to libvirt blocks one of the pool's, and a
+    // migration has one of its own.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .max_blocking_threads(32)
         .thread_keep_alive(Duration::from_secs(5))
         .enable_all()

@@ -25,8 +25,6 @@ pub struct ConductorSettings {
     /// After so long without a word from its owner, another conductor takes an
     /// operation over, seconds.
     pub lease_s: u64,
-    /// Downtime allowed where the caller says nothing, ms.
-    pub default_max_downtime_ms: Option<u64>,
 }
 
 impl Default for ConductorSettings {
@@ -38,7 +36,6 @@ impl Default for ConductorSettings {
             max_concurrent_migrations: 64,
             agent_timeout_s: 15,
             lease_s: 30,
-            default_max_downtime_ms: None,
         }
     }
 }

@@ -47,9 +47,9 @@ fn main() -> ExitCode {
         eprintln!("drover-conductor: {message}");
         return ExitCode::from(EXIT_USAGE);
     }
-    // Work here is waiting for others; two threads keep the memory small.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // Work here is waiting for others: one thread answers sooner than several
+    // that wake each other. The database has threads of its own.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .max_blocking_threads(8)
         .enable_all()
         .build();

@@ -24,3 +24,7 @@ class MigrationPreCheckError(NovaException):
 class InstanceNotFound(NovaException):
     msg_fmt = "Instance %(instance_id)s could not be found."
     code = 404
+
+
+class UnableToMigrateToSelf(NovaException):
+    msg_fmt = "Unable to migrate instance (%(instance_id)s) to current host (%(host)s)."

@@ -73,8 +73,9 @@ fn main() -> Result<()> {
     }
 }
 
+/// One thread, as in Drover's services.
 fn on_tokio(work: impl Future<Output = Result<()>>) -> Result<()> {
-    tokio::runtime::Builder::new_multi_thread()
+    tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
         .block_on(work)

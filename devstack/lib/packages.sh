@@ -6,6 +6,7 @@ PACKAGES=(
     qemu-system-x86 qemu-utils                                  # the guests
     rabbitmq-server                                             # the broker
     iproute2 util-linux procps                                  # namespaces
+    postgresql                                                  # the other database, for tests
     gcc libc6-dev busybox-static                                # the guests' user space
     libvirt-dev pkg-config ca-certificates                      # what cargo needs to build Drover
     python3 python3-venv                                        # the TCP probe, the oslo.messaging peer

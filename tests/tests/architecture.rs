@@ -47,7 +47,7 @@ const OWNERS: &[(&str, &[&str])] = &[
 /// Names that may stand in code only below a folder.
 const PLACES: &[(&str, &[&str])] = &[
     ("lapin::", &["common/rpc/src/amqp", "tests/src/bin"]),
-    ("sqlx::", &["common/store/src"]),
+    ("sqlx::", &["common/store/src", "common/store/tests"]),
     ("virt::", &["services/compute/src/hypervisor/libvirt"]),
     ("unsafe {", &["services/compute/src/hypervisor/libvirt"]),
     (

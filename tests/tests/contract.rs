@@ -39,7 +39,7 @@ contract! {
         resume_lets_a_paused_guest_run,
         resume_starts_nothing,
         undefine_takes_what_is_off_and_nothing_else,
-        discard_incoming_takes_nothing_else,
+        discarding_takes_nothing_else,
         a_fit_destination_says_so,
         an_unfit_destination_says_where,
         taken_names_are_told,

@@ -239,6 +239,8 @@ async fn the_end_is_what_is_seen_not_what_is_said() {
         (At::Finish, Fault::LibvirtdAway(End::Source)),
         (At::Memory(50), Fault::LibvirtdAway(End::Source)),
         (At::Finish, Fault::LibvirtdAway(End::Destination)),
+        (At::Finish, Fault::LibvirtdDies(End::Source)),
+        (At::Start, Fault::LeaveStaleCopy),
     ];
     for (at, fault) in cases {
         let cloud = Cloud::start(5).await;

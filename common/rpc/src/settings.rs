@@ -193,6 +193,16 @@ impl SettingsError {
         }
     }
 
+    /// Its key in `[messaging]`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What is wrong with it.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
     fn url(reason: impl Into<String>) -> Self {
         Self::new("url", reason)
     }

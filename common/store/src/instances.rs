@@ -276,14 +276,13 @@ impl Store {
             let row = self.steady(query.fetch_optional(&self.pool)).await?;
             return instance(&row.ok_or_else(not_found)?);
         }
-        let prefix = crate::migrations::uuid_prefix(reference);
+        let pattern = crate::migrations::uuid_pattern(reference);
         let query = sqlx::query(
-            "SELECT * FROM instances WHERE name = $1 OR substr(uuid, 1, $2) = $3 \
+            "SELECT * FROM instances WHERE name = $1 OR uuid LIKE $2 \
              ORDER BY CASE WHEN name = $1 THEN 0 ELSE 1 END LIMIT 3",
         )
         .bind(reference)
-        .bind(prefix.as_ref().map_or(0, |p| signed(p.len() as u64)))
-        .bind(prefix.unwrap_or_else(|| "-".to_owned()));
+        .bind(pattern.unwrap_or_default());
         let rows = self.steady(query.fetch_all(&self.pool)).await?;
         let rows = rows.iter().map(instance).collect::<Result<Vec<_>>>()?;
         let named: Vec<_> = rows.iter().filter(|row| row.name == reference).collect();

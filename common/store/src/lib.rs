@@ -17,7 +17,7 @@ use std::{str::FromStr, sync::Arc, time::Duration};
 
 use drover_model::{error::ErrorClass, ids::MigrationId};
 use sqlx::{
-    Any, AnyPool, Transaction,
+    Any, AnyConnection, AnyPool, Connection, Transaction,
     any::{AnyPoolOptions, install_default_drivers},
     migrate::{Migration as SchemaChange, MigrationType, Migrator},
 };
@@ -147,6 +147,13 @@ impl Store {
         };
         let options = sqlx::any::AnyConnectOptions::from_str(&full)
             .map_err(|e| open(e.to_string(), "write it as a URL"))?;
+        if kind == Kind::Postgresql {
+            // A pool would hide the reason behind its own time limit.
+            let probe = AnyConnection::connect_with(&options).await;
+            let probe = probe.map_err(|e| open(e.to_string(), open_remedy(kind)))?;
+            // It has served, whatever comes of its good-bye.
+            let _ = probe.close().await;
+        }
         let pool = steady(hold_clock, pool_options(kind).connect_with(options))
             .await
             .map_err(|e| open(e.to_string(), open_remedy(kind)))?;

@@ -110,14 +110,13 @@ impl Store {
     /// [`StoreError::NotFound`], [`StoreError::Ambiguous`], or the database failed.
     pub async fn find_migration(&self, reference: &str) -> Result<Migration> {
         let number = reference.parse::<i64>().ok();
-        let prefix = uuid_prefix(reference);
+        let pattern = uuid_pattern(reference);
         let query = sqlx::query(
-            "SELECT version, record FROM migrations WHERE id = $1 OR substr(uuid, 1, $2) = $3 \
+            "SELECT version, record FROM migrations WHERE id = $1 OR uuid LIKE $2 \
              ORDER BY CASE WHEN id = $1 THEN 0 ELSE 1 END LIMIT 2",
         )
         .bind(number.unwrap_or(-1))
-        .bind(prefix.as_ref().map_or(0, |p| signed(p.len() as u64)))
-        .bind(prefix.unwrap_or_else(|| "-".to_owned()));
+        .bind(pattern.unwrap_or_default());
         let rows = self.steady(query.fetch_all(&self.pool)).await?;
         let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
         match found.as_slice() {
@@ -395,11 +394,11 @@ pub(crate) async fn write(
     }
 }
 
-/// A text that may be the beginning of a UUID, in the database's spelling.
-pub(crate) fn uuid_prefix(text: &str) -> Option<String> {
+/// The pattern of UUIDs that begin with a text, if one can.
+pub(crate) fn uuid_pattern(text: &str) -> Option<String> {
     let fits =
         (4..=36).contains(&text.len()) && text.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
-    fits.then(|| text.to_ascii_lowercase())
+    fits.then(|| format!("{}%", text.to_ascii_lowercase()))
 }
 
 fn record(row: &AnyRow) -> Result<Migration> {

@@ -1,4 +1,4 @@
-//! The record's promises.
+//! The record's promises, each kept in both databases.
 
 #![allow(clippy::unwrap_used)] // all of it is test
 
@@ -13,15 +13,69 @@ use drover_model::{
 };
 use drover_saga::{Event, JournalError};
 use drover_store::{
-    Store, StoreError,
+    Kind, Store, StoreError,
     claims::Resources,
     migrations::{Admitted, Lease},
     nodes::Reported,
 };
 use uuid::Uuid;
 
-async fn store() -> Store {
-    Store::in_memory().await.unwrap()
+/// A server on which databases may be made, as a `postgresql://` URL.
+const POSTGRESQL: &str = "DROVER_TEST_POSTGRESQL_URL";
+/// Set to `1`, it turns the absence of one into a failure.
+const REQUIRED: &str = "DROVER_REQUIRE_REAL";
+
+/// Holds an empty record in SQLite to a promise.
+async fn in_sqlite(promise: impl AsyncFnOnce(Store)) {
+    promise(Store::in_memory().await.unwrap()).await;
+}
+
+/// Holds an empty record in PostgreSQL to a promise, or says that it cannot.
+async fn in_postgresql(promise: impl AsyncFnOnce(Store)) {
+    let Ok(server) = std::env::var(POSTGRESQL) else {
+        let required = std::env::var(REQUIRED).is_ok_and(|value| value == "1");
+        assert!(
+            !required,
+            "{REQUIRED} is 1, and {POSTGRESQL} names no server"
+        );
+        println!("SKIPPED: {POSTGRESQL} names no server");
+        return;
+    };
+    sqlx::any::install_default_drivers();
+    let admin = sqlx::AnyPool::connect(&server).await.unwrap();
+    // A schema of its own for each; the server goes with the tests.
+    let schema = format!("test_{}", Uuid::new_v4().simple());
+    let create = sqlx::AssertSqlSafe(format!("CREATE SCHEMA {schema}"));
+    sqlx::query(create).execute(&admin).await.unwrap();
+    let url = format!("{server}?options=-csearch_path%3D{schema}");
+    let store = Store::open(&url).await.unwrap();
+    assert_eq!(store.kind(), Kind::Postgresql);
+    promise(store).await;
+}
+
+macro_rules! promises {
+    ($($promise:ident,)*) => {
+        mod sqlite {
+            $(#[tokio::test] async fn $promise() { super::in_sqlite(super::$promise).await })*
+        }
+        mod postgresql {
+            $(#[tokio::test] async fn $promise() { super::in_postgresql(super::$promise).await })*
+        }
+    };
+}
+
+promises! {
+    a_request_is_carried_out_once_and_an_instance_moves_once,
+    what_is_final_stays,
+    migrations_are_found_by_number_uuid_and_prefix,
+    instances_are_adopted_found_and_forgotten_late,
+    silence_and_old_news_change_nothing,
+    two_nodes_that_list_one_instance_are_told_of_and_nothing_flips,
+    during_a_migration_reports_do_not_move_the_instance,
+    claims_balance,
+    rival_claims_never_exceed_the_node,
+    a_journal_has_one_writer,
+    an_outcome_is_kept_for_whoever_drives,
 }
 
 fn host(name: &str) -> HostName {
@@ -116,9 +170,7 @@ async fn admit(store: &Store, m: &Migration, unique_id: Option<&str>) -> Admitte
     store.admit(m, unique_id, 100).await.unwrap()
 }
 
-#[tokio::test]
-async fn a_request_is_carried_out_once_and_an_instance_moves_once() {
-    let store = store().await;
+async fn a_request_is_carried_out_once_and_an_instance_moves_once(store: Store) {
     let first = migration(1, 7);
     let Admitted::New(kept) = admit(&store, &first, Some("u1")).await else {
         panic!("new")
@@ -148,9 +200,7 @@ async fn a_request_is_carried_out_once_and_an_instance_moves_once() {
     ));
 }
 
-#[tokio::test]
-async fn what_is_final_stays() {
-    let store = store().await;
+async fn what_is_final_stays(store: Store) {
     let m = migration(1, 7);
     admit(&store, &m, None).await;
     let to = |status| {
@@ -172,9 +222,7 @@ async fn what_is_final_stays() {
     );
 }
 
-#[tokio::test]
-async fn migrations_are_found_by_number_uuid_and_prefix() {
-    let store = store().await;
+async fn migrations_are_found_by_number_uuid_and_prefix(store: Store) {
     for n in [1, 2] {
         admit(&store, &migration(n, n), None).await;
     }
@@ -210,9 +258,7 @@ async fn migrations_are_found_by_number_uuid_and_prefix() {
     );
 }
 
-#[tokio::test]
-async fn instances_are_adopted_found_and_forgotten_late() {
-    let store = store().await;
+async fn instances_are_adopted_found_and_forgotten_late(store: Store) {
     store
         .record_report(&report("kvm1", 1, vec![listed(1), listed(2)]), 1000)
         .await
@@ -258,9 +304,7 @@ async fn instances_are_adopted_found_and_forgotten_late() {
     ));
 }
 
-#[tokio::test]
-async fn silence_and_old_news_change_nothing() {
-    let store = store().await;
+async fn silence_and_old_news_change_nothing(store: Store) {
     store
         .record_report(&report("kvm1", 5, vec![listed(1)]), 1000)
         .await
@@ -282,9 +326,7 @@ async fn silence_and_old_news_change_nothing() {
     );
 }
 
-#[tokio::test]
-async fn two_nodes_that_list_one_instance_are_told_of_and_nothing_flips() {
-    let store = store().await;
+async fn two_nodes_that_list_one_instance_are_told_of_and_nothing_flips(store: Store) {
     store
         .record_report(&report("kvm1", 1, vec![listed(1)]), 1000)
         .await
@@ -316,9 +358,7 @@ async fn two_nodes_that_list_one_instance_are_told_of_and_nothing_flips() {
     );
 }
 
-#[tokio::test]
-async fn during_a_migration_reports_do_not_move_the_instance() {
-    let store = store().await;
+async fn during_a_migration_reports_do_not_move_the_instance(store: Store) {
     store
         .record_report(&report("kvm1", 1, vec![listed(1)]), 1000)
         .await
@@ -349,9 +389,7 @@ async fn during_a_migration_reports_do_not_move_the_instance() {
     );
 }
 
-#[tokio::test]
-async fn claims_balance() {
-    let store = store().await;
+async fn claims_balance(store: Store) {
     let node = report("kvm2", 1, vec![listed(1)]);
     store.record_report(&node, 1000).await.unwrap();
     store
@@ -402,9 +440,7 @@ async fn claims_balance() {
     assert_eq!(store.usage(&node).await.unwrap().used.vcpus, 2);
 }
 
-#[tokio::test]
-async fn rival_claims_never_exceed_the_node() {
-    let store = store().await;
+async fn rival_claims_never_exceed_the_node(store: Store) {
     let node = report("kvm2", 1, vec![]);
     store.record_report(&node, 1000).await.unwrap();
     let wanted = Resources {
@@ -436,9 +472,7 @@ fn nothing(
     Ok(vec![])
 }
 
-#[tokio::test]
-async fn a_journal_has_one_writer() {
-    let store = store().await;
+async fn a_journal_has_one_writer(store: Store) {
     let m = migration(1, 7);
     admit(&store, &m, None).await;
     let lease = Store::first_lease(m.uuid);
@@ -481,9 +515,7 @@ async fn a_journal_has_one_writer() {
     assert_eq!(store.adopt("other", true, 0, 400).await.unwrap().len(), 1);
 }
 
-#[tokio::test]
-async fn an_outcome_is_kept_for_whoever_drives() {
-    let store = store().await;
+async fn an_outcome_is_kept_for_whoever_drives(store: Store) {
     let m = migration(1, 7);
     admit(&store, &m, None).await;
     assert_eq!(store.outcome(m.uuid).await.unwrap(), None);
@@ -517,6 +549,8 @@ async fn a_database_that_cannot_be_opened_says_what_to_do() {
         ),
         ("mysql://root@localhost/x", "use sqlite:///"),
         ("nonsense", "use sqlite:///"),
+        ("postgresql://drover:x@127.0.0.1:1/x", "refused"),
+        ("postgresql://drover:x@127.0.0.1:1/x", "start the server"),
     ] {
         let error = Store::open(url).await.err().expect("must fail").to_string();
         assert!(error.contains(expected), "{error}");

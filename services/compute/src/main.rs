@@ -82,7 +82,7 @@ fn read(path: &Path) -> Result<Settings, String> {
     let messaging: MessagingSettings = document.section("messaging").map_err(text)?;
     messaging
         .validate()
-        .map_err(|e| text(document.bad_key("messaging", "url", &Chain(&e).to_string())))?;
+        .map_err(|e| text(document.bad_key("messaging", e.name(), e.reason())))?;
     Ok(Settings {
         compute: config::read(&document).map_err(text)?,
         messaging,

@@ -165,8 +165,12 @@ impl AgentClient {
     }
 
     /// Tidies the source after the switch-over.
-    pub async fn post_at_source(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
-        self.act(host, c::method::POST_LIVE_MIGRATION, &step).await
+    pub async fn post_at_source(
+        &self,
+        host: &HostName,
+        ask: &c::PostLiveMigration,
+    ) -> Result<c::CleanUp> {
+        self.act(host, c::method::POST_LIVE_MIGRATION, ask).await
     }
 
     /// Tidies the destination after the switch-over.

@@ -71,7 +71,7 @@ fn main() -> ExitCode {
 }
 
 fn read(path: &std::path::Path) -> Result<Settings, String> {
-    let text = |e: drover_runtime::config::ConfigError| Chain(&e).to_string();
+    let text = |e: drover_runtime::config::ConfigError| e.to_string();
     let document = Document::read(path).map_err(text)?;
     let conductor: ConductorSettings = document.section("conductor").map_err(text)?;
     if let Some((key, message)) = conductor.problem() {
@@ -80,7 +80,7 @@ fn read(path: &std::path::Path) -> Result<Settings, String> {
     let messaging: MessagingSettings = document.section("messaging").map_err(text)?;
     messaging
         .validate()
-        .map_err(|e| text(document.bad_key("messaging", "", &Chain(&e).to_string())))?;
+        .map_err(|e| text(document.bad_key("messaging", e.name(), e.reason())))?;
     let name = match &conductor.name {
         Some(name) => name.clone(),
         None => host_name()?,

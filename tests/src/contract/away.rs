@@ -74,6 +74,7 @@ async fn acts_fail(stage: &dyn Stage, id: InstanceId) -> Result<()> {
     let set = a.set_max_downtime_ms(id, 500).await;
     assert_class("set_max_downtime_ms", Retryable, set)?;
     assert_class("discard_incoming", Retryable, a.discard_incoming(id).await)?;
+    assert_class("discard_outgoing", Retryable, a.discard_outgoing(id).await)?;
     assert_class("undefine", Retryable, a.undefine(id).await)
 }
 

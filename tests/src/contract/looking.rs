@@ -208,11 +208,11 @@ pub async fn undefine_takes_what_is_off_and_nothing_else(stage: &dyn Stage) -> R
     a.undefine(id).await.context("the second time")
 }
 
-/// Only a guest that waits for a migration is discarded.
+/// Only a guest that waits for a migration, or was left by one, is discarded.
 ///
 /// # Errors
 /// The point is broken.
-pub async fn discard_incoming_takes_nothing_else(stage: &dyn Stage) -> Result<()> {
+pub async fn discarding_takes_nothing_else(stage: &dyn Stage) -> Result<()> {
     let a = stage.a();
     for state in [
         PowerState::Running,
@@ -221,11 +221,13 @@ pub async fn discard_incoming_takes_nothing_else(stage: &dyn Stage) -> Result<()
     ] {
         let id = stage.guest(Wish::state(state)).await?;
         assert_wrong_state("discard_incoming", a.discard_incoming(id).await)?;
+        assert_wrong_state("discard_outgoing", a.discard_outgoing(id).await)?;
         ensure!(
             a.presence(id).await? == Presence::Present(state),
             "{state:?}"
         );
     }
+    a.discard_outgoing(nobody()).await.context("of nobody")?;
     a.discard_incoming(nobody()).await.context("of nobody")
 }
 

@@ -33,7 +33,7 @@ pub mod method {
     pub const FORCE_COMPLETE: &str = "force_complete_live_migration";
     /// [`super::StepRef`] → [`super::GuestLocation`], on either side.
     pub const LOCATE: &str = "locate_instance";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the source after the switch-over.
+    /// [`super::PostLiveMigration`] → [`super::CleanUp`], on the source after the switch-over.
     pub const POST_LIVE_MIGRATION: &str = "post_live_migration";
     /// [`super::StepRef`] → [`super::CleanUp`], on the destination after the switch-over.
     pub const POST_AT_DESTINATION: &str = "post_live_migration_at_destination";
@@ -243,6 +243,19 @@ pub struct LiveMigration {
     pub shared_disks: Vec<String>,
     /// How.
     pub options: LiveOptions,
+}
+
+/// Tidy the source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PostLiveMigration {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// The node that was seen to run the guest just now. With this proof the
+    /// source gives up a copy that its libvirt left standing still.
+    #[serde(default)]
+    pub runs_on: Option<HostName>,
 }
 
 /// Where a migration's transfer stands on the source.

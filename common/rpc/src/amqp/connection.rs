@@ -375,7 +375,10 @@ impl Waiting {
 }
 
 impl Drop for Waiting {
+    /// Given up: there is nothing good to tell.
     fn drop(&mut self) {
-        self.over();
+        if self.failed {
+            self.outage.waiting.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 }

@@ -13,7 +13,7 @@ use drover_model::api::{
     NAMESPACE, VERSION,
     compute::{
         AgentStatus, CheckDestination, CheckPath, CheckSource, GuestLocation, LiveMigration,
-        PreLiveMigration, StepRef, method,
+        PostLiveMigration, PreLiveMigration, StepRef, method,
     },
     fault::Fault,
 };
@@ -131,6 +131,14 @@ impl Steps {
                         .await,
                 )
             }
+            method::POST_LIVE_MIGRATION => {
+                let step: PostLiveMigration = request.args()?;
+                answer(
+                    actors
+                        .ask(step.migration, |to| C::PostLiveMigration(step, to))
+                        .await,
+                )
+            }
             _ => self.serve_by_reference(request).await,
         }
     }
@@ -144,9 +152,6 @@ impl Steps {
             method::GET_JOB => answer(actors.ask(id, |to| C::GetJob(step, to)).await),
             method::ABORT => answer(actors.ask(id, |to| C::Abort(step, to)).await),
             method::FORCE_COMPLETE => answer(actors.ask(id, |to| C::ForceComplete(step, to)).await),
-            method::POST_LIVE_MIGRATION => {
-                answer(actors.ask(id, |to| C::PostLiveMigration(step, to)).await)
-            }
             method::POST_AT_DESTINATION => {
                 answer(actors.ask(id, |to| C::PostAtDestination(step, to)).await)
             }

@@ -254,6 +254,13 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// absent is no error.
     async fn discard_incoming(&self, id: InstanceId) -> Result<()>;
 
+    /// Kills a guest that libvirt left standing still after it had moved away
+    /// (its daemon died at the wrong moment), and its definition. Only for a
+    /// guest that was seen to run elsewhere since. `WrongState` if the guest is
+    /// anything but paused by a migration that is no longer under way; absent is
+    /// no error.
+    async fn discard_outgoing(&self, id: InstanceId) -> Result<()>;
+
     /// Removes the definition of a domain that is shut off. `WrongState` if it
     /// is active; absent is no error.
     async fn undefine(&self, id: InstanceId) -> Result<()>;

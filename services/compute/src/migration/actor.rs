@@ -7,7 +7,7 @@ use drover_model::{
     api::{
         compute::{
             CheckDestination, CheckPath, CheckSource, CleanUp, DestinationFacts, JobState,
-            LiveMigration, PathFacts, PreLiveMigration, SourceFacts, StepRef,
+            LiveMigration, PathFacts, PostLiveMigration, PreLiveMigration, SourceFacts, StepRef,
         },
         fault::Fault,
     },
@@ -39,7 +39,7 @@ pub(crate) enum Command {
     GetJob(StepRef, Reply<JobState>),
     Abort(StepRef, Reply<()>),
     ForceComplete(StepRef, Reply<()>),
-    PostLiveMigration(StepRef, Reply<CleanUp>),
+    PostLiveMigration(PostLiveMigration, Reply<CleanUp>),
     PostAtDestination(StepRef, Reply<CleanUp>),
     RollbackAtDestination(StepRef, Reply<CleanUp>),
     RollbackAtSource(StepRef, Reply<()>),

@@ -4,8 +4,8 @@
 use drover_model::{
     api::{
         compute::{
-            CheckPath, CheckSource, CleanUp, JobState, LiveMigration, PathFacts, SourceFacts,
-            StepRef,
+            CheckPath, CheckSource, CleanUp, JobState, LiveMigration, PathFacts, PostLiveMigration,
+            SourceFacts, StepRef,
         },
         fault::Fault,
     },
@@ -199,27 +199,27 @@ impl Actor {
         self.stage = Stage::Ended(record);
     }
 
-    /// Tidies the source after the guest has moved: its definition, if one is
-    /// left, and the disks that were copied.
-    pub(super) async fn post_live_migration(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
+    /// Tidies the source after the guest has moved: what libvirt left of the
+    /// domain, and the disks that were copied.
+    pub(super) async fn post_live_migration(
+        &mut self,
+        step: PostLiveMigration,
+    ) -> Result<CleanUp, Fault> {
+        let seen_elsewhere = step.runs_on.is_some_and(|host| host != self.node.settings.host);
+        let step = self.step(step.instance);
         let Some(record) = self.ended(step).await? else {
             return Ok(self.remembered());
         };
-        let presence = self
-            .node
-            .hypervisor
-            .presence(step.instance)
-            .await
-            .map_err(fault)?;
-        let moved = has_moved(&job_of(&record));
-        match presence {
-            Presence::Absent => {}
+        let moved = seen_elsewhere || has_moved(&job_of(&record));
+        let hypervisor = &self.node.hypervisor;
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        let removed = match presence {
+            Presence::Absent => Ok(()),
             Presence::Present(state) if !state.is_active() && moved => {
-                self.node
-                    .hypervisor
-                    .undefine(step.instance)
-                    .await
-                    .map_err(fault)?;
+                hypervisor.undefine(step.instance).await
+            }
+            Presence::Present(PowerState::Paused) if seen_elsewhere => {
+                hypervisor.discard_outgoing(step.instance).await
             }
             // Invariant 3: its disks may be the only ones.
             Presence::Present(_) | Presence::Incoming => {
@@ -227,7 +227,8 @@ impl Actor {
                     "the guest is still on the source ({presence:?}): nothing is removed"
                 )));
             }
-        }
+        };
+        removed.map_err(fault)?;
         let mut clean_up = CleanUp::default();
         for disk in &record.disks {
             self.remove_disk(&disk.path, &mut clean_up).await?;

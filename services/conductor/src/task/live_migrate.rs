@@ -23,7 +23,10 @@ use std::{collections::BTreeMap, time::Duration};
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{GuestLocation, JobState, LiveMigration, Outcome, PreLiveMigration, StepRef},
+    api::compute::{
+        CleanUp, GuestLocation, JobState, LiveMigration, Outcome, PostLiveMigration,
+        PreLiveMigration, StepRef,
+    },
     error::ErrorClass,
     guest::{PowerState, Presence},
     ids::HostName,
@@ -515,12 +518,8 @@ impl LiveMigrate {
 
     async fn tidy(&self, data: &mut Data) -> Result<(), StepError> {
         let source = &self.migration.source_host;
-        let cleaned = self
-            .context
-            .agents
-            .post_at_source(source, self.step())
-            .await;
-        let cleaned = cleaned.map_err(agent_error)?;
+        let dest = &data.chosen()?.host;
+        let cleaned = self.tidy_source(dest).await.map_err(agent_error)?;
         if !cleaned.removed.is_empty() {
             data.decide(
                 Step::Tidy,
@@ -537,11 +536,25 @@ impl LiveMigrate {
         if step == Self::name(Step::Settle) {
             agents.post_at_destination(dest, self.step()).await?;
         } else {
-            agents
-                .post_at_source(&self.migration.source_host, self.step())
-                .await?;
+            self.tidy_source(dest).await?;
         }
         Ok(())
+    }
+
+    /// Asks the destination first, as the source may have to give up a copy
+    /// that its libvirt left (invariant 3). Without an answer it keeps that.
+    async fn tidy_source(&self, dest: &HostName) -> Result<CleanUp, AgentError> {
+        let agents = &self.context.agents;
+        let seen = agents.locate(dest, self.step()).await;
+        let runs = seen.is_ok_and(|l| l.presence == Presence::Present(PowerState::Running));
+        let ask = PostLiveMigration {
+            migration: self.migration.uuid,
+            instance: self.migration.instance_uuid,
+            runs_on: runs.then(|| dest.clone()),
+        };
+        agents
+            .post_at_source(&self.migration.source_host, &ask)
+            .await
     }
 }
 

@@ -163,6 +163,25 @@ impl World {
         Ok(())
     }
 
+    pub(super) fn discard_outgoing(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        now: Instant,
+    ) -> Result<()> {
+        let Some(domain) = self.domain(host, id) else {
+            return Ok(());
+        };
+        let stands_still = domain.presence() == Presence::Present(PowerState::Paused);
+        if !domain.left_by_script || !stands_still || self.journey_at(host, id).is_some() {
+            return wrong_state("domain was not left by a migration");
+        }
+        self.end_copy(host, id, now);
+        self.node_mut(host).domains.remove(&id);
+        self.node(host).emit(Event::Guest(id));
+        Ok(())
+    }
+
     pub(super) fn undefine(&mut self, host: &HostName, id: InstanceId) -> Result<()> {
         match self.presence(host, id) {
             Presence::Absent => Ok(()),

@@ -338,6 +338,13 @@ impl Hypervisor for FakeDriver {
         .await
     }
 
+    async fn discard_outgoing(&self, id: InstanceId) -> Result<()> {
+        self.call(Call::DiscardOutgoing, |world, host, now| {
+            world.discard_outgoing(host, id, now)
+        })
+        .await
+    }
+
     async fn undefine(&self, id: InstanceId) -> Result<()> {
         self.call(Call::Undefine, |world, host, _| world.undefine(host, id))
             .await

@@ -43,6 +43,8 @@ pub enum Call {
     SetMaxDowntime,
     /// `discard_incoming`
     DiscardIncoming,
+    /// `discard_outgoing`
+    DiscardOutgoing,
     /// `undefine`
     Undefine,
 }

@@ -540,6 +540,22 @@ async fn what_a_destination_lacks_is_told_and_refused() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_stale_copy_is_discarded() {
+    let scene = scene();
+    scene
+        .fabric
+        .on_migration(scene.id, At::Start, Fault::LeaveStaleCopy);
+    scene.a.migrate(scene.spec()).await.unwrap_err();
+    let taken = scene.b.discard_outgoing(scene.id).await;
+    assert!(matches!(taken, Err(HypervisorError::WrongState(_))));
+    scene.a.discard_outgoing(scene.id).await.unwrap();
+    assert_eq!(scene.places(), (Presence::Absent, RUNNING));
+    assert_eq!(scene.fabric.leftovers(), Vec::<String>::new());
+    scene.a.discard_outgoing(scene.id).await.unwrap();
+    scene.assert_sound("the old copy is gone");
+}
+
 // ---- the checker --------------------------------------------------------------------
 
 #[tokio::test(start_paused = true)]

@@ -9,10 +9,10 @@ use virt::{connect::Connect, domain::Domain, error::ErrorNumber, sys};
 
 use super::{
     errors::{self, CallResult},
-    guests,
+    ffi, guests, jobs,
     standing::presence,
 };
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::{HypervisorError, Job};
 
 fn wrong(words: String) -> errors::CallError {
     HypervisorError::WrongState(words).into()
@@ -35,6 +35,31 @@ pub(super) fn discard_incoming(connect: &Connect, id: InstanceId) -> CallResult<
     }
     errors::absent_is_none(domain.destroy())?;
     // The definition goes with the process, unless libvirt had made it last already.
+    match guests::find(connect, id)? {
+        Some(domain) if !domain.is_active()? => remove_definition(&domain),
+        _ => Ok(()),
+    }
+}
+
+/// Kills a guest that stands still where it moved away from, and its definition.
+///
+/// libvirt pauses a guest for migration at switch-over and keeps it so if it is
+/// restarted before it heard of the destination. One half of a post-copy has a
+/// reason of its own and is never taken for that.
+pub(super) fn discard_outgoing(connect: &Connect, id: InstanceId) -> CallResult<()> {
+    let Some(domain) = guests::find(connect, id)? else {
+        return Ok(());
+    };
+    let (state, reason) = ffi::domain_state(&domain)?;
+    let left = (state, reason) == (sys::VIR_DOMAIN_PAUSED, sys::VIR_DOMAIN_PAUSED_MIGRATION);
+    let job = jobs::current(connect, id)?;
+    if !left || job != Job::None {
+        let words = format!(
+            "the guest was not left by a migration: state {state}, reason {reason}, {job:?}"
+        );
+        return Err(wrong(words));
+    }
+    errors::absent_is_none(domain.destroy())?;
     match guests::find(connect, id)? {
         Some(domain) if !domain.is_active()? => remove_definition(&domain),
         _ => Ok(()),

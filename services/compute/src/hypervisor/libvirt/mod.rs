@@ -235,6 +235,11 @@ impl Hypervisor for LibvirtDriver {
         self.calls.guest(Effect::Change, id, act).await
     }
 
+    async fn discard_outgoing(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| lifecycle::discard_outgoing(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
     async fn undefine(&self, id: InstanceId) -> Result<()> {
         let act = move |connect: &_| lifecycle::undefine(connect, id);
         self.calls.guest(Effect::Change, id, act).await

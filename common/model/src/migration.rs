@@ -264,6 +264,9 @@ pub struct Progress {
     pub allowed_downtime_ms: Option<u64>,
     /// Time until the end at this rate, ms; none while it does not converge.
     pub eta_ms: Option<u64>,
+    /// Time left to get nearer to the end before it is given up, ms.
+    #[serde(default)]
+    pub patience_ms: Option<u64>,
     /// Time since the transfer began, ms.
     pub elapsed_ms: u64,
     /// Why it takes long, in words, when it does.

@@ -88,6 +88,31 @@ pub struct NodeReport {
     pub hypervisor: HypervisorReport,
 }
 
+impl NodeReport {
+    /// What no node can say: numbers with which nobody could go on calculating,
+    /// or a start so far ahead of `now_ms` that every later one would be older.
+    pub fn problem(&self, now_ms: u64) -> Option<&'static str> {
+        const DAY_MS: u64 = 86_400_000;
+        const MOST: u64 = 1 << 50;
+        if self.agent_started_ms > now_ms.saturating_add(DAY_MS) {
+            return Some("the agent's clock is more than a day ahead: set the node's clock");
+        }
+        let HypervisorReport::Up {
+            inventory,
+            instances,
+        } = &self.hypervisor
+        else {
+            return None;
+        };
+        let of_node = [inventory.memory_mib, inventory.disk_bytes];
+        let of_guests = instances
+            .iter()
+            .flat_map(|i| [i.memory_mib, i.disk_bytes, i.generation]);
+        let absurd = of_node.into_iter().chain(of_guests).any(|n| n > MOST);
+        absurd.then_some("a size in the report is beyond any machine's")
+    }
+}
+
 /// The part of a report that only libvirt can give.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]

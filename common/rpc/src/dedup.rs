@@ -19,6 +19,8 @@ use crate::transport::Receipt;
 
 /// Ids remembered. oslo.messaging remembers 16; a redelivery can be older than that.
 const REMEMBERED: usize = 16 * 1024;
+/// Longest unique id that is remembered, bytes; oslo's have 32.
+const LONGEST_ID: usize = 255;
 
 /// The receipts of one request, settled together.
 #[derive(Debug, Default)]
@@ -78,7 +80,8 @@ impl Seen {
     /// Remembers a request. `None` if it is known already: then its receipt
     /// is in the hands of the first one and there is nothing to do.
     pub(crate) fn admit(&self, unique_id: Option<&str>, receipt: Receipt) -> Option<Arc<Receipts>> {
-        let Some(unique_id) = unique_id else {
+        // Whoever writes longer ones gets no help with redelivery: they are kept.
+        let Some(unique_id) = unique_id.filter(|id| id.len() <= LONGEST_ID) else {
             return Some(Receipts::new(receipt));
         };
         let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);

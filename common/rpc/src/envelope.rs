@@ -224,15 +224,6 @@ pub(crate) struct Unreadable {
     pub(crate) answer_to: Option<AnswerTo>,
 }
 
-impl Unreadable {
-    fn mute(reason: impl Into<String>) -> Self {
-        Self {
-            reason: reason.into(),
-            answer_to: None,
-        }
-    }
-}
-
 /// A caller waiting at its reply queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct AnswerTo {
@@ -302,50 +293,72 @@ struct Envelope {
 }
 
 fn decode<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, Unreadable> {
-    let text = std::str::from_utf8(body).map_err(|error| Unreadable::mute(error.to_string()))?;
-    let envelope = match serde_json::from_str::<Envelope>(text) {
-        Ok(envelope) => envelope,
-        Err(error) => return Err(unreadable(text, &error)),
+    let told = |reason: String| Unreadable {
+        reason,
+        answer_to: AnswerTo::find(body),
     };
+    let json = |error: serde_json::Error| told(error.to_string());
+    let text = std::str::from_utf8(body).map_err(|error| told(error.to_string()))?;
+    let envelope: Envelope = serde_json::from_str(text).map_err(json)?;
     match (envelope.version, envelope.message) {
         (Some(version), Some(message)) => {
-            check_envelope_version(&version)?;
-            serde_json::from_str(&message).map_err(|error| unreadable(&message, &error))
+            // What it says in an envelope of another version nobody can know;
+            // Python is silent too.
+            check_envelope_version(&version).map_err(|reason| Unreadable {
+                reason,
+                answer_to: None,
+            })?;
+            serde_json::from_str(&message).map_err(json)
         }
-        _ => serde_json::from_str(text).map_err(|error| unreadable(text, &error)),
+        _ => serde_json::from_str(text).map_err(json),
     }
 }
 
-fn check_envelope_version(version: &Value) -> Result<(), Unreadable> {
+fn check_envelope_version(version: &Value) -> Result<(), String> {
     let text = version.as_str().unwrap_or_default();
     match version::is_compatible(ENVELOPE_VERSION, text) {
         Ok(true) => Ok(()),
-        _ => Err(Unreadable::mute(format!(
+        _ => Err(format!(
             "envelope version {version} is not {ENVELOPE_VERSION}"
-        ))),
+        )),
     }
 }
 
-/// Python writes NaN and infinities, which are no JSON. Such a message is not
-/// taken, but its sender can be told if the rest shows who it is.
-fn unreadable(text: &str, error: &serde_json::Error) -> Unreadable {
-    #[derive(Deserialize)]
-    struct Sender {
-        #[serde(rename = "_msg_id")]
-        msg_id: Option<String>,
-        #[serde(rename = "_reply_q")]
-        reply_q: Option<String>,
-    }
-    let sender = serde_json::from_str::<Sender>(&without_python_numbers(text)).ok();
-    let answer_to = sender.and_then(|sender| {
-        Some(AnswerTo {
+/// A message, read for nothing but who sent it.
+#[derive(Deserialize)]
+struct Sender {
+    #[serde(rename = "_msg_id")]
+    msg_id: Option<String>,
+    #[serde(rename = "_reply_q")]
+    reply_q: Option<String>,
+    #[serde(rename = "oslo.message")]
+    inner: Option<Inner>,
+}
+
+/// The message in an envelope: text as it should be, or written straight in.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Inner {
+    Text(String),
+    Message(Box<Sender>),
+}
+
+impl AnswerTo {
+    /// Who waits for the answer to a message that is not taken, if what can be
+    /// read of it tells. (Python, for one, writes NaN and infinities, which are
+    /// no JSON.)
+    pub(crate) fn find(body: &[u8]) -> Option<Self> {
+        let read = |text: &str| serde_json::from_str::<Sender>(&without_python_numbers(text)).ok();
+        let outer = read(&String::from_utf8_lossy(body))?;
+        let sender = match outer.inner {
+            Some(Inner::Text(text)) => read(&text)?,
+            Some(Inner::Message(sender)) => *sender,
+            None => outer,
+        };
+        Some(Self {
             msg_id: sender.msg_id?,
             queue: sender.reply_q.unwrap_or_default(),
         })
-    });
-    Unreadable {
-        reason: error.to_string(),
-        answer_to,
     }
 }
 

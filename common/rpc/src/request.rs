@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, value::RawValue};
 
-use crate::{context::RequestContext, dedup::Receipts, failure::RemoteFailure};
+use crate::{context::RequestContext, dedup::Receipts, failure::RemoteFailure, text::shown};
 
 /// A request, its context, and the right to say when it counts as taken.
 #[derive(Debug)]
@@ -79,7 +79,7 @@ impl Request {
                 path => format!(" {path:?}:"),
             };
             let wrong = error.inner();
-            let message = format!("{}():{place} {wrong}", self.method);
+            let message = shown(&format!("{}():{place} {wrong}", self.method));
             match wrong.is_data() {
                 true => RemoteFailure::type_error(message),
                 false => RemoteFailure::value_error(message),

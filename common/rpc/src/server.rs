@@ -196,6 +196,9 @@ impl Core {
     /// The sink: everything that needs no waiting, then a task of its own.
     fn receive(self: Arc<Self>, message: Incoming) {
         let arrived = Instant::now();
+        if message.body.len() > self.limits.max_message_bytes {
+            return self.refuse_oversized(message);
+        }
         if !self.is_ours(&message) {
             message.receipt.reject();
             return;
@@ -230,16 +233,6 @@ impl Core {
 
     /// Whether the message is of the kind this wire carries, counted and logged if not.
     fn is_ours(&self, message: &Incoming) -> bool {
-        let size = message.body.len();
-        if size > self.limits.max_message_bytes {
-            self.stats.messages_oversized.add();
-            warn!(
-                size,
-                limit = self.limits.max_message_bytes,
-                "message is too large, rejected; see max_message_bytes"
-            );
-            return false;
-        }
         if message.content_type.as_deref() != Some(CONTENT_TYPE_JSON) {
             self.stats.messages_unsupported.add();
             let content_type = shown(message.content_type.as_deref().unwrap_or("(none)"));
@@ -254,6 +247,20 @@ impl Core {
         true
     }
 
+    /// A message that is too large: its sender is told, if finding out who that
+    /// is costs no more than reading a message or two would.
+    fn refuse_oversized(self: Arc<Self>, message: Incoming) {
+        self.stats.messages_oversized.add();
+        let (size, limit) = (message.body.len(), self.limits.max_message_bytes);
+        warn!(size, limit, "message is too large; see max_message_bytes");
+        let answer_to = (size / 4 <= limit)
+            .then(|| AnswerTo::find(&message.body))
+            .flatten();
+        let reason = format!("it has {size} bytes, and {limit} are allowed");
+        let unreadable = Unreadable { reason, answer_to };
+        self.refuse(unreadable, message.receipt);
+    }
+
     /// A message that cannot be read: told to its sender if the sender is known.
     fn refuse(self: Arc<Self>, unreadable: Unreadable, receipt: Receipt) {
         self.stats.messages_undecodable.add();
@@ -264,12 +271,15 @@ impl Core {
             return;
         };
         warn!(%reason, reply_queue = %shown(&answer_to.queue), "request cannot be read, refused");
-        receipt.acknowledge();
         self.stats.requests_failed.add();
         let failure = RemoteFailure::value_error(format!("the request cannot be read: {reason}"));
         let core = self.clone();
-        self.tasks
-            .spawn(async move { core.reply(answer_to, Err(failure)).await });
+        self.tasks.spawn(async move {
+            // Prefetch bounds those that wait for a place.
+            let _place = core.replies.clone().acquire_owned().await;
+            receipt.acknowledge();
+            core.reply(answer_to, Err(failure)).await;
+        });
     }
 
     async fn run(
@@ -299,7 +309,7 @@ impl Core {
         receipts.take();
         let Some(answer_to) = answer_to else {
             if let Err(failure) = outcome {
-                debug!(%failure, "cast failed");
+                warn!(failure = %shown(&failure.to_string()), "a cast failed");
             }
             return;
         };

@@ -430,14 +430,22 @@ async fn junk_is_counted_answered_where_possible_and_never_comes_again() {
         "]".repeat(2000)
     );
     inject(&deep);
+    let sender = r#""_msg_id": "9", "_reply_q": "reply_x""#;
+    inject(&format!(
+        r#"{{"method": "{}", {sender}}}"#,
+        "x".repeat(20_000)
+    ));
+    inject(&format!(
+        r#"{{"oslo.version": "2.0", "oslo.message": {{"method": "echo", {sender}}}}}"#
+    ));
     sleep(Duration::from_secs(5)).await;
     let seen = transport.stats().snapshot();
-    assert_eq!(seen.messages_oversized, 1, "{seen:?}");
+    assert_eq!(seen.messages_oversized, 2, "{seen:?}");
     assert_eq!(seen.messages_unsupported, 2, "{seen:?}");
     assert_eq!(seen.requests_unanswerable, 1, "{seen:?}");
     assert_eq!(seen.handler_panics, 0);
     let replies = replies.lock().unwrap().clone();
-    assert_eq!(replies.len(), 8, "{replies:?}");
+    assert_eq!(replies.len(), 10, "{replies:?}");
     assert!(
         replies.iter().all(|reply| reply.contains("Error")),
         "{replies:?}"

@@ -13,7 +13,7 @@ pub mod nodes;
 pub mod outbox;
 pub mod sagas;
 
-use std::{str::FromStr, sync::Arc, time::Duration};
+use std::{str::FromStr, time::Duration};
 
 use drover_model::{error::ErrorClass, ids::MigrationId};
 use sqlx::{
@@ -292,9 +292,6 @@ pub(crate) fn corrupt(what: &str, error: &dyn std::fmt::Display) -> StoreError {
         message: error.to_string(),
     }
 }
-
-/// A store that several tasks hold.
-pub type SharedStore = Arc<Store>;
 
 #[cfg(test)]
 mod tests {

@@ -150,7 +150,7 @@ pub struct Kind {
     pub live: bool,
 }
 
-/// Options of a live migration; what is left out is as the conductor is set.
+/// Options of a live migration; what is left out is as the source's agent is set.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Live migration")]
 pub struct How {

@@ -155,6 +155,7 @@ pub(crate) fn running(mut m: Migration) -> Migration {
         expected_downtime_ms: Some(120),
         allowed_downtime_ms: Some(300),
         eta_ms: Some(1500),
+        patience_ms: Some(120_000),
         elapsed_ms: 800,
         note: None,
     };

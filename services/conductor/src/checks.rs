@@ -209,7 +209,7 @@ pub fn source(facts: &SourceFacts, host: &HostName) -> Vec<CheckFailure> {
             immovable_code(device.kind),
             Side::Instance,
             format!("{} cannot leave {host}", device.what),
-            "detach it, or move the instance cold",
+            "detach it first",
         )
     }));
     if !guest.snapshots.is_empty() {
@@ -221,7 +221,7 @@ pub fn source(facts: &SourceFacts, host: &HostName) -> Vec<CheckFailure> {
                 guest.snapshots.len(),
                 guest.snapshots.join(", ")
             ),
-            "delete them with 'virsh snapshot-delete', or move the instance cold",
+            "delete them with 'virsh snapshot-delete'",
         ));
     }
     failures.extend(marks(facts));
@@ -646,7 +646,7 @@ pub fn path(facts: &PathFacts, source: &HostName, dest: &HostName) -> Vec<CheckF
             CheckCode::MigrationPortUnreachable,
             Side::Path,
             format!("{source} cannot reach a migration port of {dest}: {error}"),
-            "open TCP ports 49152 to 49215 between the nodes",
+            "open the migration ports between the nodes (migration_port_min to migration_port_max of [compute], 49152 to 49215 by default)",
         ));
     }
     failures

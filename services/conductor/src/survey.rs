@@ -234,7 +234,8 @@ fn choose(guest: &Guest, facts: &DestinationFacts, dest: &NodeRow) -> Chosen {
         disks.into_iter().map(|d| d.target.clone()).collect()
     };
     let copied = checks::copied(guest, &facts.disks);
-    let disk_bytes = copied.iter().map(|d| d.allocated_bytes).sum();
+    let sizes = copied.iter().map(|d| d.allocated_bytes);
+    let disk_bytes = sizes.fold(0, u64::saturating_add);
     Chosen {
         host: dest.report.host.clone(),
         endpoint: dest.report.endpoint.clone(),

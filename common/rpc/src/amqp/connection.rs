@@ -25,7 +25,7 @@ use lapin::{
 };
 use tokio::{
     sync::{Semaphore, watch},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
@@ -45,8 +45,14 @@ const LOOK: Duration = Duration::from_secs(2);
 const MAX_HANGING: usize = 8;
 /// Largest frame agreed upon. The library keeps two buffers of 32 frames for
 /// each connection, all of it resident: at the broker's 128 KiB that is 8 MiB.
-/// Nearly every message fits into one frame of this size; larger ones take more.
+/// Nearly every message fits into one frame of this size; larger bodies take more.
 const FRAME_MAX_BYTES: u32 = 16 << 10;
+/// The broker's own default. It hands a message's properties on in one frame,
+/// as they came, whatever was agreed upon; a connection that such a frame
+/// breaks is made again with room for it, or the message would come for ever.
+const LARGE_FRAME_MAX_BYTES: u32 = 128 << 10;
+/// A connection that ends sooner may have been broken by what it was sent.
+const BRIEF: Duration = Duration::from_secs(10);
 
 /// A living connection.
 pub(super) struct Link {
@@ -192,9 +198,11 @@ impl Work {
         let mut hosts = self.broker.hosts.clone();
         // Peers of one configuration spread over the hosts.
         fastrand::shuffle(&mut hosts);
+        let mut frame_max = FRAME_MAX_BYTES;
         loop {
             let mut waiting = self.outage.waiting();
-            let link = self.connect(&mut hosts, &mut waiting).await;
+            let link = self.connect(&mut hosts, frame_max, &mut waiting).await;
+            let began = Instant::now();
             waiting.over();
             self.stats.connections_made.add();
             self.state.send_replace(State::Up(link.clone()));
@@ -203,16 +211,25 @@ impl Work {
             self.stats.connections_lost.add();
             info!(purpose = self.purpose, reason = %shown(&reason), "connection to the message broker lost");
             self.state.send_replace(State::Connecting(reason));
+            frame_max = match began.elapsed() < BRIEF {
+                true => LARGE_FRAME_MAX_BYTES,
+                false => FRAME_MAX_BYTES,
+            };
         }
     }
 
     /// Tries the hosts in turn until one takes the connection.
-    async fn connect(&self, hosts: &mut [BrokerHost], waiting: &mut Waiting) -> Arc<Link> {
+    async fn connect(
+        &self,
+        hosts: &mut [BrokerHost],
+        frame_max: u32,
+        waiting: &mut Waiting,
+    ) -> Arc<Link> {
         let longest = Duration::from_secs(self.settings.reconnect_max_s);
         let mut pause = FIRST_PAUSE;
         loop {
             for _ in 0..hosts.len() {
-                match self.attempt(&hosts[0]).await {
+                match self.attempt(&hosts[0], frame_max).await {
                     Ok(connection) => {
                         return Arc::new(Link {
                             connection,
@@ -237,12 +254,12 @@ impl Work {
 
     /// One attempt at one host. The library cannot abandon a handshake, so one
     /// that takes too long is left to end by itself, and is closed if it succeeds.
-    async fn attempt(&self, host: &BrokerHost) -> Result<Connection, String> {
+    async fn attempt(&self, host: &BrokerHost, frame_max: u32) -> Result<Connection, String> {
         let limit = Duration::from_secs(self.settings.connect_timeout_s);
         let Ok(Ok(place)) = timeout(limit, self.hanging.clone().acquire_owned()).await else {
             return Err("takes connections and says nothing".to_owned());
         };
-        let uri = self.uri(host, limit);
+        let uri = self.uri(host, limit, frame_max);
         let name = connection_name(self.purpose);
         let attempt = tokio::spawn(async move {
             let options = ConnectionProperties::default().with_connection_name(name.into());
@@ -258,7 +275,7 @@ impl Work {
         }
     }
 
-    fn uri(&self, host: &BrokerHost, limit: Duration) -> AMQPUri {
+    fn uri(&self, host: &BrokerHost, limit: Duration, frame_max: u32) -> AMQPUri {
         AMQPUri {
             scheme: AMQPScheme::AMQP,
             authority: AMQPAuthority {
@@ -271,7 +288,7 @@ impl Work {
             },
             vhost: self.broker.vhost.clone(),
             query: AMQPQueryString {
-                frame_max: Some(FRAME_MAX_BYTES),
+                frame_max: Some(frame_max),
                 heartbeat: Some(self.settings.heartbeat_s),
                 connection_timeout: Some(limit.as_millis() as u64),
                 auth_mechanism: Some(match self.broker.login {

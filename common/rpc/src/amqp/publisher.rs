@@ -167,7 +167,7 @@ impl Publisher {
                 Failed::Closed => return Err(TransportError::Closed),
                 Failed::NoRoute => {
                     return Err(TransportError::NoRoute {
-                        address: to.to_string(),
+                        address: shown(&to.to_string()),
                     });
                 }
                 Failed::Refused(reason) => {

@@ -257,6 +257,7 @@ impl Monitor {
                 elapsed_ms: self.elapsed_ms(),
                 allowed_downtime_ms: self.policy.allowed_downtime_ms(),
                 converging: judgement.converging,
+                patience_ms: self.policy.patience_ms(self.policy_ms(), sample),
                 note: judgement.note,
                 paused: self.wishes.is_paused(),
             },

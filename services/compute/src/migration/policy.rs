@@ -146,6 +146,13 @@ impl Policy {
         self.downtime_ms
     }
 
+    /// Time left to get nearer to the end before it is given up, ms; none where
+    /// it cannot be given up any more.
+    pub fn patience_ms(&self, now_ms: u64, sample: &JobSample) -> Option<u64> {
+        let idle = now_ms.saturating_sub(self.progress_at_ms);
+        (!sample.post_copy).then(|| self.limits.progress_timeout_ms.saturating_sub(idle))
+    }
+
     /// What to make of a sample taken at `now_ms`.
     pub fn judge(&mut self, now_ms: u64, sample: &JobSample) -> Judgement {
         let round_ended = self.take_in(now_ms, sample);

@@ -15,6 +15,8 @@ pub struct Circumstances {
     pub allowed_downtime_ms: u64,
     /// Whether it is getting nearer to its end.
     pub converging: bool,
+    /// Time left to get nearer to the end before it is given up, ms.
+    pub patience_ms: Option<u64>,
     /// Why it takes long, when it does.
     pub note: Option<String>,
     /// The guest stands still for the switch-over.
@@ -73,6 +75,7 @@ impl Shown {
             expected_downtime_ms: expected_downtime_ms(sample),
             allowed_downtime_ms: Some(around.allowed_downtime_ms),
             eta_ms: self.eta_ms(sample, phase, &around),
+            patience_ms: around.patience_ms,
             elapsed_ms,
             note: around.note,
         };
@@ -89,6 +92,7 @@ impl Shown {
         let progress = &mut self.progress;
         progress.elapsed_ms = progress.elapsed_ms.max(elapsed_ms);
         progress.eta_ms = None;
+        progress.patience_ms = None;
         if moved {
             progress.phase = Phase::Finishing;
             progress.memory.remaining_bytes = 0;
@@ -192,6 +196,7 @@ mod tests {
             elapsed_ms,
             allowed_downtime_ms: 300,
             converging: true,
+            patience_ms: Some(1000),
             note: None,
             paused: false,
         }

@@ -205,7 +205,9 @@ impl Actor {
         &mut self,
         step: PostLiveMigration,
     ) -> Result<CleanUp, Fault> {
-        let seen_elsewhere = step.runs_on.is_some_and(|host| host != self.node.settings.host);
+        let seen_elsewhere = step
+            .runs_on
+            .is_some_and(|host| host != self.node.settings.host);
         let step = self.step(step.instance);
         let Some(record) = self.ended(step).await? else {
             return Ok(self.remembered());

@@ -337,6 +337,10 @@ impl DroverEndpoint {
 
     async fn report_state(&self, report: &NodeReport) -> Answer {
         let heard_at_ms = self.context.clock.now_ms();
+        if let Some(problem) = report.problem(heard_at_ms) {
+            warn!(host = %report.host, problem, "a report that cannot be is not kept");
+            return Err(RemoteFailure::value_error(problem));
+        }
         let kept = self.context.store.record_report(report, heard_at_ms).await;
         if let Reported::Kept { notes } = kept.map_err(|e| store_failure(&e))? {
             for note in notes {
@@ -348,7 +352,6 @@ impl DroverEndpoint {
 
     async fn migration_progress(&self, report: MigrationReport) -> Answer {
         let now_ms = self.context.clock.now_ms();
-        let timeout_ms = |m: &Migration| m.options.progress_timeout_s.map(|s| now_ms + s * 1000);
         let migration = self
             .change(report.migration, |m| {
                 // Word from another node, or late word, changes nothing.
@@ -356,7 +359,7 @@ impl DroverEndpoint {
                     return false;
                 }
                 take_in(m, &report, now_ms);
-                m.deadline_at_ms = timeout_ms(m);
+                m.deadline_at_ms = m.progress.patience_ms.map(|ms| now_ms.saturating_add(ms));
                 true
             })
             .await?;

@@ -35,7 +35,7 @@ use drover_model::{
 use drover_saga::{Saga, StepError};
 use drover_store::{StoreError, migrations::Lease};
 use serde::{Deserialize, Serialize};
-use tokio::sync::broadcast::error::RecvError;
+use tokio::{sync::broadcast::error::RecvError, time::timeout};
 use tracing::{info, warn};
 
 use crate::{
@@ -159,7 +159,10 @@ impl Saga for LiveMigrate {
             let mut changes = self.context.store.changes();
             match self.record().await {
                 Ok(m) if m.abort_requested => return aborted(),
-                _ => self.changed(&mut changes).await,
+                // Another conductor may have taken the request: look now and then.
+                _ => {
+                    let _ = timeout(ASK_AFTER, self.changed(&mut changes)).await;
+                }
             }
         }
     }

@@ -14,6 +14,7 @@
 
 use std::{
     collections::HashMap,
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -24,6 +25,7 @@ use drover_model::{
 };
 use drover_saga::{DriveError, JournalError, Outcome, Patience, drive};
 use drover_store::{Store, StoreError, migrations::Lease};
+use futures_util::FutureExt;
 use tokio::{sync::Semaphore, task::AbortHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -93,8 +95,11 @@ impl Runner {
         let mut driven = self.lock();
         let runner = self.clone();
         let task = tokio::spawn(async move {
-            runner.run(lease).await;
+            let ran = AssertUnwindSafe(runner.run(lease)).catch_unwind().await;
             runner.lock().remove(&lease.migration);
+            if ran.is_err() {
+                error!(migration = %lease.migration, "its saga panicked; it is taken up again at the next start");
+            }
         });
         // A newer lease shuts the older task out anyway; it need not find out.
         if let Some(old) = driven.insert(lease.migration, task.abort_handle()) {

@@ -15,7 +15,7 @@ use lapin::{
         BasicGetOptions, BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
         QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
     },
-    types::FieldTable,
+    types::{AMQPValue, FieldTable},
 };
 use serde_json::{Value, json};
 use support::{Rig, Wire, Worker, soon};
@@ -416,6 +416,33 @@ async fn poison_is_thrown_away_and_service_goes_on() {
         }
     })
     .await;
+    server.stop(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn properties_larger_than_a_frame_do_not_come_for_ever() {
+    let rig = rig!();
+    let worker = Worker::default();
+    let server = rig.server(&worker).await;
+    let client = rig.client();
+    let (_connection, channel) = rig.channel().await;
+    let mut headers = FieldTable::default();
+    let long = AMQPValue::LongString("x".repeat(60_000).into());
+    headers.insert("x-long".into(), long);
+    let properties = BasicProperties::default()
+        .with_content_type("application/json".into())
+        .with_headers(headers);
+    channel
+        .basic_publish(
+            rig.topic.as_str().into(),
+            rig.topic.as_str().into(),
+            BasicPublishOptions::default(),
+            b"{}",
+            properties,
+        )
+        .await
+        .unwrap();
+    rig.call_until_answered(&client).await;
     server.stop(Duration::from_secs(5)).await;
 }
 

@@ -31,7 +31,7 @@ use crate::hypervisor::{HypervisorError, MigrateSpec, Result};
 
 /// Migrations one node sends at once; admission is the conductor's, this only
 /// bounds threads and libvirtd's workers.
-const AT_ONCE: usize = 32;
+const AT_ONCE: usize = 64;
 
 /// What libvirt is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,7 +87,7 @@ pub(super) fn order(spec: &MigrateSpec, guest: &Guest) -> Result<Order> {
         ));
     }
     Ok(Order {
-        dest_uri: text("libvirt URI", &spec.dest_libvirt_uri)?,
+        dest_uri: text("libvirt URI", checked_uri(&spec.dest_libvirt_uri)?)?,
         flags: flags(spec, guest),
         params,
     })
@@ -121,6 +121,20 @@ fn flags(spec: &MigrateSpec, guest: &Guest) -> u32 {
         sys::VIR_MIGRATE_PARALLEL,
     );
     flags
+}
+
+/// A libvirt URI that leads to another node and nowhere else. Some transports
+/// and parameters have libvirtd run programs.
+fn checked_uri(uri: &str) -> Result<&str> {
+    let schemes = ["qemu+tcp://", "qemu+tls://", "qemu+ssh://"];
+    let rest = schemes.iter().find_map(|scheme| uri.strip_prefix(scheme));
+    let legal = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
+    match rest.and_then(|rest| rest.strip_suffix("/system")) {
+        Some(host) if !host.is_empty() && host.chars().all(legal) => Ok(uri),
+        _ => Err(HypervisorError::Failed(format!(
+            "{uri:?} is not qemu+tcp://HOST/system, nor that with tls or ssh"
+        ))),
+    }
 }
 
 /// `tcp://ADDRESS`: libvirt adds the port.

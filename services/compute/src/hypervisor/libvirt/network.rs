@@ -1,20 +1,18 @@
 //! Whether nodes can reach each other: ports tried and ports opened for trying.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use tokio::{
     io::AsyncReadExt,
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, timeout, timeout_at},
+    sync::{Mutex, watch},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::settings::LibvirtSettings;
 
-/// Probe ports open at once.
-const PROBES: usize = 8;
-/// Callers that one probe port serves.
-const CALLERS: usize = 16;
+/// How long a caller may keep a probe's next one waiting.
+const LONGEST_CALL: Duration = Duration::from_secs(1);
 
 /// Tries and opens ports.
 #[derive(Debug)]
@@ -24,7 +22,15 @@ pub(super) struct Ports {
     listen: String,
     open_for: Duration,
     reach_within: Duration,
-    free: Arc<Semaphore>,
+    /// The probe that was opened last: one serves all who ask while it is open.
+    probe: Mutex<Option<Probe>>,
+}
+
+/// An open port, and the moment until which it stays so.
+#[derive(Debug)]
+struct Probe {
+    port: u16,
+    until: watch::Sender<Instant>,
 }
 
 impl Ports {
@@ -36,7 +42,7 @@ impl Ports {
             listen: settings.probe_listen_address.clone(),
             open_for: Duration::from_secs(settings.probe_open_s),
             reach_within: Duration::from_secs(settings.reach_timeout_s),
-            free: Arc::new(Semaphore::new(PROBES)),
+            probe: Mutex::default(),
         }
     }
 
@@ -53,13 +59,15 @@ impl Ports {
         }
     }
 
-    /// Opens a port of the migration range for a while.
+    /// Opens a port of the migration range for a while, or keeps one open for longer.
     pub(super) async fn open_probe(&self) -> Result<u16, String> {
-        let permit = self
-            .free
-            .clone()
-            .try_acquire_owned()
-            .map_err(|_| format!("{PROBES} probe ports are open already"))?;
+        let mut probe = self.probe.lock().await;
+        let until = Instant::now() + self.open_for;
+        if let Some(probe) = &*probe
+            && probe.until.send(until).is_ok()
+        {
+            return Ok(probe.port);
+        }
         let count = u32::from(self.last - self.first) + 1;
         let start = fastrand::u32(..count);
         let mut last_error = String::new();
@@ -68,7 +76,9 @@ impl Ports {
             let port = self.first + u16::try_from(offset).map_err(|e| e.to_string())?;
             match TcpListener::bind((self.listen.as_str(), port)).await {
                 Ok(listener) => {
-                    tokio::spawn(serve(listener, self.open_for, permit));
+                    let (until, end) = watch::channel(until);
+                    tokio::spawn(serve(listener, end));
+                    *probe = Some(Probe { port, until });
                     return Ok(port);
                 }
                 Err(error) => last_error = error.to_string(),
@@ -83,13 +93,17 @@ impl Ports {
 
 /// Takes callers until the time is up. The caller hangs up first, so that the
 /// port is free for QEMU at once afterwards.
-async fn serve(listener: TcpListener, open_for: Duration, _permit: OwnedSemaphorePermit) {
-    let end = Instant::now() + open_for;
-    for _ in 0..CALLERS {
-        let Ok(Ok((mut caller, _))) = timeout_at(end, listener.accept()).await else {
-            return;
-        };
-        let _ = timeout_at(end, caller.read(&mut [0_u8; 1])).await;
+async fn serve(listener: TcpListener, mut end: watch::Receiver<Instant>) {
+    loop {
+        let until = *end.borrow_and_update();
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Ok((mut caller, _)) = accepted else { return };
+                let _ = timeout(LONGEST_CALL, caller.read(&mut [0_u8; 1])).await;
+            }
+            changed = end.changed() => if changed.is_err() { return },
+            () = sleep_until(until) => return,
+        }
     }
 }
 
@@ -120,11 +134,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn probe_ports_are_bounded() {
+    async fn one_probe_port_serves_all_who_ask_and_outlives_the_first() {
         let ports = ports();
-        for _ in 0..PROBES {
-            ports.open_probe().await.unwrap();
+        let port = ports.open_probe().await.unwrap();
+        for _ in 0..3 {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            assert_eq!(ports.open_probe().await.unwrap(), port);
         }
-        ports.open_probe().await.unwrap_err();
+        ports.reach("127.0.0.1", port).await.unwrap();
     }
 }

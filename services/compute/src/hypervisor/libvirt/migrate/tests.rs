@@ -121,6 +121,26 @@ fn options_become_flags_and_parameters() {
 }
 
 #[test]
+fn a_destination_is_another_libvirtd_and_nothing_else() {
+    for good in [
+        "qemu+tcp://kvm2/system",
+        "qemu+tls://[fd00::2]:16514/system",
+    ] {
+        assert_eq!(checked_uri(good).unwrap(), good);
+    }
+    for bad in [
+        "qemu+ext://kvm2/system?command=/bin/true",
+        "qemu+tcp://kvm2/system?command=/bin/true",
+        "qemu+unix://kvm2/system",
+        "qemu+tcp:///system",
+        "qemu+tcp://kvm2/system#/system",
+        "",
+    ] {
+        assert!(checked_uri(bad).is_err(), "{bad:?}");
+    }
+}
+
+#[test]
 fn addresses_become_uris_and_nothing_else_does() {
     let uri = |address: &str| stream_uri(address);
     assert_eq!(uri("10.0.0.1").unwrap(), "tcp://10.0.0.1");

@@ -396,3 +396,13 @@ fn every_torn_definition_is_an_error_and_never_a_panic() {
         assert!(guest(&whole[..end], RUNNING).is_err(), "{end}");
     }
 }
+
+#[test]
+fn what_is_nested_without_end_is_refused() {
+    let nested = |depth| format!("{}{}", "<cpu>".repeat(depth), "</cpu>".repeat(depth));
+    assert!(parse(&nested(DEEPEST), "cpu").is_ok());
+    assert!(parse(&nested(DEEPEST + 1), "cpu").is_err());
+    assert!(parse(&nested(100_000), "cpu").is_err());
+    let flat = format!("<cpu>{}</cpu>", "<a b='>'/><c></c>".repeat(1000));
+    assert!(parse(&flat, "cpu").is_ok());
+}

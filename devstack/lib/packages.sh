@@ -39,15 +39,16 @@ apt_get() {
         -o Dpkg::Options::=--force-confold "$@" </dev/null
 }
 
-# A machine may carry parts of QEMU from elsewhere, which the release's own QEMU refuses to sit beside.
-# Then, and only then, those parts are brought to the release's version.
+# A machine may carry parts of QEMU from elsewhere, which the release's own QEMU cannot sit beside: apt then
+# refuses, or would remove those parts. Then, and only then, all of QEMU is brought to the release's version.
 apt_install() {
     local log=$1; shift
-    apt_get install --no-install-recommends "$@" >"$log" 2>&1 && return
-    grep -q 'unmet dependencies' "$log" || return 1
-    local pins=$log.pins
+    apt_get install --no-install-recommends --no-remove "$@" >"$log" 2>&1 && return
+    grep -qE 'unmet dependencies|remove is disabled' "$log" || return 1
+    local pins=$log.pins package qemu=()
+    for package in "${PACKAGES[@]}"; do [[ $package != qemu-* ]] || qemu+=("$package"); done
     printf 'Package: qemu-*\nPin: release o=Debian\nPin-Priority: 1001\n' >"$pins"
-    apt_get -o Dir::Etc::Preferences="$pins" install --no-install-recommends --allow-downgrades "$@" \
+    apt_get -o Dir::Etc::Preferences="$pins" install --no-install-recommends --allow-downgrades "$@" "${qemu[@]}" \
         >>"$log" 2>&1 || { rm -f "$pins"; return 1; }
     rm -f "$pins"
 }

@@ -17,8 +17,9 @@ use std::{
 
 use crate::transport::Receipt;
 
-/// Ids remembered. oslo.messaging remembers 16; a redelivery can be older than that.
-const REMEMBERED: usize = 16 * 1024;
+/// Ids remembered: more than can be in hand at once, as only those are delivered
+/// again. (oslo.messaging remembers 16.)
+const REMEMBERED: usize = 2048;
 /// Longest unique id that is remembered, bytes; oslo's have 32.
 const LONGEST_ID: usize = 255;
 

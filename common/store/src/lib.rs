@@ -225,7 +225,7 @@ fn pool_options(kind: Kind) -> AnyPoolOptions {
                 Box::pin(async move {
                     // A journal that survives the machine's power (invariant 4).
                     const PRAGMAS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
-                         PRAGMA busy_timeout = 5000; PRAGMA cache_size = -2000;";
+                         PRAGMA busy_timeout = 5000; PRAGMA cache_size = -256;";
                     sqlx::raw_sql(PRAGMAS).execute(connection).await?;
                     Ok(())
                 })

@@ -80,7 +80,11 @@ pub fn node(node: &Node) -> String {
             inventory: has,
             instances,
         } => {
-            let kvm = if has.kvm { "with KVM" } else { "without KVM" };
+            let kvm = if has.kvm {
+                "offers KVM"
+            } else {
+                "offers no KVM"
+            };
             let qemu = version(has.hypervisor_version);
             pairs.extend([
                 ("libvirt", version(has.libvirt_version)),

@@ -96,7 +96,7 @@ address       100.100.100.11
 libvirt uri   qemu+tcp://kvm1/system
 agent         0.1.0, since 2026-11-23 18:46:51Z
 libvirt       9.0.0
-hypervisor    QEMU 7.2.0, with KVM
+hypervisor    QEMU 7.2.0, offers KVM
 cpu           4 x EPYC-Rome (x86_64)
 host memory   8 GiB
 disk          80 GiB free of 100 GiB";

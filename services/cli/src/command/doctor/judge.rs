@@ -228,7 +228,11 @@ fn libvirt(node: &Node, agent: &AgentAnswer) -> Finding {
                 version(has.libvirt_version),
                 version(has.hypervisor_version),
             );
-            let kvm = if has.kvm { "with KVM" } else { "without KVM" };
+            let kvm = if has.kvm {
+                "offers KVM"
+            } else {
+                "offers no KVM"
+            };
             let message = format!("libvirt {libvirt}, {} {qemu}, {kvm}", has.hypervisor_type);
             Finding::ok(host, "libvirt", message)
         }

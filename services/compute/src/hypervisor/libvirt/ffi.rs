@@ -529,3 +529,15 @@ pub(super) fn interface_is_up(name: &str) -> std::io::Result<bool> {
     unsafe { libc::freeifaddrs(first) };
     Ok(found)
 }
+
+/// Has the allocator serve all threads from two arenas. By default each of many
+/// short-lived threads (a migration's, a blocking call's) may get one of its own,
+/// and what is freed in one is of no use to the others: a slow growth.
+pub(super) fn keep_arenas_few() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt() takes two numbers and may be called at any time, from any
+    // thread. A value it does not like it refuses, and nothing changes.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}

@@ -80,6 +80,7 @@ impl LibvirtDriver {
     pub fn start(settings: LibvirtSettings) -> Result<Arc<Self>> {
         settings.check()?;
         tokio::runtime::Handle::try_current().map_err(|e| HypervisorError::Bug(e.to_string()))?;
+        ffi::keep_arenas_few();
         event_loop::start()?;
         let link = Link::start(settings.clone());
         let deadline = Duration::from_secs(settings.call_timeout_s);

@@ -20,7 +20,7 @@ use drover_model::{
         },
     },
     ids::{HostName, InstanceId, MigrationId},
-    migration::{LiveOptions, Migration, MigrationStatus, MigrationType},
+    migration::{LiveOptions, Migration, MigrationStatus, Way},
     node::AllocationPolicy,
 };
 use drover_rpc::{
@@ -198,13 +198,21 @@ impl Cloud {
         host: Option<&str>,
         options: LiveOptions,
     ) -> Result<Migration, RpcError> {
-        let ask = MigrateInstance {
-            instance: id.to_string(),
-            migration_type: MigrationType::LiveMigration,
-            host: host.map(|h| h.parse().expect("a host name")),
-            options,
-            dry_run: false,
-        };
+        self.migrate_by(id, host, &Way::Live(options)).await
+    }
+
+    /// Asks for a migration of any kind.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn migrate_by(
+        &self,
+        id: InstanceId,
+        host: Option<&str>,
+        way: &Way,
+    ) -> Result<Migration, RpcError> {
+        let host = host.map(|h| h.parse().expect("a host name"));
+        let ask = MigrateInstance::new(id.to_string(), host, way);
         match self.call(method::MIGRATE_INSTANCE, &ask).await? {
             MigrateAnswer::Accepted { migration } => Ok(*migration),
             MigrateAnswer::Plan { plan } => panic!("a plan was not asked for: {plan:?}"),
@@ -264,7 +272,7 @@ impl Cloud {
                 timeout_ms: 20_000,
             };
             let m: Migration = self.call(method::WAIT_MIGRATION, &ask).await?;
-            if m.status.is_final() {
+            if m.status.rests() {
                 return Ok(m);
             }
             seen_version = m.version;

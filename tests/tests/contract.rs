@@ -69,6 +69,34 @@ contract! {
         after_pause_and_abort_it_runs_on,
         a_discarded_destination_leaves_the_guest,
     }
+    cold {
+        shut_down_is_obeyed,
+        shut_down_of_what_does_not_run_is_wrong_state,
+        stop_is_at_once_and_repeatable,
+        start_is_repeatable,
+        the_lasting_guest_is_the_guest,
+        a_definition_goes_away_and_comes_back,
+        define_with_a_flavor_changes_the_size,
+        define_over_an_active_guest_is_refused,
+        withdraw_takes_what_is_off_and_nothing_else,
+        a_definition_starts_on_the_other_node,
+    }
+    carrying {
+        a_file_is_reserved_once,
+        a_file_is_renamed_over_nothing_and_once,
+        a_file_in_use_is_not_renamed,
+        facts_say_what_is_there,
+        a_file_is_flushed,
+        files_are_sent_and_verified,
+        what_is_expected_is_expected_once,
+        sending_with_a_wrong_token_ends,
+        sending_to_nobody_stalls,
+        sending_what_is_not_there_fails,
+        cancelled_sending_ends_soon_and_resumes,
+        a_present_file_that_differs_is_told,
+        nothing_is_written_once_receiving_has_stopped,
+        a_source_that_changes_is_told,
+    }
     files {
         a_disk_is_made_and_removed,
         no_disk_is_made_over_a_file,

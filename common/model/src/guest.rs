@@ -83,10 +83,24 @@ pub struct Guest {
     pub nics: Vec<Nic>,
     /// Devices that tie it to this node, one by one.
     pub immovable: Vec<Immovable>,
+    /// Files beside its disks that belong to it.
+    #[serde(default)]
+    pub files: Vec<GuestFile>,
     /// Names of snapshots that libvirt keeps for it.
     pub snapshots: Vec<String>,
+    /// Those of them that are not all inside the disks' images.
+    #[serde(default)]
+    pub external_snapshots: Vec<String>,
     /// A job that libvirt is running on it (backup, migration, …), in words.
     pub active_job: Option<String>,
+}
+
+impl Guest {
+    /// Whether it has a TPM whose state is in files.
+    pub fn has_emulated_tpm(&self) -> bool {
+        let mut kinds = self.immovable.iter().map(|i| i.kind);
+        kinds.any(|kind| kind == ImmovableKind::EmulatedTpm)
+    }
 }
 
 /// A drive of a guest.
@@ -173,6 +187,30 @@ pub struct BackingImage {
     pub path: String,
     /// Its format.
     pub format: String,
+    /// Room it takes on this node, bytes.
+    #[serde(default)]
+    pub allocated_bytes: u64,
+}
+
+/// A file that belongs to a guest and is no disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFile {
+    /// Absolute path.
+    pub path: String,
+    /// What it holds.
+    pub kind: GuestFileKind,
+    /// Room it takes on this node, bytes.
+    pub allocated_bytes: u64,
+}
+
+/// What a guest's file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestFileKind {
+    /// Variables of its firmware.
+    Nvram,
+    /// State of its emulated TPM.
+    Tpm,
 }
 
 /// A network interface.
@@ -231,8 +269,11 @@ pub enum ImmovableKind {
     MediatedDevice,
     /// A directory of the host shared into the guest (virtiofs, 9p).
     Filesystem,
-    /// A TPM whose state or hardware stays on the node.
+    /// A TPM whose hardware stays on the node.
     Tpm,
+    /// An emulated TPM, whose state is in files of the node: they follow a guest
+    /// that is off.
+    EmulatedTpm,
     /// A non-volatile memory device backed by the node.
     Nvdimm,
     /// Memory encrypted with a key of this node's processor (SEV).

@@ -1,11 +1,20 @@
 //! A migration: what was asked, where it stands, how it ended.
 //!
 //! ```text
+//! live
 //! accepted ─► queued ─► preparing ─► running ─┬──────────────► completed
 //!    │          │           │          │      └► running (post-copy) ─► completed
 //!    └──────────┴───────────┴──────────┴─► failed │ cancelled          └► failed
+//!
+//! cold
+//! accepted ─► queued ─► pre-migrating ─► migrating ─► post-migrating ─► finished ─┬─► confirming ─► confirmed
+//!    └──────────┴─────────────┴──────────────┴──────────────┴─► failed │ cancelled └─► reverting ─► reverted
+//!                                                                                          └─► finished
 //!  any unfinished state ─► stuck ─► (resume) the state it came from
 //! ```
+//!
+//! A cold one that is *finished* rests: the guest is on the destination, the
+//! source keeps its copy aside, and somebody has to confirm or to revert.
 
 use std::fmt;
 
@@ -22,12 +31,16 @@ pub enum MigrationType {
     /// The guest runs on while it moves.
     #[serde(rename = "live-migration")]
     LiveMigration,
+    /// The guest is off while it moves.
+    #[serde(rename = "migration")]
+    Migration,
 }
 
 impl fmt::Display for MigrationType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::LiveMigration => "live-migration",
+            Self::Migration => "migration",
         })
     }
 }
@@ -50,6 +63,30 @@ pub enum MigrationStatus {
     /// The guest runs on the destination, the rest of its memory follows.
     #[serde(rename = "running (post-copy)")]
     RunningPostCopy,
+    /// The destination is being made ready; what can be copied beforehand is.
+    #[serde(rename = "pre-migrating")]
+    PreMigrating,
+    /// The guest is shut down and its disks are on their way.
+    #[serde(rename = "migrating")]
+    Migrating,
+    /// Its disks are there; the guest is being defined and started.
+    #[serde(rename = "post-migrating")]
+    PostMigrating,
+    /// The guest is on the destination, the source keeps its copy aside.
+    #[serde(rename = "finished")]
+    Finished,
+    /// The source's copy is being removed.
+    #[serde(rename = "confirming")]
+    Confirming,
+    /// The source's copy is gone.
+    #[serde(rename = "confirmed")]
+    Confirmed,
+    /// The guest is being brought back to the source.
+    #[serde(rename = "reverting")]
+    Reverting,
+    /// The guest is on the source again.
+    #[serde(rename = "reverted")]
+    Reverted,
     /// Seen running on the destination.
     #[serde(rename = "completed")]
     Completed,
@@ -72,6 +109,14 @@ impl MigrationStatus {
         Self::Preparing,
         Self::Running,
         Self::RunningPostCopy,
+        Self::PreMigrating,
+        Self::Migrating,
+        Self::PostMigrating,
+        Self::Finished,
+        Self::Confirming,
+        Self::Confirmed,
+        Self::Reverting,
+        Self::Reverted,
         Self::Completed,
         Self::Failed,
         Self::Cancelled,
@@ -86,6 +131,14 @@ impl MigrationStatus {
             Self::Preparing => "preparing",
             Self::Running => "running",
             Self::RunningPostCopy => "running (post-copy)",
+            Self::PreMigrating => "pre-migrating",
+            Self::Migrating => "migrating",
+            Self::PostMigrating => "post-migrating",
+            Self::Finished => "finished",
+            Self::Confirming => "confirming",
+            Self::Confirmed => "confirmed",
+            Self::Reverting => "reverting",
+            Self::Reverted => "reverted",
             Self::Completed => "completed",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
@@ -100,7 +153,20 @@ impl MigrationStatus {
 
     /// Whether nothing more will happen.
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+        matches!(
+            self,
+            Self::Completed | Self::Failed | Self::Cancelled | Self::Confirmed | Self::Reverted
+        )
+    }
+
+    /// Whether nothing more will happen by itself.
+    pub fn rests(self) -> bool {
+        self.is_final() || self == Self::Finished
+    }
+
+    /// Whether the move is done, whatever is left to confirm.
+    pub fn has_moved(self) -> bool {
+        matches!(self, Self::Completed | Self::Finished | Self::Confirmed)
     }
 
     /// The one transition function: may a migration go from `self` to `next`?
@@ -111,14 +177,24 @@ impl MigrationStatus {
             return true;
         }
         match (self, next) {
-            (S::Completed | S::Failed | S::Cancelled, _) => false,
-            (_, S::Failed | S::Stuck) => true,
+            (from, _) if from.is_final() => false,
+            (_, S::Stuck) => true,
+            // From here on the guest has moved: a copy of it is removed, one way or the other.
+            (S::Finished, next) => matches!(next, S::Confirming | S::Reverting),
+            (S::Confirming, next) => matches!(next, S::Confirmed | S::Finished),
+            (S::Reverting, next) => matches!(next, S::Reverted | S::Finished),
+            (S::Stuck, S::Confirmed | S::Reverted) => true,
+            (_, S::Failed) => true,
             // After the switch to post-copy there is nothing left to cancel.
             (from, S::Cancelled) => from != S::RunningPostCopy,
             // A migration may prove complete from wherever the record was left.
             (S::Preparing | S::Running | S::RunningPostCopy | S::Stuck, S::Completed) => true,
-            (S::Accepted, S::Queued) | (S::Queued, S::Preparing) => true,
+            (S::Accepted, S::Queued) => true,
+            (S::Queued, S::Preparing | S::PreMigrating) => true,
             (S::Preparing, S::Running) | (S::Running, S::RunningPostCopy) => true,
+            (S::PreMigrating, S::Migrating)
+            | (S::Migrating, S::PostMigrating)
+            | (S::PostMigrating, S::Finished) => true,
             (S::Stuck, next) => !next.is_final(),
             _ => false,
         }
@@ -165,29 +241,119 @@ pub struct LiveOptions {
     pub progress_timeout_s: Option<u64>,
 }
 
-/// Bounds on [`LiveOptions`], each broken one in words.
 impl LiveOptions {
     /// What is wrong with these options in themselves; empty if nothing is.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        let mut range = |name: &str, value: Option<u64>, low: u64, high: u64| {
-            if let Some(v) = value.filter(|v| !(low..=high).contains(v)) {
-                problems.push(format!("{name} is {v}; it may be {low} to {high}"));
-            }
-        };
-        range(
-            "parallel_connections",
-            self.parallel_connections.map(u64::from),
-            2,
-            255,
-        );
-        range("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000);
-        // QEMU's own limit is 2000 s; a guest that stands still for longer than
-        // a minute is not migrated live.
-        range("max_downtime_ms", self.max_downtime_ms, 1, 60_000);
-        range("progress_timeout_s", self.progress_timeout_s, 5, 86_400);
-        problems
+        let connections = self.parallel_connections.map(u64::from);
+        out_of_bounds(&[
+            ("parallel_connections", connections, 2, 255),
+            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
+            // QEMU's own limit is 2000 s; a guest that stands still for longer than
+            // a minute is not migrated live.
+            ("max_downtime_ms", self.max_downtime_ms, 1, 60_000),
+            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
+        ])
     }
+}
+
+/// How a cold migration is to be done. `None` leaves it to the settings.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ColdOptions {
+    /// How long the guest may take to shut down when asked to, seconds.
+    pub shutdown_timeout_s: Option<u64>,
+    /// Stop the guest hard if it has not shut down after so long, seconds. The
+    /// caller's permission: without it no guest is ever stopped hard.
+    pub force_stop_after_s: Option<u64>,
+    /// Copy disks while the guest still runs, then only what changed.
+    pub pre_copy: bool,
+    /// Upper limit for disks, MiB/s.
+    pub bandwidth_mib_s: Option<u64>,
+    /// Give up when nothing has got nearer to the end for so long, seconds.
+    pub progress_timeout_s: Option<u64>,
+    /// New size of the guest on the destination (Nova's *resize*).
+    pub flavor: Option<Flavor>,
+}
+
+impl ColdOptions {
+    /// What is wrong with these options in themselves; empty if nothing is.
+    pub fn problems(&self) -> Vec<String> {
+        let flavor = self.flavor.unwrap_or(Flavor {
+            vcpus: 1,
+            memory_mb: 1,
+        });
+        out_of_bounds(&[
+            ("shutdown_timeout_s", self.shutdown_timeout_s, 1, 86_400),
+            ("force_stop_after_s", self.force_stop_after_s, 0, 86_400),
+            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
+            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
+            ("flavor.vcpus", Some(flavor.vcpus.into()), 1, 4096),
+            ("flavor.memory_mb", Some(flavor.memory_mb), 1, 1 << 30),
+        ])
+    }
+}
+
+/// The size of a guest, as Nova's flavors name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flavor {
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Memory, MB in Nova's sense (MiB).
+    pub memory_mb: u64,
+}
+
+/// The kind of a migration with what may be wished of that kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "migration_type", content = "options")]
+pub enum Way {
+    /// The guest runs on while it moves.
+    #[serde(rename = "live-migration")]
+    Live(LiveOptions),
+    /// The guest is off while it moves.
+    #[serde(rename = "migration")]
+    Cold(ColdOptions),
+}
+
+impl Way {
+    /// The kind alone.
+    pub fn migration_type(&self) -> MigrationType {
+        match self {
+            Self::Live(_) => MigrationType::LiveMigration,
+            Self::Cold(_) => MigrationType::Migration,
+        }
+    }
+
+    /// What is wrong with the options in themselves; empty if nothing is.
+    pub fn problems(&self) -> Vec<String> {
+        match self {
+            Self::Live(options) => options.problems(),
+            Self::Cold(options) => options.problems(),
+        }
+    }
+}
+
+impl Default for Way {
+    fn default() -> Self {
+        Self::Live(LiveOptions::default())
+    }
+}
+
+/// What became of a cold migration after it had finished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// The source's copy is removed.
+    Confirm,
+    /// The guest goes back to the source's copy.
+    Revert,
+}
+
+fn out_of_bounds(values: &[(&str, Option<u64>, u64, u64)]) -> Vec<String> {
+    let broken = values.iter().filter_map(|(name, value, low, high)| {
+        let v = value.filter(|v| !(low..=high).contains(&v))?;
+        Some(format!("{name} is {v}; it may be {low} to {high}"))
+    });
+    broken.collect()
 }
 
 /// Bytes of one kind on their way.
@@ -212,6 +378,10 @@ pub enum Phase {
     Checking,
     /// The destination is made ready.
     Preparing,
+    /// Disks are copied while the guest runs on, before a cold move.
+    PreCopy,
+    /// The guest was asked to shut down.
+    Stopping,
     /// Disks are copied.
     Disk,
     /// Memory is copied while the guest runs.
@@ -233,6 +403,8 @@ impl Phase {
             Self::Waiting => "waiting",
             Self::Checking => "checking",
             Self::Preparing => "preparing",
+            Self::PreCopy => "pre-copy",
+            Self::Stopping => "stopping",
             Self::Disk => "disk",
             Self::Memory => "memory",
             Self::PostCopy => "post-copy",
@@ -352,8 +524,9 @@ pub struct Migration {
     pub instance_name: String,
     /// Its project when it was asked for.
     pub project_id: String,
-    /// Which kind.
-    pub migration_type: MigrationType,
+    /// Which kind, and how: `migration_type` and `options`.
+    #[serde(flatten)]
+    pub way: Way,
     /// Where it stands.
     pub status: MigrationStatus,
     /// From.
@@ -362,8 +535,6 @@ pub struct Migration {
     pub dest_host: Option<HostName>,
     /// Whether the caller named the destination.
     pub dest_requested: bool,
-    /// How.
-    pub options: LiveOptions,
     /// Step of the saga that runs or ran last.
     pub step: String,
     /// When that step began, milliseconds since 1970.
@@ -378,6 +549,12 @@ pub struct Migration {
     pub abort_requested: bool,
     /// Whether a force-complete was asked for.
     pub force_complete_requested: bool,
+    /// What was decided on after it had finished (cold only).
+    #[serde(default)]
+    pub ending: Option<Ending>,
+    /// How often that was begun: one that failed is begun anew.
+    #[serde(default)]
+    pub ending_attempt: u32,
     /// Why it did not complete.
     pub end_reason: Option<EndReason>,
     /// What went wrong without harm to the outcome.
@@ -388,7 +565,8 @@ pub struct Migration {
     pub timings: Vec<StepTiming>,
     /// Last sample.
     pub progress: Progress,
-    /// How long the guest stood still, measured by the hypervisor, ms.
+    /// How long the guest stood still, measured by the hypervisor, ms; of a cold
+    /// one, how long it was off.
     pub downtime_ms: Option<u64>,
     /// When it was accepted, milliseconds since 1970.
     pub created_at_ms: u64,

@@ -157,17 +157,7 @@ impl Store {
             return Ok(Err(short));
         }
         release(&mut tx, migration).await?;
-        sqlx::query(
-            "INSERT INTO claims (migration_uuid, host, vcpus, memory_mib, disk_bytes) \
-             VALUES ($1, $2, $3, $4, $5)",
-        )
-        .bind(migration.to_string())
-        .bind(host.as_str())
-        .bind(signed(wanted.vcpus))
-        .bind(signed(wanted.memory_mib))
-        .bind(signed(wanted.disk_bytes))
-        .execute(&mut *tx)
-        .await?;
+        insert(&mut tx, migration, host, wanted).await?;
         tx.commit().await?;
         Ok(Ok(()))
     }
@@ -186,8 +176,9 @@ impl Store {
         self.steady(work).await
     }
 
-    /// Records that the guest runs on its destination, and turns the claim into
-    /// the instance's own use, in one commit.
+    /// Records that the guest is on a node, and turns the claim there into the
+    /// instance's own use, in one commit. `keep` is claimed in its stead, for a
+    /// way back.
     ///
     /// # Errors
     /// The database failed.
@@ -196,12 +187,16 @@ impl Store {
         migration: MigrationId,
         instance: InstanceId,
         host: &HostName,
+        keep: Option<(&HostName, Resources)>,
         now_ms: u64,
     ) -> Result<()> {
         let work = async {
             let mut tx = self.begin().await?;
             crate::instances::moved(&mut tx, instance, host, now_ms).await?;
             release(&mut tx, migration).await?;
+            if let Some((host, resources)) = keep {
+                insert(&mut tx, migration, host, resources).await?;
+            }
             tx.commit().await?;
             Ok(())
         };
@@ -226,6 +221,26 @@ impl Store {
             })
             .collect()
     }
+}
+
+async fn insert(
+    tx: &mut Transaction<'static, Any>,
+    migration: MigrationId,
+    host: &HostName,
+    resources: Resources,
+) -> Result<()> {
+    sqlx::query(
+        "INSERT INTO claims (migration_uuid, host, vcpus, memory_mib, disk_bytes) \
+         VALUES ($1, $2, $3, $4, $5)",
+    )
+    .bind(migration.to_string())
+    .bind(host.as_str())
+    .bind(signed(resources.vcpus))
+    .bind(signed(resources.memory_mib))
+    .bind(signed(resources.disk_bytes))
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
 }
 
 async fn release(tx: &mut Transaction<'static, Any>, migration: MigrationId) -> Result<()> {

@@ -255,7 +255,7 @@ impl Store {
     ) -> Result<Vec<Lease>> {
         let query = sqlx::query(
             "UPDATE migrations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
-             WHERE active = 1 AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) \
+             WHERE active = 1 AND status <> 'finished' AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) \
              RETURNING uuid, epoch",
         )
         .bind(owner)

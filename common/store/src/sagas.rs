@@ -1,7 +1,10 @@
 //! Journals of sagas, each event committed together with what it changes on
 //! the migration's record and the notification that tells of it.
 
-use drover_model::migration::{IllegalTransition, Migration};
+use drover_model::{
+    ids::MigrationId,
+    migration::{IllegalTransition, Migration},
+};
 use drover_saga::{Event, JournalError};
 use sqlx::Row;
 
@@ -12,14 +15,30 @@ use crate::{
     signed, to_json,
 };
 
+/// Which of a migration's sagas: its move, or what ends it afterwards.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SagaKey(String);
+
+impl SagaKey {
+    /// The move itself.
+    pub fn of_move(migration: MigrationId) -> Self {
+        Self(migration.to_string())
+    }
+
+    /// The nth try of what ends it.
+    pub fn of_ending(migration: MigrationId, attempt: u32) -> Self {
+        Self(format!("{migration}.{attempt}"))
+    }
+}
+
 impl Store {
     /// All events of a saga, in order.
     ///
     /// # Errors
     /// The database failed or holds what cannot be read.
-    pub async fn saga_events(&self, lease: Lease) -> Result<Vec<Event>> {
+    pub async fn saga_events(&self, saga: &SagaKey) -> Result<Vec<Event>> {
         let query = sqlx::query("SELECT event FROM saga_events WHERE saga_uuid = $1 ORDER BY seq")
-            .bind(lease.migration.to_string());
+            .bind(&saga.0);
         let rows = self.steady(query.fetch_all(&self.pool)).await?;
         rows.iter()
             .map(|row| from_json("a saga", row.try_get("event")?))
@@ -33,7 +52,7 @@ impl Store {
     /// [`JournalError::Fenced`] if the lease is no longer the newest.
     pub async fn append_saga_events(
         &self,
-        lease: Lease,
+        (lease, saga): (Lease, &SagaKey),
         at: usize,
         events: &[Event],
         now_ms: u64,
@@ -44,7 +63,7 @@ impl Store {
     ) -> std::result::Result<Migration, JournalError> {
         for _ in 0..20 {
             let tried = self
-                .steady(self.try_append(lease, at, events, now_ms, &mut project))
+                .steady(self.try_append((lease, saga), at, events, now_ms, &mut project))
                 .await;
             match tried {
                 Ok(migration) => {
@@ -71,7 +90,7 @@ impl Store {
 
     async fn try_append(
         &self,
-        lease: Lease,
+        (lease, saga): (Lease, &SagaKey),
         at: usize,
         events: &[Event],
         now_ms: u64,
@@ -90,7 +109,7 @@ impl Store {
                 "INSERT INTO saga_events (saga_uuid, seq, epoch, at_ms, event) \
                  VALUES ($1, $2, $3, $4, $5)",
             )
-            .bind(lease.migration.to_string())
+            .bind(&saga.0)
             .bind(signed((at + i) as u64))
             .bind(lease.epoch)
             .bind(signed(now_ms))

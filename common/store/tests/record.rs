@@ -8,7 +8,7 @@ use drover_model::{
     api::{compute::Outcome, conductor::ListMigrations},
     guest::PowerState,
     ids::{HostName, InstanceId, MigrationId},
-    migration::{LiveOptions, Migration, MigrationStatus, MigrationType, Progress, Requester},
+    migration::{Migration, MigrationStatus, Progress, Requester, Way},
     node::{AllocationPolicy, Endpoint, HypervisorReport, InstanceReport, Inventory, NodeReport},
 };
 use drover_saga::{Event, JournalError};
@@ -17,6 +17,7 @@ use drover_store::{
     claims::Resources,
     migrations::{Admitted, Lease},
     nodes::Reported,
+    sagas::SagaKey,
 };
 use uuid::Uuid;
 
@@ -139,12 +140,11 @@ fn migration(n: u128, instance: u128) -> Migration {
         instance_uuid: InstanceId(Uuid::from_u128(instance)),
         instance_name: format!("vm{instance}"),
         project_id: "demo".into(),
-        migration_type: MigrationType::LiveMigration,
+        way: Way::default(),
         status: MigrationStatus::Accepted,
         source_host: host("kvm1"),
         dest_host: None,
         dest_requested: false,
-        options: LiveOptions::default(),
         step: String::new(),
         step_started_at_ms: 0,
         attempt: 1,
@@ -152,6 +152,8 @@ fn migration(n: u128, instance: u128) -> Migration {
         requester: Requester::default(),
         abort_requested: false,
         force_complete_requested: false,
+        ending: None,
+        ending_attempt: 0,
         end_reason: None,
         warnings: vec![],
         decisions: vec![],
@@ -380,7 +382,7 @@ async fn during_a_migration_reports_do_not_move_the_instance(store: Store) {
     let row = store.find_instance("vm1").await.unwrap();
     assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm1", None));
     store
-        .settle(m.uuid, m.instance_uuid, &host("kvm2"), 1003)
+        .settle(m.uuid, m.instance_uuid, &host("kvm2"), None, 1003)
         .await
         .unwrap();
     assert_eq!(
@@ -425,7 +427,7 @@ async fn claims_balance(store: Store) {
     assert_eq!(short.len(), 1, "only memory is short: {short:?}");
     // Settled: the instance's own use takes the claim's place.
     store
-        .settle(a.uuid, a.instance_uuid, &host("kvm2"), 1001)
+        .settle(a.uuid, a.instance_uuid, &host("kvm2"), None, 1001)
         .await
         .unwrap();
     assert_eq!(store.usage(&node).await.unwrap().used.vcpus, 2);
@@ -477,8 +479,9 @@ async fn a_journal_has_one_writer(store: Store) {
     admit(&store, &m, None).await;
     let lease = Store::first_lease(m.uuid);
     let event = |step: &str| [Event::Started { step: step.into() }];
+    let saga = SagaKey::of_move(m.uuid);
     store
-        .append_saga_events(lease, 0, &event("place"), 1, nothing)
+        .append_saga_events((lease, &saga), 0, &event("place"), 1, nothing)
         .await
         .unwrap();
     // Another conductor takes over after the lease ran out.
@@ -499,16 +502,16 @@ async fn a_journal_has_one_writer(store: Store) {
         }]
     );
     let late = store
-        .append_saga_events(lease, 1, &event("prepare"), 2, nothing)
+        .append_saga_events((lease, &saga), 1, &event("prepare"), 2, nothing)
         .await;
     assert!(matches!(late, Err(JournalError::Fenced)), "{late:?}");
     assert_eq!(
-        store.saga_events(taken[0]).await.unwrap().len(),
+        store.saga_events(&saga).await.unwrap().len(),
         1,
         "nothing was written"
     );
     store
-        .append_saga_events(taken[0], 1, &event("prepare"), 2, nothing)
+        .append_saga_events((taken[0], &saga), 1, &event("prepare"), 2, nothing)
         .await
         .unwrap();
     // Its own again at start, whatever the lease says.

@@ -6,11 +6,12 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use drover_model::{
     ids::HostName,
-    migration::{BlockMigration, LiveOptions},
+    migration::{BlockMigration, ColdOptions, Flavor, LiveOptions, Way},
 };
 
 const EXIT_CODES: &str = "\
 ID is a UUID, a unique prefix of one, or a name (for migrations: the number).
+TIME is seconds, or such as 90s, 2m, 1h.
 
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused by a check,
 4 timed out or nobody answered, 130 interrupted (what was begun goes on).";
@@ -116,6 +117,10 @@ pub enum InstanceVerb {
     },
     /// Move an instance to another node
     Migrate(Box<Migrate>),
+    /// Keep an instance where a cold migration brought it: the node it left removes its copy
+    Confirm(Settle),
+    /// Take an instance back to the node that a cold migration brought it from
+    Revert(Revert),
 }
 
 /// Moving an instance.
@@ -130,15 +135,34 @@ pub struct Migrate {
     /// Where to; without it the conductor chooses
     #[arg(long, value_name = "HOST")]
     pub to: Option<HostName>,
-    /// How.
-    #[command(flatten)]
-    pub how: How,
     /// How to do it.
     #[command(flatten)]
     pub change: Change,
     /// How long to wait.
     #[command(flatten)]
     pub patience: Patience,
+    // What has a heading of its own comes last: it would go for all that follows.
+    /// How, in either way.
+    #[command(flatten)]
+    pub how: How,
+    /// How, live.
+    #[command(flatten)]
+    pub live: LiveHow,
+    /// How, cold.
+    #[command(flatten)]
+    pub cold: ColdHow,
+}
+
+impl Migrate {
+    /// Kind and options as they travel; a cold one's new size is known only by
+    /// the record where half of it is named.
+    pub fn way(&self, flavor: Option<Flavor>) -> Way {
+        if self.kind.cold {
+            Way::Cold(self.cold.options(&self.how, flavor))
+        } else {
+            Way::Live(self.live.options(&self.how))
+        }
+    }
 }
 
 /// In which way an instance moves. Named always: none of them is a default.
@@ -148,38 +172,47 @@ pub struct Kind {
     /// The guest runs on while it moves
     #[arg(long)]
     pub live: bool,
+    /// The guest is shut down, moved and started again; one that is off just moves
+    #[arg(long)]
+    pub cold: bool,
 }
 
-/// Options of a live migration; what is left out is as the source's agent is set.
+/// Options of a migration of either kind; what is left out is as the source's agent is set.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Live migration")]
+#[command(next_help_heading = "Any migration")]
 pub struct How {
-    /// Let the guest run on the destination before all its memory is there, if it must be
-    #[arg(long)]
-    pub post_copy: bool,
-    /// Slow a guest that writes faster than the link carries
-    #[arg(long)]
-    pub auto_converge: bool,
-    /// Streams for memory (2 to 255)
-    #[arg(long, value_name = "N")]
-    pub parallel: Option<u32>,
-    /// Upper limit for memory and for each disk
-    #[arg(long, value_name = "MIB_S")]
+    /// Upper limit for memory and for each disk; for all disks, if cold
+    #[arg(long, value_name = "MIB_S", alias = "bandwidth-mib-s")]
     pub bandwidth: Option<u64>,
-    /// How long the guest may stand still at switch-over
-    #[arg(long, value_name = "N")]
-    pub max_downtime_ms: Option<u64>,
-    /// Copy disks: what is not shared, always, or never
-    #[arg(long, value_name = "WHEN", default_value = "auto")]
-    pub block_migration: Block,
-    /// Give up after so many seconds without progress
-    #[arg(long, value_name = "S")]
+    /// Give up after so long without progress
+    #[arg(long, value_name = "TIME", value_parser = seconds)]
     pub progress_timeout: Option<u64>,
 }
 
-impl How {
-    /// The options as they travel.
-    pub fn options(&self) -> LiveOptions {
+/// Options of a live migration.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Live migration")]
+pub struct LiveHow {
+    /// Let the guest run on the destination before all its memory is there, if it must be
+    #[arg(long, conflicts_with = "cold")]
+    pub post_copy: bool,
+    /// Slow a guest that writes faster than the link carries
+    #[arg(long, conflicts_with = "cold")]
+    pub auto_converge: bool,
+    /// Streams for memory (2 to 255)
+    #[arg(long, value_name = "N", conflicts_with = "cold")]
+    pub parallel: Option<u32>,
+    /// How long the guest may stand still at switch-over
+    #[arg(long, value_name = "N", conflicts_with = "cold")]
+    pub max_downtime_ms: Option<u64>,
+    /// Copy disks: what is not shared, always, or never
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    #[arg(conflicts_with = "cold")]
+    pub block_migration: Block,
+}
+
+impl LiveHow {
+    fn options(&self, how: &How) -> LiveOptions {
         LiveOptions {
             block_migration: match self.block_migration {
                 Block::Auto => BlockMigration::Auto,
@@ -189,9 +222,46 @@ impl How {
             post_copy: self.post_copy,
             auto_converge: self.auto_converge,
             parallel_connections: self.parallel,
-            bandwidth_mib_s: self.bandwidth,
+            bandwidth_mib_s: how.bandwidth,
             max_downtime_ms: self.max_downtime_ms,
-            progress_timeout_s: self.progress_timeout,
+            progress_timeout_s: how.progress_timeout,
+        }
+    }
+}
+
+/// Options of a cold migration.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Cold migration")]
+pub struct ColdHow {
+    /// Give up if the guest has not shut down after so long
+    #[arg(long, value_name = "TIME", value_parser = seconds, conflicts_with = "live")]
+    pub shutdown_timeout: Option<u64>,
+    /// Stop the guest hard, as pulling its plug would, if it has not shut down after so long;
+    /// without this no guest is ever stopped hard
+    #[arg(long, value_name = "TIME", value_parser = seconds, conflicts_with = "live")]
+    pub force_stop_after: Option<u64>,
+    /// Copy disks while the guest still runs, and only what changed while it is off
+    #[arg(long, conflicts_with = "live")]
+    pub pre_copy: bool,
+    /// Give the guest so many vCPUs on the destination
+    #[arg(long, value_name = "N", conflicts_with = "live")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub vcpus: Option<u32>,
+    /// Give the guest so much memory on the destination
+    #[arg(long, value_name = "MIB", conflicts_with = "live")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub memory_mib: Option<u64>,
+}
+
+impl ColdHow {
+    fn options(&self, how: &How, flavor: Option<Flavor>) -> ColdOptions {
+        ColdOptions {
+            shutdown_timeout_s: self.shutdown_timeout,
+            force_stop_after_s: self.force_stop_after,
+            pre_copy: self.pre_copy,
+            bandwidth_mib_s: how.bandwidth,
+            progress_timeout_s: how.progress_timeout,
+            flavor,
         }
     }
 }
@@ -207,6 +277,34 @@ pub enum Block {
     No,
 }
 
+/// Settling a cold migration that has finished.
+#[derive(Debug, Args)]
+pub struct Settle {
+    /// UUID, prefix or name of the instance.
+    #[arg(value_parser = some_text)]
+    pub id: String,
+    /// How to do it.
+    #[command(flatten)]
+    pub change: Change,
+    /// How long to wait.
+    #[command(flatten)]
+    pub patience: Patience,
+}
+
+/// Taking an instance back.
+#[derive(Debug, Args)]
+pub struct Revert {
+    /// Which, and how to do it.
+    #[command(flatten)]
+    pub settle: Settle,
+    /// Lose nothing that the guest wrote since: confirm, and migrate it back cold
+    #[arg(long)]
+    pub keep_changes: bool,
+    /// Do not ask whether what the guest wrote since may be lost
+    #[arg(long)]
+    pub yes: bool,
+}
+
 /// What can be done with migrations.
 #[derive(Debug, Subcommand)]
 pub enum MigrationVerb {
@@ -218,7 +316,7 @@ pub enum MigrationVerb {
         /// Only from or to this node
         #[arg(long)]
         host: Option<HostName>,
-        /// Only unfinished ones
+        /// Only those that are not over: under way, stuck, or to be confirmed or reverted
         #[arg(long)]
         active: bool,
         /// At most so many
@@ -240,9 +338,9 @@ pub enum MigrationVerb {
         #[command(flatten)]
         patience: Patience,
     },
-    /// End one before its switch-over; the guest stays where it is
+    /// End one before the guest has changed sides; it stays where it is
     Abort(Steer),
-    /// Make one come to its end: by post-copy where allowed, else by pausing the guest
+    /// Make a live one come to its end: by post-copy where allowed, else by pausing the guest
     ForceComplete(Steer),
     /// Take up one that is stuck
     Resume(Steer),
@@ -279,8 +377,8 @@ pub struct Change {
 /// How long to wait for an end.
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub struct Patience {
-    /// Stop waiting after so many seconds, with exit code 4; what was begun goes on
-    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    /// Stop waiting after so long (90, 90s, 2m, 1h), with exit code 4; what was begun goes on
+    #[arg(long, value_name = "TIME", value_parser = some_seconds)]
     pub timeout: Option<u64>,
 }
 
@@ -291,6 +389,26 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "S", default_value_t = 3)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=60))]
     pub agent_timeout: u64,
+}
+
+/// A time: plain seconds, or a number with `s`, `m` or `h`.
+fn seconds(text: &str) -> Result<u64, String> {
+    let (number, unit) = match text.strip_suffix(['s', 'm', 'h']) {
+        Some(number) if text.ends_with('m') => (number, 60),
+        Some(number) if text.ends_with('h') => (number, 3600),
+        Some(number) => (number, 1),
+        None => (text, 1),
+    };
+    let number: Option<u64> = number.parse().ok();
+    let seconds = number.and_then(|n| n.checked_mul(unit));
+    seconds.ok_or_else(|| "a time is seconds, or such as 90s, 2m, 1h".to_owned())
+}
+
+fn some_seconds(text: &str) -> Result<u64, String> {
+    match seconds(text)? {
+        0 => Err("no time at all is too short".to_owned()),
+        seconds => Ok(seconds),
+    }
 }
 
 fn some_text(text: &str) -> Result<String, String> {

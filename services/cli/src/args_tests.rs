@@ -30,6 +30,11 @@ fn every_verb_parses() {
         "instance list --host kvm1 --project p",
         "instance show demo",
         "instance migrate demo --live",
+        "instance migrate demo --cold --pre-copy --dry-run",
+        "instance confirm demo --no-wait --timeout 1m",
+        "instance confirm demo --dry-run --json",
+        "instance revert demo --yes",
+        "instance revert demo --keep-changes --no-wait",
         "migration list --instance demo --host kvm1 --active --limit 5",
         "migration show 7",
         "migration watch 7 --timeout 5",
@@ -53,8 +58,8 @@ fn all_options_of_a_migration_arrive() {
     );
     assert_eq!(migrate.to.as_ref().unwrap().as_str(), "kvm2");
     assert_eq!(
-        migrate.how.options(),
-        LiveOptions {
+        migrate.way(None),
+        Way::Live(LiveOptions {
             block_migration: BlockMigration::No,
             post_copy: true,
             auto_converge: true,
@@ -62,16 +67,92 @@ fn all_options_of_a_migration_arrive() {
             bandwidth_mib_s: Some(100),
             max_downtime_ms: Some(300),
             progress_timeout_s: Some(60),
-        }
+        })
     );
     assert!(migrate.change.no_wait);
     assert_eq!(migrate.patience.timeout, Some(9));
 }
 
 #[test]
+fn all_options_of_a_cold_migration_arrive() {
+    let migrate = migrate(
+        "instance migrate demo --cold --to kvm2 --shutdown-timeout 120s --force-stop-after 2m \
+         --pre-copy --bandwidth-mib-s 100 --progress-timeout 1h --vcpus 2 --memory-mib 256 \
+         --timeout 3m",
+    );
+    let flavor = Flavor {
+        vcpus: migrate.cold.vcpus.unwrap(),
+        memory_mb: migrate.cold.memory_mib.unwrap(),
+    };
+    assert_eq!(
+        migrate.way(Some(flavor)),
+        Way::Cold(ColdOptions {
+            shutdown_timeout_s: Some(120),
+            force_stop_after_s: Some(120),
+            pre_copy: true,
+            bandwidth_mib_s: Some(100),
+            progress_timeout_s: Some(3600),
+            flavor: Some(Flavor {
+                vcpus: 2,
+                memory_mb: 256,
+            }),
+        })
+    );
+    assert_eq!(migrate.patience.timeout, Some(180));
+}
+
+#[test]
+fn options_of_the_other_kind_are_usage_and_named() {
+    for (kind, option) in [
+        ("cold", "--post-copy"),
+        ("cold", "--auto-converge"),
+        ("cold", "--parallel 4"),
+        ("cold", "--max-downtime-ms 300"),
+        ("cold", "--block-migration auto"),
+        ("live", "--shutdown-timeout 9"),
+        ("live", "--force-stop-after 9"),
+        ("live", "--pre-copy"),
+        ("live", "--vcpus 2"),
+        ("live", "--memory-mib 256"),
+        ("live", "--cold"),
+    ] {
+        let line = format!("instance migrate a --{kind} {option}");
+        let error = parse(&line).expect_err(&line);
+        let told = error.to_string();
+        assert_eq!(error.kind(), ErrorKind::ArgumentConflict, "{line}");
+        let name = option.split(' ').next().unwrap();
+        assert!(
+            told.contains(name) && told.contains(&format!("--{kind}")),
+            "{told}"
+        );
+    }
+}
+
+#[test]
+fn a_time_is_seconds_or_has_a_unit() {
+    let cases = [("90", 90), ("90s", 90), ("2m", 120), ("1h", 3600), ("0", 0)];
+    for (text, expected) in cases {
+        assert_eq!(seconds(text), Ok(expected), "{text}");
+    }
+    for text in [
+        "",
+        "s",
+        "-1",
+        "1.5",
+        "2 m",
+        "1d",
+        "1hm",
+        "99999999999999999h",
+    ] {
+        assert!(seconds(text).is_err(), "{text}");
+    }
+    assert!(some_seconds("0m").is_err());
+}
+
+#[test]
 fn what_is_left_out_is_left_to_the_conductor() {
     let migrate = migrate("instance migrate demo --live");
-    assert_eq!(migrate.how.options(), LiveOptions::default());
+    assert_eq!(migrate.way(None), Way::Live(LiveOptions::default()));
     assert!(migrate.to.is_none() && !migrate.change.no_wait && !migrate.change.dry_run);
 }
 
@@ -105,7 +186,17 @@ fn misuse_is_usage() {
             "instance migrate a --live --block-migration maybe",
             ErrorKind::InvalidValue,
         ),
+        (
+            "instance migrate a --cold --shutdown-timeout soon",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "instance migrate a --cold --vcpus 0",
+            ErrorKind::ValueValidation,
+        ),
+        ("instance revert", ErrorKind::MissingRequiredArgument),
         ("node drain kvm1", ErrorKind::InvalidSubcommand),
+        ("migration confirm 7", ErrorKind::InvalidSubcommand),
     ];
     for (line, kind) in cases {
         let error = parse(line).expect_err(line);

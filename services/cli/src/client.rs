@@ -9,7 +9,8 @@ use drover_model::{
         compute::{self, AgentStatus},
         conductor::{
             ConductorStatus, Instance, InstanceRef, ListInstances, ListMigrations, MigrateAnswer,
-            MigrateInstance, MigrationRef, Node, NodeRef, SetNode, WaitMigration, method,
+            MigrateInstance, MigrationRef, Node, NodeRef, RevertMigration, SetNode, WaitMigration,
+            method,
         },
     },
     ids::HostName,
@@ -33,6 +34,9 @@ use crate::{
 pub const QUESTION: Duration = Duration::from_secs(10);
 /// How long asking for a migration may take: the conductor may ask both nodes first.
 pub const ADMISSION: Duration = Duration::from_secs(60);
+/// How long asking for a way back with all changes may take: the conductor
+/// confirms first, for two minutes at the most, and then admits a migration.
+pub const WAY_BACK: Duration = Duration::from_secs(180);
 /// How long one wait for a change lasts before it is asked again.
 pub const POLL: Duration = Duration::from_secs(10);
 
@@ -144,6 +148,17 @@ impl Client {
     pub async fn steer(&self, method: &'static str, id: &str) -> Result<Migration, Trouble> {
         let migration = id.to_owned();
         self.ask(method, &MigrationRef { migration }).await
+    }
+
+    /// Takes a guest back from where a cold migration brought it. Answered with
+    /// the record that is to be followed.
+    pub async fn revert(
+        &self,
+        request: &RevertMigration,
+        timeout: Duration,
+    ) -> Result<Migration, Trouble> {
+        self.ask_for(method::REVERT_MIGRATION, request, timeout)
+            .await
     }
 
     /// A migration's record once it is newer than `seen`, or as it is after [`POLL`].

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use drover_model::{
     api::{NAMESPACE, conductor::MigrateAnswer},
     check::{CheckCode, CheckFailure, Side},
-    migration::{EndReason, Migration, MigrationStatus},
+    migration::{EndReason, Ending, Migration, MigrationStatus},
 };
 use drover_rpc::{
     Endpoint, MessagingSettings, RemoteFailure, Request, RpcServer, memory::MemoryBroker,
@@ -60,6 +60,8 @@ impl Endpoint for Script {
             "migrate_instance",
             "abort_migration",
             "force_complete_migration",
+            "confirm_migration",
+            "revert_migration",
             "resume_migration",
             "get_migration",
             "wait_migration",
@@ -101,6 +103,8 @@ struct Stage {
     servers: Vec<RpcServer>,
     tape: Tape,
     interrupt_after: Option<Duration>,
+    /// What the operator types, where one sits.
+    typed: Option<&'static str>,
 }
 
 impl Stage {
@@ -112,6 +116,7 @@ impl Stage {
             servers: Vec::new(),
             tape: Tape::default(),
             interrupt_after: None,
+            typed: None,
         }
     }
 
@@ -151,6 +156,9 @@ impl Stage {
                     None => std::future::pending().await,
                 }
             }),
+            answers: self
+                .typed
+                .map(|text| Box::new(text.as_bytes()) as Box<dyn io::BufRead + Send>),
         };
         let ended = dispatch(&mut session, cli.noun, "a file".to_owned()).await;
         ended.unwrap_or_else(|trouble| {
@@ -362,7 +370,7 @@ async fn a_lost_answer_to_migrate_is_told_as_uncertain_and_not_asked_again() {
     let err = stage.tape.err();
     assert!(err.contains("may or may not have begun"), "{err}");
     assert!(
-        err.contains("drover migration list --instance demo-1 --active"),
+        err.contains("`drover migration list --instance demo-1`"),
         "{err}"
     );
     assert_eq!(stage.asked("migrate_instance").len(), 1);
@@ -578,6 +586,440 @@ async fn a_disabled_node_is_told_with_its_reason() {
         "kvm1 is disabled (disks); 2 instances stay on it\n"
     );
     assert_eq!(stage.asked("set_node")[0]["reason"], "disks");
+}
+
+const COLD: &str = "instance migrate demo-1 --cold";
+
+#[tokio::test(start_paused = true)]
+async fn a_cold_migration_is_followed_until_it_rests() {
+    let stage = Stage::with([
+        ("migrate_instance", accepted(&samples::cold())),
+        ("wait_migration", answer(&samples::stopping())),
+        ("wait_migration", answer(&samples::copying())),
+        ("wait_migration", answer(&samples::finished())),
+    ])
+    .await;
+    let line = format!("{COLD} --pre-copy --force-stop-after 2m --to kvm2");
+    assert_eq!(stage.run(&line).await, Exit::Done);
+    let out = stage.tape.out();
+    assert!(
+        out.contains("migrating (stopping), waiting for the guest"),
+        "{out}"
+    );
+    assert!(
+        out.contains("migrating (disk), 63 %, disk 0.6/1 GiB, 90 MiB/s, ETA 4.1 s"),
+        "{out}"
+    );
+    assert!(
+        out.contains("finished: demo-1 is on kvm2; it was off for 14.3 s, total 21.5 s"),
+        "{out}"
+    );
+    assert!(out.contains("`drover instance confirm demo-1`"), "{out}");
+    let request = &stage.asked("migrate_instance")[0];
+    assert_eq!(request["type"], "migration");
+    let options = &request["options"];
+    assert_eq!(
+        (&options["pre_copy"], &options["force_stop_after_s"]),
+        (&json!(true), &json!(120))
+    );
+    assert_eq!(options["flavor"], Value::Null);
+    assert_eq!(stage.tape.err(), "");
+    assert_eq!(stage.asked("wait_migration").len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_new_size_what_is_not_named_stays() {
+    let record = || ("get_instance", answer(&samples::instance("demo-1")));
+    let begun = || ("migrate_instance", accepted(&samples::cold()));
+    let stage = Stage::with([record(), record(), begun(), begun(), begun()]).await;
+    for (size, flavor) in [
+        ("--vcpus 2", json!({"vcpus": 2, "memory_mb": 128})),
+        ("--memory-mib 512", json!({"vcpus": 1, "memory_mb": 512})),
+        (
+            "--vcpus 3 --memory-mib 64",
+            json!({"vcpus": 3, "memory_mb": 64}),
+        ),
+    ] {
+        let line = format!("{COLD} --no-wait {size}");
+        assert_eq!(stage.run(&line).await, Exit::Done);
+        let asked = stage.asked("migrate_instance");
+        assert_eq!(asked.last().unwrap()["options"]["flavor"], flavor);
+    }
+    assert_eq!(stage.asked("get_instance").len(), 2);
+    assert_eq!(
+        stage.run(&format!("{COLD} --progress-timeout 1")).await,
+        Exit::Usage
+    );
+}
+
+/// A conductor that has a finished migration among others.
+async fn settling(acts: impl IntoIterator<Item = (&'static str, Act)>) -> Stage {
+    let refused = ended(MigrationStatus::Failed, None);
+    let all = [refused, samples::finished(), done()];
+    Stage::with(std::iter::once(("list_migrations", answer(&all))).chain(acts)).await
+}
+
+fn settled(status: MigrationStatus, ending: Ending, version: u64) -> Migration {
+    let mut m = samples::finished();
+    (m.status, m.ending, m.version) = (status, Some(ending), version);
+    m
+}
+
+#[tokio::test(start_paused = true)]
+async fn confirming_goes_on_until_the_copy_is_gone() {
+    use MigrationStatus::{Confirmed, Confirming, Finished};
+    let steps = || {
+        [
+            // What is about to be confirmed may still be finished.
+            (
+                "confirm_migration",
+                answer(&settled(Finished, Ending::Confirm, 9)),
+            ),
+            (
+                "wait_migration",
+                answer(&settled(Confirming, Ending::Confirm, 10)),
+            ),
+            (
+                "wait_migration",
+                answer(&settled(Confirmed, Ending::Confirm, 11)),
+            ),
+        ]
+    };
+    let stage = settling(steps()).await;
+    assert_eq!(stage.run("instance confirm demo-1").await, Exit::Done);
+    assert_eq!(
+        stage.last_line(),
+        "confirmed: demo-1 is on kvm2; kvm1 has removed its copy"
+    );
+    assert_eq!(stage.asked("list_migrations")[0]["instance"], "demo-1");
+    assert_eq!(
+        stage.asked("confirm_migration"),
+        [json!({"migration": samples::MIGRATION})]
+    );
+
+    let stage = settling(steps()).await;
+    assert_eq!(
+        stage.run("instance confirm demo-1 --json").await,
+        Exit::Done
+    );
+    let record: Migration = serde_json::from_str(&stage.tape.out()).unwrap();
+    assert_eq!(record, settled(Confirmed, Ending::Confirm, 11));
+
+    let stage = settling(steps()).await;
+    assert_eq!(
+        stage.run("instance confirm demo-1 --no-wait").await,
+        Exit::Done
+    );
+    assert_eq!(stage.tape.out(), "7\n");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_settlement_that_comes_to_nothing_is_a_failure_with_its_reason() {
+    let mut back = version(samples::finished(), 11);
+    back.warnings = vec!["it stays finished: kvm1 is away".to_owned()];
+    let stage = settling([
+        (
+            "revert_migration",
+            answer(&settled(MigrationStatus::Reverting, Ending::Revert, 10)),
+        ),
+        ("wait_migration", answer(&back)),
+    ])
+    .await;
+    assert_eq!(
+        stage.run("instance revert demo-1 --yes").await,
+        Exit::Failed
+    );
+    let err = stage.tape.err();
+    assert!(
+        err.contains("that did not succeed: it stays finished: kvm1 is away"),
+        "{err}"
+    );
+    assert!(
+        stage.tape.out().contains("kvm1 keeps its copy"),
+        "{}",
+        stage.tape.out()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn patience_with_a_settlement_tells_what_goes_on() {
+    let reverting = settled(MigrationStatus::Reverting, Ending::Revert, 10);
+    let stage = settling([("revert_migration", answer(&reverting))]).await;
+    assert_eq!(
+        stage.run("instance revert demo-1 --yes --timeout 5").await,
+        Exit::TimedOut
+    );
+    let err = stage.tape.err();
+    assert!(
+        err.contains("not over in time: reverting the migration of demo-1 goes on"),
+        "{err}"
+    );
+    assert!(!err.contains("abort"), "{err}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_that_was_written_is_lost_unasked() {
+    let stage = settling([]).await;
+    for line in ["instance revert demo-1", "instance revert demo-1 --json"] {
+        assert_eq!(stage.run(line).await, Exit::Usage);
+    }
+    let err = stage.tape.err();
+    assert!(
+        err.contains("--yes") && err.contains("--keep-changes"),
+        "{err}"
+    );
+    let told: Value = serde_json::from_str(&stage.tape.out()).unwrap();
+    assert_eq!(
+        (&told["error"]["exit"], &told["error"]["code"]),
+        (&json!("usage"), &json!(2))
+    );
+    assert!(stage.script.asked.lock().unwrap().is_empty());
+
+    for no in ["n\n", "\n", "", "yeah\n"] {
+        let mut stage = settling([]).await;
+        stage.typed = Some(no);
+        assert_eq!(stage.run("instance revert demo-1").await, Exit::Failed);
+        let err = stage.tape.err();
+        assert!(
+            err.starts_with(
+                "what demo-1 wrote on kvm2 since 2026-11-23 18:47:12Z is lost, unless its disks \
+                 are shared; its disks go back to what they were on kvm1. Go on? [y/N] "
+            ),
+            "{err}"
+        );
+        assert!(err.contains("not reverted: nothing was done"), "{err}");
+        assert!(stage.asked("revert_migration").is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn reverting_goes_on_until_the_guest_is_back() {
+    use MigrationStatus::{Reverted, Reverting};
+    for (line, typed) in [
+        ("instance revert demo-1", Some("y\n")),
+        ("instance revert demo-1", Some("Yes\n")),
+        ("instance revert demo-1 --yes", None),
+    ] {
+        let mut stage = settling([
+            (
+                "revert_migration",
+                answer(&settled(Reverting, Ending::Revert, 10)),
+            ),
+            (
+                "wait_migration",
+                answer(&settled(Reverted, Ending::Revert, 11)),
+            ),
+        ])
+        .await;
+        stage.typed = typed;
+        assert_eq!(stage.run(line).await, Exit::Done);
+        assert_eq!(stage.last_line(), "reverted: demo-1 is on kvm1 again");
+        assert_eq!(
+            stage.asked("revert_migration"),
+            [json!({"migration": samples::MIGRATION, "keep_changes": false})]
+        );
+        assert_eq!(stage.tape.err().contains("[y/N]"), typed.is_some());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_the_changes_kept_the_way_back_is_followed() {
+    let back = |mut m: Migration| {
+        (m.id, m.uuid) = (8, "01997777-0000-7000-8000-0000000000ef".parse().unwrap());
+        (m.source_host, m.dest_host) = (samples::host("kvm2"), Some(samples::host("kvm1")));
+        m
+    };
+    let stage = settling([
+        ("revert_migration", answer(&back(samples::cold()))),
+        ("wait_migration", answer(&back(samples::copying()))),
+        ("wait_migration", answer(&back(samples::finished()))),
+    ])
+    .await;
+    assert_eq!(
+        stage.run("instance revert demo-1 --keep-changes").await,
+        Exit::Done
+    );
+    assert_eq!(stage.asked("revert_migration")[0]["keep_changes"], true);
+    let waited = stage.asked("wait_migration");
+    assert_eq!(
+        waited[0]["migration"],
+        "01997777-0000-7000-8000-0000000000ef"
+    );
+    assert!(
+        stage
+            .tape
+            .out()
+            .contains("finished: demo-1 is on kvm1; it was off for")
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dry_run_settles_nothing_and_asks_nothing() {
+    for (line, told) in [
+        (
+            "confirm demo-1",
+            "would be confirmed: kvm1 would remove its copy",
+        ),
+        (
+            "revert demo-1",
+            "what it wrote since 2026-11-23 18:47:12Z would be lost, unless",
+        ),
+        (
+            "revert demo-1 --keep-changes",
+            "migrated back cold from kvm2 to kvm1",
+        ),
+    ] {
+        let stage = settling([]).await;
+        assert_eq!(
+            stage.run(&format!("instance {line} --dry-run")).await,
+            Exit::Done
+        );
+        let out = stage.tape.out();
+        assert!(
+            out.starts_with("migration 7 of demo-1 (finished) would be"),
+            "{out}"
+        );
+        assert!(out.contains(told), "{out}");
+        assert_eq!(stage.script.asked.lock().unwrap().len(), 1);
+    }
+    let stage = settling([]).await;
+    assert_eq!(
+        stage.run("instance revert demo-1 --dry-run --json").await,
+        Exit::Done
+    );
+    let record: Migration = serde_json::from_str(&stage.tape.out()).unwrap();
+    assert_eq!(record, samples::finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_there_is_nothing_to_settle_the_migrations_are_told() {
+    let confirming = settled(MigrationStatus::Confirming, Ending::Confirm, 10);
+    let stuck = ended(MigrationStatus::Stuck, None);
+    let many: Vec<Migration> = (0..7).map(|_| done()).collect();
+    let cases = [
+        (
+            vec![],
+            "drover: nothing to confirm: demo-1 was never migrated\n",
+        ),
+        (
+            vec![confirming, done()],
+            "drover: nothing to confirm: no migration of demo-1 is finished; there are \
+             7 (cold, confirming), 7 (live, completed)\n  \
+             what to do: `drover migration watch 7` follows it\n",
+        ),
+        (
+            vec![stuck],
+            "drover: nothing to confirm: no migration of demo-1 is finished; there are \
+             7 (live, stuck)\n  \
+             what to do: `drover migration show 7`, mend it, `drover migration resume 7`\n",
+        ),
+        (
+            many,
+            "drover: nothing to confirm: no migration of demo-1 is finished; there are \
+             7 (live, completed), 7 (live, completed), 7 (live, completed), 7 (live, completed), \
+             7 (live, completed), and 2 older\n",
+        ),
+    ];
+    for (all, told) in cases {
+        let stage = Stage::with([("list_migrations", answer(&all))]).await;
+        assert_eq!(stage.run("instance confirm demo-1").await, Exit::Refused);
+        assert_eq!(stage.tape.err(), told);
+        assert!(stage.asked("confirm_migration").is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_answer_to_a_settlement_is_told_as_uncertain() {
+    let stage = settling([("revert_migration", Act::Keep)]).await;
+    assert_eq!(
+        stage.run("instance revert demo-1 --yes").await,
+        Exit::TimedOut
+    );
+    let err = stage.tape.err();
+    assert!(err.contains("reverting may or may not have begun"), "{err}");
+    assert!(
+        err.contains("`drover migration list --instance demo-1`"),
+        "{err}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_onlooker_s_exit_code_tells_how_it_ended() {
+    use MigrationStatus::{Confirmed, Confirming, Reverted, Reverting};
+    let (confirm, revert) = (Ending::Confirm, Ending::Revert);
+    for (before, after, exit) in [
+        (
+            settled(Confirming, confirm, 10),
+            settled(Confirmed, confirm, 11),
+            Exit::Done,
+        ),
+        (
+            settled(Reverting, revert, 10),
+            settled(Reverted, revert, 11),
+            Exit::Done,
+        ),
+        (
+            samples::copying(),
+            settled(Reverted, revert, 11),
+            Exit::Failed,
+        ),
+    ] {
+        let stage = Stage::with([
+            ("get_migration", answer(&before)),
+            ("wait_migration", answer(&after)),
+        ])
+        .await;
+        assert_eq!(stage.run("migration watch 7").await, exit);
+    }
+    let stage = Stage::with([("get_migration", answer(&samples::finished()))]).await;
+    assert_eq!(stage.run("migration watch 7").await, Exit::Done);
+    assert!(stage.asked("wait_migration").is_empty(), "it rests");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cold_one_is_aborted_before_it_finished_and_not_after() {
+    let mut cancelled = version(samples::copying(), 9);
+    cancelled.status = MigrationStatus::Cancelled;
+    cancelled.end_reason = Some(EndReason::Aborted);
+    let stage = Stage::with([
+        ("abort_migration", answer(&samples::copying())),
+        ("wait_migration", answer(&cancelled)),
+        ("get_migration", answer(&samples::finished())),
+        ("get_migration", answer(&samples::copying())),
+    ])
+    .await;
+    assert_eq!(stage.run("migration abort 7").await, Exit::Done);
+    assert_eq!(
+        stage.run("migration abort 7 --dry-run").await,
+        Exit::Refused
+    );
+    assert_eq!(
+        stage.run("migration force-complete 7 --dry-run").await,
+        Exit::Refused
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_resumed_ends_well_when_what_it_was_about_is_done() {
+    use MigrationStatus::{Reverted, Stuck};
+    let stuck = settled(Stuck, Ending::Revert, 10);
+    let reverted = settled(Reverted, Ending::Revert, 11);
+    let as_before = version(samples::finished(), 11);
+    for (end, exit) in [(reverted, Exit::Done), (as_before, Exit::Failed)] {
+        let stage = Stage::with([
+            ("resume_migration", answer(&stuck)),
+            ("wait_migration", answer(&end)),
+        ])
+        .await;
+        assert_eq!(stage.run("migration resume 7").await, exit);
+    }
+    let on_its_way = version(samples::copying(), 10);
+    let stage = Stage::with([
+        ("resume_migration", answer(&on_its_way)),
+        ("wait_migration", answer(&version(samples::finished(), 11))),
+    ])
+    .await;
+    assert_eq!(stage.run("migration resume 7").await, Exit::Done);
 }
 
 fn status() -> Value {

@@ -18,7 +18,11 @@ pub mod render;
 mod samples;
 pub mod setup;
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    io::{self, IsTerminal},
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
@@ -27,7 +31,7 @@ use drover_runtime::logging::{self, LogSettings};
 use crate::{
     args::{Cli, Global, Noun},
     client::Client,
-    command::{Interrupt, Session, doctor, instance, migration, node},
+    command::{Answers, Interrupt, Session, doctor, instance, migration, node},
     exit::{Exit, Trouble},
     render::screen::Screen,
 };
@@ -84,6 +88,7 @@ async fn work(cli: Cli, screen: &mut Screen) -> Result<Exit, Trouble> {
         client,
         screen: std::mem::replace(screen, Screen::standard(cli.global.json)),
         interrupt: interrupt(),
+        answers: answers(),
     };
     let ended = dispatch(&mut session, cli.noun, source).await;
     let _ = tokio::time::timeout(LEAVE, session.client.close()).await;
@@ -119,6 +124,12 @@ fn interrupt() -> Interrupt {
             std::future::pending::<()>().await;
         }
     })
+}
+
+/// The operator, where one sits at a terminal and sees what is asked.
+fn answers() -> Answers {
+    let there = io::stdin().is_terminal() && io::stderr().is_terminal();
+    there.then(|| Box::new(io::BufReader::new(io::stdin())) as Box<dyn io::BufRead + Send>)
 }
 
 fn completions(shell: Shell, screen: &mut Screen) -> Result<Exit, Trouble> {

@@ -11,8 +11,8 @@ use drover_model::{
     guest::PowerState,
     ids::HostName,
     migration::{
-        Decision, LiveOptions, Migration, MigrationStatus, MigrationType, Phase, Progress,
-        Requester, StepTiming, Transfer,
+        ColdOptions, Decision, Migration, MigrationStatus, Phase, Progress, Requester, StepTiming,
+        Transfer, Way,
     },
     node::{AllocationPolicy, Endpoint, HypervisorReport, Inventory, NodeReport},
 };
@@ -112,12 +112,11 @@ pub(crate) fn migration() -> Migration {
         instance_uuid: INSTANCE.parse().unwrap(),
         instance_name: "demo-1".to_owned(),
         project_id: "default".to_owned(),
-        migration_type: MigrationType::LiveMigration,
+        way: Way::default(),
         status: MigrationStatus::Accepted,
         source_host: host("kvm1"),
         dest_host: Some(host("kvm2")),
         dest_requested: true,
-        options: LiveOptions::default(),
         step: "check".to_owned(),
         step_started_at_ms: T0,
         attempt: 1,
@@ -125,6 +124,8 @@ pub(crate) fn migration() -> Migration {
         requester: Requester::default(),
         abort_requested: false,
         force_complete_requested: false,
+        ending: None,
+        ending_attempt: 0,
         end_reason: None,
         warnings: Vec::new(),
         decisions: Vec::new(),
@@ -183,6 +184,67 @@ pub(crate) fn completed(m: Migration) -> Migration {
             duration_ms: 1800,
         },
     ];
+    m.decisions = vec![Decision {
+        at_ms: T0 + 100,
+        text: "vda is copied: kvm2 does not see its directory".to_owned(),
+    }];
+    m
+}
+
+/// A cold migration that was accepted.
+pub(crate) fn cold() -> Migration {
+    Migration {
+        way: Way::Cold(ColdOptions::default()),
+        ..migration()
+    }
+}
+
+/// A cold one, waiting for its guest to shut down.
+pub(crate) fn stopping() -> Migration {
+    let mut m = cold();
+    m.status = MigrationStatus::Migrating;
+    m.step = "stop".to_owned();
+    m.updated_at_ms = T0 + 9000;
+    m.version = 3;
+    m.progress.phase = Phase::Stopping;
+    m.progress.note = Some("waiting for the guest to shut down: 7 s".to_owned());
+    m
+}
+
+/// A cold one whose disks are on their way.
+pub(crate) fn copying() -> Migration {
+    let mut m = stopping();
+    m.step = "copy".to_owned();
+    m.version = 4;
+    m.progress = Progress {
+        phase: Phase::Disk,
+        disk: sent(650 * MIB, 1024 * MIB),
+        rate_bytes_s: 90 * MIB,
+        eta_ms: Some(4100),
+        ..Progress::default()
+    };
+    m
+}
+
+/// A cold one that waits to be confirmed or reverted.
+pub(crate) fn finished() -> Migration {
+    let mut m = copying();
+    m.status = MigrationStatus::Finished;
+    m.step = "start".to_owned();
+    m.version = 9;
+    m.progress.phase = Phase::Done;
+    m.progress.disk = sent(1024 * MIB, 1024 * MIB);
+    m.downtime_ms = Some(14_300);
+    m.progress.rate_bytes_s = 0;
+    m.progress.eta_ms = None;
+    m.updated_at_ms = T0 + 21_500;
+    m.finished_at_ms = Some(T0 + 21_500);
+    m.timings = [("stop", 8000), ("copy", 5200)]
+        .map(|(step, duration_ms)| StepTiming {
+            step: step.to_owned(),
+            duration_ms,
+        })
+        .to_vec();
     m.decisions = vec![Decision {
         at_ms: T0 + 100,
         text: "vda is copied: kvm2 does not see its directory".to_owned(),

@@ -9,7 +9,7 @@ use drover_model::{
         conductor::{ListMigrations, MigrationRef, MigrationReport, method},
     },
     ids::{InstanceId, MigrationId},
-    migration::Migration,
+    migration::{Ending, Migration},
     node::NodeReport,
 };
 use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target, Transport};
@@ -102,7 +102,7 @@ impl Conductor {
         &self,
         instance: InstanceId,
         who: &RequestContext,
-    ) -> Result<Option<MigrationId>, RpcError> {
+    ) -> Result<Option<Migration>, RpcError> {
         let which = ListMigrations {
             instance: Some(instance.to_string()),
             active: true,
@@ -113,11 +113,36 @@ impl Conductor {
             timeout: Some(ASK_TIMEOUT),
             ..CallOptions::default()
         };
-        let found: Vec<Migration> = self
+        let mut found: Vec<Migration> = self
             .client
             .call_with(&self.target, who, method::LIST_MIGRATIONS, &which, options)
             .await?;
-        Ok(found.first().map(|migration| migration.uuid))
+        Ok(found.pop())
+    }
+
+    /// Passes on a frontend's wish to confirm or to revert, and the answer back.
+    pub(crate) async fn end_with(
+        &self,
+        migration: MigrationId,
+        ending: Ending,
+        who: &RequestContext,
+    ) -> Result<(), RpcError> {
+        let method = match ending {
+            Ending::Confirm => method::CONFIRM_MIGRATION,
+            Ending::Revert => method::REVERT_MIGRATION,
+        };
+        let which = MigrationRef {
+            migration: migration.to_string(),
+        };
+        let options = CallOptions {
+            timeout: Some(ASK_TIMEOUT),
+            ..CallOptions::default()
+        };
+        let _: Migration = self
+            .client
+            .call_with(&self.target, who, method, &which, options)
+            .await?;
+        Ok(())
     }
 
     async fn cast<A: serde::Serialize + Sync>(

@@ -196,6 +196,75 @@ impl AgentClient {
     pub async fn rollback_at_source(&self, host: &HostName, step: c::StepRef) -> Result<()> {
         self.act(host, c::method::ROLLBACK_AT_SOURCE, &step).await
     }
+
+    // ---- cold
+
+    /// Makes the destination ready for files.
+    pub async fn prep_resize(&self, host: &HostName, ask: &c::PrepResize) -> Result<c::Inbox> {
+        self.act(host, c::method::PREP_RESIZE, ask).await
+    }
+
+    /// Has the source do a part of its work, or finds it at it.
+    pub async fn resize(&self, host: &HostName, ask: &c::ResizeInstance) -> Result<c::JobState> {
+        self.ask(host, c::method::RESIZE_INSTANCE, ask).await
+    }
+
+    /// Stops the part under way.
+    pub async fn abort_resize(&self, host: &HostName, step: c::StepRef) -> Result<()> {
+        self.act(host, c::method::ABORT_RESIZE, &step).await
+    }
+
+    /// Keeps the source's copy from starting.
+    pub async fn set_aside(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        self.act(host, c::method::SET_ASIDE, &step).await
+    }
+
+    /// Has the guest on the destination.
+    pub async fn finish_resize(
+        &self,
+        host: &HostName,
+        ask: &c::FinishResize,
+    ) -> Result<c::GuestLocation> {
+        self.act(host, c::method::FINISH_RESIZE, ask).await
+    }
+
+    /// Removes what was made on the destination.
+    pub async fn rollback_resize(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        self.act(host, c::method::ROLLBACK_RESIZE, &step).await
+    }
+
+    /// Has the guest on the source as it was.
+    pub async fn finish_revert_resize(
+        &self,
+        host: &HostName,
+        ask: &c::FinishRevertResize,
+    ) -> Result<c::GuestLocation> {
+        self.act(host, c::method::FINISH_REVERT_RESIZE, ask).await
+    }
+
+    /// Has what came to the destination be there for good.
+    pub async fn confirm_at_destination(
+        &self,
+        host: &HostName,
+        step: c::StepRef,
+    ) -> Result<c::CleanUp> {
+        self.act(host, c::method::CONFIRM_AT_DESTINATION, &step)
+            .await
+    }
+
+    /// Removes what the source kept.
+    pub async fn confirm_resize(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        self.act(host, c::method::CONFIRM_RESIZE, &step).await
+    }
+
+    /// Stops the guest on the destination and takes its definition away.
+    pub async fn revert_resize(
+        &self,
+        host: &HostName,
+        ask: &c::RevertResize,
+    ) -> Result<c::GuestLocation> {
+        self.act(host, c::method::REVERT_RESIZE, ask).await
+    }
 }
 
 fn agent_error(host: &HostName, error: &RpcError) -> AgentError {

@@ -38,6 +38,9 @@ pub struct Context {
     pub clock: Clock,
     /// Silence after which a node is down, ms.
     pub down_after_ms: u64,
+    /// How long after it finished a cold migration is confirmed by itself, ms;
+    /// 0 is never.
+    pub confirm_window_ms: u64,
 }
 
 impl Context {
@@ -89,6 +92,7 @@ impl Conductor {
             agents: AgentClient::new(client.clone(), settings.call_limits()),
             clock,
             down_after_ms: settings.service_down_time_s * 1000,
+            confirm_window_ms: settings.resize_confirm_window_s * 1000,
         };
         let slots = settings.max_concurrent_migrations;
         let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);

@@ -4,14 +4,18 @@
 //!
 //! [`request`] judges what the record alone can tell, [`source`] what the
 //! source found, [`destination`] what a candidate found, [`path`] the way
-//! between them.
+//! between them. What a cold migration's disks need is in [`cold`].
+
+pub mod cold;
 
 use drover_model::{
     api::compute::{CpuVerdict, DestinationFacts, DiskFact, NetworkFact, PathFacts, SourceFacts},
     check::{CheckCode, CheckFailure, Side},
-    guest::{Disk, DiskSource, Guest, ImmovableKind, NicAttachment, PowerState, Presence},
+    guest::{
+        Disk, DiskSource, Guest, Immovable, ImmovableKind, NicAttachment, PowerState, Presence,
+    },
     ids::HostName,
-    migration::{BlockMigration, LiveOptions, Migration},
+    migration::{BlockMigration, LiveOptions, Migration, MigrationStatus, Way},
     node::{HypervisorReport, Inventory},
 };
 use drover_store::{claims, instances::InstanceRow, nodes::NodeRow};
@@ -47,12 +51,8 @@ fn fail(
 }
 
 /// What the record alone can say about moving an instance.
-pub fn request(
-    instance: &InstanceRow,
-    options: &LiveOptions,
-    active: Option<&Migration>,
-) -> Vec<CheckFailure> {
-    let mut failures: Vec<CheckFailure> = options
+pub fn request(instance: &InstanceRow, way: &Way, active: Option<&Migration>) -> Vec<CheckFailure> {
+    let mut failures: Vec<CheckFailure> = way
         .problems()
         .into_iter()
         .map(|p| {
@@ -64,7 +64,10 @@ pub fn request(
             )
         })
         .collect();
-    if options.post_copy && options.parallel_connections.is_some() {
+    if let Way::Live(options) = way
+        && options.post_copy
+        && options.parallel_connections.is_some()
+    {
         failures.push(fail(
             CheckCode::Options,
             Side::Request,
@@ -72,20 +75,7 @@ pub fn request(
             "choose one of them",
         ));
     }
-    if let Some(m) = active {
-        failures.push(fail(
-            CheckCode::InstanceBusy,
-            Side::Instance,
-            format!(
-                "migration {} ({}) of it is {} since before",
-                m.id, m.migration_type, m.status
-            ),
-            format!(
-                "wait for it, or end it with 'drover migration abort {}'",
-                m.id
-            ),
-        ));
-    }
+    failures.extend(active.map(busy));
     if let Some(since) = instance.missing_since_ms {
         failures.push(fail(
             CheckCode::InstanceMissing,
@@ -93,22 +83,65 @@ pub fn request(
             format!("{} no longer lists it (since {since} ms)", instance.host),
             "look with 'virsh list --all' whether it was undefined or moved by hand",
         ));
-    } else if !matches!(
-        instance.power_state,
-        PowerState::Running | PowerState::Paused
-    ) {
-        failures.push(state_failure(instance.power_state));
+    } else {
+        failures.extend(state(instance.power_state, way));
     }
     failures
 }
 
-fn state_failure(state: PowerState) -> CheckFailure {
+fn busy(m: &Migration) -> CheckFailure {
+    let name = &m.instance_name;
+    let remedy = match m.status {
+        MigrationStatus::Finished => format!(
+            "end it with 'drover instance confirm {name}' or 'drover instance revert {name}'"
+        ),
+        _ => format!(
+            "wait for it, or end it with 'drover migration abort {}'",
+            m.id
+        ),
+    };
     fail(
-        CheckCode::InstanceState,
+        CheckCode::InstanceBusy,
         Side::Instance,
-        format!("it is {state:?}; only a running or paused instance moves live").to_lowercase(),
-        "start it first",
+        format!(
+            "migration {} ({}) of it is {} since before",
+            m.id,
+            m.way.migration_type(),
+            m.status
+        ),
+        remedy,
     )
+}
+
+/// Whether its state allows this kind of move.
+fn state(state: PowerState, way: &Way) -> Option<CheckFailure> {
+    use PowerState as P;
+    let no = |message: String, remedy: &str| {
+        let message = message.to_lowercase();
+        Some(fail(
+            CheckCode::InstanceState,
+            Side::Instance,
+            message,
+            remedy,
+        ))
+    };
+    match (way, state) {
+        (Way::Live(_), P::Running | P::Paused) => None,
+        (Way::Live(_), _) => no(
+            format!("it is {state:?}; only a running or paused instance moves live"),
+            "start it first, or move it cold",
+        ),
+        (Way::Cold(_), P::Running | P::Shutdown | P::Crashed) => None,
+        (Way::Cold(options), P::Paused | P::Suspended) => {
+            match options.force_stop_after_s.is_some() {
+                true => None,
+                false => no(
+                    format!("it is {state:?} and could not obey a request to shut down"),
+                    "let it run on first, or allow it to be stopped hard",
+                ),
+            }
+        }
+    }
 }
 
 /// What the record can say about a node as source or destination.
@@ -183,7 +216,7 @@ pub fn unanswered(host: &HostName, side: Side, error: &str) -> CheckFailure {
 }
 
 /// What the source found out about its guest.
-pub fn source(facts: &SourceFacts, host: &HostName) -> Vec<CheckFailure> {
+pub fn source(facts: &SourceFacts, host: &HostName, way: &Way) -> Vec<CheckFailure> {
     let Some(guest) = &facts.guest else {
         return vec![fail(
             CheckCode::InstanceMissing,
@@ -193,8 +226,15 @@ pub fn source(facts: &SourceFacts, host: &HostName) -> Vec<CheckFailure> {
         )];
     };
     let mut failures = Vec::new();
-    if !matches!(guest.power_state, PowerState::Running | PowerState::Paused) {
-        failures.push(state_failure(guest.power_state));
+    failures.extend(state(guest.power_state, way));
+    let is_cold = matches!(way, Way::Cold(_));
+    if is_cold && !guest.persistent {
+        failures.push(fail(
+            CheckCode::InstanceState,
+            Side::Instance,
+            "its definition is transient and would be gone once it is off",
+            "define it with 'virsh define'",
+        ));
     }
     if let Some(job) = &guest.active_job {
         failures.push(fail(
@@ -204,7 +244,8 @@ pub fn source(facts: &SourceFacts, host: &HostName) -> Vec<CheckFailure> {
             "wait for that job, or end it with 'virsh domjobabort' or 'virsh blockjob --abort'",
         ));
     }
-    failures.extend(guest.immovable.iter().map(|device| {
+    let stays = |device: &&Immovable| !(is_cold && cold::can_leave(device.kind));
+    failures.extend(guest.immovable.iter().filter(stays).map(|device| {
         fail(
             immovable_code(device.kind),
             Side::Instance,
@@ -212,14 +253,19 @@ pub fn source(facts: &SourceFacts, host: &HostName) -> Vec<CheckFailure> {
             "detach it first",
         )
     }));
-    if !guest.snapshots.is_empty() {
+    // Internal ones are in the disks, and go with them if the guest is off.
+    let blocking = match is_cold {
+        true => &guest.external_snapshots,
+        false => &guest.snapshots,
+    };
+    if !blocking.is_empty() {
         failures.push(fail(
             CheckCode::Snapshots,
             Side::Instance,
             format!(
                 "libvirt keeps {} snapshot(s) of it, which do not move: {}",
-                guest.snapshots.len(),
-                guest.snapshots.join(", ")
+                blocking.len(),
+                blocking.join(", ")
             ),
             "delete them with 'virsh snapshot-delete'",
         ));
@@ -250,6 +296,7 @@ fn immovable_code(kind: ImmovableKind) -> CheckCode {
         ImmovableKind::Filesystem => CheckCode::Filesystem,
         ImmovableKind::Disk => CheckCode::DiskNotCopyable,
         ImmovableKind::Tpm
+        | ImmovableKind::EmulatedTpm
         | ImmovableKind::Nvdimm
         | ImmovableKind::LaunchSecurity
         | ImmovableKind::Interface
@@ -263,10 +310,10 @@ pub fn destination(
     source: &Inventory,
     facts: &DestinationFacts,
     host: &HostName,
-    options: &LiveOptions,
+    way: &Way,
 ) -> Vec<CheckFailure> {
     let mut failures = Vec::new();
-    failures.extend(versions(source, &facts.inventory, host));
+    failures.extend(hypervisor_type(source, &facts.inventory, host));
     failures.extend(machine(guest, facts, host));
     failures.extend(
         facts
@@ -276,7 +323,20 @@ pub fn destination(
             .map(|n| network(n, host)),
     );
     failures.extend(names(guest, facts, host));
-    failures.extend(disks(guest, &facts.disks, options, host));
+    match way {
+        Way::Cold(_) => failures.extend(cold::destination(guest, facts, host)),
+        Way::Live(options) => {
+            failures.extend(versions(source, &facts.inventory, host));
+            failures.extend(disks(guest, &facts.disks, options, host));
+            failures.extend(ports(facts, host));
+        }
+    }
+    failures
+}
+
+/// What the destination says of libvirt's way from and to it.
+fn ports(facts: &DestinationFacts, host: &HostName) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
     if let Err(error) = &facts.reach_source {
         failures.push(fail(
             CheckCode::LibvirtUnreachable,
@@ -296,19 +356,20 @@ pub fn destination(
     failures
 }
 
-fn versions(source: &Inventory, dest: &Inventory, host: &HostName) -> Vec<CheckFailure> {
-    let mut failures = Vec::new();
-    let mut add = |code, message: String, remedy: &str| {
-        failures.push(fail(code, Side::Destination, message, remedy));
-    };
-    if source.hypervisor_type != dest.hypervisor_type {
-        let (here, there) = (&source.hypervisor_type, &dest.hypervisor_type);
-        add(
+fn hypervisor_type(source: &Inventory, dest: &Inventory, host: &HostName) -> Option<CheckFailure> {
+    let (here, there) = (&source.hypervisor_type, &dest.hypervisor_type);
+    (here != there).then(|| {
+        fail(
             CheckCode::HypervisorType,
+            Side::Destination,
             format!("the source runs {here}, {host} runs {there}"),
             "choose a node with the same hypervisor",
-        );
-    }
+        )
+    })
+}
+
+/// A guest's memory and devices are read only by what is as new as their writer.
+fn versions(source: &Inventory, dest: &Inventory, host: &HostName) -> Vec<CheckFailure> {
     let order = [
         (
             "hypervisor",
@@ -317,20 +378,20 @@ fn versions(source: &Inventory, dest: &Inventory, host: &HostName) -> Vec<CheckF
         ),
         ("libvirt", source.libvirt_version, dest.libvirt_version),
     ];
-    for (what, here, there) in order {
-        if here > there {
-            add(
-                CheckCode::HypervisorVersion,
-                format!(
-                    "the source has {what} {}, {host} has the older {}",
-                    version(here),
-                    version(there)
-                ),
-                "upgrade the destination first, or choose a node that is as new",
-            );
-        }
-    }
-    failures
+    let older = order.into_iter().filter(|(_, here, there)| here > there);
+    let failures = older.map(|(what, here, there)| {
+        fail(
+            CheckCode::HypervisorVersion,
+            Side::Destination,
+            format!(
+                "the source has {what} {}, {host} has the older {}",
+                version(here),
+                version(there)
+            ),
+            "upgrade the destination first, or choose a node that is as new",
+        )
+    });
+    failures.collect()
 }
 
 /// libvirt's version number as people write it.
@@ -457,23 +518,90 @@ fn disks(
 ) -> Vec<CheckFailure> {
     let mut failures = Vec::new();
     for disk in &guest.disks {
-        if let DiskSource::Other { kind } = &disk.source {
-            failures.push(fail(
-                CheckCode::DiskNotCopyable,
-                Side::Instance,
-                format!(
-                    "disk {} is of type {kind}, which cannot be moved",
-                    disk.target
-                ),
-                "move its data to an image file or a network disk",
-            ));
-        }
+        failures.extend(unmovable_kind(disk));
         let fact = facts.iter().find(|f| f.target == disk.target);
         if let (Some(path), Some(fact)) = (disk.local_path(), fact) {
             failures.extend(local_disk(disk, path, fact, options, host));
         }
     }
     failures.extend(disk_space(guest, facts, host));
+    failures
+}
+
+fn unmovable_kind(disk: &Disk) -> Option<CheckFailure> {
+    let DiskSource::Other { kind } = &disk.source else {
+        return None;
+    };
+    Some(fail(
+        CheckCode::DiskNotCopyable,
+        Side::Instance,
+        format!(
+            "disk {} is of type {kind}, which cannot be moved",
+            disk.target
+        ),
+        "move its data to an image file or a network disk",
+    ))
+}
+
+/// A disk that stays and is not shared has to be on the destination.
+fn uncopied(disk: &Disk, path: &str, fact: &DiskFact, host: &HostName) -> Option<CheckFailure> {
+    let how = if disk.read_only {
+        "read-only"
+    } else {
+        "shareable"
+    };
+    (!fact.exists).then(|| {
+        fail(
+            CheckCode::DiskNotCopyable,
+            Side::Destination,
+            format!(
+                "{how} disk {} is not copied, and {host} has no {path}",
+                disk.target
+            ),
+            "put the same file there, or eject it",
+        )
+    })
+}
+
+/// A block device is not made: it has to be there.
+fn device(disk: &Disk, path: &str, fact: &DiskFact, host: &HostName) -> Option<CheckFailure> {
+    (!fact.exists).then(|| {
+        fail(
+            CheckCode::DiskNotCopyable,
+            Side::Destination,
+            format!(
+                "disk {} is block device {path}, and {host} has no such device",
+                disk.target
+            ),
+            "make a device of that path and at least its size there",
+        )
+    })
+}
+
+/// Where a disk is to be copied to there has to be a directory, and no file.
+fn place_of_copy(
+    what: &str,
+    path: &str,
+    (exists, directory_exists): (bool, bool),
+    host: &HostName,
+) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    if !directory_exists {
+        failures.push(fail(
+            CheckCode::DiskDirectory,
+            Side::Destination,
+            format!("{host} has no directory for {what} ({path})"),
+            "make the directory there",
+        ));
+    }
+    if exists {
+        failures.push(fail(
+            CheckCode::DiskExists,
+            Side::Destination,
+            format!("{host} already has a file {path}, where {what} would be copied to"),
+            "see whether it is a left-over; move it away",
+        ));
+    }
     failures
 }
 
@@ -512,19 +640,7 @@ fn local_disk(
         return failures;
     }
     if !disk.is_copied_when_local() {
-        if !fact.exists {
-            let how = if disk.read_only {
-                "read-only"
-            } else {
-                "shareable"
-            };
-            add(
-                CheckCode::DiskNotCopyable,
-                Side::Destination,
-                format!("{how} disk {target} is not copied, and {host} has no {path}"),
-                "put the same file there, or eject it",
-            );
-        }
+        failures.extend(uncopied(disk, path, fact, host));
         return failures;
     }
     if options.block_migration == BlockMigration::No {
@@ -536,60 +652,52 @@ fn local_disk(
         );
     }
     if matches!(disk.source, DiskSource::Block { .. }) {
-        if !fact.exists {
-            add(
-                CheckCode::DiskNotCopyable,
-                Side::Destination,
-                format!("disk {target} is block device {path}, and {host} has no such device"),
-                "make a device of that path and at least its size there",
-            );
-        }
+        failures.extend(device(disk, path, fact, host));
         return failures;
     }
-    if !fact.directory_exists {
-        add(
-            CheckCode::DiskDirectory,
-            Side::Destination,
-            format!("{host} has no directory for disk {target} ({path})"),
-            "make the directory there",
-        );
-    }
-    if fact.exists {
-        add(
-            CheckCode::DiskExists,
-            Side::Destination,
-            format!("{host} already has a file {path}, where disk {target} would be copied to"),
-            "see whether it is a left-over; move it away",
-        );
-    }
-    if !fact.missing_backing.is_empty() {
-        add(
+    let there = (fact.exists, fact.directory_exists);
+    failures.extend(place_of_copy(&format!("disk {target}"), path, there, host));
+    failures.extend(missing_backing(disk, fact, host));
+    failures
+}
+
+fn missing_backing(disk: &Disk, fact: &DiskFact, host: &HostName) -> Option<CheckFailure> {
+    (!fact.missing_backing.is_empty()).then(|| {
+        fail(
             CheckCode::BackingImage,
             Side::Destination,
             format!(
-                "{host} lacks what disk {target} is based on: {}",
+                "{host} lacks what disk {} is based on: {}",
+                disk.target,
                 fact.missing_backing.join(", ")
             ),
             "copy the base image there, same path",
-        );
-    }
-    failures
+        )
+    })
 }
 
 /// Room for everything that is copied, per file system: disks that lie on one
 /// share its room.
 fn disk_space(guest: &Guest, facts: &[DiskFact], host: &HostName) -> Vec<CheckFailure> {
+    let files = copied(guest, facts).into_iter().filter_map(|disk| {
+        let fact = facts.iter().find(|f| f.target == disk.target)?;
+        let is_device = matches!(disk.source, DiskSource::Block { .. });
+        let place = (fact.file_system.as_str(), fact.free_bytes);
+        (!is_device).then_some((place, disk.allocated_bytes))
+    });
+    space(files, host)
+}
+
+/// Room for files, each with its file system, that one's free bytes, and its own.
+fn space<'a>(
+    files: impl Iterator<Item = ((&'a str, u64), u64)>,
+    host: &HostName,
+) -> Vec<CheckFailure> {
     let mut wanted: Vec<(&str, u64, u64)> = Vec::new();
-    for disk in copied(guest, facts) {
-        let Some(fact) = facts.iter().find(|f| f.target == disk.target) else {
-            continue;
-        };
-        if matches!(disk.source, DiskSource::Block { .. }) {
-            continue;
-        }
-        match wanted.iter_mut().find(|(fs, ..)| *fs == fact.file_system) {
-            Some((_, bytes, _)) => *bytes += disk.allocated_bytes,
-            None => wanted.push((&fact.file_system, disk.allocated_bytes, fact.free_bytes)),
+    for ((file_system, free), bytes) in files {
+        match wanted.iter_mut().find(|(fs, ..)| *fs == file_system) {
+            Some((_, sum, _)) => *sum = sum.saturating_add(bytes),
+            None => wanted.push((file_system, bytes, free)),
         }
     }
     wanted
@@ -631,8 +739,12 @@ pub fn shared<'a>(guest: &'a Guest, facts: &[DiskFact]) -> Vec<&'a Disk> {
 }
 
 /// The way from source to destination.
-pub fn path(facts: &PathFacts, source: &HostName, dest: &HostName) -> Vec<CheckFailure> {
+pub fn path(facts: &PathFacts, source: &HostName, dest: &HostName, way: &Way) -> Vec<CheckFailure> {
     let mut failures = Vec::new();
+    if matches!(way, Way::Cold(_)) {
+        failures.extend(cold::path(facts, source, dest));
+        return failures;
+    }
     if let Err(error) = &facts.libvirt {
         failures.push(fail(
             CheckCode::LibvirtUnreachable,

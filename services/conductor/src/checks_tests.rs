@@ -48,6 +48,7 @@ fn disk(target: &str, path: &str) -> Disk {
         backing: vec![BackingImage {
             path: "/images/base.qcow2".into(),
             format: "qcow2".into(),
+            allocated_bytes: 0,
         }],
     }
 }
@@ -75,6 +76,8 @@ fn guest() -> Guest {
             },
         }],
         immovable: vec![],
+        files: vec![],
+        external_snapshots: vec![],
         snapshots: vec![],
         active_job: None,
     }
@@ -117,6 +120,8 @@ fn destination_facts() -> DestinationFacts {
         same_uuid: Presence::Absent,
         same_name: None,
         disks: vec![disk_fact()],
+        files: vec![],
+        disk_port: Ok(49215),
         reach_source: Ok(()),
         probe_port: Ok(49152),
     }
@@ -175,7 +180,7 @@ fn codes(failures: &[CheckFailure]) -> Vec<CheckCode> {
 
 #[test]
 fn a_sound_move_passes() {
-    assert!(request(&instance(), &LiveOptions::default(), None).is_empty());
+    assert!(request(&instance(), &Way::default(), None).is_empty());
     assert!(
         node(
             &host("kvm2"),
@@ -186,13 +191,14 @@ fn a_sound_move_passes() {
         .is_empty()
     );
     assert!(same_host(&host("kvm1"), &host("kvm2")).is_none());
-    assert!(source(&source_facts(), &host("kvm1")).is_empty());
+    assert!(source(&source_facts(), &host("kvm1"), &Way::default()).is_empty());
     assert_eq!(at_destination(|_, _, _| {}), []);
     let reached = PathFacts {
         libvirt: Ok(()),
         migration_port: Ok(()),
+        disk_port: Ok(()),
     };
-    assert!(path(&reached, &host("kvm1"), &host("kvm2")).is_empty());
+    assert!(path(&reached, &host("kvm1"), &host("kvm2"), &Way::default()).is_empty());
 }
 
 #[test]
@@ -200,7 +206,7 @@ fn the_record_refuses() {
     let of = |change: fn(&mut InstanceRow, &mut LiveOptions)| {
         let (mut row, mut options) = (instance(), LiveOptions::default());
         change(&mut row, &mut options);
-        codes(&request(&row, &options, None))
+        codes(&request(&row, &Way::Live(options), None))
     };
     assert_eq!(
         of(|r, _| r.power_state = PowerState::Shutdown),
@@ -223,7 +229,7 @@ fn the_record_refuses() {
     assert_eq!(both, [CheckCode::Options]);
     let busy = request(
         &instance(),
-        &LiveOptions::default(),
+        &Way::default(),
         Some(&crate::tests_support::migration()),
     );
     assert_eq!(codes(&busy), [CheckCode::InstanceBusy]);
@@ -262,14 +268,14 @@ fn the_source_refuses() {
     let of = |change: fn(&mut Guest)| {
         let mut facts = source_facts();
         change(facts.guest.as_mut().unwrap());
-        codes(&source(&facts, &host("kvm1")))
+        codes(&source(&facts, &host("kvm1"), &Way::default()))
     };
     let gone = SourceFacts {
         guest: None,
         ..source_facts()
     };
     assert_eq!(
-        codes(&source(&gone, &host("kvm1"))),
+        codes(&source(&gone, &host("kvm1"), &Way::default())),
         [CheckCode::InstanceMissing]
     );
     assert_eq!(
@@ -292,7 +298,7 @@ fn the_source_refuses() {
         error: Some("read-only file system".into()),
     }];
     assert_eq!(
-        codes(&source(&unmarked, &host("kvm1"))),
+        codes(&source(&unmarked, &host("kvm1"), &Way::default())),
         [CheckCode::DiskDirectory]
     );
 }
@@ -319,7 +325,7 @@ fn what_cannot_move_is_named_one_by_one() {
             what: format!("device-{i}"),
         })
         .collect();
-    let failures = source(&facts, &host("kvm1"));
+    let failures = source(&facts, &host("kvm1"), &Way::default());
     assert_eq!(codes(&failures), kinds.map(|(_, code)| code));
     for (i, failure) in failures.iter().enumerate() {
         assert!(
@@ -340,7 +346,7 @@ fn at_destination(
         &inventory(),
         &facts,
         &host("kvm2"),
-        &options,
+        &Way::Live(options),
     ))
 }
 
@@ -481,8 +487,9 @@ fn the_way_refuses() {
         let facts = PathFacts {
             libvirt,
             migration_port,
+            disk_port: Ok(()),
         };
-        codes(&path(&facts, &host("kvm1"), &host("kvm2")))
+        codes(&path(&facts, &host("kvm1"), &host("kvm2"), &Way::default()))
     };
     assert_eq!(of(Err("x".into()), Ok(())), [CheckCode::LibvirtUnreachable]);
     assert_eq!(

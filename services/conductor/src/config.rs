@@ -25,6 +25,9 @@ pub struct ConductorSettings {
     /// After so long without a word from its owner, another conductor takes an
     /// operation over, seconds.
     pub lease_s: u64,
+    /// A finished cold migration that nobody confirmed or reverted is confirmed
+    /// after so long, seconds; 0 is never.
+    pub resize_confirm_window_s: u64,
 }
 
 impl Default for ConductorSettings {
@@ -36,6 +39,7 @@ impl Default for ConductorSettings {
             max_concurrent_migrations: 64,
             agent_timeout_s: 15,
             lease_s: 30,
+            resize_confirm_window_s: 0,
         }
     }
 }
@@ -47,6 +51,12 @@ impl ConductorSettings {
             ("service_down_time_s", self.service_down_time_s, 2, 3600),
             ("agent_timeout_s", self.agent_timeout_s, 1, 600),
             ("lease_s", self.lease_s, 3, 3600),
+            (
+                "resize_confirm_window_s",
+                self.resize_confirm_window_s,
+                0,
+                31_536_000,
+            ),
             (
                 "max_concurrent_migrations",
                 self.max_concurrent_migrations as u64,

@@ -3,11 +3,13 @@
 //! claims what it found.
 
 use drover_model::{
-    api::compute::{CheckDestination, CheckPath, CheckSource, DestinationFacts, SourceFacts},
+    api::compute::{
+        CarriedFile, CheckDestination, CheckPath, CheckSource, DestinationFacts, SourceFacts,
+    },
     check::{CheckCode, CheckFailure, Side},
-    guest::Guest,
+    guest::{Guest, PowerState},
     ids::{HostName, MigrationId},
-    migration::LiveOptions,
+    migration::Way,
     node::{Endpoint, HypervisorReport},
 };
 use drover_store::{Store, claims::Resources, instances::InstanceRow, nodes::NodeRow};
@@ -35,7 +37,7 @@ pub struct Survey<'a> {
     /// What is to move.
     pub instance: &'a InstanceRow,
     /// How.
-    pub options: &'a LiveOptions,
+    pub way: &'a Way,
 }
 
 /// A destination that every check let through.
@@ -51,6 +53,9 @@ pub struct Chosen {
     pub copied_disks: Vec<String>,
     /// Writable disks on shared storage, by target.
     pub shared_disks: Vec<String>,
+    /// Of a cold migration, every file that is carried.
+    #[serde(default)]
+    pub files: Vec<CarriedFile>,
     /// What to claim there: vCPUs, memory MiB, disk bytes.
     pub claim: (u64, u64, u64),
 }
@@ -74,11 +79,8 @@ impl Survey<'_> {
             let usage = self.store.usage(&node.report).await?;
             candidates.push(Candidate { node, usage });
         }
-        let wanted = Resources {
-            vcpus: u64::from(self.instance.vcpus),
-            memory_mib: self.instance.memory_mib,
-            disk_bytes: 0,
-        };
+        let size = Size::of(self.instance.vcpus, self.instance.memory_mib, self.way);
+        let wanted = size.claim(self.instance.power_state, 0);
         let (fit, unfit) = placement::rank(&self.instance.host, &wanted, candidates, self.live);
         let hosts = fit.into_iter().map(|c| c.node.report.host).take(MAX_ASKED);
         Ok((hosts.collect(), unfit))
@@ -95,10 +97,11 @@ impl Survey<'_> {
         let ask = CheckSource {
             migration: self.migration,
             instance: self.instance.id,
+            lasting: matches!(self.way, Way::Cold(_)),
         };
         match self.agents.check_source(host, &ask).await {
             Ok(facts) => {
-                failures.extend(checks::source(&facts, host));
+                failures.extend(checks::source(&facts, host, self.way));
                 Ok((Some(facts), failures))
             }
             Err(error) => {
@@ -162,6 +165,11 @@ impl Survey<'_> {
                 .as_ref()
                 .ok()
                 .and_then(|f| f.probe_port.clone().ok()),
+            disk_port: answered
+                .as_ref()
+                .ok()
+                .and_then(|f| f.disk_port.clone().ok())
+                .filter(|_| matches!(self.way, Way::Cold(_))),
         };
         let reached = self.agents.check_path(source_host, &path).await;
         let failures = &mut examined.destination;
@@ -177,10 +185,10 @@ impl Survey<'_> {
             &source.inventory,
             &facts,
             host,
-            self.options,
+            self.way,
         ));
         match reached {
-            Ok(path) => failures.extend(checks::path(&path, source_host, host)),
+            Ok(path) => failures.extend(checks::path(&path, source_host, host, self.way)),
             Err(error) => {
                 failures.push(checks::unanswered(
                     source_host,
@@ -189,7 +197,7 @@ impl Survey<'_> {
                 ));
             }
         }
-        let chosen = choose(guest, &facts, dest);
+        let chosen = choose(guest, &facts, dest, self.way);
         let usage = self.store.usage(&dest.report).await?;
         failures.extend(checks::room(&usage.shortfalls(&chosen.resources()), host));
         dedup(failures);
@@ -229,17 +237,59 @@ impl Chosen {
     }
 }
 
-fn choose(guest: &Guest, facts: &DestinationFacts, dest: &NodeRow) -> Chosen {
+/// vCPUs and memory that a guest will have.
+struct Size {
+    vcpus: u64,
+    memory_mib: u64,
+}
+
+impl Size {
+    fn of(vcpus: u32, memory_mib: u64, way: &Way) -> Self {
+        let flavor = match way {
+            Way::Cold(options) => options.flavor,
+            Way::Live(_) => None,
+        };
+        let (vcpus, memory_mib) = flavor.map_or((vcpus, memory_mib), |f| (f.vcpus, f.memory_mb));
+        Self {
+            vcpus: u64::from(vcpus),
+            memory_mib,
+        }
+    }
+
+    /// What it takes: a guest that is off, and stays so, holds neither memory nor CPU.
+    fn claim(&self, state: PowerState, disk_bytes: u64) -> Resources {
+        let active = u64::from(state.is_active());
+        Resources {
+            vcpus: self.vcpus * active,
+            memory_mib: self.memory_mib * active,
+            disk_bytes,
+        }
+    }
+}
+
+fn choose(guest: &Guest, facts: &DestinationFacts, dest: &NodeRow, way: &Way) -> Chosen {
     let names = |disks: Vec<&drover_model::guest::Disk>| -> Vec<String> {
         disks.into_iter().map(|d| d.target.clone()).collect()
     };
     let copied = checks::copied(guest, &facts.disks);
-    let sizes = copied.iter().map(|d| d.allocated_bytes);
-    let disk_bytes = sizes.fold(0, u64::saturating_add);
+    let files = match way {
+        Way::Cold(_) => checks::cold::carried(guest, facts),
+        Way::Live(_) => Vec::new(),
+    };
+    let disk_bytes = match way {
+        Way::Live(_) => copied.iter().map(|d| d.allocated_bytes).sum(),
+        Way::Cold(_) => {
+            let made = files.iter().filter(|f| !f.present);
+            made.map(|f| f.data_bytes).sum()
+        }
+    };
+    let size = Size::of(guest.vcpus, guest.memory_mib, way);
+    let claim = size.claim(guest.power_state, disk_bytes);
     Chosen {
         host: dest.report.host.clone(),
         endpoint: dest.report.endpoint.clone(),
-        claim: (u64::from(guest.vcpus), guest.memory_mib, disk_bytes),
+        claim: (claim.vcpus, claim.memory_mib, claim.disk_bytes),
+        files,
         copied_disks: names(copied),
         shared_disks: names(checks::shared(guest, &facts.disks)),
         guest: guest.clone(),

@@ -2,7 +2,7 @@
 
 use drover_model::{
     ids::{InstanceId, MigrationId},
-    migration::{LiveOptions, Migration, MigrationStatus, MigrationType, Progress, Requester},
+    migration::{Migration, MigrationStatus, Progress, Requester, Way},
 };
 use uuid::Uuid;
 
@@ -14,12 +14,11 @@ pub(crate) fn migration() -> Migration {
         instance_uuid: InstanceId(Uuid::from_u128(7)),
         instance_name: "vm1".into(),
         project_id: "demo".into(),
-        migration_type: MigrationType::LiveMigration,
+        way: Way::default(),
         status: MigrationStatus::Accepted,
         source_host: "kvm1".parse().unwrap(),
         dest_host: None,
         dest_requested: false,
-        options: LiveOptions::default(),
         step: String::new(),
         step_started_at_ms: 0,
         attempt: 1,
@@ -27,6 +26,8 @@ pub(crate) fn migration() -> Migration {
         requester: Requester::default(),
         abort_requested: false,
         force_complete_requested: false,
+        ending: None,
+        ending_attempt: 0,
         end_reason: None,
         warnings: vec![],
         decisions: vec![],

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use drover_compute::hypervisor::{DestinationQuestion, Event};
+use drover_compute::hypervisor::{Definition, DestinationQuestion, Event};
 use drover_model::{
     error::ErrorClass::{Lost, Retryable},
     guest::{Guest, PowerState, Presence},
@@ -28,12 +28,14 @@ async fn connection(events: &mut Receiver<Event>, up: bool) -> Result<()> {
 pub async fn away_is_an_error_and_never_an_empty_answer(stage: &dyn Stage) -> Result<()> {
     let id = stage.guest(Wish::default()).await?;
     let guest = stage.a().guest(id).await?.context("the guest is on a")?;
+    let definition = stage.a().definition(id).await?;
+    let definition = definition.context("it has no definition")?;
     let mut events = stage.a().events();
     stage.cut_off_a().await?;
     connection(&mut events, false).await?;
     let asked = async {
         looks_fail(stage, &guest).await?;
-        acts_fail(stage, id).await
+        acts_fail(stage, id, &definition).await
     };
     timeout(SOON, asked).await.context("calls hang")??;
     stage.reconnect_a().await
@@ -47,23 +49,32 @@ async fn looks_fail(stage: &dyn Stage, guest: &Guest) -> Result<()> {
     assert_class("presence", Retryable, a.presence(id).await)?;
     assert_class("job", Retryable, a.job(id).await)?;
     assert_class("completed_job", Retryable, a.completed_job(id).await)?;
+    assert_class("lasting_guest", Retryable, a.lasting_guest(id).await)?;
+    assert_class("definition", Retryable, a.definition(id).await)?;
     let question = DestinationQuestion { guest, marks: &[] };
     let answer = a.answer_destination(question).await;
     assert_class("answer_destination", Retryable, answer)
 }
 
-async fn acts_fail(stage: &dyn Stage, id: InstanceId) -> Result<()> {
+async fn acts_fail(stage: &dyn Stage, id: InstanceId, definition: &Definition) -> Result<()> {
     let a = stage.a();
     let unused = format!("{}/unused", stage.shared_directory());
     stage.write(&unused, "may be a guest's").await?;
     assert_class("remove_disk", Retryable, a.remove_disk(&unused).await)?;
     let disk = files::disk_at(&format!("{unused}-either"), "qcow2");
     assert_class("create_disk", Retryable, a.create_disk(&disk).await)?;
+    let to = format!("{unused}-kept");
+    assert_class("rename_file", Retryable, a.rename_file(&unused, &to).await)?;
     let left = stage.fingerprint(&unused).await?;
     ensure!(
         left.is_some(),
-        "a file was removed without asking who uses it"
+        "a file was removed or renamed without asking who uses it"
     );
+    assert_class("shut_down", Retryable, a.shut_down(id).await)?;
+    assert_class("stop", Retryable, a.stop(id).await)?;
+    assert_class("start", Retryable, a.start(id).await)?;
+    assert_class("withdraw", Retryable, a.withdraw(id).await)?;
+    assert_class("define", Retryable, a.define(definition, None).await)?;
     let spec = stage.way(id).await?;
     assert_class("migrate", Retryable, a.migrate(spec).await)?;
     assert_class("abort", Retryable, a.abort(id).await)?;

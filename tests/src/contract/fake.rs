@@ -85,6 +85,11 @@ impl Stage for FakeStage {
             .memory_mib(MEMORY_MIB)
             .working_set_mib(32)
             .dirty_mib_s(wish.dirty_mib_s);
+        let builder = if wish.obeys {
+            builder
+        } else {
+            builder.ignores_shutdown()
+        };
         let builder = match wish.disk {
             Some(Place::Shared) => builder.disk(&format!("{SHARED}/{name}.qcow2"), 10),
             Some(Place::Local) => builder.disk(&format!("{LOCAL}/{name}.qcow2"), 10),
@@ -150,6 +155,17 @@ impl Stage for FakeStage {
         self.fabric
             .write_file("kvm1", path, text)
             .map_err(anyhow::Error::msg)
+    }
+
+    async fn change(&self, path: &str) -> Result<()> {
+        self.fabric
+            .change_file("kvm1", path)
+            .map_err(anyhow::Error::msg)
+    }
+
+    async fn same(&self, on_a: &str, on_b: &str) -> Result<bool> {
+        let file = |node, path| self.fabric.file(node, path).context("there is no file");
+        Ok(file("kvm1", on_a)?.content == file("kvm2", on_b)?.content)
     }
 
     async fn fingerprint(&self, path: &str) -> Result<Option<String>> {

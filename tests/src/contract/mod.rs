@@ -3,10 +3,13 @@
 //!
 //! A [`Stage`] gives a point two drivers and a guest between them: [`fake`] for
 //! the fake driver in virtual time, [`real`] for libvirt on a devstack. The
-//! points are in [`looking`], [`moving`], [`turning`], [`files`] and [`away`];
-//! `tests/tests/contract.rs` runs every one of them on either.
+//! points are in [`looking`], [`moving`], [`turning`], [`cold`], [`files`],
+//! [`carrying`] and [`away`]; `tests/tests/contract.rs` runs every one of them
+//! on either.
 
 pub mod away;
+pub mod carrying;
+pub mod cold;
 pub mod fake;
 pub mod files;
 pub mod looking;
@@ -54,6 +57,8 @@ pub struct Wish {
     pub disk: Option<Place>,
     /// How fast it writes to a part of its memory, MiB/s.
     pub dirty_mib_s: u64,
+    /// It has a system that obeys its power button.
+    pub obeys: bool,
 }
 
 impl Default for Wish {
@@ -63,6 +68,7 @@ impl Default for Wish {
             state: PowerState::Running,
             disk: None,
             dirty_mib_s: 0,
+            obeys: false,
         }
     }
 }
@@ -81,6 +87,14 @@ impl Wish {
         Self {
             disk: Some(place),
             ..Self::default()
+        }
+    }
+
+    /// Running, with a disk that both nodes see, and a system that obeys.
+    pub fn obedient() -> Self {
+        Self {
+            obeys: true,
+            ..Self::disk(Place::Shared)
         }
     }
 
@@ -126,6 +140,12 @@ pub trait Stage {
 
     /// Puts a file with that text into one of these directories, on a.
     async fn write(&self, path: &str, text: &str) -> Result<()>;
+
+    /// Writes to a file that is there.
+    async fn change(&self, path: &str) -> Result<()>;
+
+    /// Whether a file on a holds the same as one on b. An error if either is gone.
+    async fn same(&self, on_a: &str, on_b: &str) -> Result<bool>;
 
     /// A fingerprint of a file on a; none if there is none.
     async fn fingerprint(&self, path: &str) -> Result<Option<String>>;

@@ -173,7 +173,7 @@ impl RealStage {
         });
         // Whoever needs no busy guest gets one without a system: it is there at once.
         let system = match wish.dirty_mib_s {
-            0 => String::new(),
+            0 if !wish.obeys => String::new(),
             rate => format!(
                 "<kernel>{BOOT}/vmlinuz</kernel><initrd>{BOOT}/initrd</initrd>\
                  <cmdline>console=ttyS0 quiet panic=1 mitigations=off drover.name=contract \
@@ -222,6 +222,8 @@ fn driver(socket: PathBuf, directory: &Path) -> Result<Arc<LibvirtDriver>> {
     let settings = LibvirtSettings {
         libvirt_uri: format!("qemu:///system?socket={}", socket.display()),
         instances_path: directory.to_string_lossy().into_owned(),
+        // Two drivers in one process take two ports.
+        disk_port: 0,
         reconnect_max_ms: 500,
         ..LibvirtSettings::default()
     };
@@ -248,8 +250,8 @@ impl Stage for RealStage {
             Ok((self.a.presence(id).await? == wanted).then_some(()))
         })
         .await?;
-        if wish.dirty_mib_s > 0 {
-            // Its system says when it has begun to write.
+        if wish.dirty_mib_s > 0 || wish.obeys {
+            // Its system says when it has begun to write, and listens.
             until("the guest's system is up", async || {
                 let said = std::fs::read(self.console(id)).unwrap_or_default();
                 Ok(said.windows(UP.len()).any(|w| w == UP).then_some(()))
@@ -319,6 +321,16 @@ impl Stage for RealStage {
 
     async fn write(&self, path: &str, text: &str) -> Result<()> {
         Ok(std::fs::write(path, text)?)
+    }
+
+    async fn change(&self, path: &str) -> Result<()> {
+        use std::io::Write;
+        let mut file = std::fs::OpenOptions::new().write(true).open(path)?;
+        Ok(file.write_all(b"changed!")?)
+    }
+
+    async fn same(&self, on_a: &str, on_b: &str) -> Result<bool> {
+        Ok(std::fs::read(on_a)? == std::fs::read(on_b)?)
     }
 
     async fn fingerprint(&self, path: &str) -> Result<Option<String>> {

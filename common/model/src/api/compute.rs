@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     guest::{Guest, NicAttachment, Presence},
     ids::{HostName, InstanceId, MigrationId},
-    migration::{LiveOptions, Progress},
+    migration::{ColdOptions, Flavor, LiveOptions, Progress},
     node::{Endpoint, Inventory},
 };
 
@@ -42,6 +42,36 @@ pub mod method {
     pub const ROLLBACK_AT_DESTINATION: &str = "rollback_live_migration_at_destination";
     /// [`super::StepRef`] → `null`, on the source: forgets a migration that ended there.
     pub const ROLLBACK_AT_SOURCE: &str = "rollback_live_migration_at_source";
+
+    // Cold, in the order in which one uses them.
+
+    /// [`super::PrepResize`] → [`super::Inbox`], on the destination.
+    pub const PREP_RESIZE: &str = "prep_resize";
+    /// [`super::ResizeInstance`] → [`super::JobState`], on the source: starts a
+    /// part of the work, or finds it started; does not wait.
+    pub const RESIZE_INSTANCE: &str = "resize_instance";
+    /// [`super::StepRef`] → `null`, on the source: stops the part under way.
+    pub const ABORT_RESIZE: &str = "abort_resize";
+    /// [`super::StepRef`] → [`super::CleanUp`], on the source: keeps definition
+    /// and disks aside, unable to start.
+    pub const SET_ASIDE: &str = "set_aside_instance";
+    /// [`super::FinishResize`] → [`super::GuestLocation`], on the destination:
+    /// defines the guest and starts it if it ran.
+    pub const FINISH_RESIZE: &str = "finish_resize";
+    /// [`super::StepRef`] → [`super::CleanUp`], on the destination, only when the
+    /// guest is known not to run there: takes back what was made.
+    pub const ROLLBACK_RESIZE: &str = "rollback_resize_at_destination";
+    /// [`super::FinishRevertResize`] → [`super::GuestLocation`], on the source:
+    /// the guest is there as it was before.
+    pub const FINISH_REVERT_RESIZE: &str = "finish_revert_resize";
+    /// [`super::StepRef`] → [`super::CleanUp`], on the destination: what came is
+    /// on stable storage and is the guest's; the source's copy may go.
+    pub const CONFIRM_AT_DESTINATION: &str = "confirm_resize_at_destination";
+    /// [`super::StepRef`] → [`super::CleanUp`], on the source: removes what was set aside.
+    pub const CONFIRM_RESIZE: &str = "confirm_resize";
+    /// [`super::RevertResize`] → [`super::GuestLocation`], on the destination:
+    /// stops the guest and takes its definition away; the disks stay.
+    pub const REVERT_RESIZE: &str = "revert_resize";
 }
 
 /// Names a step's subject.
@@ -77,6 +107,10 @@ pub struct CheckSource {
     pub migration: MigrationId,
     /// The instance.
     pub instance: InstanceId,
+    /// Look at the guest as it will be after its next start (for a cold
+    /// migration), rather than as it is now.
+    #[serde(default)]
+    pub lasting: bool,
 }
 
 /// What the source found.
@@ -138,10 +172,21 @@ pub struct DestinationFacts {
     pub same_name: Option<InstanceId>,
     /// The guest's disks, as seen from here.
     pub disks: Vec<DiskFact>,
+    /// What lies beside them, as seen from here.
+    #[serde(default)]
+    pub files: Vec<FileFact>,
+    /// Port at which this node's agent takes disks of guests that are off, or
+    /// why it does not.
+    #[serde(default = "no_disk_port")]
+    pub disk_port: Result<u16, String>,
     /// Whether the source's libvirt port can be reached from here, or why not.
     pub reach_source: Result<(), String>,
     /// A migration port that listens here for the source to try, or why none could.
     pub probe_port: Result<u16, String>,
+}
+
+fn no_disk_port() -> Result<u16, String> {
+    Err("its agent is too old to take disks".to_owned())
 }
 
 /// libvirt's verdict on a guest's CPU.
@@ -192,6 +237,28 @@ pub struct DiskFact {
     pub missing_backing: Vec<String>,
 }
 
+/// A file beside the disks (an image under one, the firmware's variables, the
+/// TPM's state) as the destination sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileFact {
+    /// Absolute path, the same on both nodes.
+    pub path: String,
+    /// A file of that path is here.
+    pub exists: bool,
+    /// Its directory is here, or will be made.
+    pub directory_exists: bool,
+    /// Which file system its directory is on.
+    pub file_system: String,
+    /// Free room there, bytes.
+    pub free_bytes: u64,
+    /// How long it is, if it exists, bytes.
+    #[serde(default)]
+    pub length_bytes: u64,
+    /// A domain of this node uses it.
+    #[serde(default)]
+    pub in_use: bool,
+}
+
 /// Ask the source whether it can reach the destination.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckPath {
@@ -203,6 +270,9 @@ pub struct CheckPath {
     pub destination: Endpoint,
     /// Migration port that listens there.
     pub probe_port: Option<u16>,
+    /// Port at which its agent takes disks, if that is to be tried.
+    #[serde(default)]
+    pub disk_port: Option<u16>,
 }
 
 /// What the source found.
@@ -212,6 +282,13 @@ pub struct PathFacts {
     pub libvirt: Result<(), String>,
     /// Whether the probe port can be reached, or why not.
     pub migration_port: Result<(), String>,
+    /// Whether the disk port can be reached, or why not; `Ok` if it was not tried.
+    #[serde(default = "not_tried")]
+    pub disk_port: Result<(), String>,
+}
+
+fn not_tried() -> Result<(), String> {
+    Ok(())
 }
 
 /// Make the destination ready.
@@ -327,4 +404,119 @@ pub struct CleanUp {
     /// How long the hypervisor's job took, ms. Known on the destination alone.
     #[serde(default)]
     pub total_ms: Option<u64>,
+}
+
+/// A file that a cold migration carries. Its path is the same on both nodes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CarriedFile {
+    /// Absolute path.
+    pub path: String,
+    /// What it is to the guest.
+    pub role: FileRole,
+    /// The destination has a file of that path: it is compared, never written.
+    pub present: bool,
+    /// Bytes of data in it when the move was planned.
+    pub data_bytes: u64,
+}
+
+/// What a file is to its guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileRole {
+    /// An image under a disk: never written, perhaps by others used too.
+    Backing,
+    /// A disk that is a file.
+    Disk,
+    /// A disk that is a block device, on both nodes: written, never made nor removed.
+    Device,
+    /// The firmware's variables.
+    Nvram,
+    /// State of an emulated TPM.
+    Tpm,
+}
+
+/// Make the destination ready for a guest that comes shut off.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PrepResize {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// What will come.
+    pub files: Vec<CarriedFile>,
+    /// Disks will be copied before the guest stops, and then what changed.
+    pub pre_copy: bool,
+}
+
+/// Where the destination takes files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inbox {
+    /// TCP port, at the address of the node's endpoint.
+    pub port: u16,
+    /// The key to it, hexadecimal.
+    pub token: String,
+}
+
+/// A part of the source's work in a cold migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ColdPart {
+    /// What can be carried while the guest runs.
+    PreCopy,
+    /// The guest shuts down.
+    Stop,
+    /// What could not be carried before.
+    Copy,
+}
+
+/// Do, or go on with, a part of the source's work.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ResizeInstance {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// Which part.
+    pub part: ColdPart,
+    /// Address of the destination.
+    pub dest_address: String,
+    /// Where the destination takes files.
+    pub inbox: Inbox,
+    /// Everything that will be carried, as the destination was told.
+    pub files: Vec<CarriedFile>,
+    /// How.
+    pub options: ColdOptions,
+}
+
+/// Define the guest that has come, and start it if it ran.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FinishResize {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// Whether it is to run. Only with proof that it runs nowhere else.
+    pub start: bool,
+    /// Its new size, if that changes.
+    pub flavor: Option<Flavor>,
+}
+
+/// Have the guest on its source as it was before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FinishRevertResize {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// The other node was asked just now and does not run it (invariant 1).
+    pub runs_nowhere_else: bool,
+}
+
+/// Stop the guest on its destination and take its definition away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevertResize {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
 }

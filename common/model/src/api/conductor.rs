@@ -8,7 +8,7 @@ use crate::{
     check::CheckFailure,
     guest::PowerState,
     ids::{HostName, InstanceId, MigrationId},
-    migration::{LiveOptions, Migration, MigrationType, Progress},
+    migration::{Migration, MigrationType, Progress, Way},
     node::NodeReport,
 };
 
@@ -20,6 +20,12 @@ pub mod method {
     pub const ABORT_MIGRATION: &str = "abort_migration";
     /// [`super::MigrationRef`] → [`super::Migration`]
     pub const FORCE_COMPLETE_MIGRATION: &str = "force_complete_migration";
+    /// [`super::MigrationRef`] → [`super::Migration`]: of a cold one that is
+    /// *finished*, the source's copy is removed.
+    pub const CONFIRM_MIGRATION: &str = "confirm_migration";
+    /// [`super::RevertMigration`] → [`super::Migration`]: of a cold one that is
+    /// *finished*, the guest goes back.
+    pub const REVERT_MIGRATION: &str = "revert_migration";
     /// [`super::MigrationRef`] → [`super::Migration`]: takes a *stuck* one up again.
     pub const RESUME_MIGRATION: &str = "resume_migration";
     /// [`super::MigrationRef`] → [`super::Migration`]
@@ -46,7 +52,7 @@ pub mod method {
     pub const MIGRATION_PROGRESS: &str = "migration_progress";
 }
 
-/// Ask for a live migration.
+/// Ask for a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateInstance {
@@ -58,12 +64,46 @@ pub struct MigrateInstance {
     /// Where to; the conductor chooses if it is left out.
     #[serde(default)]
     pub host: Option<HostName>,
-    /// How.
+    /// How: [`LiveOptions`](crate::migration::LiveOptions) or [`ColdOptions`](crate::migration::ColdOptions), by the type.
     #[serde(default)]
-    pub options: LiveOptions,
+    pub options: serde_json::Map<String, serde_json::Value>,
     /// Check everything, change nothing.
     #[serde(default)]
     pub dry_run: bool,
+}
+
+impl MigrateInstance {
+    /// Asks for a migration of that kind.
+    pub fn new(instance: impl Into<String>, host: Option<HostName>, way: &Way) -> Self {
+        let options = match way {
+            Way::Live(options) => serde_json::to_value(options),
+            Way::Cold(options) => serde_json::to_value(options),
+        };
+        let options = match options {
+            Ok(serde_json::Value::Object(options)) => options,
+            // Structures of numbers and truth values are always written as objects.
+            _ => serde_json::Map::new(),
+        };
+        Self {
+            instance: instance.into(),
+            migration_type: way.migration_type(),
+            host,
+            options,
+            dry_run: false,
+        }
+    }
+
+    /// Kind and options together.
+    ///
+    /// # Errors
+    /// An option is unknown to that kind, or its value cannot be; says which.
+    pub fn way(&self) -> Result<Way, serde_json::Error> {
+        let options = serde_json::Value::Object(self.options.clone());
+        Ok(match self.migration_type {
+            MigrationType::LiveMigration => Way::Live(serde_json::from_value(options)?),
+            MigrationType::Migration => Way::Cold(serde_json::from_value(options)?),
+        })
+    }
 }
 
 fn live() -> MigrationType {
@@ -99,9 +139,10 @@ pub struct Plan {
     pub dest_host: Option<HostName>,
     /// Every failed check; a migration would be accepted if there is none.
     pub failures: Vec<CheckFailure>,
-    /// Disks that would be copied, and how big they are.
+    /// Disks (of a cold migration, files by path) that would be copied, and how
+    /// big they are.
     pub copied_disks: Vec<PlannedDisk>,
-    /// Memory to send, MiB.
+    /// Memory to send, MiB; of a cold migration none.
     pub memory_mib: u64,
     /// What would be decided, in words.
     pub decisions: Vec<String>,
@@ -110,7 +151,7 @@ pub struct Plan {
 /// A disk that a migration would copy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedDisk {
-    /// Name in the guest.
+    /// Name in the guest, or path of the file.
     pub target: String,
     /// Bytes that would really be sent.
     pub allocated_bytes: u64,
@@ -122,6 +163,18 @@ pub struct PlannedDisk {
 pub struct MigrationRef {
     /// Integer id, UUID, or unique prefix of one.
     pub migration: String,
+}
+
+/// Take a guest back from where a cold migration brought it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RevertMigration {
+    /// Integer id, UUID, or unique prefix of one.
+    pub migration: String,
+    /// Keep what the guest wrote since: confirm, and migrate it back cold. Else
+    /// that is lost, unless its disks are shared.
+    #[serde(default)]
+    pub keep_changes: bool,
 }
 
 /// Wait until a migration's record has changed.

@@ -5,11 +5,12 @@
 
 use std::time::Duration;
 
-use drover_model::migration::{EndReason, Migration, MigrationStatus};
+use drover_model::migration::{EndReason, Ending, Migration, MigrationStatus};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Session;
 use crate::{
+    args::Change,
     client::Client,
     exit::{Exit, Trouble},
     render::{
@@ -34,13 +35,63 @@ pub enum Goal {
     Aborted,
     /// That it moves again after it was stuck.
     Resumed,
+    /// That its old node gives up its copy.
+    Confirmed,
+    /// That the guest comes back.
+    Reverted,
 }
 
-/// Why following ended.
-enum Ending {
+impl Goal {
+    /// What somebody who only looks on wants of it.
+    pub fn of_onlooker(m: &Migration) -> Self {
+        match m.status {
+            MigrationStatus::Reverting => Self::Reverted,
+            _ => Self::Moved,
+        }
+    }
+
+    /// What is wanted of that one: of one that was being settled when it became
+    /// stuck, that.
+    pub fn of(self, m: &Migration) -> Self {
+        match (self, m.ending) {
+            (Self::Resumed, Some(Ending::Confirm)) => Self::Confirmed,
+            (Self::Resumed, Some(Ending::Revert)) => Self::Reverted,
+            _ => self,
+        }
+    }
+
+    /// Whether that is what became of it.
+    fn is_met(self, m: &Migration) -> bool {
+        match self {
+            Self::Moved | Self::Resumed => m.status.has_moved(),
+            Self::Aborted => m.status == MigrationStatus::Cancelled,
+            Self::Confirmed => m.status == MigrationStatus::Confirmed,
+            Self::Reverted => m.status == MigrationStatus::Reverted,
+        }
+    }
+}
+
+/// Why following stopped.
+enum Halt {
     Over,
     Timeout,
     Interrupt,
+}
+
+/// Goes on with what the conductor has accepted: follows it to its end, or just
+/// names it to a caller that does not wait.
+pub async fn go_on(
+    session: &mut Session,
+    record: Migration,
+    change: Change,
+    deadline: Option<Instant>,
+    goal: Goal,
+) -> Result<Exit, Trouble> {
+    if change.no_wait {
+        accepted(session, &record)?;
+        return Ok(Exit::Done);
+    }
+    run(session, record, Meter::new(), deadline, goal).await
 }
 
 /// Follows a migration and tells its end.
@@ -52,32 +103,33 @@ pub async fn run(
     goal: Goal,
 ) -> Result<Exit, Trouble> {
     let mut record = first;
-    // A record that is stuck when something is done about it is about to change.
+    // A record that rests or is stuck when something is done about it is about to change.
     let mut about_to_change = goal != Goal::Moved;
     meter.show(&mut session.screen, &record)?;
-    let ending = loop {
+    let halt = loop {
         if is_over(&record) && (record.status.is_final() || !about_to_change) {
-            break Ending::Over;
+            break Halt::Over;
         }
         let Session {
             client,
             screen,
             interrupt,
+            ..
         } = &mut *session;
         tokio::select! {
             biased;
-            () = interrupt => break Ending::Interrupt,
+            () = interrupt => break Halt::Interrupt,
             next = next(client, &record, &mut meter, screen) => record = next?,
-            () = at(deadline) => break Ending::Timeout,
+            () = at(deadline) => break Halt::Timeout,
         }
         about_to_change = false;
         meter.show(&mut session.screen, &record)?;
     };
-    conclude(session, &record, &meter, &ending, goal)
+    conclude(session, &record, &meter, &halt, goal)
 }
 
 /// Says that a migration is on its way: its id, for scripts to go on with.
-pub fn accepted(session: &mut Session, m: &Migration) -> Result<(), Trouble> {
+fn accepted(session: &mut Session, m: &Migration) -> Result<(), Trouble> {
     session.screen.value(m, |m| m.id.to_string())?;
     if session.screen.manner() == Manner::Terminal {
         session.screen.notice(&goes_on("accepted", m));
@@ -87,7 +139,7 @@ pub fn accepted(session: &mut Session, m: &Migration) -> Result<(), Trouble> {
 
 /// Nothing more happens, unless somebody acts.
 fn is_over(m: &Migration) -> bool {
-    m.status.is_final() || m.status == MigrationStatus::Stuck
+    m.status.rests() || m.status == MigrationStatus::Stuck
 }
 
 async fn at(deadline: Option<Instant>) {
@@ -150,33 +202,45 @@ fn given_up(trouble: Trouble, m: &Migration) -> Trouble {
 
 fn goes_on(what: &str, m: &Migration) -> String {
     let (name, id) = (clean(&m.instance_name), m.id);
-    format!(
-        "drover: {what}: the migration of {name} goes on\n  \
-         to watch it: `drover migration watch {id}`\n  \
-         to end it:   `drover migration abort {id}`"
-    )
+    let doing = match m.ending {
+        None => "",
+        Some(Ending::Confirm) => "confirming ",
+        Some(Ending::Revert) => "reverting ",
+    };
+    let text = format!(
+        "drover: {what}: {doing}the migration of {name} goes on\n  \
+         to watch it: `drover migration watch {id}`"
+    );
+    if m.status.may_become(MigrationStatus::Cancelled) {
+        text + &format!("\n  to end it:   `drover migration abort {id}`")
+    } else {
+        text
+    }
 }
 
 fn conclude(
     session: &mut Session,
     m: &Migration,
     meter: &Meter,
-    ending: &Ending,
+    halt: &Halt,
     goal: Goal,
 ) -> Result<Exit, Trouble> {
     if session.screen.manner() == Manner::Json && !meter.is_streaming() {
         session.screen.value(m, outcome::end)?;
     }
-    match ending {
-        Ending::Over => {
+    match halt {
+        Halt::Over => {
             session.screen.say(&outcome::end(m))?;
+            if m.status == MigrationStatus::Finished && !goal.is_met(m) {
+                session.screen.notice(&outcome::unsettled(m));
+            }
             Ok(exit(m, goal))
         }
-        Ending::Timeout => {
+        Halt::Timeout => {
             session.screen.notice(&goes_on("not over in time", m));
             Ok(Exit::TimedOut)
         }
-        Ending::Interrupt => {
+        Halt::Interrupt => {
             if session.screen.manner() == Manner::Terminal {
                 // The terminal has written ^C where the next line begins.
                 session.screen.raw(b"\r\x1b[2K")?;
@@ -189,12 +253,9 @@ fn conclude(
 
 /// How a command ends whose migration ended so.
 fn exit(m: &Migration, goal: Goal) -> Exit {
-    match (m.status, goal) {
-        (MigrationStatus::Cancelled, Goal::Aborted) => Exit::Done,
-        (MigrationStatus::Completed, Goal::Moved | Goal::Resumed) => Exit::Done,
-        _ => match m.end_reason {
-            Some(EndReason::Refused { .. }) => Exit::Refused,
-            _ => Exit::Failed,
-        },
+    match m.end_reason {
+        _ if goal.is_met(m) => Exit::Done,
+        Some(EndReason::Refused { .. }) => Exit::Refused,
+        _ => Exit::Failed,
     }
 }

@@ -1,23 +1,22 @@
-//! `drover instance`: what instances there are, and moving them.
-
-use std::time::Duration;
+//! `drover instance`: what instances there are, and moving them. Settling what
+//! a cold move left open is in [`settle`].
 
 use drover_model::{
     api::conductor::{ListInstances, MigrateAnswer, MigrateInstance, Plan},
-    error::ErrorClass,
-    migration::MigrationType,
+    migration::Flavor,
 };
 use tokio::time::Instant;
 
 use super::{
-    Session,
+    Session, deadline,
     follow::{self, Goal},
+    heard, left, settle, uncertain,
 };
 use crate::{
-    args::{InstanceVerb, Migrate, Patience},
+    args::{InstanceVerb, Migrate},
     client::ADMISSION,
     exit::{Exit, Trouble},
-    render::{clean, describe, meter::Meter, table},
+    render::{describe, table},
 };
 
 /// Runs a verb.
@@ -37,39 +36,44 @@ pub async fn run(session: &mut Session, verb: InstanceVerb) -> Result<Exit, Trou
             Ok(Exit::Done)
         }
         InstanceVerb::Migrate(order) => migrate(session, *order).await,
+        InstanceVerb::Confirm(order) => settle::confirm(session, order).await,
+        InstanceVerb::Revert(order) => settle::revert(session, order).await,
     }
 }
 
 async fn migrate(session: &mut Session, order: Migrate) -> Result<Exit, Trouble> {
-    let options = order.how.options();
-    if let Some(problem) = options.problems().first() {
+    let flavor = flavor(session, &order).await?;
+    let way = order.way(flavor);
+    if let Some(problem) = way.problems().first() {
         return Err(Trouble::usage(problem.clone()).remedy("`drover instance migrate --help`"));
     }
     let request = MigrateInstance {
-        instance: order.id,
-        migration_type: MigrationType::LiveMigration,
-        host: order.to,
-        options,
         dry_run: order.change.dry_run,
+        ..MigrateInstance::new(order.id, order.to, &way)
     };
     let deadline = deadline(order.patience);
-    let answer = ask(session, &request, deadline).await?;
-    match answer {
+    match ask(session, &request, deadline).await? {
         MigrateAnswer::Plan { plan } => show_plan(session, &plan),
-        MigrateAnswer::Accepted { migration } if order.change.no_wait => {
-            follow::accepted(session, &migration)?;
-            Ok(Exit::Done)
-        }
         MigrateAnswer::Accepted { migration } => {
-            follow::run(session, *migration, Meter::new(), deadline, Goal::Moved).await
+            follow::go_on(session, *migration, order.change, deadline, Goal::Moved).await
         }
     }
 }
 
-/// When waiting ends.
-pub(super) fn deadline(patience: Patience) -> Option<Instant> {
-    let seconds = patience.timeout?;
-    Instant::now().checked_add(Duration::from_secs(seconds))
+/// The new size, if one is wished; what of it is not named stays as it is.
+async fn flavor(session: &Session, order: &Migrate) -> Result<Option<Flavor>, Trouble> {
+    let (vcpus, memory_mb) = match (order.cold.vcpus, order.cold.memory_mib) {
+        (None, None) => return Ok(None),
+        (Some(vcpus), Some(memory_mb)) => (vcpus, memory_mb),
+        (vcpus, memory_mb) => {
+            let now = session.client.get_instance(&order.id).await?;
+            (
+                vcpus.unwrap_or(now.vcpus),
+                memory_mb.unwrap_or(now.memory_mb),
+            )
+        }
+    };
+    Ok(Some(Flavor { vcpus, memory_mb }))
 }
 
 async fn ask(
@@ -77,35 +81,12 @@ async fn ask(
     request: &MigrateInstance,
     deadline: Option<Instant>,
 ) -> Result<MigrateAnswer, Trouble> {
-    let left = deadline.map_or(ADMISSION, |at| at.duration_since(Instant::now()));
-    let asked = session.client.migrate(request, left.min(ADMISSION));
-    let outcome = tokio::select! {
-        biased;
-        answer = asked => answer,
-        () = &mut session.interrupt => {
-            let message = "interrupted before the conductor answered";
-            Err(Trouble::new(Exit::Interrupted, message).kind(ErrorClass::Lost))
-        }
-    };
-    outcome.map_err(|trouble| match trouble.kind {
-        ErrorClass::Lost if !request.dry_run => uncertain(trouble, request),
-        _ => trouble,
+    let asked = session.client.migrate(request, left(deadline, ADMISSION));
+    let answer = heard(&mut session.interrupt, asked).await;
+    answer.map_err(|trouble| match request.dry_run {
+        true => trouble,
+        false => uncertain(trouble, "the migration", &request.instance),
     })
-}
-
-/// The request may have been taken: asking for it again blindly could be wrong.
-fn uncertain(trouble: Trouble, request: &MigrateInstance) -> Trouble {
-    let name = clean(&request.instance);
-    let message = format!(
-        "{}: the migration may or may not have begun",
-        trouble.message
-    );
-    let look = format!("`drover migration list --instance {name} --active` tells whether it has");
-    Trouble {
-        message,
-        remedy: Some(look),
-        ..trouble
-    }
 }
 
 fn show_plan(session: &mut Session, plan: &Plan) -> Result<Exit, Trouble> {

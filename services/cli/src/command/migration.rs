@@ -6,14 +6,14 @@ use drover_model::{
 };
 
 use super::{
-    Session,
+    Session, deadline,
     follow::{self, Goal},
-    instance::deadline,
+    would,
 };
 use crate::{
     args::{MigrationVerb, Steer},
     exit::{Exit, Trouble},
-    render::{clean, describe, meter::Meter, table},
+    render::{describe, meter::Meter, table},
 };
 
 /// Runs a verb.
@@ -45,7 +45,8 @@ pub async fn run(session: &mut Session, verb: MigrationVerb) -> Result<Exit, Tro
         MigrationVerb::Watch { id, patience } => {
             let deadline = deadline(patience);
             let first = session.client.get_migration(&id).await?;
-            follow::run(session, first, Meter::streaming(), deadline, Goal::Moved).await
+            let goal = Goal::of_onlooker(&first);
+            follow::run(session, first, Meter::streaming(), deadline, goal).await
         }
         MigrationVerb::Abort(order) => steer(session, &ABORT, order).await,
         MigrationVerb::ForceComplete(order) => steer(session, &FORCE_COMPLETE, order).await,
@@ -59,28 +60,31 @@ struct Way {
     goal: Goal,
     /// What it does, for a dry run.
     would: &'static str,
-    /// Whether it can be done in that status.
-    fits: fn(MigrationStatus) -> bool,
+    /// Whether it can be done with that one.
+    fits: fn(&Migration) -> bool,
 }
 
 const ABORT: Way = Way {
     method: method::ABORT_MIGRATION,
     goal: Goal::Aborted,
     would: "would be aborted; the guest would stay where it is",
-    fits: |status| !status.is_final() && status.may_become(MigrationStatus::Cancelled),
+    fits: |m| {
+        let may = m.status.may_become(MigrationStatus::Cancelled);
+        may && !m.status.is_final() && m.ending.is_none()
+    },
 };
 const FORCE_COMPLETE: Way = Way {
     method: method::FORCE_COMPLETE_MIGRATION,
     goal: Goal::Moved,
     would: "would be made to complete, by post-copy if its options allow that, \
             else by pausing the guest until it has moved",
-    fits: |status| status == MigrationStatus::Running,
+    fits: |m| m.status == MigrationStatus::Running,
 };
 const RESUME: Way = Way {
     method: method::RESUME_MIGRATION,
     goal: Goal::Resumed,
     would: "would be taken up again at its step",
-    fits: |status| status == MigrationStatus::Stuck,
+    fits: |m| m.status == MigrationStatus::Stuck,
 };
 
 async fn steer(session: &mut Session, way: &Way, order: Steer) -> Result<Exit, Trouble> {
@@ -90,21 +94,15 @@ async fn steer(session: &mut Session, way: &Way, order: Steer) -> Result<Exit, T
     }
     let deadline = deadline(order.patience);
     let record = session.client.steer(way.method, &order.id).await?;
-    if order.change.no_wait {
-        follow::accepted(session, &record)?;
-        return Ok(Exit::Done);
-    }
-    follow::run(session, record, Meter::new(), deadline, way.goal).await
+    let goal = way.goal.of(&record);
+    follow::go_on(session, record, order.change, deadline, goal).await
 }
 
 fn dry_run(session: &mut Session, way: &Way, m: &Migration) -> Result<Exit, Trouble> {
-    let subject = format!("migration {} of {}", m.id, clean(&m.instance_name));
-    if !(way.fits)(m.status) {
+    if !(way.fits)(m) {
+        let subject = describe::subject(m);
         let message = format!("{subject} is {}: that cannot be done with it", m.status);
         return Err(Trouble::new(Exit::Refused, message));
     }
-    session
-        .screen
-        .value(m, |m| format!("{subject} ({}) {}", m.status, way.would))?;
-    Ok(Exit::Done)
+    would(session, m, way.would)
 }

@@ -2,7 +2,10 @@
 
 use drover_model::{
     api::conductor::{Instance, Node, Plan},
-    migration::{EndReason, LiveOptions, Migration, Transfer},
+    migration::{
+        ColdOptions, EndReason, Ending, LiveOptions, Migration, MigrationStatus, MigrationType,
+        Transfer, Way,
+    },
     node::HypervisorReport,
 };
 
@@ -152,6 +155,46 @@ pub fn instance(i: &Instance) -> String {
     ])
 }
 
+/// A migration in a few words.
+pub fn subject(m: &Migration) -> String {
+    format!("migration {} of {}", m.id, clean(&m.instance_name))
+}
+
+/// Whether a migration is live or cold, in a word.
+pub fn kind(m: &Migration) -> &'static str {
+    match m.way.migration_type() {
+        MigrationType::LiveMigration => "live",
+        MigrationType::Migration => "cold",
+    }
+}
+
+/// Where a migration leads, as far as that is known.
+pub fn destination(m: &Migration) -> &str {
+    m.dest_host.as_ref().map_or("?", |host| host.as_str())
+}
+
+/// What can be done with a cold migration that has finished.
+pub(super) fn choices(m: &Migration) -> Vec<String> {
+    let (id, source) = (handle(m), &m.source_host);
+    vec![
+        format!("`drover instance confirm {id}`: {source} removes its copy"),
+        format!("`drover instance revert {id}`: back to {source}, as it was there"),
+        format!("`drover instance revert {id} --keep-changes`: back with all it wrote since"),
+    ]
+}
+
+/// What to call an instance on a command line: its name, if a shell takes it
+/// as it stands.
+fn handle(m: &Migration) -> String {
+    let name = &m.instance_name;
+    let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.starts_with(char::is_alphanumeric) && name.chars().all(plain) {
+        name.clone()
+    } else {
+        m.instance_uuid.to_string()
+    }
+}
+
 /// A migration's whole record.
 pub fn migration(m: &Migration) -> String {
     let chosen = if m.dest_requested {
@@ -166,7 +209,7 @@ pub fn migration(m: &Migration) -> String {
     let mut pairs = vec![
         ("id", m.id.to_string()),
         ("uuid", m.uuid.to_string()),
-        ("type", m.migration_type.to_string()),
+        ("type", m.way.migration_type().to_string()),
         (
             "instance",
             format!("{} ({})", m.instance_name, m.instance_uuid),
@@ -178,23 +221,20 @@ pub fn migration(m: &Migration) -> String {
         ("phase", m.progress.phase.as_str().to_owned()),
         ("step", step(m)),
         ("ended because", or_nothing(m.end_reason.as_ref())),
-        (
-            "downtime",
-            m.downtime_ms
-                .map_or_else(|| "not measured".to_owned(), span),
-        ),
+        downtime(m),
         ("total time", span(m.total_time_ms())),
-        ("memory", transfer(&m.progress.memory)),
-        ("disk", transfer(&m.progress.disk)),
-        ("options", options(&m.options)),
+    ];
+    pairs.extend(moved(m));
+    pairs.extend([
+        ("options", options(&m.way)),
         ("asked", asked(m)),
         ("requester", requester(m)),
         ("conductor", format!("{}, attempt {}", m.owner, m.attempt)),
         ("accepted", moment(m.created_at_ms)),
         ("changed", moment(m.updated_at_ms)),
         ("ended", or_nothing(m.finished_at_ms.map(moment))),
-    ];
-    if !m.status.is_final() {
+    ]);
+    if !m.status.rests() {
         pairs.extend(now(m));
     }
     let steps = m
@@ -214,32 +254,64 @@ pub fn migration(m: &Migration) -> String {
         Some(EndReason::Refused { checks }) => failures(checks),
         _ => Vec::new(),
     };
+    let choices = match m.status {
+        MigrationStatus::Finished => choices(m),
+        _ => Vec::new(),
+    };
     facts(pairs)
+        + &section("what can be done", choices)
         + &section("failed checks", checks)
         + &section("steps", steps.lines().map(str::to_owned))
         + &section("decisions", decisions)
         + &section("warnings", m.warnings.iter().map(|text| clean(text)))
 }
 
+fn downtime(m: &Migration) -> (&'static str, String) {
+    let none = match (m.way.migration_type(), m.status) {
+        (MigrationType::LiveMigration, _) => "not measured",
+        (MigrationType::Migration, status) if status.has_moved() => "none: it was off before",
+        (MigrationType::Migration, _) => NOTHING_HERE,
+    };
+    let name = match m.way {
+        Way::Live(_) => "downtime",
+        Way::Cold(_) => "off for",
+    };
+    (name, m.downtime_ms.map_or_else(|| none.to_owned(), span))
+}
+
+/// What is carried: of a cold one, memory is not.
+fn moved(m: &Migration) -> Vec<(&'static str, String)> {
+    let p = &m.progress;
+    let disk = ("disk", transfer(&p.disk));
+    match m.way {
+        Way::Live(_) => vec![("memory", transfer(&p.memory)), disk],
+        Way::Cold(_) => vec![disk],
+    }
+}
+
 /// What only a running migration has.
 fn now(m: &Migration) -> Vec<(&'static str, String)> {
     let p = &m.progress;
-    vec![
-        ("rate", rate(p.rate_bytes_s)),
-        ("dirty rate", rate(p.dirty_rate_bytes_s)),
-        ("iteration", p.iteration.to_string()),
-        ("eta", or_nothing(p.eta_ms.map(span))),
-        (
-            "expected downtime",
-            or_nothing(p.expected_downtime_ms.map(span)),
-        ),
-        (
-            "allowed downtime",
-            or_nothing(p.allowed_downtime_ms.map(span)),
-        ),
+    let mut pairs = vec![("rate", rate(p.rate_bytes_s))];
+    if matches!(m.way, Way::Live(_)) {
+        pairs.extend([
+            ("dirty rate", rate(p.dirty_rate_bytes_s)),
+            ("iteration", p.iteration.to_string()),
+        ]);
+    }
+    pairs.push(("eta", or_nothing(p.eta_ms.map(span))));
+    if matches!(m.way, Way::Live(_)) {
+        let (expected, allowed) = (p.expected_downtime_ms, p.allowed_downtime_ms);
+        pairs.extend([
+            ("expected downtime", or_nothing(expected.map(span))),
+            ("allowed downtime", or_nothing(allowed.map(span))),
+        ]);
+    }
+    pairs.extend([
         ("note", or_nothing(p.note.as_ref())),
         ("given up at", or_nothing(m.deadline_at_ms.map(moment))),
-    ]
+    ]);
+    pairs
 }
 
 fn transfer(t: &Transfer) -> String {
@@ -252,7 +324,7 @@ fn transfer(t: &Transfer) -> String {
 }
 
 fn step(m: &Migration) -> String {
-    if m.status.is_final() {
+    if m.status.rests() {
         return m.step.clone();
     }
     let since = m.updated_at_ms.saturating_sub(m.step_started_at_ms);
@@ -260,10 +332,19 @@ fn step(m: &Migration) -> String {
 }
 
 fn asked(m: &Migration) -> String {
-    match (m.abort_requested, m.force_complete_requested) {
-        (true, _) => "to abort".to_owned(),
-        (false, true) => "to force completion".to_owned(),
-        (false, false) => NOTHING_HERE.to_owned(),
+    let asked = [
+        (m.abort_requested, "to abort"),
+        (
+            m.force_complete_requested && !m.abort_requested,
+            "to force completion",
+        ),
+        (m.ending == Some(Ending::Confirm), "to confirm"),
+        (m.ending == Some(Ending::Revert), "to revert"),
+    ];
+    let asked = asked.iter().filter_map(|(is, what)| is.then_some(*what));
+    match asked.collect::<Vec<_>>() {
+        none if none.is_empty() => NOTHING_HERE.to_owned(),
+        asked => asked.join(", "),
     }
 }
 
@@ -285,7 +366,19 @@ fn requester(m: &Migration) -> String {
     }
 }
 
-fn options(o: &LiveOptions) -> String {
+fn options(way: &Way) -> String {
+    let words = match way {
+        Way::Live(options) => live_options(options),
+        Way::Cold(options) => cold_options(options),
+    };
+    if words.is_empty() {
+        NOTHING_HERE.to_owned()
+    } else {
+        words.join(", ")
+    }
+}
+
+fn live_options(o: &LiveOptions) -> Vec<String> {
     use drover_model::migration::BlockMigration as B;
     let copy = match o.block_migration {
         B::Auto => "copy disks that are not shared",
@@ -296,16 +389,41 @@ fn options(o: &LiveOptions) -> String {
     words.extend(o.post_copy.then(|| "post-copy allowed".to_owned()));
     words.extend(o.auto_converge.then(|| "auto-converge".to_owned()));
     words.extend(o.parallel_connections.map(|n| format!("{n} streams")));
-    words.extend(o.bandwidth_mib_s.map(|n| format!("at most {n} MiB/s")));
+    words.extend(o.bandwidth_mib_s.map(at_most));
     words.extend(
         o.max_downtime_ms
             .map(|ms| format!("downtime at most {}", span(ms))),
     );
+    words.extend(o.progress_timeout_s.map(given_up_after));
+    words
+}
+
+fn cold_options(o: &ColdOptions) -> Vec<String> {
+    let mut words = Vec::new();
+    words.extend(o.pre_copy.then(|| "copy disks before it stops".to_owned()));
     words.extend(
-        o.progress_timeout_s
-            .map(|s| format!("given up after {s} s without progress")),
+        o.shutdown_timeout_s
+            .map(|s| format!("{s} s to shut down in")),
     );
-    words.join(", ")
+    words.extend(
+        o.force_stop_after_s
+            .map(|s| format!("stopped hard after {s} s")),
+    );
+    words.extend(o.bandwidth_mib_s.map(at_most));
+    words.extend(o.progress_timeout_s.map(given_up_after));
+    words.extend(
+        o.flavor
+            .map(|f| format!("resized to {} vCPUs and {}", f.vcpus, mib(f.memory_mb))),
+    );
+    words
+}
+
+fn at_most(mib_s: u64) -> String {
+    format!("at most {mib_s} MiB/s")
+}
+
+fn given_up_after(seconds: u64) -> String {
+    format!("given up after {seconds} s without progress")
 }
 
 /// What a dry run found.
@@ -319,12 +437,13 @@ pub fn plan(plan: &Plan) -> String {
         ),
         ("from", plan.source_host.to_string()),
         ("to", to),
-        ("memory", mib(plan.memory_mib)),
-        (
-            "disks to copy",
-            format!("{} ({})", plan.copied_disks.len(), bytes(copied)),
-        ),
     ];
+    // A guest that is off leaves its memory behind.
+    pairs.extend((plan.memory_mib > 0).then(|| ("memory", mib(plan.memory_mib))));
+    pairs.push((
+        "disks to copy",
+        format!("{} ({})", plan.copied_disks.len(), bytes(copied)),
+    ));
     let disks = plan.copied_disks.iter();
     let disks = disks.map(|d| format!("{}  {}", clean(&d.target), bytes(d.allocated_bytes)));
     let verdict = match plan.failures.len() {

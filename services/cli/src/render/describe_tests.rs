@@ -1,5 +1,7 @@
 //! Texts as an operator reads them.
 
+use drover_model::migration::Flavor;
+
 use super::*;
 use crate::samples;
 
@@ -33,8 +35,11 @@ failed checks
 fn a_whole_record_looks_so() {
     let mut m = samples::completed(samples::migration());
     m.warnings = vec!["kvm1: /var/lib/x stays".to_owned()];
-    m.options.post_copy = true;
-    m.options.bandwidth_mib_s = Some(100);
+    m.way = Way::Live(LiveOptions {
+        post_copy: true,
+        bandwidth_mib_s: Some(100),
+        ..LiveOptions::default()
+    });
     m.requester.user_id = Some("ann".to_owned());
     let expected = "\
 id             7
@@ -71,6 +76,88 @@ decisions
 warnings
   kvm1: /var/lib/x stays";
     assert_eq!(migration(&m), expected, "\n{}", migration(&m));
+}
+
+#[test]
+fn a_whole_record_of_a_cold_one_looks_so() {
+    let mut m = samples::finished();
+    m.way = Way::Cold(ColdOptions {
+        shutdown_timeout_s: Some(90),
+        force_stop_after_s: Some(120),
+        pre_copy: true,
+        bandwidth_mib_s: Some(100),
+        progress_timeout_s: Some(60),
+        flavor: Some(Flavor {
+            vcpus: 2,
+            memory_mb: 256,
+        }),
+    });
+    m.warnings = vec!["kvm1: /var/lib/x stays".to_owned()];
+    let expected = "\
+id             7
+uuid           01997777-0000-7000-8000-00000000abcd
+type           migration
+instance       demo-1 (11111111-2222-4333-8444-555555555555)
+project        default
+from           kvm1
+to             kvm2 (named by the caller)
+status         finished
+phase          done
+step           start
+ended because  -
+off for        14.3 s
+total time     21.5 s
+disk           1 GiB, 1 GiB sent, 0 B remaining
+options        copy disks before it stops, 90 s to shut down in, stopped hard after 120 s, \
+at most 100 MiB/s, given up after 60 s without progress, resized to 2 vCPUs and 256 MiB
+asked          -
+requester      -
+conductor      ctl, attempt 1
+accepted       2026-11-23 18:46:51Z
+changed        2026-11-23 18:47:12Z
+ended          2026-11-23 18:47:12Z
+
+what can be done
+  `drover instance confirm demo-1`: kvm1 removes its copy
+  `drover instance revert demo-1`: back to kvm1, as it was there
+  `drover instance revert demo-1 --keep-changes`: back with all it wrote since
+
+steps
+  STEP  TOOK
+  stop  8.0 s
+  copy  5.2 s
+
+decisions
+    +100 ms  vda is copied: kvm2 does not see its directory
+
+warnings
+  kvm1: /var/lib/x stays";
+    assert_eq!(migration(&m), expected, "\n{}", migration(&m));
+}
+
+#[test]
+fn a_cold_one_tells_what_was_decided_and_nothing_of_memory() {
+    let mut m = samples::finished();
+    m.status = MigrationStatus::Reverting;
+    m.ending = Some(Ending::Revert);
+    let text = migration(&m);
+    assert!(text.contains(" to revert\n"), "{text}");
+    assert!(!text.contains("what can be done"), "{text}");
+    let text = migration(&samples::stopping());
+    for word in ["memory", "dirty rate", "iteration", "expected downtime"] {
+        assert!(!text.contains(word), "{text}");
+    }
+    assert!(
+        text.contains("waiting for the guest to shut down"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_plan_without_memory_to_send_does_not_speak_of_it() {
+    let mut sample = samples::plan();
+    sample.memory_mib = 0;
+    assert!(!plan(&sample).contains("memory"), "{}", plan(&sample));
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! | `node disable`, `node enable` | `Node` as it is afterwards, or as it is, for a dry run |
 //! | `instance list`, `instance show` | array of `Instance`, `Instance` |
 //! | `instance migrate` | `Migration` as last seen; `Plan` for a dry run |
+//! | `instance confirm`, `instance revert` | `Migration` as last seen, with `--keep-changes` that of the way back; as it is, for a dry run |
 //! | `migration list`, `migration show` | array of `Migration`, `Migration` |
 //! | `migration watch` | one `Migration` a line, at each change |
 //! | `migration abort`, `force-complete`, `resume` | `Migration` as last seen |

@@ -3,10 +3,14 @@
 
 use drover_model::{
     check::CheckFailure,
-    migration::{EndReason, Migration, MigrationStatus, Phase},
+    migration::{EndReason, Migration, MigrationStatus, MigrationType, Phase},
 };
 
-use super::{clean, units::span};
+use super::{
+    clean,
+    describe::{choices, destination},
+    units::span,
+};
 use crate::exit::Trouble;
 
 /// So many checks failed.
@@ -53,6 +57,15 @@ pub fn end(m: &Migration) -> String {
     let warnings = m.warnings.iter();
     let warnings = warnings.map(|text| format!("warning: {}\n", clean(text)));
     let mut text = warnings.collect::<String>() + &end_line(m);
+    if m.status == MigrationStatus::Finished {
+        text.push_str(&format!(
+            "\n  {} keeps its copy until one of these:",
+            m.source_host
+        ));
+        for line in choices(m) {
+            text.push_str(&format!("\n    {line}"));
+        }
+    }
     if let Some(EndReason::Refused { checks }) = &m.end_reason {
         for line in failures(checks) {
             text.push_str(&format!("\n  {line}"));
@@ -65,13 +78,19 @@ fn end_line(m: &Migration) -> String {
     let name = clean(&m.instance_name);
     let total = span(m.total_time_ms());
     match m.status {
-        MigrationStatus::Completed => {
-            let downtime = m.downtime_ms.map_or_else(
-                || "downtime not measured".to_owned(),
-                |ms| format!("downtime {}", span(ms)),
-            );
-            let host = m.dest_host.as_ref().map_or("?", |host| host.as_str());
-            format!("completed: {name} is on {host}; {downtime}, total {total}")
+        MigrationStatus::Completed | MigrationStatus::Finished => format!(
+            "{}: {name} is on {}; {}, total {total}",
+            m.status,
+            destination(m),
+            downtime(m)
+        ),
+        MigrationStatus::Confirmed => format!(
+            "confirmed: {name} is on {}; {} has removed its copy",
+            destination(m),
+            m.source_host
+        ),
+        MigrationStatus::Reverted => {
+            format!("reverted: {name} is on {} again", m.source_host)
         }
         MigrationStatus::Stuck => format!(
             "stuck in step {}: {}\n  what to do: mend that, then `drover migration resume {}`",
@@ -86,11 +105,37 @@ fn end_line(m: &Migration) -> String {
             m.instance_uuid
         ),
         status => format!(
-            "{status}: {name} stays on {}; {}, total {total}",
+            "{status}: {name} stays on {}; {}{}, total {total}",
             m.source_host,
-            why(m)
+            why(m),
+            was_off(m)
         ),
     }
+}
+
+/// How long the guest stood still or was off.
+fn downtime(m: &Migration) -> String {
+    match (m.way.migration_type(), m.downtime_ms) {
+        (MigrationType::LiveMigration, Some(ms)) => format!("downtime {}", span(ms)),
+        (MigrationType::LiveMigration, None) => "downtime not measured".to_owned(),
+        (MigrationType::Migration, Some(ms)) => format!("it was off for {}", span(ms)),
+        (MigrationType::Migration, None) => "off as before".to_owned(),
+    }
+}
+
+/// That a guest which did not move was stopped all the same.
+fn was_off(m: &Migration) -> String {
+    match m.way.migration_type() {
+        MigrationType::Migration if m.downtime_ms.is_some() => format!(", {}", downtime(m)),
+        _ => String::new(),
+    }
+}
+
+/// That a finished migration was not confirmed or reverted, as it was to be.
+pub fn unsettled(m: &Migration) -> String {
+    let reason = m.warnings.last().map(|text| clean(text));
+    let reason = reason.unwrap_or_else(|| format!("migration {} stays finished", m.id));
+    format!("drover: that did not succeed: {reason}")
 }
 
 fn why(m: &Migration) -> String {
@@ -136,6 +181,39 @@ drover: demo-1 cannot move: 2 checks failed
         assert_eq!(
             end(&m),
             "warning: ab\ncompleted: demo-1 is on kvm2; downtime not measured, total 2.1 s"
+        );
+    }
+
+    #[test]
+    fn a_finished_one_tells_what_is_left_to_decide() {
+        let mut m = samples::finished();
+        let expected = "\
+finished: demo-1 is on kvm2; it was off for 14.3 s, total 21.5 s
+  kvm1 keeps its copy until one of these:
+    `drover instance confirm demo-1`: kvm1 removes its copy
+    `drover instance revert demo-1`: back to kvm1, as it was there
+    `drover instance revert demo-1 --keep-changes`: back with all it wrote since";
+        assert_eq!(end(&m), expected);
+        m.downtime_ms = None;
+        m.instance_name = "a b; reboot".to_owned();
+        let text = end(&m);
+        assert!(text.contains("; off as before, total 21.5 s"), "{text}");
+        assert!(text.contains("confirm 11111111-2222-"), "{text}");
+        m.status = MigrationStatus::Confirmed;
+        assert!(end(&m).ends_with("is on kvm2; kvm1 has removed its copy"));
+        m.status = MigrationStatus::Reverted;
+        assert!(end(&m).ends_with("is on kvm1 again"));
+    }
+
+    #[test]
+    fn a_cold_one_that_failed_tells_that_the_guest_was_stopped() {
+        let mut m = samples::copying();
+        m.status = MigrationStatus::Cancelled;
+        m.end_reason = Some(EndReason::Aborted);
+        m.downtime_ms = Some(5000);
+        assert_eq!(
+            end(&m),
+            "cancelled: demo-1 stays on kvm1; aborted on request, it was off for 5.0 s, total 9.0 s"
         );
     }
 

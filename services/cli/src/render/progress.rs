@@ -3,10 +3,13 @@
 //! that grow and samples that arrive late hold it where it is. The true rates,
 //! and a note when it does not converge, stand beside it.
 
-use drover_model::migration::{Migration, MigrationStatus, Progress, Transfer};
+use drover_model::migration::{
+    Migration, MigrationStatus, MigrationType, Phase, Progress, Transfer,
+};
 
 use super::{
     clean,
+    describe::destination,
     units::{rate, share, span},
 };
 
@@ -51,7 +54,7 @@ fn thousandths(moved: u64, total: u64) -> u16 {
 /// What is shown of a migration's progress.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Shown {
-    /// Of all of it; 100 only once it is completed.
+    /// Of all of it; 100 only once the guest has moved.
     pub percent: u8,
     /// Disks.
     pub disk: Held,
@@ -71,7 +74,7 @@ impl Shown {
     pub fn take(&mut self, migration: &Migration) {
         self.disk.take(&migration.progress.disk);
         self.memory.take(&migration.progress.memory);
-        self.percent = self.percent.max(self.overall(migration.status));
+        self.percent = self.percent.max(self.overall(migration));
     }
 
     /// Arrived, of disks and memory.
@@ -84,26 +87,41 @@ impl Shown {
         self.disk.total.saturating_add(self.memory.total)
     }
 
-    fn overall(&self, status: MigrationStatus) -> u8 {
-        if status == MigrationStatus::Completed {
+    fn overall(&self, m: &Migration) -> u8 {
+        if has_come_through(m.status) {
             return 100;
         }
-        // How much memory there is shows only once its turn has come; until
-        // then the disks are half of the whole.
-        let most = if self.memory.total == 0 { 50 } else { 99 };
+        let is_live = m.way.migration_type() == MigrationType::LiveMigration;
+        let most = match m.progress.phase {
+            // The guest is off, and all is there: no bytes are counted any more.
+            Phase::SwitchOver | Phase::Finishing if !is_live => return 99,
+            // How much memory there is shows only once its turn has come; until
+            // then the disks are half of the whole.
+            _ if is_live && self.memory.total == 0 => 50,
+            _ => 99,
+        };
         let whole = thousandths(self.moved(), self.total()) / 10;
         u8::try_from(whole).unwrap_or(u8::MAX).min(most)
     }
 }
 
+/// Whether the move itself succeeded, even if it is taken back since.
+fn has_come_through(status: MigrationStatus) -> bool {
+    use MigrationStatus as S;
+    status.has_moved() || matches!(status, S::Confirming | S::Reverting | S::Reverted)
+}
+
 /// The lines of a terminal's display.
 pub fn bars(migration: &Migration, shown: &Shown) -> Vec<String> {
     let mut lines = vec![format!("{} {:>3} %", heading(migration), shown.percent)];
-    if shown.disk.total > 0 {
-        lines.push(bar("disk", &shown.disk, ""));
-    }
+    // Rates are of what moves last.
     let rates = rates(migration).join("  ");
-    if shown.memory.total > 0 {
+    let has_memory = shown.memory.total > 0;
+    if shown.disk.total > 0 {
+        let beside = if has_memory { "" } else { &rates };
+        lines.push(bar("disk", &shown.disk, beside));
+    }
+    if has_memory {
         lines.push(bar("memory", &shown.memory, &rates));
     }
     let outlook = outlook(migration).join("  ");
@@ -142,10 +160,13 @@ pub fn line(migration: &Migration, shown: &Shown) -> String {
 }
 
 fn heading(m: &Migration) -> String {
-    let to = m.dest_host.as_ref().map_or("?", |host| host.as_str());
-    let phase = match m.progress.phase.as_str() {
-        phase if m.status.is_final() || m.status.as_str().contains(phase) => String::new(),
-        phase => format!(" ({phase})"),
+    let to = destination(m);
+    let word = m.progress.phase.as_str();
+    let is_said = m.status.as_str().contains(word);
+    let phase = if m.status.rests() || m.progress.phase == Phase::Done || is_said {
+        String::new()
+    } else {
+        format!(" ({word})")
     };
     let name = clean(&m.instance_name);
     format!("{name}  {} -> {to}  {}{phase}", m.source_host, m.status)
@@ -153,7 +174,7 @@ fn heading(m: &Migration) -> String {
 
 /// The last sample, while there is more to come.
 fn current(m: &Migration) -> Option<&Progress> {
-    (!m.status.is_final()).then_some(&m.progress)
+    (!m.status.rests()).then_some(&m.progress)
 }
 
 fn rates(m: &Migration) -> Vec<String> {
@@ -229,11 +250,59 @@ mod tests {
     }
 
     #[test]
+    fn a_cold_one_looks_so() {
+        let m = samples::stopping();
+        let mut shown = Shown::of(&m);
+        let expected = [
+            "demo-1  kvm1 -> kvm2  migrating (stopping)   0 %",
+            "  waiting for the guest to shut down: 7 s",
+        ];
+        assert_eq!(bars(&m, &shown), expected);
+        let m = samples::copying();
+        shown.take(&m);
+        let expected = [
+            "demo-1  kvm1 -> kvm2  migrating (disk)  63 %",
+            "  disk   [###############.........] 0.6/1 GiB  90 MiB/s",
+            "  ETA 4.1 s",
+        ];
+        assert_eq!(bars(&m, &shown), expected);
+        let m = samples::finished();
+        shown.take(&m);
+        let expected = [
+            "demo-1  kvm1 -> kvm2  finished 100 %",
+            "  disk   [########################] 1/1 GiB",
+        ];
+        assert_eq!(bars(&m, &shown), expected);
+    }
+
+    #[test]
+    fn a_guest_that_stops_after_its_disks_were_copied_does_not_set_the_bar_back() {
+        let mut m = samples::copying();
+        m.status = MigrationStatus::PreMigrating;
+        m.progress.phase = Phase::PreCopy;
+        let mut shown = Shown::of(&m);
+        assert!(bars(&m, &shown)[0].ends_with("pre-migrating (pre-copy)  63 %"));
+        shown.take(&samples::stopping());
+        assert_eq!((shown.percent, shown.disk.per_mille), (63, 634));
+        let mut m = samples::copying();
+        m.progress.phase = Phase::SwitchOver;
+        m.progress.disk = Transfer::default();
+        assert_eq!(Shown::of(&m).percent, 99, "shared disks are not carried");
+        for status in [MigrationStatus::Reverting, MigrationStatus::Confirming] {
+            m.status = status;
+            assert_eq!(Shown::of(&m).percent, 100);
+        }
+    }
+
+    #[test]
     fn a_word_is_not_said_twice() {
         let mut m = samples::running(samples::migration());
         m.status = MigrationStatus::RunningPostCopy;
         m.progress.phase = Phase::PostCopy;
         assert!(heading(&m).ends_with("running (post-copy)"));
+        let mut m = samples::finished();
+        m.status = MigrationStatus::Confirming;
+        assert!(heading(&m).ends_with("confirming"));
     }
 
     #[test]
@@ -273,8 +342,9 @@ mod tests {
     fn record() -> impl Strategy<Value = Migration> {
         let status = prop::sample::select(MigrationStatus::ALL);
         let eta = prop::option::of(any::<u64>());
-        (transfer(), transfer(), status, eta).prop_map(|(memory, disk, status, eta_ms)| {
-            let mut m = samples::running(samples::migration());
+        let of = prop::sample::select(vec![samples::migration(), samples::cold()]);
+        (transfer(), transfer(), status, eta, of).prop_map(|(memory, disk, status, eta_ms, of)| {
+            let mut m = samples::running(of);
             m.progress.memory = memory;
             m.progress.disk = disk;
             m.progress.eta_ms = eta_ms;
@@ -297,7 +367,7 @@ mod tests {
                     prop_assert!(new.per_mille >= old.per_mille && new.per_mille <= 1000);
                 }
                 let (bars, line) = (bars(m, &shown).join("\n"), line(m, &shown));
-                let has_eta = m.progress.eta_ms.is_some() && !m.status.is_final();
+                let has_eta = m.progress.eta_ms.is_some() && !m.status.rests();
                 prop_assert_eq!(bars.contains("ETA"), has_eta);
                 prop_assert_eq!(line.contains("ETA"), has_eta);
                 let percent = format!("{:>3} %", shown.percent);

@@ -86,6 +86,12 @@ impl Screen {
         let _ = writeln!(self.err, "{text}");
     }
 
+    /// Asks something; the answer is typed behind it.
+    pub fn ask(&mut self, question: &str) {
+        let _ = write!(self.err, "{question}");
+        let _ = self.err.flush();
+    }
+
     /// Tells trouble: as JSON where results are JSON, else on standard error.
     pub fn trouble(&mut self, trouble: &Trouble) {
         if trouble.message.is_empty() {

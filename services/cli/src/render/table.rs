@@ -5,12 +5,13 @@ use comfy_table::{Table, presets::NOTHING};
 use drover_model::{
     api::conductor::{Instance, Node},
     guest::PowerState,
-    migration::Migration,
+    migration::{Migration, MigrationStatus, Phase},
     node::HypervisorReport,
 };
 
 use super::{
     clean,
+    describe::kind,
     progress::Shown,
     units::{bytes, mib, moment, rate, share, span, version},
 };
@@ -122,26 +123,27 @@ pub fn migrations(migrations: &[Migration]) -> String {
         return "no migrations".to_owned();
     }
     let header = [
-        "ID", "INSTANCE", "FROM", "TO", "STATUS", "PHASE", "%", "MOVED", "RATE", "DIRTY", "ETA",
-        "DOWNTIME", "TIME", "ACCEPTED", "REASON",
+        "ID", "INSTANCE", "KIND", "FROM", "TO", "STATUS", "PHASE", "%", "MOVED", "RATE", "DIRTY",
+        "ETA", "DOWNTIME", "TIME", "ACCEPTED", "REASON",
     ];
     grid(&header, migrations.iter().map(migration_row))
 }
 
 fn migration_row(m: &Migration) -> Vec<String> {
     let shown = Shown::of(m);
-    let over = m.status.is_final();
+    let over = m.status.rests();
     let running = |text: Option<String>| text.filter(|_| !over).unwrap_or_else(nothing);
     let measured = m.downtime_ms.map(span);
     vec![
         m.id.to_string(),
         m.instance_name.clone(),
+        kind(m).to_owned(),
         m.source_host.to_string(),
         m.dest_host
             .as_ref()
             .map_or_else(nothing, ToString::to_string),
         m.status.to_string(),
-        running(Some(m.progress.phase.as_str().to_owned())),
+        running(phase(m)),
         shown.percent.to_string(),
         share(shown.moved(), shown.total()),
         running(some_rate(m.progress.rate_bytes_s)),
@@ -152,6 +154,12 @@ fn migration_row(m: &Migration) -> Vec<String> {
         moment(m.created_at_ms),
         reason(m).unwrap_or_else(nothing),
     ]
+}
+
+/// The phase; none once the move is done, whatever is still made of it.
+fn phase(m: &Migration) -> Option<String> {
+    let phase = m.progress.phase;
+    (phase != Phase::Done).then(|| phase.as_str().to_owned())
 }
 
 fn some_rate(bytes_s: u64) -> Option<String> {
@@ -165,9 +173,10 @@ fn expected(m: &Migration) -> Option<String> {
 
 /// Why it is as it is: why it ended, or why it takes long.
 fn reason(m: &Migration) -> Option<String> {
-    match &m.end_reason {
-        Some(reason) => Some(reason.to_string()),
-        None => m.progress.note.clone(),
+    match (&m.end_reason, m.status) {
+        (Some(reason), _) => Some(reason.to_string()),
+        (None, MigrationStatus::Finished) => Some("to be confirmed or reverted".to_owned()),
+        (None, _) => m.progress.note.clone(),
     }
 }
 
@@ -213,11 +222,18 @@ demo-1  11111111-2222-4333-8444-555555555555  kvm1  running  -     1      128 Mi
     #[test]
     fn migrations_look_so() {
         let done = samples::completed(samples::migration());
-        let table = migrations(&[samples::running(samples::migration()), done]);
+        let table = migrations(&[
+            samples::finished(),
+            samples::stopping(),
+            samples::running(samples::migration()),
+            done,
+        ]);
         let expected = "\
-ID  INSTANCE  FROM  TO    STATUS     PHASE   %    MOVED        RATE      DIRTY    ETA    DOWNTIME  TIME   ACCEPTED              REASON
-7   demo-1    kvm1  kvm2  running    memory  61   0.6/1.1 GiB  90 MiB/s  4 MiB/s  1.5 s  ~120 ms   1.0 s  2026-11-23 18:46:51Z  -
-7   demo-1    kvm1  kvm2  completed  -       100  1.1/1.1 GiB  -         -        -      212 ms    2.1 s  2026-11-23 18:46:51Z  -";
+ID  INSTANCE  KIND  FROM  TO    STATUS     PHASE     %    MOVED        RATE      DIRTY    ETA    DOWNTIME  TIME    ACCEPTED              REASON
+7   demo-1    cold  kvm1  kvm2  finished   -         100  1/1 GiB      -         -        -      14.3 s    21.5 s  2026-11-23 18:46:51Z  to be confirmed or reverted
+7   demo-1    cold  kvm1  kvm2  migrating  stopping  0    0/0 B        -         -        -      -         9.0 s   2026-11-23 18:46:51Z  waiting for the guest to shut down: 7 s
+7   demo-1    live  kvm1  kvm2  running    memory    61   0.6/1.1 GiB  90 MiB/s  4 MiB/s  1.5 s  ~120 ms   1.0 s   2026-11-23 18:46:51Z  -
+7   demo-1    live  kvm1  kvm2  completed  -         100  1.1/1.1 GiB  -         -        -      212 ms    2.1 s   2026-11-23 18:46:51Z  -";
         assert_eq!(table, expected, "\n{table}");
         assert_eq!(migrations(&[]), "no migrations");
     }

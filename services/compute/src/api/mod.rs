@@ -12,8 +12,9 @@ use async_trait::async_trait;
 use drover_model::api::{
     NAMESPACE, VERSION,
     compute::{
-        AgentStatus, CheckDestination, CheckPath, CheckSource, GuestLocation, LiveMigration,
-        PostLiveMigration, PreLiveMigration, StepRef, method,
+        AgentStatus, CheckDestination, CheckPath, CheckSource, FinishResize, FinishRevertResize,
+        GuestLocation, LiveMigration, PostLiveMigration, PreLiveMigration, PrepResize,
+        ResizeInstance, RevertResize, StepRef, method,
     },
     fault::Fault,
 };
@@ -44,6 +45,16 @@ const METHODS: &[&str] = &[
     method::POST_AT_DESTINATION,
     method::ROLLBACK_AT_DESTINATION,
     method::ROLLBACK_AT_SOURCE,
+    method::PREP_RESIZE,
+    method::RESIZE_INSTANCE,
+    method::ABORT_RESIZE,
+    method::SET_ASIDE,
+    method::FINISH_RESIZE,
+    method::ROLLBACK_RESIZE,
+    method::FINISH_REVERT_RESIZE,
+    method::CONFIRM_AT_DESTINATION,
+    method::CONFIRM_RESIZE,
+    method::REVERT_RESIZE,
 ];
 
 /// Drover's own steps.
@@ -139,7 +150,45 @@ impl Steps {
                         .await,
                 )
             }
+            method::PREP_RESIZE
+            | method::RESIZE_INSTANCE
+            | method::FINISH_RESIZE
+            | method::FINISH_REVERT_RESIZE
+            | method::REVERT_RESIZE => self.serve_cold(request).await,
             _ => self.serve_by_reference(request).await,
+        }
+    }
+
+    /// Steps of a cold migration that need more than the name of their subject.
+    async fn serve_cold(&self, request: &Request) -> Result<Value, RemoteFailure> {
+        use Command as C;
+        let actors = &self.registry;
+        match request.method() {
+            method::PREP_RESIZE => {
+                let step: Box<PrepResize> = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::PrepResize(step, to)).await)
+            }
+            method::RESIZE_INSTANCE => {
+                let step: Box<ResizeInstance> = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::ResizeInstance(step, to)).await)
+            }
+            method::FINISH_RESIZE => {
+                let step: FinishResize = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::FinishResize(step, to)).await)
+            }
+            method::FINISH_REVERT_RESIZE => {
+                let step: FinishRevertResize = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::FinishRevertResize(step, to)).await)
+            }
+            _ => {
+                let step: RevertResize = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::RevertResize(step, to)).await)
+            }
         }
     }
 
@@ -163,6 +212,15 @@ impl Steps {
             method::ROLLBACK_AT_SOURCE => {
                 answer(actors.ask(id, |to| C::RollbackAtSource(step, to)).await)
             }
+            method::ABORT_RESIZE => answer(actors.ask(id, |to| C::AbortResize(step, to)).await),
+            method::SET_ASIDE => answer(actors.ask(id, |to| C::SetAside(step, to)).await),
+            method::ROLLBACK_RESIZE => {
+                answer(actors.ask(id, |to| C::RollbackResize(step, to)).await)
+            }
+            method::CONFIRM_AT_DESTINATION => {
+                answer(actors.ask(id, |to| C::ConfirmAtDestination(step, to)).await)
+            }
+            method::CONFIRM_RESIZE => answer(actors.ask(id, |to| C::ConfirmResize(step, to)).await),
             other => {
                 let message = format!("'{other}' is listed and not served");
                 Err(faults::exception(Fault::bug(message)))

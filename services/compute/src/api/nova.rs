@@ -1,11 +1,14 @@
 //! What Nova's frontends ask of a compute node, with Nova's names and arguments
-//! (null namespace, version 6.x). The conductor decides on migrations, so both
-//! wishes are passed on to it under the caller's context.
+//! (null namespace, version 6.x). The conductor decides on migrations, so every
+//! wish is passed on to it under the caller's context.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use drover_model::ids::{InstanceId, MigrationId};
+use drover_model::{
+    ids::{InstanceId, MigrationId},
+    migration::{Ending, Migration},
+};
 use drover_rpc::{Endpoint, RemoteFailure, Request, RequestContext, RpcError};
 use drover_runtime::error_chain::Chain;
 use serde::Deserialize;
@@ -14,11 +17,13 @@ use tracing::info;
 
 use crate::{migration::Registry, node::Node};
 
-/// The newest interface of Nova's whose two methods these are.
+/// The newest interface of Nova's whose methods these are.
 const VERSION: &str = "6.5";
 const ABORT: &str = "live_migration_abort";
 const FORCE_COMPLETE: &str = "live_migration_force_complete";
-const METHODS: &[&str] = &[ABORT, FORCE_COMPLETE];
+const CONFIRM: &str = "confirm_resize";
+const REVERT: &str = "revert_resize";
+const METHODS: &[&str] = &[ABORT, FORCE_COMPLETE, CONFIRM, REVERT];
 
 /// Nova's interface of a compute node.
 pub(crate) struct NovaCompute {
@@ -37,6 +42,40 @@ struct Abort {
 #[serde(deny_unknown_fields)]
 struct ForceComplete {
     instance: NovaInstance,
+}
+
+/// `confirm_resize` and `revert_resize`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EndResize {
+    instance: NovaInstance,
+    /// Whole, or by its id; by the instance alone if it is left out.
+    #[serde(default)]
+    migration: Value,
+    /// The scheduler's business.
+    #[serde(default, rename = "request_spec")]
+    _request_spec: Value,
+}
+
+impl EndResize {
+    /// Whether a migration is the one that is meant.
+    fn means(&self, found: &Migration) -> bool {
+        let data = self
+            .migration
+            .get("nova_object.data")
+            .unwrap_or(&self.migration);
+        match data {
+            Value::Null => true,
+            Value::Object(named) => {
+                let uuid = named.get("uuid").and_then(Value::as_str);
+                let id = named.get("id").and_then(Value::as_i64);
+                uuid == Some(&found.uuid.to_string()) || id == Some(found.id)
+            }
+            Value::Number(id) => id.as_i64() == Some(found.id),
+            Value::String(text) => *text == found.uuid.to_string() || *text == found.id.to_string(),
+            _ => false,
+        }
+    }
 }
 
 /// An instance as Nova's frontends name one: its UUID, or the whole of it as a
@@ -89,6 +128,13 @@ impl Endpoint for NovaCompute {
                     .await;
                 sent.map_err(|e| not_passed_on(&e))?;
             }
+            CONFIRM | REVERT => {
+                let ending = match request.method() {
+                    CONFIRM => Ending::Confirm,
+                    _ => Ending::Revert,
+                };
+                self.end_resize(&request.args()?, ending, who).await?;
+            }
             _ => {
                 let ForceComplete {
                     instance: NovaInstance(instance),
@@ -114,12 +160,34 @@ impl NovaCompute {
             return Ok(own);
         }
         let found = self.node.conductor.active_migration(instance, who).await;
-        found.map_err(|e| not_passed_on(&e))?.ok_or_else(|| {
-            let message =
-                format!("Migration not found for instance {instance} with status running.");
-            RemoteFailure::nova("MigrationNotFoundByStatus", message)
-        })
+        let found = found.map_err(|e| not_passed_on(&e))?;
+        found
+            .map(|m| m.uuid)
+            .ok_or_else(|| not_found(instance, "running"))
     }
+
+    /// Confirms or reverts what waits for that.
+    async fn end_resize(
+        &self,
+        ask: &EndResize,
+        ending: Ending,
+        who: &RequestContext,
+    ) -> Result<(), RemoteFailure> {
+        let NovaInstance(instance) = ask.instance;
+        let found = self.node.conductor.active_migration(instance, who).await;
+        let found = found.map_err(|e| not_passed_on(&e))?;
+        let found = found
+            .filter(|m| ask.means(m))
+            .ok_or_else(|| not_found(instance, "finished"))?;
+        info!(%instance, migration = found.id, ?ending, "a frontend ends a cold migration");
+        let sent = self.node.conductor.end_with(found.uuid, ending, who).await;
+        sent.map_err(|e| not_passed_on(&e))
+    }
+}
+
+fn not_found(instance: InstanceId, status: &str) -> RemoteFailure {
+    let message = format!("Migration not found for instance {instance} with status {status}.");
+    RemoteFailure::nova("MigrationNotFoundByStatus", message)
 }
 
 fn not_passed_on(error: &RpcError) -> RemoteFailure {

@@ -5,6 +5,7 @@
 //! holds both to what is written here. A driver gives facts and carries out
 //! single acts; it judges nothing and remembers nothing about migrations.
 
+mod cold;
 pub mod fake;
 pub mod libvirt;
 
@@ -18,6 +19,8 @@ use drover_model::{
     node::{InstanceReport, Inventory},
 };
 use tokio::sync::broadcast;
+
+pub use cold::{ColdDriver, Definition, Incoming, SendError, SendSpec, Sent};
 
 /// Result of a driver call.
 pub type Result<T> = std::result::Result<T, HypervisorError>;
@@ -176,7 +179,7 @@ pub struct JobSample {
 
 /// A node's hypervisor. Calls never block the runtime. All are safe to repeat.
 #[async_trait]
-pub trait Hypervisor: Send + Sync + 'static {
+pub trait Hypervisor: ColdDriver {
     /// What the node has.
     async fn inventory(&self) -> Result<Inventory>;
 

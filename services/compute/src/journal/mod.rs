@@ -4,12 +4,14 @@
 //! ```text
 //! <state_dir>/migrations/<uuid>.json   what this node does for a migration
 //! <state_dir>/marks/<uuid>.json        marks left beside a guest's disks
+//! <state_dir>/definitions/<uuid>.json  a definition on its way (see [`definition`])
 //! ```
 //!
 //! A file appears whole or not at all: written beside its place, flushed to the
 //! disk, renamed. One that cannot be read is set aside as `<name>.corrupt` with
 //! a line in the log; it never stops the agent.
 
+pub mod definition;
 mod record;
 
 use std::{
@@ -17,6 +19,7 @@ use std::{
     fs, io,
     io::{Read, Write},
     marker::PhantomData,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -30,7 +33,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tracing::{error, warn};
 
 pub use record::{
-    CopiedDisk, DestinationRecord, Ended, MarksRecord, NewDisk, Record, SourceRecord,
+    ComingFile, ComingRecord, CopiedDisk, DestinationRecord, Ended, KeptFile, LeavingRecord,
+    MarksRecord, NewDisk, Record, SourceRecord,
 };
 
 /// Version of the files' form.
@@ -55,6 +59,21 @@ impl From<JournalError> for Fault {
             format!("the agent's journal: {error}"),
         )
     }
+}
+
+/// A new secret, hexadecimal: 32 bytes from the operating system's random numbers.
+pub fn token() -> String {
+    let halves = [
+        uuid::Uuid::new_v4(),
+        uuid::Uuid::new_v4(),
+        uuid::Uuid::new_v4(),
+    ];
+    let text: String = halves
+        .iter()
+        .map(|half| half.simple().to_string())
+        .collect();
+    // Each holds six bits that are always the same: three have more than enough.
+    text.chars().take(64).collect()
 }
 
 /// The two kinds of files an agent keeps.
@@ -204,7 +223,13 @@ async fn off_the_runtime<T: Send + 'static>(
 
 fn replace(path: &Path, text: &[u8], flush: Flush) -> io::Result<()> {
     let beside = path.with_extension("new");
-    let mut file = fs::File::create(&beside)?;
+    // Definitions in it hold secrets of guests.
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&beside)?;
     file.write_all(text)?;
     if flush == Flush::ToDisk {
         file.sync_all()?;

@@ -1,12 +1,14 @@
 //! What the journal's files say.
 
 use drover_model::{
-    api::compute::{LiveMigration, Mark, Outcome},
+    api::compute::{CarriedFile, ColdPart, FileRole, LiveMigration, Mark, Outcome},
     guest::Disk,
     ids::InstanceId,
     migration::{Decision, Progress},
 };
 use serde::{Deserialize, Serialize};
+
+use crate::hypervisor::Definition;
 
 /// What this node does for a migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -16,6 +18,10 @@ pub enum Record {
     Source(Box<SourceRecord>),
     /// It takes the guest.
     Destination(DestinationRecord),
+    /// It gives the guest away, shut off.
+    Leaving(Box<LeavingRecord>),
+    /// It takes the guest, shut off.
+    Coming(Box<ComingRecord>),
 }
 
 impl Record {
@@ -24,6 +30,8 @@ impl Record {
         match self {
             Self::Source(record) => record.request.instance,
             Self::Destination(record) => record.instance,
+            Self::Leaving(record) => record.instance,
+            Self::Coming(record) => record.instance,
         }
     }
 }
@@ -88,6 +96,85 @@ pub struct NewDisk {
     pub path: String,
     /// Whether it is known to be whole.
     pub created: bool,
+}
+
+/// A cold migration from this node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LeavingRecord {
+    /// The instance.
+    pub instance: InstanceId,
+    /// Whether the guest ran when it began, and so is to run in the end.
+    pub was_running: bool,
+    /// Whether it was, or was about to be, asked to shut down.
+    pub asked_to_stop: bool,
+    /// Parts that are done.
+    pub done: Vec<ColdPart>,
+    /// Parts that were begun.
+    pub begun: Vec<ColdPart>,
+    /// Its definition, from when its disks were sent.
+    pub definition: Option<Definition>,
+    /// Files that are set aside, or are to be.
+    pub kept: Vec<KeptFile>,
+    /// Whether all that is done.
+    pub aside: bool,
+}
+
+/// A file that is set aside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptFile {
+    /// Where the guest has it.
+    pub path: String,
+    /// Where it is while set aside.
+    pub kept: String,
+}
+
+/// A cold migration to this node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ComingRecord {
+    /// The instance. libvirt had no such domain when this was written.
+    pub instance: InstanceId,
+    /// Its files, in the order in which both sides name them.
+    pub files: Vec<ComingFile>,
+    /// The key to the door through which they come, hexadecimal.
+    pub token: String,
+    /// Whether the files are reserved.
+    pub prepared: bool,
+    /// The guest's definition, once it has come whole.
+    pub definition: Option<Definition>,
+}
+
+/// A file of a guest that comes. One that is not `present` was not there when
+/// the intent was written: what is there now is the migration's own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ComingFile {
+    /// Where.
+    pub path: String,
+    /// What it is to the guest.
+    pub role: FileRole,
+    /// It was there before: compared, never written nor removed.
+    pub present: bool,
+}
+
+impl ComingFile {
+    /// Whether it has to be there before anything comes.
+    pub fn must_exist(&self) -> bool {
+        self.present || self.role == FileRole::Device
+    }
+
+    /// Whether the migration makes it, and so may remove it.
+    pub fn is_made(&self) -> bool {
+        !self.must_exist()
+    }
+}
+
+impl From<&CarriedFile> for ComingFile {
+    fn from(file: &CarriedFile) -> Self {
+        Self {
+            path: file.path.clone(),
+            role: file.role,
+            present: file.present,
+        }
+    }
 }
 
 /// Marks that were left, or were about to be.

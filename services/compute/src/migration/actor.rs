@@ -6,8 +6,10 @@ use std::sync::Arc;
 use drover_model::{
     api::{
         compute::{
-            CheckDestination, CheckPath, CheckSource, CleanUp, DestinationFacts, JobState,
-            LiveMigration, PathFacts, PostLiveMigration, PreLiveMigration, SourceFacts, StepRef,
+            CheckDestination, CheckPath, CheckSource, CleanUp, ColdPart, DestinationFacts,
+            FinishResize, FinishRevertResize, GuestLocation, Inbox, JobState, LiveMigration,
+            PathFacts, PostLiveMigration, PreLiveMigration, PrepResize, ResizeInstance,
+            RevertResize, SourceFacts, StepRef,
         },
         fault::Fault,
     },
@@ -16,13 +18,14 @@ use drover_model::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
+    cold::Leaving,
     marks::Marks,
     orders::Order,
     registry::{Finished, Registry},
     sending::{MonitorDied, Sending},
 };
 use crate::{
-    journal::{DestinationRecord, MarksRecord, Record, SourceRecord},
+    journal::{ComingRecord, DestinationRecord, Ended, MarksRecord, Record, SourceRecord},
     node::{Counters, Node},
 };
 
@@ -43,6 +46,16 @@ pub(crate) enum Command {
     PostAtDestination(StepRef, Reply<CleanUp>),
     RollbackAtDestination(StepRef, Reply<CleanUp>),
     RollbackAtSource(StepRef, Reply<()>),
+    PrepResize(Box<PrepResize>, Reply<Inbox>),
+    ResizeInstance(Box<ResizeInstance>, Reply<JobState>),
+    AbortResize(StepRef, Reply<()>),
+    SetAside(StepRef, Reply<CleanUp>),
+    FinishResize(FinishResize, Reply<GuestLocation>),
+    RollbackResize(StepRef, Reply<CleanUp>),
+    FinishRevertResize(FinishRevertResize, Reply<GuestLocation>),
+    ConfirmAtDestination(StepRef, Reply<CleanUp>),
+    ConfirmResize(StepRef, Reply<CleanUp>),
+    RevertResize(RevertResize, Reply<GuestLocation>),
     /// Another migration wants the instance.
     StepAside(InstanceId, Reply<()>),
 }
@@ -57,6 +70,10 @@ pub(super) enum Stage {
     Ended(Box<SourceRecord>),
     /// The guest is to come here.
     Arriving(DestinationRecord),
+    /// The guest is leaving, shut off.
+    Leaving(Leaving),
+    /// The guest is coming, shut off.
+    Coming(Box<ComingRecord>),
 }
 
 /// See the module.
@@ -72,6 +89,7 @@ pub(super) struct Actor {
 enum Happening {
     Step(Command),
     Sent(Result<Box<SourceRecord>, MonitorDied>),
+    Worked(ColdPart, Ended),
     MarksAreDue,
 }
 
@@ -102,6 +120,8 @@ impl Actor {
     ) -> Self {
         let stage = match record {
             Record::Destination(record) => Stage::Arriving(record),
+            Record::Leaving(record) => Stage::Leaving(Leaving::resume(record)),
+            Record::Coming(record) => Stage::Coming(record),
             Record::Source(record) if record.ended.is_some() => Stage::Ended(record),
             Record::Source(record) => {
                 Counters::add(&registry.node().counters.transfers_attached);
@@ -126,6 +146,7 @@ impl Actor {
     }
 
     pub(super) async fn run(mut self) {
+        self.reopen().await;
         loop {
             let idle = matches!(self.stage, Stage::Idle) && self.marks.is_none();
             if idle && self.registry.retire(self.migration, &self.inbox) {
@@ -135,6 +156,7 @@ impl Actor {
                 Some(Happening::Step(command)) => self.serve(command).await,
                 Some(Happening::Sent(Ok(record))) => self.sent(record).await,
                 Some(Happening::Sent(Err(MonitorDied))) => self.watch_again(),
+                Some(Happening::Worked(part, ended)) => self.worked(part, ended).await,
                 Some(Happening::MarksAreDue) => self.remove_marks().await,
                 None => return,
             }
@@ -144,7 +166,7 @@ impl Actor {
     async fn next(&mut self) -> Option<Happening> {
         tokio::select! {
             command = self.inbox.recv() => command.map(Happening::Step),
-            record = over(&mut self.stage) => Some(Happening::Sent(record)),
+            happening = over(&mut self.stage) => Some(happening),
             () = due(&self.marks) => Some(Happening::MarksAreDue),
         }
     }
@@ -191,6 +213,46 @@ impl Actor {
                 let done = self.rollback_at_source(step).await;
                 self.answer(to, done);
             }
+            C::PrepResize(step, to) => {
+                let inbox = self.prep_resize(*step).await;
+                self.answer(to, inbox);
+            }
+            C::ResizeInstance(step, to) => {
+                let job = self.resize_instance(*step).await;
+                self.answer(to, job);
+            }
+            C::AbortResize(step, to) => {
+                let done = self.abort_resize(step).await;
+                self.answer(to, done);
+            }
+            C::SetAside(step, to) => {
+                let clean_up = self.set_aside(step).await;
+                self.answer(to, clean_up);
+            }
+            C::FinishResize(step, to) => {
+                let location = self.finish_resize(step).await;
+                self.answer(to, location);
+            }
+            C::RollbackResize(step, to) => {
+                let clean_up = self.rollback_resize(step).await;
+                self.answer(to, clean_up);
+            }
+            C::FinishRevertResize(step, to) => {
+                let location = self.finish_revert_resize(step).await;
+                self.answer(to, location);
+            }
+            C::ConfirmAtDestination(step, to) => {
+                let clean_up = self.confirm_at_destination(step).await;
+                self.answer(to, clean_up);
+            }
+            C::ConfirmResize(step, to) => {
+                let clean_up = self.confirm_resize(step).await;
+                self.answer(to, clean_up);
+            }
+            C::RevertResize(step, to) => {
+                let location = self.revert_resize(step).await;
+                self.answer(to, location);
+            }
             C::StepAside(instance, to) => {
                 let done = self.step_aside(instance).await;
                 self.answer(to, done);
@@ -223,10 +285,14 @@ impl Actor {
     }
 }
 
-/// The end of a transfer; for ever silent where none runs.
-async fn over(stage: &mut Stage) -> Result<Box<SourceRecord>, MonitorDied> {
+/// The end of a transfer or of a part of the work; for ever silent where none runs.
+async fn over(stage: &mut Stage) -> Happening {
     match stage {
-        Stage::Sending(sending) => sending.over().await,
+        Stage::Sending(sending) => Happening::Sent(sending.over().await),
+        Stage::Leaving(leaving) => {
+            let (part, ended) = leaving.over().await;
+            Happening::Worked(part, ended)
+        }
         _ => std::future::pending().await,
     }
 }

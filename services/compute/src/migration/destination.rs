@@ -40,9 +40,11 @@ impl Actor {
             marks: &step.marks,
         };
         let source = &step.source;
-        let (inventory, answer, reach_source, probe_port) = tokio::join!(
+        let paths = beside(&step.guest);
+        let (inventory, answer, files, reach_source, probe_port) = tokio::join!(
             hypervisor.inventory(),
             hypervisor.answer_destination(question),
+            hypervisor.file_facts(&paths),
             hypervisor.reach(&source.address, source.libvirt_port),
             hypervisor.open_probe_port(),
         );
@@ -57,6 +59,8 @@ impl Actor {
             same_uuid: answer.same_uuid,
             same_name: answer.same_name,
             disks: answer.disks,
+            files: files.map_err(fault)?,
+            disk_port: hypervisor.disk_port(),
             reach_source,
             probe_port,
         })
@@ -70,10 +74,12 @@ impl Actor {
             Stage::Arriving(record) if record.prepared => return Ok(()),
             // Begun by a former life of the agent, or broken off by a fault.
             Stage::Arriving(record) => (record.clone(), false),
-            Stage::Sending(_) | Stage::Ended(_) => {
-                return Err(Fault::refused("this node is the migration's source"));
-            }
             Stage::Idle => (self.begin_arriving(&step).await?, true),
+            _ => {
+                return Err(Fault::refused(
+                    "this node does something else for this migration",
+                ));
+            }
         };
         self.create_disks(record, first).await
     }
@@ -232,8 +238,10 @@ impl Actor {
                 self.leave_alone(step, presence);
                 return Ok(self.remembered());
             }
-            Stage::Sending(_) | Stage::Ended(_) => {
-                return Err(Fault::refused("this node is the migration's source"));
+            _ => {
+                return Err(Fault::refused(
+                    "this node does something else for this migration",
+                ));
             }
         };
         self.remove_domain(step.instance, presence).await?;
@@ -317,6 +325,16 @@ fn arrival_warnings(guest: Result<Option<Guest>, HypervisorError>) -> Vec<String
         }
     }
     warnings
+}
+
+/// What lies under a guest's disks and beside them.
+fn beside(guest: &Guest) -> Vec<String> {
+    let under = guest.disks.iter().flat_map(|disk| &disk.backing);
+    let mut paths: Vec<String> = under.map(|image| image.path.clone()).collect();
+    paths.extend(guest.files.iter().map(|file| file.path.clone()));
+    paths.sort_unstable();
+    paths.dedup();
+    paths
 }
 
 /// The disks to create, all of them such as a migration may copy.

@@ -16,8 +16,10 @@
 //! * [`sending`]: a transfer under way; [`monitor`]: the task beside it, with its
 //!   [`orders`] and its [`voice`]; what it decides by is pure: [`policy`],
 //!   [`progress`], [`outcome`].
+//! * [`cold`]: the same for guests that are off while they move.
 
 mod actor;
+mod cold;
 mod destination;
 mod marks;
 mod monitor;

@@ -46,7 +46,7 @@ struct State {
 }
 
 /// What is remembered of a migration after its last step here.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Finished {
     /// How the transfer ended, if this was the source.
     pub(super) job: Option<JobState>,

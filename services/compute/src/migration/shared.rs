@@ -53,6 +53,8 @@ impl Actor {
             Stage::Sending(sending) => sending.record.request.instance,
             Stage::Ended(record) => record.request.instance,
             Stage::Arriving(record) => record.instance,
+            Stage::Leaving(leaving) => leaving.record.instance,
+            Stage::Coming(record) => record.instance,
         };
         match own == step.instance {
             true => Ok(()),
@@ -86,7 +88,8 @@ impl Actor {
 
     async fn is_over_for(&self, instance: InstanceId) -> Result<bool, Fault> {
         let settled = match &self.stage {
-            Stage::Idle | Stage::Sending(_) => false,
+            // A cold one ends when it is confirmed or reverted.
+            Stage::Idle | Stage::Sending(_) | Stage::Leaving(_) | Stage::Coming(_) => false,
             Stage::Ended(record) => !has_moved(&job_of(record)),
             Stage::Arriving(record) => record.prepared,
         };

@@ -31,7 +31,13 @@ impl Actor {
     pub(super) async fn check_source(&mut self, step: CheckSource) -> Result<SourceFacts, Fault> {
         self.registry.make_way(self.step(step.instance)).await?;
         let hypervisor = self.node.hypervisor.clone();
-        let asked = tokio::try_join!(hypervisor.guest(step.instance), hypervisor.inventory());
+        let look = async {
+            match step.lasting {
+                true => hypervisor.lasting_guest(step.instance).await,
+                false => hypervisor.guest(step.instance).await,
+            }
+        };
+        let asked = tokio::try_join!(look, hypervisor.inventory());
         let (guest, inventory) = asked.map_err(fault)?;
         let marks = match &guest {
             Some(guest) => self.leave_marks(guest).await.map_err(fault)?,
@@ -55,11 +61,19 @@ impl Actor {
                 None => Err("the destination opened no port to try".to_owned()),
             }
         };
+        let disks = async {
+            match step.disk_port {
+                Some(port) => hypervisor.reach(&there.address, port).await,
+                None => Ok(()),
+            }
+        };
         let libvirt = hypervisor.reach(&there.address, there.libvirt_port);
-        let (libvirt, migration_port, ()) = tokio::join!(libvirt, probe, self.remove_marks());
+        let (libvirt, migration_port, disk_port, ()) =
+            tokio::join!(libvirt, probe, disks, self.remove_marks());
         Ok(PathFacts {
             libvirt,
             migration_port,
+            disk_port,
         })
     }
 
@@ -70,6 +84,7 @@ impl Actor {
             Stage::Arriving(_) => {
                 return Err(Fault::refused("this node is the migration's destination"));
             }
+            Stage::Leaving(_) | Stage::Coming(_) => return Err(not_live()),
             Stage::Sending(_) | Stage::Ended(_) => return self.get_job(self.step(step.instance)),
         }
         if let Some(finished) = self.registry.finished(self.migration) {
@@ -143,7 +158,7 @@ impl Actor {
         Ok(match &self.stage {
             Stage::Sending(sending) => sending.job(),
             Stage::Ended(record) => job_of(record),
-            Stage::Idle | Stage::Arriving(_) => {
+            _ => {
                 let finished = self.registry.finished(self.migration);
                 finished.and_then(|f| f.job).unwrap_or(JobState::Unknown)
             }
@@ -165,7 +180,7 @@ impl Actor {
         match &self.stage {
             Stage::Sending(sending) if !sending.is_over() => sending.give(order(to)),
             Stage::Sending(_) | Stage::Ended(_) => drop(to.send(Ok(()))),
-            Stage::Idle | Stage::Arriving(_) => {
+            _ => {
                 let finished = self.registry.finished(self.migration);
                 let known = finished.is_some_and(|f| f.job.is_some());
                 let unknown = || Fault::refused("this node sends nothing for this migration");
@@ -278,6 +293,7 @@ impl Actor {
             Stage::Ended(record) => Ok(Some(record.clone())),
             Stage::Arriving(_) => Err(Fault::refused("this node is the migration's destination")),
             Stage::Sending(_) => Err(Fault::not_now("the transfer is being looked for")),
+            Stage::Leaving(_) | Stage::Coming(_) => Err(not_live()),
             Stage::Idle => Ok(None),
         }
     }
@@ -296,6 +312,10 @@ impl Actor {
         self.forget(step, finished).await?;
         Ok(clean_up)
     }
+}
+
+fn not_live() -> Fault {
+    Fault::refused("the migration is a cold one")
 }
 
 /// A disk that may be copied, and so removed here afterwards.

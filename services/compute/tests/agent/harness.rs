@@ -209,6 +209,7 @@ impl World {
             instance: m.step.instance,
             destination: self.fabric.endpoint(B),
             probe_port: None,
+            disk_port: None,
         };
         self.call(A, method::CHECK_PATH, &ask).await
     }
@@ -321,6 +322,7 @@ impl Move {
         CheckSource {
             migration: self.step.migration,
             instance: self.step.instance,
+            lasting: false,
         }
     }
 

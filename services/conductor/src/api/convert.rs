@@ -3,7 +3,7 @@
 use drover_model::{
     api::conductor::{Instance, Node},
     guest::PowerState,
-    migration::{Migration, MigrationType},
+    migration::{Migration, MigrationStatus, Way},
     node::HypervisorReport,
 };
 use drover_store::{claims::Usage, instances::InstanceRow, nodes::NodeRow};
@@ -19,8 +19,8 @@ pub(crate) fn instance(row: &InstanceRow, active: &[Migration]) -> Instance {
         project_id: row.project.clone(),
         host: row.host.clone(),
         power_state: row.power_state,
-        vm_state: vm_state(row).to_owned(),
-        task_state: moving.map(|m| task_state(m.migration_type).to_owned()),
+        vm_state: vm_state(row, moving).to_owned(),
+        task_state: moving.and_then(task_state).map(str::to_owned),
         vcpus: row.vcpus,
         memory_mb: row.memory_mib,
         disk_bytes: row.disk_bytes,
@@ -30,9 +30,11 @@ pub(crate) fn instance(row: &InstanceRow, active: &[Migration]) -> Instance {
     }
 }
 
-fn vm_state(row: &InstanceRow) -> &'static str {
+fn vm_state(row: &InstanceRow, moving: Option<&Migration>) -> &'static str {
     match row.power_state {
-        _ if row.missing_since_ms.is_some() => "unknown",
+        _ if row.missing_since_ms.is_some() && moving.is_none() => "unknown",
+        // Nova's word for what waits to be confirmed or reverted.
+        _ if moving.is_some_and(|m| m.status == MigrationStatus::Finished) => "resized",
         PowerState::Running => "active",
         PowerState::Paused => "paused",
         PowerState::Suspended => "suspended",
@@ -41,9 +43,16 @@ fn vm_state(row: &InstanceRow) -> &'static str {
     }
 }
 
-fn task_state(kind: MigrationType) -> &'static str {
-    match kind {
-        MigrationType::LiveMigration => "migrating",
+fn task_state(m: &Migration) -> Option<&'static str> {
+    use MigrationStatus as S;
+    match (&m.way, m.status) {
+        (Way::Live(_), _) => Some("migrating"),
+        (Way::Cold(_), S::Finished) => None,
+        (Way::Cold(_), S::Reverting) => Some("resize_reverting"),
+        (Way::Cold(_), S::Confirming) => Some("resize_confirming"),
+        (Way::Cold(_), S::Migrating) => Some("resize_migrating"),
+        (Way::Cold(_), S::PostMigrating) => Some("resize_finish"),
+        (Way::Cold(_), _) => Some("resize_prep"),
     }
 }
 

@@ -9,9 +9,7 @@ use drover_model::{
     api::conductor::{MigrateAnswer, MigrateInstance, Plan, PlannedDisk},
     check::{CheckFailure, Side},
     ids::{HostName, MigrationId},
-    migration::{
-        EndReason, LiveOptions, Migration, MigrationStatus, MigrationType, Progress, Requester,
-    },
+    migration::{EndReason, Migration, MigrationStatus, Progress, Requester, Way},
 };
 use drover_rpc::{RemoteFailure, Request, RequestContext};
 use drover_store::{Store, instances::InstanceRow, migrations::Admitted};
@@ -26,14 +24,14 @@ use crate::{
     survey::{Chosen, Examined, Survey},
 };
 
-/// A live migration that somebody wants, whoever asked in whatever words.
+/// A migration that somebody wants, whoever asked in whatever words.
 pub(crate) struct Wanted {
     /// What is to move.
     pub instance: InstanceRow,
     /// Where to, if the caller says.
     pub host: Option<HostName>,
     /// How.
-    pub options: LiveOptions,
+    pub way: Way,
 }
 
 impl DroverEndpoint {
@@ -42,11 +40,13 @@ impl DroverEndpoint {
         request: &Request,
         ask: &MigrateInstance,
     ) -> Result<MigrateAnswer, RemoteFailure> {
-        let MigrationType::LiveMigration = ask.migration_type;
+        let way = ask.way().map_err(|e| {
+            RemoteFailure::value_error(format!("options of a {}: {e}", ask.migration_type))
+        })?;
         let wanted = Wanted {
             instance: self.instance(&ask.instance).await?,
             host: ask.host.clone(),
-            options: ask.options.clone(),
+            way,
         };
         if ask.dry_run {
             let plan = self.plan(&wanted).await?;
@@ -92,7 +92,7 @@ impl DroverEndpoint {
                 _ => Ok(*m),
             },
             Admitted::Busy(active) => {
-                let busy = checks::request(&wanted.instance, &wanted.options, Some(&active));
+                let busy = checks::request(&wanted.instance, &wanted.way, Some(&active));
                 Err(self.refuse(request, &wanted, migration, busy).await)
             }
         }
@@ -111,7 +111,7 @@ impl DroverEndpoint {
         let active = active
             .iter()
             .find(|m| m.instance_uuid == wanted.instance.id);
-        let mut failures = checks::request(&wanted.instance, &wanted.options, active);
+        let mut failures = checks::request(&wanted.instance, &wanted.way, active);
         let row = found(store.node(&wanted.instance.host).await)?;
         failures.extend(checks::node(
             &wanted.instance.host,
@@ -174,7 +174,7 @@ impl DroverEndpoint {
             live: self.context.liveness(),
             migration: MigrationId::generate(),
             instance: &wanted.instance,
-            options: &wanted.options,
+            way: &wanted.way,
         };
         let active = self
             .active_of(std::slice::from_ref(&wanted.instance))
@@ -182,7 +182,7 @@ impl DroverEndpoint {
         let active = active
             .iter()
             .find(|m| m.instance_uuid == wanted.instance.id);
-        let mut failures = checks::request(&wanted.instance, &wanted.options, active);
+        let mut failures = checks::request(&wanted.instance, &wanted.way, active);
         let candidates = survey.candidates(wanted.host.as_ref()).await;
         let (hosts, mut tried) = candidates.map_err(|e| store_failure(&e))?;
         let mut chosen = None;
@@ -221,6 +221,9 @@ impl DroverEndpoint {
 
 fn plan_of(wanted: &Wanted, chosen: Option<&Chosen>, failures: Vec<CheckFailure>) -> Plan {
     let copied = chosen.map_or(Vec::new(), |c| {
+        if let Way::Cold(_) = wanted.way {
+            return carried(c);
+        }
         let disks = c
             .guest
             .disks
@@ -249,9 +252,21 @@ fn plan_of(wanted: &Wanted, chosen: Option<&Chosen>, failures: Vec<CheckFailure>
             .or_else(|| wanted.host.clone()),
         failures,
         copied_disks: copied,
-        memory_mib: wanted.instance.memory_mib,
+        memory_mib: match wanted.way {
+            Way::Live(_) => wanted.instance.memory_mib,
+            Way::Cold(_) => 0,
+        },
         decisions,
     }
+}
+
+fn carried(chosen: &Chosen) -> Vec<PlannedDisk> {
+    let files = chosen.files.iter().filter(|file| !file.present);
+    let planned = files.map(|file| PlannedDisk {
+        target: file.path.clone(),
+        allocated_bytes: file.data_bytes,
+    });
+    planned.collect()
 }
 
 fn new_record(wanted: &Wanted, context: &RequestContext, owner: &str, now_ms: u64) -> Migration {
@@ -262,12 +277,11 @@ fn new_record(wanted: &Wanted, context: &RequestContext, owner: &str, now_ms: u6
         instance_uuid: wanted.instance.id,
         instance_name: wanted.instance.name.clone(),
         project_id: wanted.instance.project.clone(),
-        migration_type: MigrationType::LiveMigration,
+        way: wanted.way.clone(),
         status: MigrationStatus::Accepted,
         source_host: wanted.instance.host.clone(),
         dest_host: wanted.host.clone(),
         dest_requested: wanted.host.is_some(),
-        options: wanted.options.clone(),
         step: String::new(),
         step_started_at_ms: now_ms,
         attempt: 1,
@@ -279,6 +293,8 @@ fn new_record(wanted: &Wanted, context: &RequestContext, owner: &str, now_ms: u6
         },
         abort_requested: false,
         force_complete_requested: false,
+        ending: None,
+        ending_attempt: 0,
         end_reason: None,
         warnings: Vec::new(),
         decisions: Vec::new(),

@@ -6,6 +6,7 @@
 //! [`failure`] turns refusals into the exceptions that callers know.
 
 pub mod convert;
+mod ending;
 pub mod failure;
 pub mod migrate;
 mod nova;
@@ -23,7 +24,7 @@ use drover_model::{
         },
     },
     ids::{InstanceId, MigrationId},
-    migration::{Migration, MigrationStatus, Phase},
+    migration::{Ending, Migration, MigrationStatus, Phase},
     node::NodeReport,
 };
 use drover_rpc::{Endpoint, Notifier, Priority, RemoteFailure, Request, RpcStats};
@@ -68,6 +69,8 @@ impl Endpoint for DroverEndpoint {
             method::MIGRATE_INSTANCE,
             method::ABORT_MIGRATION,
             method::FORCE_COMPLETE_MIGRATION,
+            method::CONFIRM_MIGRATION,
+            method::REVERT_MIGRATION,
             method::RESUME_MIGRATION,
             method::GET_MIGRATION,
             method::WAIT_MIGRATION,
@@ -91,6 +94,11 @@ impl Endpoint for DroverEndpoint {
             }
             method::ABORT_MIGRATION => to_value(&self.abort(&request.args()?).await?),
             method::FORCE_COMPLETE_MIGRATION => to_value(&self.force(&request.args()?).await?),
+            method::CONFIRM_MIGRATION => {
+                let ask: MigrationRef = request.args()?;
+                to_value(&self.end_with(&ask.migration, Ending::Confirm).await?)
+            }
+            method::REVERT_MIGRATION => to_value(&self.revert(&request).await?),
             method::RESUME_MIGRATION => to_value(&self.resume(&request.args()?).await?),
             method::GET_MIGRATION => to_value(&self.find(&request.args()?).await?),
             method::WAIT_MIGRATION => {
@@ -416,7 +424,10 @@ fn take_in(m: &mut Migration, report: &MigrationReport, now_ms: u64) {
 
 /// Whether the guest may already run on the destination.
 fn past_return(m: &Migration) -> bool {
-    m.status == MigrationStatus::RunningPostCopy || matches!(m.step.as_str(), "settle" | "tidy")
+    m.status == MigrationStatus::RunningPostCopy
+        || m.status.rests()
+        || m.ending.is_some()
+        || matches!(m.step.as_str(), "finish" | "settle" | "tidy")
 }
 
 fn counters(snapshot: &impl Serialize) -> std::collections::BTreeMap<String, u64> {

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use drover_model::{
     ids::{HostName, InstanceId},
-    migration::{BlockMigration, LiveOptions},
+    migration::{BlockMigration, ColdOptions, Flavor, LiveOptions, Way},
 };
 use drover_rpc::{Endpoint, RemoteFailure, Request};
+use drover_store::instances::InstanceRow;
 use serde::Deserialize;
 use serde_json::Value;
 use tracing::warn;
@@ -19,6 +20,7 @@ use super::{Answer, DroverEndpoint, migrate::Wanted};
 /// Newest version of the namespace in the Nova that was looked at.
 const VERSION: &str = "1.26";
 const LIVE_MIGRATE_INSTANCE: &str = "live_migrate_instance";
+const MIGRATE_SERVER: &str = "migrate_server";
 
 /// Namespace `compute_task`.
 pub struct ComputeTaskEndpoint {
@@ -39,6 +41,28 @@ struct LiveMigrateInstance {
     _request_spec: Option<Value>,
 }
 
+/// `migrate_server` 1.20, live and cold.
+#[derive(Debug, Deserialize)]
+struct MigrateServer {
+    instance: Value,
+    scheduler_hint: Option<SchedulerHint>,
+    live: bool,
+    #[serde(default)]
+    rebuild: bool,
+    flavor: Option<Value>,
+    block_migration: Option<bool>,
+    clean_shutdown: Option<bool>,
+    #[serde(rename = "disk_over_commit")]
+    _disk_over_commit: Option<bool>,
+    /// Nova's quotas and scheduler use these.
+    #[serde(rename = "reservations")]
+    _reservations: Option<Value>,
+    #[serde(rename = "request_spec")]
+    _request_spec: Option<Value>,
+    #[serde(rename = "host_list")]
+    _host_list: Option<Value>,
+}
+
 #[derive(Debug, Default, Deserialize)]
 struct SchedulerHint {
     host: Option<HostName>,
@@ -55,11 +79,14 @@ impl Endpoint for ComputeTaskEndpoint {
     }
 
     fn methods(&self) -> &[&str] {
-        &[LIVE_MIGRATE_INSTANCE]
+        &[LIVE_MIGRATE_INSTANCE, MIGRATE_SERVER]
     }
 
     async fn handle(&self, request: Request) -> Answer {
-        let admitted = self.live_migrate_instance(&request).await;
+        let admitted = match request.method() {
+            MIGRATE_SERVER => self.migrate_server(&request).await,
+            _ => self.live_migrate_instance(&request).await,
+        };
         if let Err(failure) = &admitted
             && !request.wants_reply()
         {
@@ -81,17 +108,79 @@ impl ComputeTaskEndpoint {
         let wanted = Wanted {
             instance: self.drover.instance(&id.to_string()).await?,
             host: ask.scheduler_hint.and_then(|hint| hint.host),
-            options: LiveOptions {
-                block_migration: match ask.block_migration {
-                    None => BlockMigration::Auto,
-                    Some(true) => BlockMigration::Yes,
-                    Some(false) => BlockMigration::No,
-                },
-                ..LiveOptions::default()
-            },
+            way: live(ask.block_migration),
         };
         self.drover.admit(request, wanted).await.map(|_| ())
     }
+
+    async fn migrate_server(&self, request: &Request) -> Result<(), RemoteFailure> {
+        let ask: MigrateServer = request.args()?;
+        if ask.rebuild {
+            return Err(RemoteFailure::value_error(
+                "rebuild is true: migrate_server rebuilds nothing",
+            ));
+        }
+        let id = instance_id(&ask.instance)?;
+        let instance = self.drover.instance(&id.to_string()).await?;
+        let way = match ask.live {
+            true => live(ask.block_migration),
+            false => Way::Cold(ColdOptions {
+                // Without a clean shutdown the caller wants none at all.
+                force_stop_after_s: (ask.clean_shutdown == Some(false)).then_some(0),
+                flavor: new_flavor(&ask, &instance)?,
+                ..ColdOptions::default()
+            }),
+        };
+        let host = ask.scheduler_hint.and_then(|hint| hint.host);
+        let wanted = Wanted {
+            instance,
+            host,
+            way,
+        };
+        self.drover.admit(request, wanted).await.map(|_| ())
+    }
+}
+
+fn live(block_migration: Option<bool>) -> Way {
+    Way::Live(LiveOptions {
+        block_migration: match block_migration {
+            None => BlockMigration::Auto,
+            Some(true) => BlockMigration::Yes,
+            Some(false) => BlockMigration::No,
+        },
+        ..LiveOptions::default()
+    })
+}
+
+/// The flavor, if it is another than the instance has by its own object, or by
+/// the record if it comes as a plain UUID.
+fn new_flavor(
+    ask: &MigrateServer,
+    instance: &InstanceRow,
+) -> Result<Option<Flavor>, RemoteFailure> {
+    let Some(wanted) = ask.flavor.as_ref().filter(|value| !value.is_null()) else {
+        return Ok(None);
+    };
+    let wanted = flavor(wanted).ok_or_else(|| {
+        RemoteFailure::value_error("flavor has no vcpus and memory_mb in its nova_object.data")
+    })?;
+    let own = ask
+        .instance
+        .pointer("/nova_object.data/flavor")
+        .and_then(flavor);
+    let has = own.unwrap_or(Flavor {
+        vcpus: instance.vcpus,
+        memory_mb: instance.memory_mib,
+    });
+    Ok((wanted != has).then_some(wanted))
+}
+
+fn flavor(object: &Value) -> Option<Flavor> {
+    let data = object.get("nova_object.data").unwrap_or(object);
+    Some(Flavor {
+        vcpus: u32::try_from(data.get("vcpus")?.as_u64()?).ok()?,
+        memory_mb: data.get("memory_mb")?.as_u64()?,
+    })
 }
 
 /// The UUID of an instance, however it is given.

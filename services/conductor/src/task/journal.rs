@@ -2,31 +2,91 @@
 //! record, and whom it tells. Committed together with the event (see
 //! [`drover_store::sagas`]), so the record never says what the journal does not.
 
+use std::marker::PhantomData;
+
 use async_trait::async_trait;
 use drover_model::migration::{
     Decision, EndReason, IllegalTransition, Migration, MigrationStatus as S, Phase, StepTiming,
 };
 use drover_saga::{Event, Journal, JournalError, Saga, StepError};
-use drover_store::{Store, migrations::Lease, outbox::Notification};
+use drover_store::{Store, migrations::Lease, outbox::Notification, sagas::SagaKey};
 use serde_json::{Value, json};
 
-use super::live_migrate::{Data, LiveMigrate, Step};
+use super::job::Data;
 use crate::clock::Clock;
 
-/// The journal of one live migration.
-pub struct LiveJournal {
+/// What a saga's events mean for the migration's record, and whom they tell.
+pub trait Recorded: Saga<Data = Data> {
+    /// Status while a step runs; `None` leaves it.
+    fn status_during(step: Self::Step) -> Option<S>;
+    /// Phase while a step runs, until an agent says more.
+    fn phase_during(step: Self::Step) -> Phase;
+    /// What is told when a step begins.
+    fn told_at_start(step: Self::Step) -> Option<Told>;
+    /// What is told when a step is done.
+    fn told_at_success(step: Self::Step) -> Option<Told>;
+    /// What is told when it fails, and undoing begins.
+    fn told_at_failure() -> Told;
+    /// What is told at the end, by the status then.
+    fn told_at_end(status: S) -> Vec<Told>;
+    /// Status when all steps are done.
+    fn status_after(m: &Migration) -> S;
+    /// Status when all is undone.
+    fn status_undone(m: &Migration) -> S {
+        match m.end_reason {
+            Some(EndReason::Aborted) => S::Cancelled,
+            _ => S::Failed,
+        }
+    }
+    /// What else changes on the record at the end.
+    fn at_end(_: &mut Migration) {}
+}
+
+/// An event that is told, and how loudly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Told {
+    event_type: &'static str,
+    priority: &'static str,
+}
+
+impl Told {
+    /// To those who follow.
+    pub fn info(event_type: &'static str) -> Self {
+        let priority = "INFO";
+        Self {
+            event_type,
+            priority,
+        }
+    }
+
+    /// To those who mend.
+    pub fn error(event_type: &'static str) -> Self {
+        let priority = "ERROR";
+        Self {
+            event_type,
+            priority,
+        }
+    }
+}
+
+/// The journal of one saga of a migration.
+pub struct RecordJournal<G> {
     /// The record.
     pub store: Store,
     /// The time.
     pub clock: Clock,
-    /// Whose saga, and by what right.
+    /// By what right it is written.
     pub lease: Lease,
+    /// Whose.
+    pub saga: SagaKey,
+    /// Which kind.
+    pub kind: PhantomData<fn() -> G>,
 }
 
 #[async_trait]
-impl Journal for LiveJournal {
+impl<G: Recorded> Journal for RecordJournal<G> {
     async fn load(&self) -> Result<Vec<Event>, JournalError> {
-        let events = self.store.saga_events(self.lease).await;
+        let events = self.store.saga_events(&self.saga).await;
         events.map_err(|e| JournalError::Unavailable(e.to_string()))
     }
 
@@ -35,13 +95,14 @@ impl Journal for LiveJournal {
         let project = |migration: &mut Migration| {
             let mut told = Vec::new();
             for event in events {
-                told.extend(project(migration, event, now_ms)?);
+                told.extend(project::<G>(migration, event, now_ms)?);
             }
             Ok(told)
         };
+        let by = (self.lease, &self.saga);
         let appended = self
             .store
-            .append_saga_events(self.lease, at, events, now_ms, project);
+            .append_saga_events(by, at, events, now_ms, project);
         appended.await?;
         for event in events {
             if let Event::PutOff { step, .. } = event {
@@ -54,124 +115,72 @@ impl Journal for LiveJournal {
 }
 
 /// What an event makes of the record; what it tells.
-fn project(
+fn project<G: Recorded>(
     m: &mut Migration,
     event: &Event,
     now_ms: u64,
 ) -> Result<Vec<Notification>, IllegalTransition> {
     m.updated_at_ms = now_ms;
     event.step().clone_into(&mut m.step);
+    let step = step_of::<G>(event.step());
     let mut told = Vec::new();
     match event {
-        Event::Started { step } => {
+        Event::Started { .. } => {
             m.step_started_at_ms = now_ms;
-            if let Some(status) = status_during(step) {
+            if let Some(status) = step.and_then(G::status_during) {
                 m.become_status(status)?;
             }
-            m.progress.phase = m.progress.phase.max(phase_during(step));
-            told.extend(event_on_start(step));
+            let phase = step.map_or(Phase::Waiting, G::phase_during);
+            m.progress.phase = m.progress.phase.max(phase);
+            told.extend(step.and_then(G::told_at_start));
         }
-        Event::Succeeded { step, data } => {
-            timing(m, step, now_ms);
+        Event::Succeeded { step: name, data } => {
+            timing(m, name, now_ms);
             if let Ok(data) = serde_json::from_value::<Data>(data.clone()) {
-                learn(m, step, &data, now_ms);
+                learn(m, name, &data, now_ms);
             }
-            told.extend(event_on_success(step));
-            finish_if_last(m, step, now_ms)?;
+            told.extend(step.and_then(G::told_at_success));
+            told.extend(end_if_last::<G>(m, name, now_ms)?);
         }
-        Event::PutOff { step, error } => {
-            timing(m, step, now_ms);
+        Event::PutOff { step: name, error } => {
+            timing(m, name, now_ms);
             m.warnings.push(format!(
-                "{step} was put off and is tried again later: {error}"
+                "{name} was put off and is tried again later: {error}"
             ));
-            finish_if_last(m, step, now_ms)?;
+            told.extend(end_if_last::<G>(m, name, now_ms)?);
         }
-        Event::Failed { step, error } => {
-            timing(m, step, now_ms);
+        Event::Failed { step: name, error } => {
+            timing(m, name, now_ms);
             m.end_reason = Some(end_reason(error));
-            told.push(("instance.live_migration_rollback.start", "INFO"));
+            told.push(G::told_at_failure());
         }
-        Event::Undone { step } if step == first_step() => {
-            let status = match m.end_reason {
-                Some(EndReason::Aborted) => S::Cancelled,
-                _ => S::Failed,
-            };
-            end(m, status, now_ms)?;
-            told.push(("instance.live_migration_rollback.end", "INFO"));
-            if status == S::Failed {
-                told.push(("compute_task.migrate_server.error", "ERROR"));
-            } else {
-                told.push(("instance.live_migration_abort.end", "INFO"));
-            }
+        Event::Undone { step: name } if name == G::name(G::STEPS[0]) => {
+            told.extend(end::<G>(m, G::status_undone(m), now_ms)?);
         }
         Event::Undone { .. } => {}
         Event::Stuck { error, .. } => {
             m.become_status(S::Stuck)?;
             decide(m, now_ms, format!("stuck: {error}"));
         }
-        Event::Resumed { step } => {
-            m.become_status(status_during(step).unwrap_or(S::Running))?;
-            decide(m, now_ms, format!("{step} is tried again"));
+        Event::Resumed { step: name } => {
+            m.become_status(status_at::<G>(name))?;
+            decide(m, now_ms, format!("{name} is tried again"));
         }
     }
-    if m.status == S::Completed {
-        told.push(("instance.live_migration_post.end", "INFO"));
-    }
-    Ok(told
-        .into_iter()
-        .map(|(event, priority)| notification(m, event, priority))
-        .collect())
+    let tell = |t: Told| notification(m, t.event_type, t.priority);
+    Ok(told.into_iter().map(tell).collect())
 }
 
-fn first_step() -> &'static str {
-    LiveMigrate::name(LiveMigrate::STEPS[0])
+fn step_of<G: Recorded>(name: &str) -> Option<G::Step> {
+    G::STEPS.iter().copied().find(|s| G::name(*s) == name)
 }
 
-fn is_last(step: &str) -> bool {
-    LiveMigrate::STEPS
-        .last()
-        .is_some_and(|s| LiveMigrate::name(*s) == step)
-}
-
-fn step_of(name: &str) -> Option<Step> {
-    LiveMigrate::STEPS
-        .iter()
-        .copied()
-        .find(|s| LiveMigrate::name(*s) == name)
-}
-
-fn status_during(step: &str) -> Option<S> {
-    match step_of(step)? {
-        Step::Place => Some(S::Accepted),
-        Step::Prepare => Some(S::Preparing),
-        Step::Transfer => Some(S::Running),
-        Step::Settle | Step::Tidy => None,
-    }
-}
-
-fn phase_during(step: &str) -> Phase {
-    match step_of(step) {
-        Some(Step::Place) => Phase::Checking,
-        Some(Step::Prepare) => Phase::Preparing,
-        Some(Step::Settle | Step::Tidy) => Phase::Finishing,
-        Some(Step::Transfer) | None => Phase::Waiting,
-    }
-}
-
-fn event_on_start(step: &str) -> Option<(&'static str, &'static str)> {
-    match step_of(step)? {
-        Step::Prepare => Some(("instance.live_migration_pre.start", "INFO")),
-        Step::Settle => Some(("instance.live_migration_post.start", "INFO")),
-        Step::Place | Step::Transfer | Step::Tidy => None,
-    }
-}
-
-fn event_on_success(step: &str) -> Option<(&'static str, &'static str)> {
-    match step_of(step)? {
-        Step::Prepare => Some(("instance.live_migration_pre.end", "INFO")),
-        Step::Settle => Some(("instance.live_migration_post_dest.end", "INFO")),
-        Step::Place | Step::Transfer | Step::Tidy => None,
-    }
+/// The status that a step has, or the last before it that has one.
+fn status_at<G: Recorded>(name: &str) -> S {
+    let up_to = G::STEPS.iter().position(|s| G::name(*s) == name);
+    let steps = G::STEPS.iter().take(up_to.map_or(0, |at| at + 1)).rev();
+    let mut statuses = steps.filter_map(|s| G::status_during(*s));
+    statuses.next().unwrap_or(S::Accepted)
 }
 
 /// Takes over what a step learned.
@@ -187,7 +196,7 @@ fn learn(m: &mut Migration, step: &str, data: &Data, now_ms: u64) {
     }
     m.warnings
         .extend(data.warnings.get(step).into_iter().flatten().cloned());
-    if step_of(step) == Some(Step::Place) && m.status == S::Accepted {
+    if m.status == S::Accepted && data.chosen.is_some() {
         // From accepted to queued cannot fail.
         let _ = m.become_status(S::Queued);
     }
@@ -208,21 +217,32 @@ fn timing(m: &mut Migration, step: &str, now_ms: u64) {
     });
 }
 
-fn finish_if_last(m: &mut Migration, step: &str, now_ms: u64) -> Result<(), IllegalTransition> {
-    if is_last(step) {
-        end(m, S::Completed, now_ms)?;
+fn end_if_last<G: Recorded>(
+    m: &mut Migration,
+    step: &str,
+    now_ms: u64,
+) -> Result<Vec<Told>, IllegalTransition> {
+    let is_last = G::STEPS.last().is_some_and(|s| G::name(*s) == step);
+    match is_last {
+        true => end::<G>(m, G::status_after(m), now_ms),
+        false => Ok(Vec::new()),
     }
-    Ok(())
 }
 
-fn end(m: &mut Migration, status: S, now_ms: u64) -> Result<(), IllegalTransition> {
+fn end<G: Recorded>(
+    m: &mut Migration,
+    status: S,
+    now_ms: u64,
+) -> Result<Vec<Told>, IllegalTransition> {
     m.become_status(status)?;
-    m.finished_at_ms = Some(now_ms);
+    // The move's own end; confirming does not make it longer.
+    m.finished_at_ms.get_or_insert(now_ms);
     m.progress.phase = Phase::Done;
     m.progress.eta_ms = None;
     m.progress.note = None;
     m.deadline_at_ms = None;
-    Ok(())
+    G::at_end(m);
+    Ok(G::told_at_end(status))
 }
 
 /// The reason a step gave for its failure, in its own form or in words.
@@ -244,7 +264,7 @@ fn payload(m: &Migration) -> Value {
         "project_id": m.project_id,
         "migration_id": m.id,
         "migration_uuid": m.uuid,
-        "migration_type": m.migration_type,
+        "migration_type": m.way.migration_type(),
         "status": m.status,
         "source_host": m.source_host,
         "dest_host": m.dest_host,

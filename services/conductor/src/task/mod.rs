@@ -1,10 +1,31 @@
 //! Every operation that Drover runs, and what runs them.
 //!
 //! * [`live_migrate`]: a running guest to another node.
+//! * [`cold_migrate`]: a guest to another node, off while it moves; then
+//!   [`confirm`] or [`revert`].
 //!
-//! [`journal`] turns their events into the record and the notifications;
-//! [`runner`] drives them, finds them again after a restart, and keeps hold.
+//! [`journal`] turns their events into the record and the notifications; what
+//! all their steps use is in [`job`]; [`runner`] drives them, finds them again
+//! after a restart, and keeps hold.
 
+pub mod cold_migrate;
+pub mod confirm;
+pub mod job;
 pub mod journal;
 pub mod live_migrate;
+pub mod revert;
 pub mod runner;
+
+use drover_model::migration::{EndReason, Migration, MigrationStatus};
+
+/// An ending that failed leaves a migration finished, as before, and says why.
+fn ending_over(m: &mut Migration) {
+    if m.status == MigrationStatus::Finished {
+        m.ending = None;
+        if let Some(reason) = m.end_reason.take() {
+            m.warnings.push(format!("it stays finished: {reason}"));
+        }
+    } else if matches!(m.end_reason, Some(EndReason::Failed { .. })) {
+        m.end_reason = None;
+    }
+}

@@ -14,25 +14,30 @@
 
 use std::{
     collections::HashMap,
+    marker::PhantomData,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use drover_model::{
-    ids::MigrationId,
-    migration::{Migration, MigrationStatus},
+    ids::{HostName, MigrationId},
+    migration::{Ending, Migration, MigrationStatus, Way},
 };
-use drover_saga::{DriveError, JournalError, Outcome, Patience, drive};
-use drover_store::{Store, StoreError, migrations::Lease};
+use drover_saga::{DriveError, JournalError, Outcome, Patience, StepError, drive};
+use drover_store::{Store, StoreError, migrations::Lease, sagas::SagaKey};
 use futures_util::FutureExt;
 use tokio::{sync::Semaphore, task::AbortHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::{
-    journal::LiveJournal,
-    live_migrate::{Data, LiveMigrate},
+    cold_migrate::ColdMigrate,
+    confirm::Confirm,
+    job::{Data, Job, agent_error},
+    journal::{RecordJournal, Recorded},
+    live_migrate::LiveMigrate,
+    revert::Revert,
 };
 use crate::{app::Context, survey::hypervisor_is_up};
 
@@ -146,13 +151,49 @@ impl Runner {
         let store = &self.context.store;
         let migration = store.migration(lease.migration).await;
         let migration = migration.map_err(|e| JournalError::Unavailable(e.to_string()))?;
-        let journal = LiveJournal {
-            store: store.clone(),
+        let ending = migration.ending;
+        let key = match ending {
+            None => SagaKey::of_move(migration.uuid),
+            Some(_) => SagaKey::of_ending(migration.uuid, migration.ending_attempt),
+        };
+        let way = migration.way.clone();
+        let job = self.job(lease, migration);
+        match (ending, way) {
+            (Some(Ending::Confirm), _) => self.drive(&Confirm::new(job), lease, key).await,
+            (Some(Ending::Revert), _) => self.drive(&Revert::new(job), lease, key).await,
+            (None, Way::Live(options)) => {
+                self.drive(&LiveMigrate::new(job, options), lease, key)
+                    .await
+            }
+            (None, Way::Cold(options)) => {
+                self.drive(&ColdMigrate::new(job, options), lease, key)
+                    .await
+            }
+        }
+    }
+
+    fn job(&self, lease: Lease, migration: Migration) -> Job {
+        Job {
+            context: self.context.clone(),
+            lease,
+            migration,
+        }
+    }
+
+    async fn drive<G: Recorded>(
+        &self,
+        saga: &G,
+        lease: Lease,
+        key: SagaKey,
+    ) -> Result<Outcome, DriveError> {
+        let journal = RecordJournal::<G> {
+            store: self.context.store.clone(),
             clock: self.context.clock.clone(),
             lease,
+            saga: key,
+            kind: PhantomData,
         };
-        let saga = LiveMigrate::new(self.context.clone(), lease, migration);
-        drive(&saga, &journal, self.patience, Data::default()).await
+        drive(saga, &journal, self.patience, Data::default()).await
     }
 
     /// Takes up what this owner left unfinished in an earlier life.
@@ -184,6 +225,43 @@ impl Runner {
             self.spawn(lease);
         }
         Ok(())
+    }
+
+    /// Has a finished cold migration confirmed or reverted; none if it is not
+    /// finished. Asked for what is already being done, or is done, it is that.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    pub async fn end_with(
+        &self,
+        id: MigrationId,
+        ending: Ending,
+    ) -> Result<Option<Migration>, StoreError> {
+        use MigrationStatus as S;
+        let (during, done) = match ending {
+            Ending::Confirm => (S::Confirming, S::Confirmed),
+            Ending::Revert => (S::Reverting, S::Reverted),
+        };
+        let (mut begun, mut fits) = (false, false);
+        let now_ms = self.context.clock.now_ms();
+        let change = |m: &mut Migration| {
+            begun = m.status == S::Finished;
+            fits = begun || m.status == done || (m.ending == Some(ending) && !m.status.rests());
+            if begun {
+                m.ending = Some(ending);
+                m.ending_attempt += 1;
+                m.updated_at_ms = now_ms;
+                // From finished to either cannot fail.
+                let _ = m.become_status(during);
+            }
+            begun
+        };
+        let migration = self.context.store.update_migration(id, change).await?;
+        if begun {
+            info!(migration = migration.id, ?ending, "is to be ended");
+            self.resume(id).await?;
+        }
+        Ok(fits.then_some(migration))
     }
 
     /// Tries a stuck operation again at once.
@@ -218,6 +296,7 @@ impl Runner {
             .await?;
         self.adopt(false).await?;
         self.resume_rested(store, now_ms).await?;
+        self.confirm_overdue(store, now_ms).await?;
         self.tidy(store).await?;
         store
             .prune_requests(now_ms.saturating_sub(REQUESTS_KEPT_MS))
@@ -235,6 +314,27 @@ impl Runner {
             let stuck = m.status == MigrationStatus::Stuck && m.owner == *self.owner;
             if stuck && rested && self.both_up(&m).await? {
                 self.resume(m.uuid).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Confirms what was not confirmed within the window, if there is one.
+    async fn confirm_overdue(&self, store: &Store, now_ms: u64) -> Result<(), StoreError> {
+        if self.context.confirm_window_ms == 0 {
+            return Ok(());
+        }
+        let filter = drover_model::api::conductor::ListMigrations {
+            active: true,
+            limit: Some(1000),
+            ..Default::default()
+        };
+        for m in store.migrations(&filter, None).await? {
+            let since = m.finished_at_ms.unwrap_or(now_ms);
+            let overdue = now_ms.saturating_sub(since) >= self.context.confirm_window_ms;
+            if m.status == MigrationStatus::Finished && overdue {
+                info!(migration = m.id, "nobody reverted it in time");
+                self.end_with(m.uuid, Ending::Confirm).await?;
             }
         }
         Ok(())
@@ -258,12 +358,11 @@ impl Runner {
                 continue;
             };
             let m = store.migration(id).await?;
-            let Some(dest) = m.dest_host.clone() else {
+            // Of a step that still runs, or will be driven again, nothing is tidied.
+            let Some(dest) = m.dest_host.clone().filter(|_| m.status.rests()) else {
                 continue;
             };
-            let lease = Store::first_lease(id);
-            let saga = LiveMigrate::new(self.context.clone(), lease, m);
-            match saga.tidy_again(&step, &dest).await {
+            match self.tidy_again(m, &step, &dest).await {
                 Ok(()) => {
                     store.tidied(&uuid, &step).await?;
                     let done = format!("{step} was put off, and is done now");
@@ -278,6 +377,26 @@ impl Runner {
             }
         }
         Ok(())
+    }
+}
+
+impl Runner {
+    /// Does a tidying step again that was put off.
+    async fn tidy_again(&self, m: Migration, step: &str, dest: &HostName) -> Result<(), StepError> {
+        let lease = Store::first_lease(m.uuid);
+        let (ending, way) = (m.ending, m.way.clone());
+        let job = self.job(lease, m);
+        match (ending, way) {
+            (Some(Ending::Confirm), _) => Confirm::new(job).confirm_source().await,
+            (Some(Ending::Revert), _) if step == "revert_tidy" => Revert::new(job).tidy().await,
+            (None, Way::Live(options)) => {
+                let saga = LiveMigrate::new(job, options);
+                saga.tidy_again(step, dest).await.map_err(agent_error)
+            }
+            (Some(Ending::Revert), _) => Revert::new(job).settle().await,
+            // The record itself: if it cannot be written, nor can this be put off.
+            (None, Way::Cold(_)) => Ok(()),
+        }
     }
 }
 

@@ -333,7 +333,11 @@ pub fn migrations(active: &[Migration]) -> Vec<Finding> {
     let stuck = |m: &&Migration| m.status == MigrationStatus::Stuck;
     let findings: Vec<Finding> = active.iter().filter(stuck).map(stuck_one).collect();
     if findings.is_empty() {
-        let message = format!("{} under way, none stuck", active.len());
+        let under_way = active.iter().filter(|m| !m.status.rests()).count();
+        let message = match active.len().saturating_sub(under_way) {
+            0 => format!("{under_way} under way, none stuck"),
+            n => format!("{under_way} under way, none stuck, {n} to be confirmed or reverted"),
+        };
         return vec![Finding::ok("migrations", "stuck", message)];
     }
     findings

@@ -156,6 +156,12 @@ fn stuck_migrations_are_wrong() {
         level(&migrations(std::slice::from_ref(&running)), "stuck"),
         Level::Ok
     );
+    let rests = samples::finished();
+    let findings = migrations(&[running.clone(), rests]);
+    assert_eq!(
+        findings[0].message,
+        "1 under way, none stuck, 1 to be confirmed or reverted"
+    );
     let findings = migrations(&[running, stuck]);
     assert_eq!(findings.len(), 1);
     assert_eq!(level(&findings, "stuck"), Level::Fail);

@@ -12,8 +12,7 @@ use tokio::time::Instant;
 use super::{
     super::{Event, HypervisorError, Job, JobSample, Result},
     journey::{Journey, Leg},
-    node::{Domain, Memory},
-    transfer::MemoryLoad,
+    node::{Domain, Habits, Memory, Nature},
     world::World,
 };
 
@@ -199,12 +198,18 @@ impl World {
         &mut self,
         host: &HostName,
         guest: Guest,
-        load: MemoryLoad,
+        habits: Habits,
         now: Instant,
     ) {
         let id = guest.id;
         let state = guest.power_state;
         let tokens = self.make_disks(host, &guest);
+        let nature = Nature {
+            habits,
+            tokens: tokens.clone(),
+            file_tokens: self.make_files(host, &guest),
+        };
+        self.natures.insert(id, nature);
         let counter = Duration::ZERO;
         self.ledger.born(id, state.is_active(), counter);
         let domain = Domain {
@@ -213,12 +218,13 @@ impl World {
             incoming: false,
             defined_before: false,
             whole: true,
-            load,
+            load: habits.load,
             memory: Memory::at(counter),
             tokens,
             completed: None,
             other_job: None,
             left_by_script: false,
+            goes_off_at: None,
         };
         self.node_mut(host).domains.insert(id, domain);
         if state == PowerState::Running {

@@ -3,7 +3,7 @@
 
 use drover_model::{
     api::compute::{CpuVerdict, DiskFact, Mark, NetworkFact},
-    guest::{Disk, Guest, Presence},
+    guest::{Disk, Guest, GuestFile, Immovable, ImmovableKind, Presence},
     ids::{HostName, InstanceId},
     node::{InstanceReport, Inventory},
 };
@@ -15,6 +15,8 @@ use super::{
     world::World,
 };
 
+/// Where a node keeps the state of emulated TPMs.
+pub(super) const TPM_STATE: &str = "/var/lib/libvirt/swtpm";
 /// Where a node keeps its guests' disks unless it is told otherwise.
 pub(super) const IMAGES: &str = "/var/lib/libvirt/images";
 
@@ -53,6 +55,46 @@ impl World {
             let file = disk.local_path().and_then(|p| self.storage.file(host, p));
             disk.allocated_bytes = file.map_or(0, |f| f.allocated_bytes);
         }
+        // Only who asks for the lasting guest is told of them.
+        guest.files.clear();
+        Some(guest)
+    }
+
+    /// A domain with what lies under its disks and beside them, as files tell.
+    pub(super) fn describe_lasting(&self, host: &HostName, id: InstanceId) -> Option<Guest> {
+        let mut guest = self.describe(host, id)?;
+        let mut obstacles = Vec::new();
+        let carried = |d: &&mut Disk| d.is_copied_when_local() && d.format == "qcow2";
+        for disk in guest.disks.iter_mut().filter(carried) {
+            let path = disk.local_path().unwrap_or_default().to_owned();
+            let mut missing = |path: &str| {
+                obstacles.push(format!(
+                    "{}: {path}: No such file or directory",
+                    disk.target
+                ));
+            };
+            if self.storage.file(host, &path).is_none() {
+                missing(&path);
+            }
+            for image in &mut disk.backing {
+                match self.storage.file(host, &image.path) {
+                    Some(file) => image.allocated_bytes = file.allocated_bytes,
+                    None => missing(&image.path),
+                }
+            }
+        }
+        let kind = ImmovableKind::Disk;
+        let obstacles = obstacles.into_iter().map(|what| Immovable { kind, what });
+        guest.immovable.extend(obstacles);
+        let files = &self.domain(host, id)?.guest.files;
+        let there = files.iter().filter_map(|file| {
+            let found = self.storage.file(host, &file.path)?;
+            Some(GuestFile {
+                allocated_bytes: found.allocated_bytes,
+                ..file.clone()
+            })
+        });
+        guest.files = there.collect();
         Some(guest)
     }
 

@@ -225,6 +225,8 @@ impl World {
         node.powered = false;
         node.libvirtd = Libvirtd::Dead;
         node.probe_ports.clear();
+        node.doors.clear();
+        node.inboxes.clear();
         let ids: Vec<InstanceId> = node.domains.keys().copied().collect();
         for id in ids {
             self.qemu_dies(host, id, at);

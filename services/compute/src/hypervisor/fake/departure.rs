@@ -106,16 +106,29 @@ impl World {
 
     /// What the destination's libvirt and QEMU refuse by themselves.
     fn check_destination(&self, to: &HostName, guest: &Guest) -> Result<()> {
-        let node = self.node(to);
         if self.presence(to, guest.id).is_active()
             || self.presence(to, guest.id) == Presence::Incoming
         {
             return failed(format!("domain '{}' is already active", guest.name));
         }
-        if let Some(other) = self.other_of_name(to, guest) {
-            let name = &guest.name;
-            return failed(format!("domain '{name}' already exists with uuid {other}"));
+        self.check_name(to, guest)?;
+        self.check_fit(to, guest)
+    }
+
+    /// No other domain of its name is there.
+    pub(super) fn check_name(&self, to: &HostName, guest: &Guest) -> Result<()> {
+        match self.other_of_name(to, guest) {
+            Some(other) => {
+                let name = &guest.name;
+                failed(format!("domain '{name}' already exists with uuid {other}"))
+            }
+            None => Ok(()),
         }
+    }
+
+    /// A QEMU for it can be started.
+    pub(super) fn check_fit(&self, to: &HostName, guest: &Guest) -> Result<()> {
+        let node = self.node(to);
         if !node.spec.emulators.contains(&guest.emulator) {
             return failed(format!("Cannot check QEMU binary {}", guest.emulator));
         }
@@ -207,6 +220,7 @@ impl World {
             completed: None,
             other_job: None,
             left_by_script: false,
+            goes_off_at: None,
             guest: Guest {
                 persistent: defined_before,
                 ..source.guest

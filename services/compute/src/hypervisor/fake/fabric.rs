@@ -19,7 +19,7 @@ use super::{
     guest_builder::GuestBuilder,
     ledger::Violation,
     node::{Domain, Memory, Node, NodeSpec},
-    script::{At, Call, CallScript, Effect, Fault, MigrationScript},
+    script::{At, Call, CallScript, Effect, Fault, MigrationScript, SendScript},
     storage::{Content, File},
     world::{World, pair},
 };
@@ -85,7 +85,7 @@ impl Fabric {
         let now = Instant::now();
         world.settle(now);
         let result = act(&mut world, now);
-        let begins = !world.ticking && !world.journeys.is_empty();
+        let begins = !world.ticking && world.is_restless();
         world.ticking |= begins;
         drop(world);
         if begins {
@@ -138,9 +138,9 @@ impl Fabric {
         self.with(|world, now| {
             let bytes = world.rng.u128(..).to_be_bytes();
             let drawn = uuid::Builder::from_random_bytes(bytes).into_uuid();
-            let (guest, load) = guest.build(InstanceId(drawn));
+            let (guest, habits) = guest.build(InstanceId(drawn));
             let id = guest.id;
-            world.add_guest(&node, guest, load, now);
+            world.add_guest(&node, guest, habits, now);
             id
         })
     }
@@ -244,6 +244,12 @@ impl Fabric {
         });
     }
 
+    /// Somebody who may has agreed that a guest goes back to older disks: the
+    /// next time it is started on disks older than they once were is no loss.
+    pub fn accept_older_disks(&self, id: InstanceId) {
+        self.with(|world, _| world.ledger.accept_older_disks(id));
+    }
+
     // ---- breaking ----------------------------------------------------------------
 
     /// The next `times` calls of that kind to a node's drivers go this way.
@@ -267,6 +273,23 @@ impl Fabric {
                 None => world.scripts.entry(id).or_default().push(script),
             }
         });
+    }
+
+    /// When so many percent of the bytes of a node's next `send` are there, this
+    /// happens. Of the faults `Stall` (until [`Self::unstall_sends`]), `Fail`,
+    /// `CutLink`, `LibvirtdAway`, `LibvirtdDies` and `PowerOff` mean something here.
+    pub fn on_send(&self, node: &str, percent: u8, fault: Fault) {
+        let node = host(node);
+        self.with(|world, _| {
+            let script = SendScript { percent, fault };
+            world.node_mut(&node).send_scripts.push(script);
+        });
+    }
+
+    /// Files that a node sends, and stood still, go on.
+    pub fn unstall_sends(&self, node: &str) {
+        let node = host(node);
+        self.with(|world, _| world.node_mut(&node).sends_stalled = false);
     }
 
     /// A migration that stood still goes on.
@@ -345,11 +368,34 @@ impl Fabric {
     /// Puts a file there that no guest made, with that text; fails in words.
     pub fn write_file(&self, node: &str, path: &str, text: &str) -> Result<(), String> {
         let node = host(node);
-        let file = File {
-            content: Content::Text(text.to_owned()),
-            allocated_bytes: 4096,
-        };
+        let bytes = text.len().max(4096) as u64;
+        let file = File::dense(Content::Text(text.to_owned()), bytes);
         self.with(|world, _| world.storage.create(&node, path, file))
+    }
+
+    /// Somebody writes to a file with text in it; fails in words.
+    pub fn change_file(&self, node: &str, path: &str) -> Result<(), String> {
+        let node = host(node);
+        self.with(|world, _| {
+            let file = world.storage.file_mut(&node, path);
+            match file.map(|file| &mut file.content) {
+                Some(Content::Text(text)) => {
+                    text.insert_str(0, "changed!");
+                    Ok(())
+                }
+                _ => Err(format!("{path}: no text is there")),
+            }
+        })
+    }
+
+    /// Gives a node a block device of that length with nothing on it, below `/dev`.
+    pub fn add_device(&self, node: &str, path: &str, length_bytes: u64) {
+        let node = host(node);
+        let file = File {
+            length_bytes,
+            ..File::dense(Content::Empty, 0)
+        };
+        self.with(|world, _| world.put_file(&node, path, file));
     }
 
     /// Makes a directory on a node.
@@ -411,6 +457,16 @@ impl Fabric {
         self.with(|world, _| world.journeys.keys().copied().collect())
     }
 
+    /// The keys under which a node takes files in.
+    pub fn receiving(&self, node: &str) -> Vec<uuid::Uuid> {
+        let node = host(node);
+        self.with(|world, _| {
+            let inboxes = world.node(&node).inboxes.iter();
+            let open = inboxes.filter(|(_, inbox)| inbox.is_open());
+            open.map(|(key, _)| *key).collect()
+        })
+    }
+
     /// Every violation there ever was, even for a moment.
     pub fn violations(&self) -> Vec<Violation> {
         self.with(|world, _| world.ledger.violations().to_vec())
@@ -433,14 +489,16 @@ impl Fabric {
 
     /// What lies about and belongs to nobody, in words: copies that wait for a
     /// migration that is over, definitions and old copies of guests that are
-    /// active elsewhere, marks, disks that no domain uses. Empty after every
-    /// migration that was tidied up.
+    /// active elsewhere, second definitions of those that are off, marks, files
+    /// that no domain uses, open inboxes. Empty after every migration that was
+    /// tidied up (confirmed or reverted, if it was a cold one).
     pub fn leftovers(&self) -> Vec<String> {
         self.with(|world, _| world.leftovers())
     }
 }
 
-/// Carries migrations on until none is left: sleeps until something is due.
+/// Carries migrations on, and guests that shut down, until none is left: sleeps
+/// until something is due.
 async fn carry_on(shared: Weak<Shared>, changed: Arc<Notify>) {
     loop {
         let next = {
@@ -449,7 +507,7 @@ async fn carry_on(shared: Weak<Shared>, changed: Arc<Notify>) {
             };
             let mut world = shared.lock();
             world.settle(Instant::now());
-            if world.journeys.is_empty() {
+            if !world.is_restless() {
                 world.ticking = false;
                 return;
             }

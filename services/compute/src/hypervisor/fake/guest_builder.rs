@@ -1,27 +1,37 @@
 //! What a fake guest is made from.
 
+use std::time::Duration;
+
 use drover_model::{
     DEFAULT_PROJECT,
     guest::{
-        BackingImage, Disk, DiskSource, Guest, Immovable, ImmovableKind, Nic, NicAttachment,
-        PowerState,
+        BackingImage, Disk, DiskSource, Guest, GuestFile, GuestFileKind, Immovable, ImmovableKind,
+        Nic, NicAttachment, PowerState,
     },
     ids::InstanceId,
 };
 
-use super::transfer::MemoryLoad;
+use super::{answers::TPM_STATE, node::Habits, transfer::MemoryLoad};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+/// Room that the firmware's variables take, bytes.
+const NVRAM_BYTES: u64 = 528 * 1024;
+/// Room that a TPM's state takes, bytes.
+const TPM_BYTES: u64 = 8 * 1024;
+/// How long a guest takes to shut down unless told otherwise.
+const SHUTDOWN: Duration = Duration::from_secs(3);
 
-/// A guest to be. Idle, running, diskless, one vCPU, 512 MiB and one NIC on
-/// `br-guests`, unless told otherwise.
+/// A guest to be. Idle, running, diskless, one vCPU, 512 MiB, one NIC on
+/// `br-guests`, off 3 s after it is asked to shut down, unless told otherwise.
 #[derive(Debug, Clone)]
 pub struct GuestBuilder {
     guest: Guest,
     id: Option<InstanceId>,
     dirty_mib_s: u64,
     working_set_mib: Option<u64>,
+    has_tpm: bool,
+    obeys_after: Option<Duration>,
 }
 
 impl GuestBuilder {
@@ -32,6 +42,8 @@ impl GuestBuilder {
             id: None,
             dirty_mib_s: 0,
             working_set_mib: None,
+            has_tpm: false,
+            obeys_after: Some(SHUTDOWN),
         }
     }
 
@@ -104,14 +116,60 @@ impl GuestBuilder {
         self
     }
 
-    /// A base image under the disk that was added last.
-    pub fn backing(mut self, path: &str) -> Self {
+    /// A base image under the disk that was added last; it takes no room.
+    pub fn backing(self, path: &str) -> Self {
+        self.backing_mib(path, 0)
+    }
+
+    /// The same with `allocated_mib` MiB in use.
+    pub fn backing_mib(mut self, path: &str, allocated_mib: u64) -> Self {
         if let Some(disk) = self.guest.disks.last_mut() {
             disk.backing.push(BackingImage {
                 path: path.to_owned(),
                 format: "qcow2".to_owned(),
+                allocated_bytes: allocated_mib * MIB,
             });
         }
+        self
+    }
+
+    /// Variables of UEFI firmware in a file there.
+    pub fn nvram(mut self, path: &str) -> Self {
+        self.guest.files.push(GuestFile {
+            path: path.to_owned(),
+            kind: GuestFileKind::Nvram,
+            allocated_bytes: NVRAM_BYTES,
+        });
+        self
+    }
+
+    /// An emulated TPM, with its state in a file.
+    pub fn tpm(mut self) -> Self {
+        self.has_tpm = true;
+        self.immovable(ImmovableKind::EmulatedTpm, "TPM emulator")
+    }
+
+    /// A snapshot inside the disks' images.
+    pub fn snapshot(mut self, name: &str) -> Self {
+        self.guest.snapshots.push(name.to_owned());
+        self
+    }
+
+    /// A snapshot that is not inside them.
+    pub fn external_snapshot(mut self, name: &str) -> Self {
+        self.guest.external_snapshots.push(name.to_owned());
+        self.snapshot(name)
+    }
+
+    /// So long after it is asked to, it has shut down.
+    pub fn shuts_down_after(mut self, time: Duration) -> Self {
+        self.obeys_after = Some(time);
+        self
+    }
+
+    /// It does not shut down when it is asked to.
+    pub fn ignores_shutdown(mut self) -> Self {
+        self.obeys_after = None;
         self
     }
 
@@ -162,16 +220,27 @@ impl GuestBuilder {
         format!("vd{}", char::from(letter))
     }
 
-    pub(super) fn build(self, drawn: InstanceId) -> (Guest, MemoryLoad) {
+    pub(super) fn build(self, drawn: InstanceId) -> (Guest, Habits) {
         let mut guest = self.guest;
         guest.id = self.id.unwrap_or(drawn);
+        if self.has_tpm {
+            guest.files.push(GuestFile {
+                path: format!("{TPM_STATE}/{}/tpm2/tpm2-00.permall", guest.id),
+                kind: GuestFileKind::Tpm,
+                allocated_bytes: TPM_BYTES,
+            });
+        }
         let total_bytes = guest.memory_mib * MIB;
         let load = MemoryLoad {
             total_bytes,
             dirty_bytes_s: self.dirty_mib_s * MIB,
             working_set_bytes: self.working_set_mib.map_or(total_bytes, |mib| mib * MIB),
         };
-        (guest, load)
+        let habits = Habits {
+            load,
+            obeys_after: self.obeys_after,
+        };
+        (guest, habits)
     }
 }
 
@@ -198,7 +267,9 @@ fn plain_guest(name: &str) -> Guest {
             },
         }],
         immovable: Vec::new(),
+        files: Vec::new(),
         snapshots: Vec::new(),
+        external_snapshots: Vec::new(),
         active_job: None,
     }
 }

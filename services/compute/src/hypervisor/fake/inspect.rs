@@ -4,15 +4,16 @@
 use std::time::Duration;
 
 use drover_model::{
-    guest::{Disk, PowerState},
+    guest::PowerState,
     ids::{HostName, InstanceId},
 };
 use tokio::time::Instant;
 
 use super::{
+    files::uses,
     ledger::Violation,
     node::Domain,
-    storage::{Content, Volume},
+    storage::{Content, Volume, is_device},
     vcpus::own_disks,
     world::World,
 };
@@ -76,6 +77,8 @@ impl World {
                     found.push(format!("{host}: {what} of {}", domain.guest.name));
                 }
             }
+            let inboxes = node.inboxes.iter().filter(|(_, inbox)| inbox.is_open());
+            found.extend(inboxes.map(|(key, _)| format!("{host}: open inbox {key}")));
         }
         for (volume, hosts) in self.storage.volumes() {
             let paths = volume.files().map(|(path, _)| path);
@@ -100,6 +103,11 @@ impl World {
             _ if domain.incoming => Some("waiting copy"),
             _ if domain.left_by_script => Some("old copy"),
             PowerState::Shutdown | PowerState::Crashed if lives_elsewhere => Some("definition"),
+            PowerState::Shutdown | PowerState::Crashed
+                if self.hosts_where(id, |_| true).len() > 1 =>
+            {
+                Some("one of two definitions")
+            }
             _ => None,
         }
     }
@@ -108,15 +116,15 @@ impl World {
         let Some((_, file)) = volume.files().find(|(p, _)| *p == path) else {
             return false;
         };
+        if is_device(path) {
+            return false;
+        }
         if let Content::Text(_) = file.content {
             return path.contains("/.drover-");
         }
-        let uses = |disk: &Disk| {
-            disk.local_path() == Some(path) || disk.backing.iter().any(|b| b.path == path)
-        };
         !hosts.iter().any(|host| {
             let mut domains = self.node(host).domains.values();
-            domains.any(|d| d.guest.disks.iter().any(uses))
+            domains.any(|d| uses(&d.guest, path))
         })
     }
 }

@@ -93,6 +93,8 @@ struct Life {
     since: Option<Instant>,
     /// It may be active nowhere.
     ended: bool,
+    /// Its next boot may find disks older than they were.
+    may_go_back: bool,
 }
 
 impl Life {
@@ -115,6 +117,33 @@ impl Ledger {
         life.ended = !active;
         life.ran = counter;
         life.since = None;
+    }
+
+    /// How long it has run, wherever it did.
+    pub(super) fn ran(&self, guest: InstanceId, now: Instant) -> Duration {
+        let life = self.lives.get(&guest);
+        life.map_or(Duration::ZERO, |life| life.ran_until(now))
+    }
+
+    /// It boots: with new memory, which counts on from there.
+    pub(super) fn boots(&mut self, guest: InstanceId, counter: Duration) {
+        let life = self.lives.entry(guest).or_default();
+        life.ended = false;
+        if life.running_on.is_empty() {
+            life.ran = counter;
+            life.since = None;
+        }
+    }
+
+    /// Somebody gave leave to go back to older disks, once.
+    pub(super) fn accept_older_disks(&mut self, guest: InstanceId) {
+        self.lives.entry(guest).or_default().may_go_back = true;
+    }
+
+    /// Uses such a leave up, if there is one.
+    pub(super) fn goes_back(&mut self, guest: InstanceId) -> bool {
+        let life = self.lives.get_mut(&guest);
+        life.is_some_and(|life| std::mem::take(&mut life.may_go_back))
     }
 
     /// Its vCPUs begin to run there.

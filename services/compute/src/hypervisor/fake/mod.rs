@@ -9,21 +9,36 @@
 //! The world checks itself apart from what the nodes believe ([`ledger`],
 //! [`Fabric::check_invariants`]): each guest's memory counts how long it has
 //! run, and its disks hold that count, so lost memory, an old disk or a second
-//! running copy shows.
+//! running copy shows. A guest that is shut down loses its memory and no more:
+//! started again, it must find its disks as it left them.
+//!
+//! Paths below the system's directory for temporary files are the machine's own,
+//! of which all nodes see the same ([`machine`]): agents under test have their
+//! state there.
 //!
 //! Only tests make a fabric: no setting of any binary leads here.
 
 mod acts;
 mod answers;
 mod breakage;
+mod carriage;
+#[cfg(test)]
+mod carriage_tests;
+mod cold;
+#[cfg(test)]
+mod cold_tests;
+mod definitions;
 mod departure;
 mod fabric;
 mod files;
 mod guest_builder;
+mod inbox;
 mod inspect;
 mod journey;
 pub mod ledger;
+mod machine;
 mod node;
+mod power;
 pub mod script;
 mod storage;
 #[cfg(test)]
@@ -32,7 +47,7 @@ pub mod transfer;
 mod vcpus;
 mod world;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use drover_model::{
@@ -50,6 +65,7 @@ use super::{
     DestinationAnswer, DestinationQuestion, Event, Hypervisor, HypervisorError, Job, JobSample,
     MigrateSpec, Result,
 };
+use inbox::Process;
 use journey::Outcome;
 use node::Libvirtd;
 use script::Effect;
@@ -61,6 +77,8 @@ pub use ledger::Violation;
 pub use node::NodeSpec;
 pub use script::{At, Call, End, Fault};
 pub use storage::{Content, File};
+/// What ends a `send`, for tests that have no other way to name it.
+pub use tokio_util::sync::CancellationToken;
 
 /// Longest time a call takes when no script slows it, microseconds.
 const LATENCY_US: u64 = 2_000;
@@ -70,16 +88,24 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(3);
 const PROBE_TIME: Duration = Duration::from_secs(5);
 
 /// The driver of one fake node. It remembers nothing: all there is, is the
-/// fabric's, so dropping it is what killing an agent is.
+/// fabric's, so dropping it is what killing an agent is. What an agent's process
+/// holds (the door for files, what is to come in, what is being sent) goes with
+/// the last clone of it.
 #[derive(Debug, Clone)]
 pub struct FakeDriver {
     fabric: Fabric,
     host: HostName,
+    process: Arc<Process>,
 }
 
 impl FakeDriver {
     fn new(fabric: Fabric, host: HostName) -> Self {
-        Self { fabric, host }
+        let process = Arc::new(Process);
+        Self {
+            fabric,
+            host,
+            process,
+        }
     }
 
     /// Its node.
@@ -93,6 +119,16 @@ impl FakeDriver {
         call: Call,
         act: impl FnOnce(&mut World, &HostName, Instant) -> Result<T> + Send,
     ) -> Result<T> {
+        let effect = self.enter(call).await?;
+        let result = self.fabric.with(|world, now| {
+            self.answers(world, call)?;
+            act(world, &self.host, now)
+        });
+        leave(effect, result).await
+    }
+
+    /// A call is on its way: as long as that takes, and if it is let in.
+    async fn enter(&self, call: Call) -> Result<Option<Effect>> {
         let (latency, effect) = self.fabric.with(|world, _| {
             let latency = Duration::from_micros(world.rng.u64(..LATENCY_US));
             (latency, take_effect(world, &self.host, call))
@@ -102,20 +138,9 @@ impl FakeDriver {
             _ => Duration::ZERO,
         };
         sleep(latency + before).await;
-        if let Some(Effect::Refuse(error)) = effect {
-            return Err(error);
-        }
-        let result = self.fabric.with(|world, now| {
-            self.answers(world, call)?;
-            act(world, &self.host, now)
-        });
         match effect {
-            Some(Effect::SlowAfter(delay)) => {
-                sleep(delay).await;
-                result
-            }
-            Some(Effect::Forget(error)) => result.and(Err(error)),
-            _ => result,
+            Some(Effect::Refuse(error)) => Err(error),
+            effect => Ok(effect),
         }
     }
 
@@ -148,7 +173,8 @@ impl FakeDriver {
                 .probe_ports
                 .get(&port)
                 .is_some_and(|until| now <= *until);
-            if libvirtd || probe {
+            let disks = port == node.spec.disk_port && node.takes_files();
+            if libvirtd || probe || disks {
                 Reach::Open
             } else {
                 Reach::Refused(format!("{address}:{port}: Connection refused"))
@@ -162,6 +188,21 @@ enum Reach {
     Open,
     Refused(String),
     Silent,
+}
+
+/// A call's caller hears of it, as a script has it.
+async fn leave<T, E: From<HypervisorError>>(
+    effect: Option<Effect>,
+    result: std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
+    match effect {
+        Some(Effect::SlowAfter(delay)) => {
+            sleep(delay).await;
+            result
+        }
+        Some(Effect::Forget(error)) => result.and(Err(error.into())),
+        _ => result,
+    }
 }
 
 fn take_effect(world: &mut World, host: &HostName, call: Call) -> Option<Effect> {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Weak,
     time::Duration,
 };
 
@@ -10,8 +11,14 @@ use drover_model::{
     ids::InstanceId,
 };
 use tokio::{sync::broadcast, time::Instant};
+use uuid::Uuid;
 
-use super::{super::JobSample, script::CallScript, transfer::MemoryLoad};
+use super::{
+    super::JobSample,
+    inbox::{Inbox, Process},
+    script::{CallScript, SendScript},
+    transfer::MemoryLoad,
+};
 use crate::hypervisor::Event;
 
 /// Machine type that guests have and nodes know.
@@ -33,6 +40,10 @@ pub struct NodeSpec {
     pub libvirt_port: u16,
     /// Ports for migrations: the first, and one past the last.
     pub migration_ports: (u16, u16),
+    /// Port at which its agent takes files.
+    pub disk_port: u16,
+    /// Its agent cannot open that port, and says this instead.
+    pub disk_port_error: Option<String>,
     /// Ports that a firewall closes.
     pub blocked_ports: BTreeSet<u16>,
     /// What it can send and receive, bytes per second, shared by its migrations.
@@ -76,6 +87,8 @@ impl Default for NodeSpec {
             address: None,
             libvirt_port: 16509,
             migration_ports: (49152, 49216),
+            disk_port: 49215,
+            disk_port_error: None,
             blocked_ports: BTreeSet::new(),
             bandwidth_bytes_s: 1_000 << 20,
             hypervisor_type: "QEMU".to_owned(),
@@ -132,6 +145,26 @@ pub(super) enum Libvirtd {
     Away,
     /// There is none.
     Dead,
+}
+
+/// How a guest behaves, wherever it runs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Habits {
+    /// How it treats its memory.
+    pub(super) load: MemoryLoad,
+    /// How long after it was asked to it has shut down, if it obeys.
+    pub(super) obeys_after: Option<Duration>,
+}
+
+/// What a guest is, apart from what any node believes of it.
+#[derive(Debug, Clone)]
+pub(super) struct Nature {
+    /// How it behaves.
+    pub(super) habits: Habits,
+    /// What its disks ought to hold, by target.
+    pub(super) tokens: BTreeMap<String, u64>,
+    /// What the files beside them ought to hold, by path.
+    pub(super) file_tokens: BTreeMap<String, u64>,
 }
 
 /// A guest's memory as one copy has it. It holds a counter that grows while
@@ -191,6 +224,8 @@ pub(super) struct Domain {
     pub(super) other_job: Option<String>,
     /// A script left this old copy behind: the checker knows.
     pub(super) left_by_script: bool,
+    /// It was asked to shut down, obeys, and is off then.
+    pub(super) goes_off_at: Option<Instant>,
 }
 
 impl Domain {
@@ -221,6 +256,13 @@ pub(super) struct Node {
     pub(super) call_scripts: Vec<CallScript>,
     /// Ports that were opened to be tried, and until when.
     pub(super) probe_ports: BTreeMap<u16, Instant>,
+    /// Agents that have opened the port for files, if they live.
+    pub(super) doors: Vec<Weak<Process>>,
+    /// What is to come in through it.
+    pub(super) inboxes: BTreeMap<Uuid, Inbox>,
+    pub(super) send_scripts: Vec<SendScript>,
+    /// Files that it sends stand still.
+    pub(super) sends_stalled: bool,
 }
 
 impl Node {
@@ -234,6 +276,10 @@ impl Node {
             events: broadcast::channel(EVENT_BACKLOG).0,
             call_scripts: Vec::new(),
             probe_ports: BTreeMap::new(),
+            doors: Vec::new(),
+            inboxes: BTreeMap::new(),
+            send_scripts: Vec::new(),
+            sends_stalled: false,
         }
     }
 

@@ -47,12 +47,51 @@ pub enum Call {
     DiscardOutgoing,
     /// `undefine`
     Undefine,
+    /// `lasting_guest`
+    LastingGuest,
+    /// `shut_down`
+    ShutDown,
+    /// `stop`
+    Stop,
+    /// `start`
+    Start,
+    /// `definition`
+    Definition,
+    /// `define`
+    Define,
+    /// `withdraw`
+    Withdraw,
+    /// `file_facts`
+    FileFacts,
+    /// `reserve_file`
+    ReserveFile,
+    /// `rename_file`
+    RenameFile,
+    /// `flush_file`
+    FlushFile,
+    /// `disk_port`, which takes no time: no effect but `Refuse` and `Forget`.
+    DiskPort,
+    /// `receive`
+    Receive,
+    /// `stop_receiving`, which cannot tell: `Refuse` leaves it undone in silence.
+    StopReceiving,
+    /// `send`
+    Send,
 }
 
 impl Call {
     /// Whether it asks libvirt, or only the node's file system.
     pub(super) fn asks_libvirt(self) -> bool {
-        !matches!(self, Self::LeaveMarks | Self::RemoveMarks)
+        !matches!(
+            self,
+            Self::LeaveMarks
+                | Self::RemoveMarks
+                | Self::FlushFile
+                | Self::DiskPort
+                | Self::Receive
+                | Self::StopReceiving
+                | Self::Send
+        )
     }
 }
 
@@ -150,6 +189,15 @@ pub enum Fault {
 pub(super) struct MigrationScript {
     /// When.
     pub(super) at: At,
+    /// What.
+    pub(super) fault: Fault,
+}
+
+/// A fault of files being sent, and its moment.
+#[derive(Debug, Clone)]
+pub(super) struct SendScript {
+    /// So many percent of their bytes are there.
+    pub(super) percent: u8,
     /// What.
     pub(super) fault: Fault,
 }

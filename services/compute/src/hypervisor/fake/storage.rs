@@ -24,8 +24,15 @@ pub enum Content {
         /// The guest's counter at its last write.
         written: Duration,
     },
-    /// Text (a mark).
+    /// Text (a mark, a base image).
     Text(String),
+    /// The first bytes of something that is on its way here.
+    Partial {
+        /// Of what.
+        of: Box<Content>,
+        /// How many.
+        bytes: u64,
+    },
 }
 
 /// A file.
@@ -35,6 +42,24 @@ pub struct File {
     pub content: Content,
     /// Room it takes, bytes.
     pub allocated_bytes: u64,
+    /// How long it is, bytes.
+    pub length_bytes: u64,
+}
+
+impl File {
+    /// One without holes.
+    pub(super) fn dense(content: Content, bytes: u64) -> Self {
+        Self {
+            content,
+            allocated_bytes: bytes,
+            length_bytes: bytes,
+        }
+    }
+}
+
+/// Whether a path names a device: there whatever is on it, and as long as it is.
+pub(super) fn is_device(path: &str) -> bool {
+    path.starts_with("/dev/")
 }
 
 /// A file system.
@@ -181,15 +206,21 @@ impl Storage {
         }
     }
 
+    /// Why a node may not write to a path's directory, if it may not.
+    pub(super) fn denies(&self, node: &HostName, path: &str) -> Option<String> {
+        let key = (node.clone(), directory_of(path).to_owned());
+        let denied = self.unwritable.contains(&key);
+        denied.then(|| format!("{path}: Permission denied"))
+    }
+
     /// Writes a new file, or says in words why not.
     pub(super) fn create(&mut self, node: &HostName, path: &str, file: File) -> Result<(), String> {
         let directory = directory_of(path);
         if !self.has_directory(node, directory) {
             return Err(format!("{path}: No such file or directory"));
         }
-        let denied = (node.clone(), directory.to_owned());
-        if self.unwritable.contains(&denied) {
-            return Err(format!("{path}: Permission denied"));
+        if let Some(words) = self.denies(node, path) {
+            return Err(words);
         }
         let Some(index) = self.index_at(node, path) else {
             return Err(format!("{path}: No such file or directory"));
@@ -203,6 +234,16 @@ impl Storage {
         }
         volume.files.insert(path.to_owned(), file);
         Ok(())
+    }
+
+    /// Gives a file another name in its directory. Both are known to be right.
+    pub(super) fn rename(&mut self, node: &HostName, from: &str, to: &str) {
+        if let Some(index) = self.index_at(node, from) {
+            let files = &mut self.volumes[index].files;
+            if let Some(file) = files.remove(from) {
+                files.insert(to.to_owned(), file);
+            }
+        }
     }
 
     /// Removes a file; false if there was none.
@@ -243,10 +284,7 @@ mod tests {
     }
 
     fn empty(allocated_bytes: u64) -> File {
-        File {
-            content: Content::Empty,
-            allocated_bytes,
-        }
+        File::dense(Content::Empty, allocated_bytes)
     }
 
     fn two_nodes() -> (Storage, HostName, HostName) {

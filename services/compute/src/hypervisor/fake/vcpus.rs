@@ -41,6 +41,7 @@ impl World {
         }
         if let Some(domain) = self.domain_mut(host, id) {
             domain.state = state;
+            domain.goes_off_at = None;
         }
         self.node(host).emit(Event::Guest(id));
     }

@@ -18,7 +18,7 @@ use super::{
     super::{Event, HypervisorError},
     journey::{Boundary, Journey, Leg},
     ledger::{Ledger, Violation},
-    node::{Domain, Memory, Node},
+    node::{Domain, Memory, Nature, Node},
     script::MigrationScript,
     storage::{File, Storage},
 };
@@ -41,6 +41,8 @@ pub(super) struct World {
     /// For migrations that have not begun.
     pub(super) scripts: BTreeMap<InstanceId, Vec<MigrationScript>>,
     pub(super) ledger: Ledger,
+    /// What the guests are, apart from what nodes believe.
+    pub(super) natures: BTreeMap<InstanceId, Nature>,
     /// A task carries the migrations on.
     pub(super) ticking: bool,
 }
@@ -65,6 +67,7 @@ impl World {
             journeys: BTreeMap::new(),
             scripts: BTreeMap::new(),
             ledger: Ledger::default(),
+            natures: BTreeMap::new(),
             ticking: false,
         }
     }
@@ -100,6 +103,14 @@ impl World {
 
     /// Lets everything happen that is due by now.
     pub(super) fn settle(&mut self, now: Instant) {
+        while let Some((at, host, id)) = self.next_shutdown().filter(|(at, ..)| *at <= now) {
+            self.settle_journeys(at);
+            self.has_shut_down(&host, id, at);
+        }
+        self.settle_journeys(now);
+    }
+
+    fn settle_journeys(&mut self, now: Instant) {
         let ids: Vec<InstanceId> = self.journeys.keys().copied().collect();
         for id in ids {
             self.settle_one(id, now);
@@ -127,7 +138,13 @@ impl World {
         self.journeys
             .values()
             .filter_map(|j| j.until_boundary(self.rate(j)).map(|d| j.settled() + d))
+            .chain(self.next_shutdown().map(|(at, ..)| at))
             .min()
+    }
+
+    /// Whether something may happen by itself.
+    pub(super) fn is_restless(&self) -> bool {
+        !self.journeys.is_empty() || self.next_shutdown().is_some()
     }
 
     /// What the road of a migration carries now, bytes per second: each node's
@@ -311,6 +328,7 @@ impl World {
                 *file = File {
                     content,
                     allocated_bytes,
+                    ..file.clone()
                 };
             }
         }

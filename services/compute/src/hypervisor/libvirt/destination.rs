@@ -1,11 +1,7 @@
 //! What this node knows about a guest that may come.
 
 use std::{
-    collections::BTreeSet,
-    ffi::CString,
-    io::ErrorKind,
-    os::unix::fs::{MetadataExt, PermissionsExt},
-    path::Path,
+    collections::BTreeSet, ffi::CString, io::ErrorKind, os::unix::fs::PermissionsExt, path::Path,
 };
 
 use drover_model::{
@@ -250,7 +246,7 @@ fn disk_fact(disk: &Disk, path: &str, shared: &BTreeSet<String>) -> Result<DiskF
         shared: shared.contains(&directory.display().to_string()),
         exists: exists(&path),
         directory_exists: place.is_some(),
-        file_system: place.map(|m| file_system(&m)).unwrap_or_default(),
+        file_system: place.map(|m| storage::file_system(&m)).unwrap_or_default(),
         free_bytes: room.map_or(0, |room| room.free_bytes),
         missing_backing: missing.map(|image| image.path.clone()).collect(),
     })
@@ -262,9 +258,4 @@ fn exists(path: &Path) -> bool {
         Ok(_) => true,
         Err(error) => !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory),
     }
-}
-
-fn file_system(metadata: &std::fs::Metadata) -> String {
-    let device = metadata.dev();
-    format!("{}:{}", libc::major(device), libc::minor(device))
 }

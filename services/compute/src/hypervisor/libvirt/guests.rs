@@ -1,17 +1,21 @@
 //! Reading guests off a connection. Everything here blocks.
 
 use drover_model::{
-    guest::{Disk, Guest, Presence},
+    guest::{Disk, Guest, Immovable, ImmovableKind, Presence},
     ids::InstanceId,
     node::InstanceReport,
 };
 use virt::{connect::Connect, domain::Domain, sys};
 
 use super::{
+    definitions,
     errors::{self, CallResult},
     jobs,
     standing::{self, presence},
-    storage::sizes,
+    storage::{
+        chain::{self, Places},
+        files, sizes,
+    },
     xml::{self, Outside},
 };
 use crate::hypervisor::HypervisorError;
@@ -60,9 +64,7 @@ pub(super) fn whole(connect: &Connect, id: InstanceId) -> CallResult<Option<Gues
         return Ok(None);
     };
     let (mut guest, presence) = found?;
-    for snapshot in domain.list_all_snapshots(0)? {
-        guest.snapshots.push(snapshot.name()?);
-    }
+    note_snapshots(&domain, &mut guest)?;
     if presence.is_active() || presence == Presence::Incoming {
         let job = jobs::words(&domain)?;
         guest.active_job = job.or(guest.active_job);
@@ -72,6 +74,98 @@ pub(super) fn whole(connect: &Connect, id: InstanceId) -> CallResult<Option<Gues
         ask_for_missing_sizes(&domain, &mut guest);
     }
     Ok(Some(guest))
+}
+
+fn note_snapshots(domain: &Domain, guest: &mut Guest) -> CallResult<()> {
+    for snapshot in definitions::in_order(domain)? {
+        let name = snapshot.name()?;
+        if xml::is_external_snapshot(&snapshot.xml_desc(0)?).map_err(HypervisorError::from)? {
+            guest.external_snapshots.push(name.clone());
+        }
+        guest.snapshots.push(name);
+    }
+    Ok(())
+}
+
+/// One domain as its lasting definition has it; what the files tell is filled
+/// in by [`with_files`], without libvirt.
+pub(super) fn lasting(connect: &Connect, id: InstanceId) -> CallResult<Option<Lasting>> {
+    let Some(domain) = find(connect, id)? else {
+        return Ok(None);
+    };
+    let Some(found) = errors::absent_is_none(basics(&domain))? else {
+        return Ok(None);
+    };
+    let (mut now, presence) = found?;
+    let inactive = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE);
+    let Some(text) = errors::absent_is_none(inactive)? else {
+        return Ok(None);
+    };
+    let outside = Outside {
+        power_state: now.power_state,
+        persistent: now.persistent,
+    };
+    let mut guest = xml::guest(&text, outside).map_err(HypervisorError::from)?;
+    note_snapshots(&domain, &mut guest)?;
+    if presence.is_active() || presence == Presence::Incoming {
+        guest.active_job = jobs::words(&domain)?.or(now.active_job.take());
+    }
+    let nvram = xml::nvram(&text).map_err(HypervisorError::from)?;
+    Ok(Some(Lasting { guest, now, nvram }))
+}
+
+/// A domain by its lasting definition.
+pub(super) struct Lasting {
+    guest: Guest,
+    /// By its running one.
+    now: Guest,
+    /// Where the firmware's variables are.
+    nvram: Option<String>,
+}
+
+/// Fills in what only files tell: sizes, what lies under disks and beside them.
+/// What cannot be carried for their sake becomes an immovable.
+pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
+    let Lasting {
+        mut guest,
+        now,
+        nvram,
+    } = lasting;
+    sizes::fill(&mut guest);
+    let mut obstacles = Vec::new();
+    for disk in &mut guest.disks {
+        let running = now.disks.iter().find(|d| d.target == disk.target);
+        if running.is_none_or(|d| d.source != disk.source) && now.power_state.is_active() {
+            obstacles.push(format!(
+                "{}: the running guest has another disk there",
+                disk.target
+            ));
+        }
+        let Some(path) = disk.local_path().filter(|_| disk.is_copied_when_local()) else {
+            continue;
+        };
+        match chain::below(path, &disk.format, places) {
+            Ok(backing) => disk.backing = backing,
+            Err(words) => obstacles.push(format!("{}: {words}", disk.target)),
+        }
+    }
+    let added = now
+        .disks
+        .iter()
+        .filter(|d| !guest.disks.iter().any(|l| l.target == d.target));
+    obstacles.extend(added.map(|d| format!("{}: only the running guest has it", d.target)));
+    guest
+        .files
+        .extend(nvram.and_then(|path| files::nvram(&path)));
+    match files::tpm_state(guest.id) {
+        Ok(state) if guest.has_emulated_tpm() => guest.files.extend(state),
+        Ok(_) => {}
+        Err(e) => obstacles.push(format!("the TPM's state: {e}")),
+    }
+    let kind = ImmovableKind::Disk;
+    let found = obstacles.into_iter().map(|what| Immovable { kind, what });
+    guest.immovable.extend(found);
+    guest
 }
 
 /// Sizes of disks that no file of this node tells (network disks, rare
@@ -122,15 +216,42 @@ fn disk_bytes(guest: &Guest) -> u64 {
 
 /// Files and devices that any domain of this node uses, by its running or its
 /// lasting definition.
-pub(super) fn storage_in_use(connect: &Connect) -> CallResult<Vec<String>> {
-    let mut paths = Vec::new();
+pub(super) struct InUse {
+    paths: Vec<String>,
+    /// Images whose headers may name further ones: path and format.
+    tops: Vec<(String, String)>,
+}
+
+impl InUse {
+    /// All of them, with what lies under images of guests that are off. What
+    /// cannot be followed is no file that Drover would remove.
+    pub(super) fn paths(self) -> Vec<String> {
+        let mut paths = self.paths;
+        for (top, format) in self.tops {
+            // Wherever it leads: this only keeps files from being removed.
+            let anywhere = Places(vec!["/".into()]);
+            let below = chain::below(&top, &format, &anywhere).unwrap_or_default();
+            paths.extend(below.into_iter().map(|image| image.path));
+        }
+        paths
+    }
+}
+
+/// Asks libvirt for it.
+pub(super) fn storage_in_use(connect: &Connect) -> CallResult<InUse> {
+    let mut used = InUse {
+        paths: Vec::new(),
+        tops: Vec::new(),
+    };
     for domain in connect.list_all_domains(0)? {
         for flags in [0, sys::VIR_DOMAIN_XML_INACTIVE] {
             let Some(text) = errors::absent_is_none(domain.xml_desc(flags))? else {
                 continue;
             };
-            paths.extend(xml::storage_paths(&text).map_err(HypervisorError::from)?);
+            let storage = xml::storage(&text).map_err(HypervisorError::from)?;
+            used.paths.extend(storage.paths);
+            used.tops.extend(storage.tops);
         }
     }
-    Ok(paths)
+    Ok(used)
 }

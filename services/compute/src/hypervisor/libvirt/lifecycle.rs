@@ -1,5 +1,5 @@
-//! Taking down what must not stay: guests that will never arrive, and
-//! definitions nobody needs. Everything here blocks.
+//! Starting and stopping guests, and taking down what must not stay: guests that
+//! will never arrive, definitions nobody needs. Everything here blocks.
 
 use drover_model::{
     guest::{PowerState, Presence},
@@ -36,7 +36,7 @@ pub(super) fn discard_incoming(connect: &Connect, id: InstanceId) -> CallResult<
     errors::absent_is_none(domain.destroy())?;
     // The definition goes with the process, unless libvirt had made it last already.
     match guests::find(connect, id)? {
-        Some(domain) if !domain.is_active()? => remove_definition(&domain),
+        Some(domain) if !domain.is_active()? => remove_definition(&domain, 0),
         _ => Ok(()),
     }
 }
@@ -61,28 +61,86 @@ pub(super) fn discard_outgoing(connect: &Connect, id: InstanceId) -> CallResult<
     }
     errors::absent_is_none(domain.destroy())?;
     match guests::find(connect, id)? {
-        Some(domain) if !domain.is_active()? => remove_definition(&domain),
+        Some(domain) if !domain.is_active()? => remove_definition(&domain, 0),
         _ => Ok(()),
+    }
+}
+
+/// Asks a guest to shut down: its agent if it has one, else its power button.
+pub(super) fn shut_down(connect: &Connect, id: InstanceId) -> CallResult<()> {
+    let domain = guests::get(connect, id)?;
+    match presence(&domain)? {
+        Presence::Present(PowerState::Running) => Ok(domain.shutdown_flags(0)?),
+        other => Err(wrong(format!("the guest does not run: {other:?}"))),
+    }
+}
+
+/// Stops a guest hard.
+pub(super) fn stop(connect: &Connect, id: InstanceId) -> CallResult<()> {
+    let domain = guests::get(connect, id)?;
+    match presence(&domain)? {
+        Presence::Present(state) if state.is_active() => {}
+        Presence::Present(_) => return Ok(()),
+        other => return Err(wrong(format!("the guest is not here: {other:?}"))),
+    }
+    match domain.destroy_flags(0) {
+        // It went off by itself in between.
+        Err(error)
+            if errors::is(&error, ErrorNumber::OperationInvalid) && !domain.is_active()? =>
+        {
+            Ok(())
+        }
+        done => Ok(done?),
+    }
+}
+
+/// Starts a guest that is off.
+pub(super) fn start(connect: &Connect, id: InstanceId) -> CallResult<()> {
+    let domain = guests::get(connect, id)?;
+    match presence(&domain)? {
+        Presence::Present(state) if state.is_active() => return Ok(()),
+        Presence::Present(_) => {}
+        other => return Err(wrong(format!("the guest is not here: {other:?}"))),
+    }
+    match domain.create_with_flags(0) {
+        // Somebody was faster.
+        Err(error)
+            if errors::is(&error, ErrorNumber::OperationInvalid) && domain.is_active()? =>
+        {
+            Ok(())
+        }
+        done => Ok(done?),
     }
 }
 
 /// Removes the definition of a domain that is shut off.
 pub(super) fn undefine(connect: &Connect, id: InstanceId) -> CallResult<()> {
+    // Snapshots and saved memory make libvirt refuse, and rightly so.
+    match shut_off(connect, id)? {
+        Some(domain) => remove_definition(&domain, 0),
+        None => Ok(()),
+    }
+}
+
+/// A domain that is shut off; none if there is none.
+pub(super) fn shut_off(connect: &Connect, id: InstanceId) -> CallResult<Option<Domain>> {
     let Some(domain) = guests::find(connect, id)? else {
-        return Ok(());
+        return Ok(None);
     };
     let found = errors::absent_is_none(presence(&domain))?;
     match found.unwrap_or(Presence::Absent) {
-        Presence::Absent => Ok(()),
-        Presence::Present(PowerState::Shutdown | PowerState::Crashed) => remove_definition(&domain),
+        Presence::Absent => Ok(None),
+        Presence::Present(PowerState::Shutdown | PowerState::Crashed) => Ok(Some(domain)),
         other => Err(wrong(format!("the guest is active here: {other:?}"))),
     }
 }
 
 /// Keeps the firmware's and TPM's state: files that nothing else could restore.
-/// Snapshots and saved memory make libvirt refuse, and rightly so.
-fn remove_definition(domain: &Domain) -> CallResult<()> {
-    let keep = sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM;
+pub(super) fn remove_definition(
+    domain: &Domain,
+    also: sys::virDomainUndefineFlagsValues,
+) -> CallResult<()> {
+    let keep = sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM | also;
     let removed = match domain.undefine_flags(keep | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM) {
         // libvirt before 8.9 does not know the second flag, nor removes the TPM's state.
         Err(error) if errors::is(&error, ErrorNumber::InvalidArg) => domain.undefine_flags(keep),

@@ -8,7 +8,8 @@
 //!        │                                          │  ▲
 //!        │                                   events │  │ reconnects for ever
 //!        ├─ events() ◄── broadcast ◄────────────────┘  │ (connection.rs)
-//!        └─ migrate() ── Mover ──► thread and connection of its own
+//!        ├─ migrate() ── Mover ──► thread and connection of its own
+//!        └─ send(), receive() ── carrier ══► the other node's agent (cold.rs)
 //! ```
 //!
 //! What blocks runs off the runtime, with a bound in number and in time
@@ -17,7 +18,9 @@
 
 mod blocking;
 mod capabilities;
+mod cold;
 mod connection;
+mod definitions;
 mod destination;
 mod errors;
 mod event_loop;
@@ -48,6 +51,7 @@ use tokio::sync::broadcast;
 pub use self::settings::LibvirtSettings;
 use self::{
     blocking::{Calls, Effect},
+    cold::Door,
     connection::Link,
     jobs::Switching,
     migrate::Mover,
@@ -67,6 +71,7 @@ pub struct LibvirtDriver {
     calls: Calls,
     mover: Mover,
     ports: Ports,
+    door: Door,
     switching: Arc<Switching>,
 }
 
@@ -88,6 +93,7 @@ impl LibvirtDriver {
             calls: Calls::new(link.clone(), deadline),
             mover: Mover::new(link.clone()),
             ports: Ports::new(&settings),
+            door: Door::new(&settings),
             switching: Arc::default(),
             link,
             settings,
@@ -186,7 +192,7 @@ impl Hypervisor for LibvirtDriver {
     async fn remove_disk(&self, path: &str) -> Result<()> {
         let path = path.to_owned();
         let used = self.calls.node(guests::storage_in_use).await?;
-        let remove = move || image::remove(&path, &used);
+        let remove = move || image::remove(&path, &used.paths());
         self.calls.files(Effect::Change, remove).await
     }
 

@@ -361,6 +361,7 @@ async fn an_image_over_a_base_arrives_whole_and_thin() {
     let chain = [BackingImage {
         path: base_text.clone(),
         format: "raw".to_owned(),
+        allocated_bytes: 0,
     }];
     assert_eq!(guest.disks[0].backing, chain);
     // The driver sees the machine's files and not its node's, hence the path.

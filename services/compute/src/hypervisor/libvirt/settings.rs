@@ -16,12 +16,17 @@ pub struct LibvirtSettings {
     pub migration_port_max: u16,
     /// Address on which a probe port is opened: this node's on the migration network.
     pub probe_listen_address: String,
+    /// TCP port at which disks of guests that are off are taken in, on that
+    /// address; 0 takes any.
+    pub disk_port: u16,
     /// How long a probe port stays open, seconds.
     pub probe_open_s: u64,
     /// How long a connection to another node may take, seconds.
     pub reach_timeout_s: u64,
     /// Directory whose file system is reported as the node's disk.
     pub instances_path: String,
+    /// Further directories whose images may lie under guests' disks.
+    pub image_paths: Vec<String>,
     /// Name or path of `qemu-img`.
     pub qemu_img: String,
     /// How long creating an image may take, seconds.
@@ -45,9 +50,11 @@ impl Default for LibvirtSettings {
             migration_port_min: 49152,
             migration_port_max: 49215,
             probe_listen_address: "0.0.0.0".to_owned(),
+            disk_port: 49215,
             probe_open_s: 10,
             reach_timeout_s: 3,
             instances_path: "/var/lib/libvirt/images".to_owned(),
+            image_paths: Vec::new(),
             qemu_img: "qemu-img".to_owned(),
             qemu_img_timeout_s: 60,
             call_timeout_s: 20,
@@ -74,6 +81,10 @@ impl LibvirtSettings {
                 "migration_port_min ({}) and migration_port_max ({}) are no range",
                 self.migration_port_min, self.migration_port_max
             ));
+        }
+        let paths = std::iter::once(&self.instances_path).chain(&self.image_paths);
+        if let Some(path) = paths.into_iter().find(|path| !path.starts_with('/')) {
+            return bad(format!("'{path}' is no absolute path"));
         }
         let positive = [
             ("call_timeout_s", self.call_timeout_s),

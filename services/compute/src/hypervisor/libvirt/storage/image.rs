@@ -1,7 +1,6 @@
 //! Images made for a disk to come, and removed when they are no longer wanted.
 
 use std::{
-    collections::HashSet,
     fs::{File, OpenOptions},
     io::ErrorKind,
     os::unix::fs::{MetadataExt, OpenOptionsExt, fchown},
@@ -13,7 +12,7 @@ use std::{
 use drover_model::guest::{BackingImage, Disk, DiskSource};
 use tokio::process::Command;
 
-use super::{checked, directory, failed};
+use super::{checked, failed, sync_directory};
 use crate::hypervisor::{HypervisorError, Result, libvirt::ffi};
 
 /// Largest image that is made, bytes: what QEMU can address.
@@ -84,9 +83,21 @@ fn check_backing(image: &BackingImage) -> Result<()> {
 }
 
 /// The path's file, made by us just now. Removed again unless kept.
-struct Reserved {
+pub(super) struct Reserved {
     path: PathBuf,
     file: Option<File>,
+}
+
+impl Reserved {
+    /// It is to stay, and belongs to the user QEMU runs as.
+    pub(super) fn keep(mut self, owner: Option<(u32, u32)>) -> Result<()> {
+        let file = self.file.as_ref().ok_or_else(bug)?;
+        give_to(file, owner, &self.path);
+        file.sync_all()
+            .map_err(|e| failed("writing", &self.path, &e))?;
+        self.file = None;
+        Ok(())
+    }
 }
 
 impl Drop for Reserved {
@@ -114,7 +125,7 @@ pub(in super::super) async fn create(
             image.path
         )));
     }
-    let mut reserved = reserve(&recipe.path)?;
+    let reserved = reserve(&recipe.path)?;
     let file = reserved.file.as_ref().ok_or_else(bug)?;
     let made = match recipe.format {
         Format::Raw => file
@@ -123,12 +134,7 @@ pub(in super::super) async fn create(
         Format::Qcow2 => format_qcow2(file, &recipe, qemu_img, limit).await,
     };
     made?;
-    let file = reserved.file.as_ref().ok_or_else(bug)?;
-    give_to(file, owner, &recipe.path);
-    file.sync_all()
-        .map_err(|e| failed("writing", &recipe.path, &e))?;
-    reserved.file = None;
-    Ok(())
+    reserved.keep(owner)
 }
 
 fn bug() -> HypervisorError {
@@ -137,7 +143,7 @@ fn bug() -> HypervisorError {
 
 /// Makes the empty file: exclusively, so whatever stands there wins, a dangling
 /// link included.
-fn reserve(path: &Path) -> Result<Reserved> {
+pub(super) fn reserve(path: &Path) -> Result<Reserved> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -205,49 +211,57 @@ type Identity = (u64, u64);
 /// Removes an image, unless one of `used` is that file or a QEMU has it open.
 pub(in super::super) fn remove(path: &str, used: &[String]) -> Result<()> {
     let path = checked(path)?;
-    let metadata = match std::fs::symlink_metadata(&path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed("looking at", &path, &error)),
-    };
-    let refuse = |why: &str| {
-        let shown = path.display();
-        Err(HypervisorError::WrongState(format!(
-            "{shown} is not removed: {why}"
-        )))
-    };
-    if !metadata.is_file() {
-        return refuse("it is no plain file");
-    }
-    let used_here: HashSet<Identity> = used.iter().filter_map(|p| identity(p)).collect();
-    if used.iter().any(|other| Path::new(other) == path)
-        || used_here.contains(&(metadata.dev(), metadata.ino()))
-    {
-        return refuse("a domain of this node uses it");
-    }
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(&path)
-        .map_err(|e| failed("opening", &path, &e))?;
-    if ffi::is_locked_by_qemu(&file).map_err(|e| failed("looking for locks on", &path, &e))? {
-        return refuse("a QEMU has it open");
+    if unused(&path, used)?.is_none() {
+        return Ok(());
     }
     std::fs::remove_file(&path).map_err(|e| failed("removing", &path, &e))?;
     sync_directory(&path);
     Ok(())
 }
 
+/// A plain file that nobody on this node uses, opened; none if there is none.
+///
+/// # Errors
+/// `WrongState` if one of `used` is that file, or a QEMU has it open.
+pub(super) fn unused(path: &Path, used: &[String]) -> Result<Option<File>> {
+    let metadata = match std::fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed("looking at", path, &error)),
+    };
+    let refuse = |why: &str| {
+        let shown = path.display();
+        Err(HypervisorError::WrongState(format!(
+            "{shown} is left alone: {why}"
+        )))
+    };
+    if !metadata.is_file() {
+        return refuse("it is no plain file");
+    }
+    if is_among(path, used) {
+        return refuse("a domain of this node uses it");
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| failed("opening", path, &e))?;
+    if ffi::is_locked_by_qemu(&file).map_err(|e| failed("looking for locks on", path, &e))? {
+        return refuse("a QEMU has it open");
+    }
+    Ok(Some(file))
+}
+
+/// Whether a path names one of these files, by whatever name.
+pub(super) fn is_among(path: &Path, used: &[String]) -> bool {
+    let own = path.to_str().and_then(identity);
+    used.iter()
+        .any(|other| Path::new(other) == path || (own.is_some() && identity(other) == own))
+}
+
 fn identity(path: &str) -> Option<Identity> {
     let metadata = std::fs::metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
-}
-
-fn sync_directory(path: &Path) {
-    let synced = File::open(directory(path)).and_then(|d| d.sync_all());
-    if let Err(error) = synced {
-        tracing::debug!(path = %path.display(), %error, "directory not synced");
-    }
 }
 
 #[cfg(test)]

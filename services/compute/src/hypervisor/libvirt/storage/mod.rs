@@ -5,11 +5,16 @@
 //! absolute and plain ([`checked`]); its directory is the administrator's, and
 //! its last part is never followed if it is a symbolic link.
 
+pub(super) mod chain;
+pub(super) mod files;
 pub(super) mod image;
 pub(super) mod marks;
 pub(super) mod sizes;
 
-use std::path::{Component, Path, PathBuf};
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Component, Path, PathBuf},
+};
 
 use crate::hypervisor::{HypervisorError, Result};
 
@@ -48,6 +53,20 @@ pub(super) fn checked(path: &str) -> Result<PathBuf> {
 pub(super) fn directory(path: &Path) -> &Path {
     path.parent()
         .unwrap_or(Path::new(Component::RootDir.as_os_str()))
+}
+
+/// Which file system a file is on, in words.
+pub(super) fn file_system(metadata: &std::fs::Metadata) -> String {
+    let device = metadata.dev();
+    format!("{}:{}", libc::major(device), libc::minor(device))
+}
+
+/// Has what was made, renamed or removed in a path's directory outlive a power cut.
+fn sync_directory(path: &Path) {
+    let synced = std::fs::File::open(directory(path)).and_then(|d| d.sync_all());
+    if let Err(error) = synced {
+        tracing::debug!(path = %path.display(), %error, "directory not synced");
+    }
 }
 
 /// What the file system said about a path.

@@ -172,7 +172,10 @@ fn tpm(element: &Element) -> Immovable {
         Some(path) => format!("TPM {kind} {path}"),
         None => format!("TPM {kind}"),
     };
-    is(ImmovableKind::Tpm, what)
+    match kind {
+        "emulator" => is(ImmovableKind::EmulatedTpm, what),
+        _ => is(ImmovableKind::Tpm, what),
+    }
 }
 
 fn memory_device(element: &Element) -> Option<Immovable> {

@@ -96,7 +96,11 @@ fn backing(element: &Element) -> Vec<BackingImage> {
             local_file(store),
             descend(store, &["format"]).and_then(|f| owned(f, "type")),
         ) {
-            chain.push(BackingImage { path, format });
+            chain.push(BackingImage {
+                path,
+                format,
+                allocated_bytes: 0,
+            });
         }
         if chain.len() >= DEEPEST_CHAIN {
             break;

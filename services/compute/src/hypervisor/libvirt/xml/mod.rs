@@ -3,6 +3,7 @@
 
 mod devices;
 mod disks;
+pub(super) mod flavor;
 #[cfg(test)]
 mod tests;
 
@@ -127,25 +128,68 @@ pub(super) fn guest(xml: &str, outside: Outside) -> Result<Guest> {
         disks: disks.disks,
         nics: devices::nics(devices),
         immovable,
+        files: Vec::new(),
         snapshots: Vec::new(),
+        external_snapshots: Vec::new(),
         active_job: disks.block_job,
     })
 }
 
-/// Paths of all files and block devices that a definition's drives use,
-/// backing images included.
-pub(super) fn storage_paths(xml: &str) -> Result<Vec<String>> {
+/// Whose definition it is.
+pub(super) fn domain_id(xml: &str) -> Result<InstanceId> {
+    uuid(&parse(xml, "domain")?)
+}
+
+/// Path of the file with the firmware's variables, if the guest has one.
+pub(super) fn nvram(xml: &str) -> Result<Option<String>> {
+    let domain = parse(xml, "domain")?;
+    let nvram = descend(&domain, &["os", "nvram"]);
+    let written = nvram
+        .and_then(|e| e.get_text())
+        .map(|t| t.trim().to_owned());
+    let from_source = || nvram?.get_child("source").and_then(|s| owned(s, "file"));
+    Ok(written.filter(|path| !path.is_empty()).or_else(from_source))
+}
+
+/// Whether a snapshot's description names files beside the disks' own images.
+pub(super) fn is_external_snapshot(xml: &str) -> Result<bool> {
+    let snapshot = parse(xml, "domainsnapshot")?;
+    let external = |e: &Element| attribute(e, "snapshot") == Some("external");
+    let memory = snapshot.get_child("memory").is_some_and(external);
+    let disks = snapshot.get_child("disks");
+    Ok(memory || disks.is_some_and(|d| children(d, "disk").any(external)))
+}
+
+/// What a definition's drives use on its node.
+#[derive(Debug, Default)]
+pub(super) struct Storage {
+    /// Paths of all files and block devices, backing images included.
+    pub(super) paths: Vec<String>,
+    /// The drives' own images, with their formats.
+    pub(super) tops: Vec<(String, String)>,
+}
+
+/// Reads it.
+pub(super) fn storage(xml: &str) -> Result<Storage> {
     let domain = parse(xml, "domain")?;
     let Some(devices) = domain.get_child("devices") else {
-        return Ok(Vec::new());
+        return Ok(Storage::default());
     };
     let read = disks::read(devices);
-    let mut paths = read.other_paths;
+    let mut storage = Storage {
+        paths: read.other_paths,
+        tops: Vec::new(),
+    };
     for disk in read.disks {
-        paths.extend(disk.local_path().map(str::to_owned));
-        paths.extend(disk.backing.into_iter().map(|image| image.path));
+        if let Some(path) = disk.local_path() {
+            storage.paths.push(path.to_owned());
+            storage.tops.push((path.to_owned(), disk.format.clone()));
+        }
+        let below = disk.backing.into_iter().map(|image| image.path);
+        storage.paths.extend(below);
     }
-    Ok(paths)
+    storage.paths.extend(nvram(xml)?);
+    Ok(storage)
 }
 
 /// An element as a document of its own.

@@ -154,6 +154,7 @@ fn a_live_chain_is_read_nearest_first() {
     let image = |path: &str, format: &str| BackingImage {
         path: path.to_owned(),
         format: format.to_owned(),
+        allocated_bytes: 0,
     };
     assert_eq!(
         disk.backing,
@@ -254,7 +255,7 @@ fn a_block_job_is_a_job_and_its_target_is_in_use() {
     );
     let guest = guest(&xml, RUNNING).unwrap();
     assert_eq!(guest.active_job.as_deref(), Some("block job (copy) on vda"));
-    let mut paths = storage_paths(&xml).unwrap();
+    let mut paths = storage(&xml).unwrap().paths;
     paths.sort();
     assert_eq!(paths, ["/a", "/base", "/copy"]);
 }

@@ -38,6 +38,7 @@ async fn images_have_format_size_and_backing() {
     overlay.backing = vec![BackingImage {
         path: base.display().to_string(),
         format: "raw".to_owned(),
+        allocated_bytes: 0,
     }];
     make(&overlay).await.unwrap();
 
@@ -87,6 +88,7 @@ async fn a_failure_leaves_nothing() {
     overlay.backing = vec![BackingImage {
         path: "/nonexistent/base".to_owned(),
         format: "raw".to_owned(),
+        allocated_bytes: 0,
     }];
     let error = make(&overlay).await.unwrap_err();
     assert!(error.to_string().contains("/nonexistent/base"), "{error}");
@@ -108,6 +110,7 @@ fn what_cannot_be_made_is_refused() {
     option.backing = vec![BackingImage {
         path: "/srv/base".to_owned(),
         format: "raw,file.filename=/etc/passwd".to_owned(),
+        allocated_bytes: 0,
     }];
     for bad in [
         vmdk,

@@ -1,0 +1,257 @@
+//! Opening the files of both sides, and making ranges of them zero.
+//!
+//! A symbolic link is never followed, except below `/dev`, which is the
+//! administrator's and where logical volumes have their names as links.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, ErrorKind, Seek, SeekFrom},
+    os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use rustix::{
+    fs::{FallocateFlags, OFlags, fallocate},
+    io::Errno,
+};
+
+use crate::{
+    buffer::{Buffer, Pool},
+    extents::{Range, is_zero, next_data},
+    protocol::CHUNK,
+};
+
+/// A file to be read.
+pub(crate) struct Source {
+    pub(crate) file: File,
+    pub(crate) len: u64,
+    pub(crate) block: bool,
+    pub(crate) path: PathBuf,
+    changed: Option<SystemTime>,
+}
+
+/// A file to be written, or compared.
+pub(crate) struct Target {
+    pub(crate) file: File,
+    pub(crate) block: bool,
+    /// What of it belongs to the transfer: all, but for a device larger than its source.
+    pub(crate) len: u64,
+    /// It is to be compared, never written.
+    pub(crate) compare: bool,
+    /// Its length was another.
+    pub(crate) resized: bool,
+}
+
+/// Opens a file to be sent.
+pub(crate) fn open_source(path: &Path) -> io::Result<Source> {
+    let (file, block) = open(path, OpenOptions::new().read(true))?;
+    let len = length(&file, block)?;
+    let mut source = Source {
+        file,
+        len,
+        block,
+        path: path.to_path_buf(),
+        changed: None,
+    };
+    source.changed = source.modified()?;
+    Ok(source)
+}
+
+impl Source {
+    /// Checks that it is still what it was when it was opened.
+    pub(crate) fn check_unchanged(&self) -> io::Result<()> {
+        if length(&self.file, self.block)? != self.len || self.modified()? != self.changed {
+            return Err(io::Error::other("was changed while it was sent"));
+        }
+        Ok(())
+    }
+
+    /// When it was last written. What devices say is their node's time.
+    fn modified(&self) -> io::Result<Option<SystemTime>> {
+        if self.block {
+            return Ok(None);
+        }
+        self.file.metadata()?.modified().map(Some)
+    }
+}
+
+/// Opens a file to receive one of this length: makes it if it is not there, and
+/// as long. A device must be long enough.
+pub(crate) fn open_fresh(path: &Path, len: u64) -> io::Result<Target> {
+    let mut how = OpenOptions::new();
+    how.read(true).write(true).mode(0o600);
+    // A device that is missing must not become a file in memory.
+    how.create(!is_device_name(path)).truncate(false);
+    let (file, block) = open(path, &mut how)?;
+    let own = length(&file, block)?;
+    if block && own < len {
+        return Err(io::Error::other(format!(
+            "the device has {own} bytes, {len} are needed"
+        )));
+    }
+    let resized = !block && own != len;
+    if resized {
+        file.set_len(len)?;
+    }
+    Ok(Target {
+        file,
+        block,
+        len,
+        compare: false,
+        resized,
+    })
+}
+
+/// Opens a file that is to be compared with one of this length; nothing if its
+/// own is another.
+pub(crate) fn open_compared(path: &Path, len: u64) -> io::Result<Option<Target>> {
+    let (file, block) = open(path, OpenOptions::new().read(true))?;
+    let own = length(&file, block)?;
+    let fits = if block { own >= len } else { own == len };
+    Ok(fits.then_some(Target {
+        file,
+        block,
+        len,
+        compare: true,
+        resized: false,
+    }))
+}
+
+/// Has the name of a file written out. Those of devices are nobody's to keep.
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(directory) if !is_device_name(path) => File::open(directory)?.sync_all(),
+        _ => Ok(()),
+    }
+}
+
+const DEVICES: &str = "/dev";
+/// Below it, but for files.
+const MEMORY: &str = "/dev/shm";
+
+fn is_device_name(path: &Path) -> bool {
+    path.starts_with(DEVICES) && !path.starts_with(MEMORY)
+}
+
+fn open(path: &Path, how: &mut OpenOptions) -> io::Result<(File, bool)> {
+    let mut path = PathBuf::from(path);
+    if is_device_name(&path) {
+        let real = path.canonicalize()?;
+        if !is_device_name(&real) {
+            return Err(io::Error::other("leads out of /dev"));
+        }
+        path = real;
+    }
+    // NONBLOCK: a FIFO must not keep us waiting before it is refused.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits();
+    let file = how.custom_flags(flags.cast_signed()).open(&path)?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(io::Error::new(
+            ErrorKind::InvalidInput,
+            "neither a plain file nor a block device",
+        ));
+    }
+    Ok((file, kind.is_block_device()))
+}
+
+fn length(mut file: &File, block: bool) -> io::Result<u64> {
+    if block {
+        file.seek(SeekFrom::End(0))
+    } else {
+        Ok(file.metadata()?.len())
+    }
+}
+
+/// What came of making a range zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Zeroed {
+    /// It reads as zeros now.
+    Yes,
+    /// It has data, from here on, and must not be written.
+    Differs(u64),
+    /// There is no more interest in the answer.
+    Interrupted,
+}
+
+impl Target {
+    /// Whether it is one single hole.
+    pub(crate) fn is_hole(&self) -> io::Result<bool> {
+        Ok(!self.block && next_data(&self.file, false, 0, self.len)?.is_none())
+    }
+
+    /// Checks that its length is right, and has its content written out.
+    pub(crate) fn finish(&self) -> io::Result<()> {
+        if !self.block && length(&self.file, false)? != self.len {
+            return Err(io::Error::other("its length was changed by somebody else"));
+        }
+        if self.compare {
+            return Ok(());
+        }
+        self.file.sync_all()
+    }
+
+    /// Makes a range zero where it is not; if the file is to be compared, only
+    /// looks. Holes are made where the file system can, and everything else is
+    /// read, so that the answer is what the file holds.
+    pub(crate) fn make_zero(
+        &self,
+        range: Range,
+        pool: &Arc<Pool>,
+        go_on: impl Fn() -> bool,
+    ) -> io::Result<Zeroed> {
+        if !self.compare {
+            self.punch(&range)?;
+        }
+        let mut buffer = pool.take(CHUNK);
+        let mut at = range.start;
+        while let Some(data) = next_data(&self.file, self.block, at, range.end)? {
+            if !go_on() {
+                return Ok(Zeroed::Interrupted);
+            }
+            let end = data.end.min(data.start + CHUNK as u64);
+            let zero = self.zero_piece(data.start..end, &mut buffer)?;
+            if !zero {
+                return Ok(Zeroed::Differs(data.start));
+            }
+            at = end;
+        }
+        Ok(Zeroed::Yes)
+    }
+
+    /// Makes a hole, if there is data and if there can be holes.
+    fn punch(&self, range: &Range) -> io::Result<()> {
+        if next_data(&self.file, self.block, range.start, range.end)?.is_none() {
+            return Ok(());
+        }
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&self.file, how, range.start, range.end - range.start) {
+            // Blocks of a device may be too large for this range: EINVAL.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn zero_piece(&self, range: Range, buffer: &mut Buffer) -> io::Result<bool> {
+        let piece =
+            &mut buffer[..usize::try_from(range.end - range.start).map_err(io::Error::other)?];
+        self.file.read_exact_at(piece, range.start)?;
+        if is_zero(piece) {
+            return Ok(true);
+        }
+        if self.compare {
+            return Ok(false);
+        }
+        piece.fill(0);
+        self.file.write_all_at(piece, range.start)?;
+        self.file.read_exact_at(piece, range.start)?;
+        if !is_zero(piece) {
+            return Err(io::Error::other(
+                "does not read as zeros after they were written",
+            ));
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,272 @@
+//! What a guest needs that moves while it is off. Definitions go through
+//! libvirt, files through the carrier, whose threads live as long as a transfer.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use drover_carrier::{self as carrier, Control, Mode, Outgoing, Receiver, Token};
+use drover_model::{api::compute::FileFact, guest::Guest, ids::InstanceId, migration::Flavor};
+use tokio::{sync::watch, time::MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{
+    LibvirtDriver, LibvirtSettings,
+    blocking::Effect,
+    capabilities, definitions, guests, lifecycle,
+    storage::{chain::Places, files},
+};
+use crate::hypervisor::{
+    ColdDriver, Definition, HypervisorError, Incoming, Result, SendError, SendSpec, Sent,
+};
+
+/// Time between two looks at how far sending is.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// The door through which files come in: opened when it is first asked for, and
+/// tried again if that failed.
+#[derive(Debug)]
+pub(super) struct Door {
+    address: String,
+    port: u16,
+    open: Mutex<Option<Arc<Receiver>>>,
+}
+
+impl Door {
+    pub(super) fn new(settings: &LibvirtSettings) -> Self {
+        Self {
+            address: settings.probe_listen_address.clone(),
+            port: settings.disk_port,
+            open: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Receiver>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn receiver(&self) -> std::result::Result<Arc<Receiver>, String> {
+        let mut open = self.lock();
+        if let Some(receiver) = &*open {
+            return Ok(receiver.clone());
+        }
+        let (address, port) = (&self.address, self.port);
+        let words =
+            |e: &dyn std::fmt::Display| format!("{address} port {port} cannot be opened: {e}");
+        let ip = address.parse().map_err(|e| words(&e))?;
+        let receiver =
+            Receiver::listen(std::net::SocketAddr::new(ip, port)).map_err(|e| words(&e))?;
+        Ok(open.insert(Arc::new(receiver)).clone())
+    }
+}
+
+fn token(text: &str) -> Result<Token> {
+    text.parse()
+        .map_err(|_| HypervisorError::Failed("the token for disks is malformed".to_owned()))
+}
+
+impl LibvirtDriver {
+    fn places(&self) -> Places {
+        let own = std::iter::once(&self.settings.instances_path);
+        Places(
+            own.chain(&self.settings.image_paths)
+                .map(PathBuf::from)
+                .collect(),
+        )
+    }
+}
+
+#[async_trait]
+impl ColdDriver for LibvirtDriver {
+    async fn lasting_guest(&self, id: InstanceId) -> Result<Option<Guest>> {
+        let read = move |connect: &_| guests::lasting(connect, id);
+        let Some(found) = self.calls.guest(Effect::Read, id, read).await? else {
+            return Ok(None);
+        };
+        let places = self.places();
+        let look = move || Ok(guests::with_files(found, &places));
+        self.calls.files(Effect::Read, look).await.map(Some)
+    }
+
+    async fn shut_down(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| lifecycle::shut_down(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn stop(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| lifecycle::stop(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn start(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| lifecycle::start(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn definition(&self, id: InstanceId) -> Result<Option<Definition>> {
+        let take = move |connect: &_| definitions::take(connect, id);
+        self.calls.guest(Effect::Read, id, take).await
+    }
+
+    async fn define(&self, definition: &Definition, flavor: Option<Flavor>) -> Result<()> {
+        let definition = definition.clone();
+        let give = move |connect: &_| definitions::give(connect, &definition, flavor);
+        self.calls.node(give).await
+    }
+
+    async fn withdraw(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| definitions::withdraw(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn file_facts(&self, paths: &[String]) -> Result<Vec<FileFact>> {
+        let used = self.calls.node(guests::storage_in_use).await?;
+        let paths = paths.to_vec();
+        let look = move || {
+            let used = used.paths();
+            paths.iter().map(|path| files::fact(path, &used)).collect()
+        };
+        self.calls.files(Effect::Read, look).await
+    }
+
+    async fn reserve_file(&self, path: &str, with_directory: bool) -> Result<()> {
+        let host = self.calls.node(capabilities::of_host).await?;
+        let path = path.to_owned();
+        let make = move || files::reserve(&path, with_directory, host.qemu_owner);
+        self.calls.files(Effect::Change, make).await
+    }
+
+    async fn rename_file(&self, from: &str, to: &str) -> Result<()> {
+        let used = self.calls.node(guests::storage_in_use).await?;
+        let (from, to) = (from.to_owned(), to.to_owned());
+        let act = move || files::rename(&from, &to, &used.paths());
+        self.calls.files(Effect::Change, act).await
+    }
+
+    async fn flush_file(&self, path: &str) -> Result<()> {
+        let path = path.to_owned();
+        // Without a limit: it takes as long as the disk takes.
+        let flushed = tokio::task::spawn_blocking(move || files::flush(&path)).await;
+        flushed.unwrap_or_else(|e| Err(HypervisorError::Bug(e.to_string())))
+    }
+
+    fn disk_port(&self) -> std::result::Result<u16, String> {
+        self.door.receiver().map(|receiver| receiver.port())
+    }
+
+    async fn receive(&self, key: Uuid, secret: &str, files: &[Incoming]) -> Result<()> {
+        let receiver = self.door.receiver().map_err(HypervisorError::Failed)?;
+        let files = files.iter().map(|file| carrier::Incoming {
+            path: PathBuf::from(&file.path),
+            mode: if file.present {
+                Mode::Compare
+            } else {
+                Mode::Fresh
+            },
+        });
+        let (token, files) = (token(secret)?, files.collect());
+        let expected =
+            tokio::task::spawn_blocking(move || receiver.expect(key, &token, files)).await;
+        let expected = expected.map_err(|e| HypervisorError::Bug(e.to_string()))?;
+        expected.map_err(|e| HypervisorError::Failed(e.to_string()))
+    }
+
+    async fn stop_receiving(&self, key: Uuid) {
+        let Some(receiver) = self.door.lock().clone() else {
+            return;
+        };
+        if let Err(e) = tokio::task::spawn_blocking(move || receiver.forget(key)).await {
+            tracing::error!(error = %e, "taking in files could not be ended");
+        }
+    }
+
+    async fn send(
+        &self,
+        spec: SendSpec,
+        shown: watch::Sender<Sent>,
+        cancel: CancellationToken,
+    ) -> std::result::Result<Sent, SendError> {
+        let control = Arc::new(Control::default());
+        control.set_limit(spec.bandwidth_bytes_s);
+        // However this future ends, the thread does not outlive it for long.
+        let _ends_with_us = CancelOnDrop(control.clone());
+        let paths = spec.files.clone();
+        let spec = carrier::SendSpec {
+            address: spec.address,
+            port: spec.port,
+            migration: spec.key,
+            token: token(&spec.token)?,
+            files: spec
+                .files
+                .into_iter()
+                .map(|path| Outgoing { path: path.into() })
+                .collect(),
+            resume: spec.resume,
+            progress_timeout: spec.progress_timeout,
+        };
+        let its = control.clone();
+        let mut sending = tokio::task::spawn_blocking(move || carrier::send(&spec, &its));
+        let mut tick = tokio::time::interval(LOOK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let ended = loop {
+            tokio::select! {
+                ended = &mut sending => break ended,
+                () = cancel.cancelled() => {
+                    control.cancel();
+                    break sending.await;
+                }
+                _ = tick.tick() => { shown.send_replace(seen(&control)); }
+            }
+        };
+        let last = seen(&control);
+        shown.send_replace(last);
+        match ended {
+            Ok(Ok(_)) => Ok(last),
+            Ok(Err(carrier::SendError::Cancelled)) => Err(SendError::Cancelled),
+            Ok(Err(error @ carrier::SendError::Stalled { .. })) => {
+                Err(SendError::Stalled(error.to_string()))
+            }
+            Ok(Err(error)) => Err(SendError::Failed(in_words(&error, &paths))),
+            Err(died) => Err(SendError::Failed(format!("sending died: {died}"))),
+        }
+    }
+}
+
+/// The carrier numbers files; people want their names.
+fn in_words(error: &carrier::SendError, paths: &[String]) -> String {
+    use carrier::SendError as E;
+    let file = match error {
+        E::Destination { file, .. } | E::Differs { file } | E::Corrupt { file, .. } => *file,
+        _ => return error.to_string(),
+    };
+    let path = paths.get(file).map_or("?", String::as_str);
+    match error {
+        E::Destination { reason, .. } => format!("{path} at the destination: {reason}"),
+        E::Differs { .. } => format!(
+            "{path} is on both nodes, and not the same: remove or replace the destination's"
+        ),
+        _ => format!("{path}: {error}"),
+    }
+}
+
+struct CancelOnDrop(Arc<Control>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+fn seen(control: &Control) -> Sent {
+    let progress = control.progress();
+    Sent {
+        total_bytes: progress.total_bytes,
+        done_bytes: progress.done_bytes,
+        reused_bytes: progress.reused_bytes,
+        reconnects: progress.reconnects,
+    }
+}

@@ -1,0 +1,322 @@
+//! The destination's steps of a cold migration: files reserved and taken in, the
+//! guest defined and started, kept for good or given back. It never touches what
+//! a migration did not make here.
+
+use drover_model::{
+    api::{
+        compute::{
+            CleanUp, ColdPart, FileRole, FinishResize, GuestLocation, Inbox, PrepResize,
+            RevertResize, StepRef,
+        },
+        fault::Fault,
+    },
+    guest::Presence,
+    ids::InstanceId,
+};
+use tracing::{info, warn};
+
+use super::{
+    super::{
+        actor::{Actor, Stage},
+        registry::Finished,
+    },
+    files,
+};
+use crate::{
+    faults::hypervisor as fault,
+    hypervisor::{HypervisorError, Incoming},
+    journal::{ComingFile, ComingRecord, Record, definition, token},
+};
+
+impl Actor {
+    /// Makes ready for a guest that comes shut off: empty files for its bytes,
+    /// and the door open for them.
+    pub(in super::super) async fn prep_resize(&mut self, step: PrepResize) -> Result<Inbox, Fault> {
+        let reference = self.step(step.instance);
+        self.same_instance(reference)?;
+        let mut record = match &self.stage {
+            Stage::Coming(record) => (**record).clone(),
+            Stage::Idle => self.begin_coming(&step).await?,
+            _ => return Err(Fault::refused("this node is the migration's source")),
+        };
+        if !record.prepared {
+            self.reserve(&mut record).await?;
+        }
+        self.open(&record).await
+    }
+
+    async fn begin_coming(&mut self, step: &PrepResize) -> Result<ComingRecord, Fault> {
+        if self.registry.finished(self.migration).is_some() {
+            return Err(Fault::refused("this migration is over here"));
+        }
+        files::check(&step.files)?;
+        let reference = self.step(step.instance);
+        self.registry.hold(reference).await?;
+        let begun = async {
+            let record = ComingRecord {
+                instance: step.instance,
+                files: step.files.iter().map(ComingFile::from).collect(),
+                token: token(),
+                prepared: false,
+                definition: None,
+            };
+            self.nothing_is_here_yet(&record).await?;
+            self.write_coming(&record).await?;
+            Ok(record)
+        };
+        match begun.await {
+            Ok(record) => {
+                self.stage = Stage::Coming(Box::new(record.clone()));
+                Ok(record)
+            }
+            Err(fault) => {
+                self.registry.release(reference, None);
+                Err(fault)
+            }
+        }
+    }
+
+    /// What is found later at these places is then the migration's own.
+    async fn nothing_is_here_yet(&self, record: &ComingRecord) -> Result<(), Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
+        if presence != Presence::Absent {
+            let message = format!("the instance is on this node already ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        let paths: Vec<String> = record.files.iter().map(|f| f.path.clone()).collect();
+        let facts = hypervisor.file_facts(&paths).await.map_err(fault)?;
+        for (file, fact) in record.files.iter().zip(facts) {
+            if file.role == FileRole::Device && fact.in_use {
+                return Err(Fault::refused(format!(
+                    "a guest of this node uses {}",
+                    file.path
+                )));
+            }
+            if fact.exists != file.must_exist() {
+                let is = if fact.exists {
+                    "is there already"
+                } else {
+                    "is no longer there"
+                };
+                return Err(Fault::refused(format!("{} {is}", file.path)));
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_coming(&self, record: &ComingRecord) -> Result<(), Fault> {
+        let entry = Record::Coming(Box::new(record.clone()));
+        Ok(self
+            .node
+            .journal
+            .migrations
+            .store(self.migration, &entry)
+            .await?)
+    }
+
+    async fn reserve(&mut self, record: &mut ComingRecord) -> Result<(), Fault> {
+        let hypervisor = self.node.hypervisor.clone();
+        for file in record.files.iter().filter(|file| file.is_made()) {
+            let with_directory = file.role == FileRole::Tpm;
+            match hypervisor.reserve_file(&file.path, with_directory).await {
+                // A former attempt made it: nothing was there before.
+                Ok(()) | Err(HypervisorError::Exists(_)) => {}
+                Err(e) => return Err(fault(e)),
+            }
+        }
+        let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+        definition::reserve(&path).await?;
+        record.prepared = true;
+        self.write_coming(record).await?;
+        self.stage = Stage::Coming(Box::new(record.clone()));
+        info!(migration = %self.migration, instance = %record.instance,
+            files = record.files.len(), "ready for the guest's files to come");
+        Ok(())
+    }
+
+    /// Opens the door to what was reserved.
+    async fn open(&self, record: &ComingRecord) -> Result<Inbox, Fault> {
+        let hypervisor = &self.node.hypervisor;
+        for part in [ColdPart::PreCopy, ColdPart::Copy] {
+            let incoming = self.incoming(record, part);
+            let key = files::key(self.migration, part);
+            if !incoming.is_empty() {
+                let opened = hypervisor.receive(key, &record.token, &incoming).await;
+                opened.map_err(fault)?;
+            }
+        }
+        let port = hypervisor.disk_port().map_err(Fault::not_now)?;
+        Ok(Inbox {
+            port,
+            token: record.token.clone(),
+        })
+    }
+
+    fn incoming(&self, record: &ComingRecord, part: ColdPart) -> Vec<Incoming> {
+        let is_early = part == ColdPart::PreCopy;
+        let files = record.files.iter();
+        let mut incoming: Vec<Incoming> = files
+            .filter(|file| (file.role == FileRole::Backing) == is_early)
+            .map(|file| Incoming {
+                path: file.path.clone(),
+                present: file.present,
+            })
+            .collect();
+        if !is_early {
+            let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+            incoming.push(Incoming {
+                path: path.display().to_string(),
+                present: false,
+            });
+        }
+        incoming
+    }
+
+    /// After a restart: whoever sends finds the door open again.
+    pub(in super::super) async fn reopen(&self) {
+        if let Stage::Coming(record) = &self.stage
+            && record.prepared
+            && record.definition.is_none()
+            && let Err(error) = self.open(record).await
+        {
+            warn!(migration = %self.migration, %error, "files cannot be taken in for now");
+        }
+    }
+
+    async fn close(&self) {
+        for part in [ColdPart::PreCopy, ColdPart::Copy] {
+            let key = files::key(self.migration, part);
+            self.node.hypervisor.stop_receiving(key).await;
+        }
+    }
+
+    /// Defines the guest that has come, and starts it if it is to run.
+    pub(in super::super) async fn finish_resize(
+        &mut self,
+        step: FinishResize,
+    ) -> Result<GuestLocation, Fault> {
+        let mut record = self.coming(step.instance)?.clone();
+        let hypervisor = self.node.hypervisor.clone();
+        self.close().await;
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        if !presence.is_active() {
+            let definition = match record.definition.clone() {
+                Some(definition) => definition,
+                None => {
+                    let state_dir = &self.node.settings.state_dir;
+                    let path = files::definition_path(state_dir, self.migration);
+                    let came = definition::read(&path).await?;
+                    record.definition = Some(came.clone());
+                    // From here on nothing more is taken in.
+                    self.write_coming(&record).await?;
+                    self.stage = Stage::Coming(Box::new(record));
+                    came
+                }
+            };
+            let defined = hypervisor.define(&definition, step.flavor).await;
+            defined.map_err(fault)?;
+            if step.start {
+                hypervisor.start(step.instance).await.map_err(fault)?;
+            }
+        }
+        let location = self.location(step.instance).await?;
+        info!(migration = %self.migration, instance = %step.instance,
+            presence = ?location.presence, "the guest has come");
+        Ok(location)
+    }
+
+    fn coming(&self, instance: InstanceId) -> Result<&ComingRecord, Fault> {
+        self.same_instance(self.step(instance))?;
+        match &self.stage {
+            Stage::Coming(record) => Ok(record),
+            _ => Err(Fault::refused(
+                "nothing has come to this node for this migration",
+            )),
+        }
+    }
+
+    /// Takes back what this migration made here. Refused if the guest is active
+    /// here (invariants 1 and 3).
+    pub(in super::super) async fn rollback_resize(
+        &mut self,
+        step: StepRef,
+    ) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        if matches!(self.stage, Stage::Idle) {
+            return Ok(self.remembered());
+        }
+        let record = self.coming(step.instance)?.clone();
+        let hypervisor = self.node.hypervisor.clone();
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        if presence.is_active() || presence == Presence::Incoming {
+            let message = format!("the guest is active on this node ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        self.close().await;
+        hypervisor.withdraw(step.instance).await.map_err(fault)?;
+        let mut clean_up = CleanUp::default();
+        // Disks before what lies under them.
+        for own in [true, false] {
+            let made = record.files.iter().filter(|file| file.is_made());
+            for file in made.filter(|file| super::source::is_own(file.role) == own) {
+                self.remove_disk(&file.path, &mut clean_up).await?;
+            }
+        }
+        let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+        definition::remove(&path).await?;
+        info!(migration = %self.migration, instance = %step.instance,
+            removed = ?clean_up.removed, "took back what was made for the guest");
+        if !clean_up.warnings.is_empty() {
+            // The journal keeps what is left, for whoever asks again.
+            return Ok(clean_up);
+        }
+        let finished = Finished {
+            job: None,
+            clean_up: clean_up.clone(),
+        };
+        self.forget(step, finished).await?;
+        Ok(clean_up)
+    }
+
+    /// What came is on stable storage and the guest's for good.
+    pub(in super::super) async fn confirm_at_destination(
+        &mut self,
+        step: StepRef,
+    ) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        let hypervisor = self.node.hypervisor.clone();
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        if !matches!(presence, Presence::Present(_)) {
+            let message = format!("the guest is not on this node ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        if matches!(self.stage, Stage::Idle) {
+            return Ok(self.remembered());
+        }
+        let record = self.coming(step.instance)?.clone();
+        for file in record.files.iter().filter(|file| !file.present) {
+            hypervisor.flush_file(&file.path).await.map_err(fault)?;
+        }
+        let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+        definition::remove(&path).await?;
+        self.forget(step, Finished::default()).await?;
+        Ok(CleanUp::default())
+    }
+
+    /// Stops the guest and takes its definition away; its disks stay for now.
+    /// On request only: what it wrote here is lost unless its disks are shared.
+    pub(in super::super) async fn revert_resize(
+        &mut self,
+        step: RevertResize,
+    ) -> Result<GuestLocation, Fault> {
+        self.coming(step.instance)?;
+        let hypervisor = self.node.hypervisor.clone();
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        if presence.is_active() {
+            hypervisor.stop(step.instance).await.map_err(fault)?;
+        }
+        hypervisor.withdraw(step.instance).await.map_err(fault)?;
+        self.location(step.instance).await
+    }
+}

@@ -1,0 +1,120 @@
+//! Which files go in which part of a cold migration, and what they are called
+//! while they are set aside. Pure.
+
+use std::path::{Path, PathBuf};
+
+use drover_model::{
+    api::{
+        compute::{CarriedFile, ColdPart, FileRole},
+        fault::Fault,
+    },
+    ids::MigrationId,
+};
+use uuid::Uuid;
+
+/// Files of one guest. A virtual machine has far fewer.
+const MOST_FILES: usize = 512;
+
+/// What both agents know the files of a part by.
+pub(super) fn key(migration: MigrationId, part: ColdPart) -> Uuid {
+    let mark = match part {
+        ColdPart::PreCopy => 1,
+        ColdPart::Stop | ColdPart::Copy => 0,
+    };
+    Uuid::from_u128(migration.0.as_u128() ^ mark)
+}
+
+/// The files of a part, in the order in which both sides name them. What lies
+/// under disks is never written and goes while the guest runs.
+pub(super) fn of_part(files: &[CarriedFile], part: ColdPart) -> impl Iterator<Item = &CarriedFile> {
+    files.iter().filter(move |file| match part {
+        ColdPart::PreCopy => file.role == FileRole::Backing,
+        ColdPart::Stop => false,
+        ColdPart::Copy => file.role != FileRole::Backing,
+    })
+}
+
+/// A file's name while it is set aside.
+pub(super) fn kept_name(path: &str, migration: MigrationId) -> String {
+    format!("{path}.kept-{migration}")
+}
+
+/// Where an agent writes a definition down that is carried to the other.
+pub(super) fn definition_path(state_dir: &Path, migration: MigrationId) -> PathBuf {
+    state_dir
+        .join("definitions")
+        .join(format!("{migration}.json"))
+}
+
+/// Refuses lists that no plan of the conductor's makes.
+pub(super) fn check(files: &[CarriedFile]) -> Result<(), Fault> {
+    if files.len() > MOST_FILES {
+        return Err(Fault::refused(format!("more than {MOST_FILES} files")));
+    }
+    for (i, file) in files.iter().enumerate() {
+        if !Path::new(&file.path).is_absolute() {
+            return Err(Fault::refused(format!(
+                "'{}' is no absolute path",
+                file.path
+            )));
+        }
+        if files[..i].iter().any(|other| other.path == file.path) {
+            return Err(Fault::refused(format!("{} is listed twice", file.path)));
+        }
+        if file.present && file.role != FileRole::Backing {
+            return Err(Fault::refused(format!(
+                "{} is there already and would have to be written",
+                file.path
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(path: &str, role: FileRole) -> CarriedFile {
+        CarriedFile {
+            path: path.to_owned(),
+            role,
+            present: false,
+            data_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn every_file_goes_in_one_part() {
+        let files = [
+            file("/a", FileRole::Backing),
+            file("/b", FileRole::Disk),
+            file("/c", FileRole::Nvram),
+        ];
+        let names = |part| {
+            of_part(&files, part)
+                .map(|f| f.path.as_str())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(names(ColdPart::PreCopy), ["/a"]);
+        assert_eq!(names(ColdPart::Copy), ["/b", "/c"]);
+        let migration = MigrationId::generate();
+        assert_ne!(
+            key(migration, ColdPart::PreCopy),
+            key(migration, ColdPart::Copy)
+        );
+    }
+
+    #[test]
+    fn lists_that_make_no_sense_are_refused() {
+        let good = file("/a", FileRole::Disk);
+        assert!(check(std::slice::from_ref(&good)).is_ok());
+        assert!(check(&[good.clone(), good.clone()]).is_err());
+        assert!(check(&[file("a", FileRole::Disk)]).is_err());
+        let present = CarriedFile {
+            present: true,
+            ..good
+        };
+        assert!(check(&[present]).is_err());
+    }
+}

@@ -1,0 +1,480 @@
+//! The source's steps of a cold migration: its parts of the work, what is set
+//! aside, and how the guest is brought back or given up for good.
+
+use std::time::Duration;
+
+use drover_model::{
+    api::{
+        compute::{
+            CarriedFile, CleanUp, ColdPart, FileRole, FinishRevertResize, GuestLocation, JobState,
+            Outcome, ResizeInstance, StepRef,
+        },
+        fault::Fault,
+    },
+    guest::{PowerState, Presence},
+    ids::InstanceId,
+    migration::{Phase, Transfer},
+};
+use tracing::{info, warn};
+
+use super::{
+    super::{
+        actor::{Actor, Stage},
+        registry::Finished,
+    },
+    files,
+    work::{Task, Work},
+};
+use crate::{
+    faults::hypervisor as fault,
+    hypervisor::{HypervisorError, SendSpec},
+    journal::{Ended, KeptFile, LeavingRecord, Record, definition},
+    node::Counters,
+};
+
+/// How long after it was last asked a guest that still runs may go off: it is
+/// waited for, so that a guest which was asked in vain does not stay off.
+const SECOND_THOUGHTS: Duration = Duration::from_secs(5);
+/// Time between two looks at such a guest.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// A guest that is leaving, as its actor holds it.
+pub(in super::super) struct Leaving {
+    pub(in super::super) record: Box<LeavingRecord>,
+    pub(in super::super) work: Option<Work>,
+    /// How the last part ended, in this life of the agent.
+    last: Option<(ColdPart, Ended)>,
+}
+
+impl Leaving {
+    /// As the journal has it.
+    pub(in super::super) fn resume(record: Box<LeavingRecord>) -> Self {
+        Self {
+            record,
+            work: None,
+            last: None,
+        }
+    }
+
+    /// The end of the part under way; for ever silent if none is.
+    pub(in super::super) async fn over(&mut self) -> (ColdPart, Ended) {
+        match &mut self.work {
+            Some(work) => {
+                let ended = work.over().await;
+                (work.part, ended)
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Actor {
+    /// Does a part of the work, or says how it goes.
+    pub(in super::super) async fn resize_instance(
+        &mut self,
+        step: ResizeInstance,
+    ) -> Result<JobState, Fault> {
+        let reference = self.step(step.instance);
+        self.same_instance(reference)?;
+        if matches!(self.stage, Stage::Idle) {
+            self.begin_leaving(&step).await?;
+        }
+        let Stage::Leaving(leaving) = &self.stage else {
+            return Err(Fault::refused(
+                "this node does something else for this migration",
+            ));
+        };
+        if let Some(work) = &leaving.work {
+            return match work.part == step.part {
+                true => Ok(work.job()),
+                false => Err(Fault::not_now("another part of it is still under way")),
+            };
+        }
+        if let Some((_, ended)) = leaving.last.as_ref().filter(|(part, _)| *part == step.part) {
+            return Ok(ended.clone().into());
+        }
+        self.begin_part(step).await
+    }
+
+    async fn begin_leaving(&mut self, step: &ResizeInstance) -> Result<(), Fault> {
+        if self.registry.finished(self.migration).is_some() {
+            return Err(Fault::refused("this migration is over here"));
+        }
+        files::check(&step.files)?;
+        let problems = step.options.problems();
+        if !problems.is_empty() {
+            return Err(Fault::refused(problems.join("; ")));
+        }
+        let reference = self.step(step.instance);
+        self.registry.hold(reference).await?;
+        let begun = async {
+            let presence = self.node.hypervisor.presence(step.instance).await;
+            let was_running = match presence.map_err(fault)? {
+                Presence::Present(state) => state.is_active(),
+                other => {
+                    let message = format!("the guest is not on this node ({other:?})");
+                    return Err(Fault::refused(message));
+                }
+            };
+            let record = LeavingRecord {
+                instance: step.instance,
+                was_running,
+                asked_to_stop: false,
+                done: Vec::new(),
+                begun: Vec::new(),
+                definition: None,
+                kept: Vec::new(),
+                aside: false,
+            };
+            self.write_leaving(&record).await?;
+            Ok(record)
+        };
+        match begun.await {
+            Ok(record) => {
+                info!(migration = %self.migration, instance = %step.instance,
+                    was_running = record.was_running, "the guest is to leave, shut off");
+                Counters::add(&self.node.counters.transfers_started);
+                self.stage = Stage::Leaving(Leaving::resume(Box::new(record)));
+                Ok(())
+            }
+            Err(fault) => {
+                self.registry.release(reference, None);
+                Err(fault)
+            }
+        }
+    }
+
+    async fn write_leaving(&self, record: &LeavingRecord) -> Result<(), Fault> {
+        let entry = Record::Leaving(Box::new(record.clone()));
+        Ok(self
+            .node
+            .journal
+            .migrations
+            .store(self.migration, &entry)
+            .await?)
+    }
+
+    async fn begin_part(&mut self, step: ResizeInstance) -> Result<JobState, Fault> {
+        let mut record = self.leaving()?.clone();
+        if record.aside {
+            return Err(Fault::refused("the guest is set aside already"));
+        }
+        let task = match step.part {
+            ColdPart::Stop => {
+                record.asked_to_stop = true;
+                let [early_bytes, total_bytes] = bytes_to_carry(&step.files);
+                Task::Stop {
+                    options: step.options.clone(),
+                    disk: Transfer {
+                        total_bytes,
+                        processed_bytes: early_bytes,
+                        remaining_bytes: total_bytes.saturating_sub(early_bytes),
+                    },
+                }
+            }
+            ColdPart::PreCopy | ColdPart::Copy => self.sending(&step, &mut record).await?,
+        };
+        if !record.begun.contains(&step.part) {
+            record.begun.push(step.part);
+        }
+        self.write_leaving(&record).await?;
+        let work = Work::begin(&self.node, self.migration, step.instance, step.part, task);
+        let job = work.job();
+        self.stage = Stage::Leaving(Leaving {
+            record: Box::new(record),
+            work: Some(work),
+            last: None,
+        });
+        Ok(job)
+    }
+
+    fn leaving(&self) -> Result<&LeavingRecord, Fault> {
+        match &self.stage {
+            Stage::Leaving(leaving) => Ok(&leaving.record),
+            _ => Err(Fault::refused("this node is not the migration's source")),
+        }
+    }
+
+    /// What a part sends. Disks go only when the guest is off, together with its
+    /// definition as it is then.
+    async fn sending(
+        &self,
+        step: &ResizeInstance,
+        record: &mut LeavingRecord,
+    ) -> Result<Task, Fault> {
+        let mut paths: Vec<String> = files::of_part(&step.files, step.part)
+            .map(|file| file.path.clone())
+            .collect();
+        if step.part == ColdPart::Copy {
+            let path = self.write_definition(step.instance, record).await?;
+            paths.push(path);
+            record.kept = files::of_part(&step.files, ColdPart::Copy)
+                .filter(|file| file.role != FileRole::Device)
+                .map(|file| KeptFile {
+                    path: file.path.clone(),
+                    kept: files::kept_name(&file.path, self.migration),
+                })
+                .collect();
+        }
+        let [early_bytes, total_bytes] = bytes_to_carry(&step.files);
+        let options = &step.options;
+        let timeout_s = options.progress_timeout_s;
+        Ok(Task::Send {
+            spec: SendSpec {
+                key: files::key(self.migration, step.part),
+                token: step.inbox.token.clone(),
+                address: step.dest_address.clone(),
+                port: step.inbox.port,
+                files: paths,
+                resume: record.begun.contains(&step.part),
+                bandwidth_bytes_s: options.bandwidth_mib_s.map(|mib| mib << 20),
+                progress_timeout: Duration::from_secs(
+                    timeout_s.unwrap_or(self.node.settings.progress_timeout_s),
+                ),
+            },
+            phase: match step.part {
+                ColdPart::PreCopy => Phase::PreCopy,
+                _ => Phase::Disk,
+            },
+            before_bytes: match step.part {
+                ColdPart::PreCopy => 0,
+                _ => early_bytes,
+            },
+            total_bytes,
+        })
+    }
+
+    async fn write_definition(
+        &self,
+        instance: InstanceId,
+        record: &mut LeavingRecord,
+    ) -> Result<String, Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let presence = hypervisor.presence(instance).await.map_err(fault)?;
+        if !matches!(presence, Presence::Present(state) if !state.is_active()) {
+            let message = format!("the guest is not shut off on this node ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        let taken = hypervisor.definition(instance).await.map_err(fault)?;
+        let taken = taken.ok_or_else(|| Fault::refused("the guest is no longer defined here"))?;
+        let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+        definition::write(&path, &taken).await?;
+        record.definition = Some(taken);
+        Ok(path.display().to_string())
+    }
+
+    /// A part is over.
+    pub(in super::super) async fn worked(&mut self, part: ColdPart, ended: Ended) {
+        let Stage::Leaving(leaving) = &mut self.stage else {
+            return;
+        };
+        leaving.work = None;
+        leaving.last = Some((part, ended.clone()));
+        if matches!(ended.outcome, Outcome::Moved { .. }) && !leaving.record.done.contains(&part) {
+            leaving.record.done.push(part);
+            let record = leaving.record.clone();
+            if let Err(e) = self.write_leaving(&record).await {
+                // Asked again after a restart, the part finds it done.
+                warn!(migration = %self.migration, error = %e, "the journal lacks the end of a part");
+            }
+        }
+    }
+
+    /// Has the part under way end, and waits for that.
+    pub(in super::super) async fn abort_resize(&mut self, step: StepRef) -> Result<(), Fault> {
+        self.same_instance(step)?;
+        if let Stage::Leaving(leaving) = &mut self.stage
+            && let Some(work) = &leaving.work
+        {
+            work.cancel();
+            let (part, ended) = leaving.over().await;
+            self.worked(part, ended).await;
+        }
+        Ok(())
+    }
+
+    /// Keeps definition and disks aside, so that nothing starts the guest here.
+    pub(in super::super) async fn set_aside(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        let mut record = self.leaving()?.clone();
+        let clean_up = CleanUp::default();
+        if record.aside {
+            return Ok(clean_up);
+        }
+        let hypervisor = self.node.hypervisor.clone();
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        if presence.is_active() || presence == Presence::Incoming {
+            let message = format!("the guest is active on this node ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        if !record.done.contains(&ColdPart::Copy) || record.definition.is_none() {
+            return Err(Fault::refused("its disks have not all been sent"));
+        }
+        hypervisor.withdraw(step.instance).await.map_err(fault)?;
+        for file in &record.kept {
+            let renamed = hypervisor.rename_file(&file.path, &file.kept).await;
+            renamed.map_err(fault)?;
+        }
+        record.aside = true;
+        self.write_leaving(&record).await?;
+        info!(migration = %self.migration, instance = %step.instance,
+            files = record.kept.len(), "the guest is set aside");
+        self.keep(record);
+        Ok(clean_up)
+    }
+
+    fn keep(&mut self, record: LeavingRecord) {
+        if let Stage::Leaving(leaving) = &mut self.stage {
+            *leaving.record = record;
+        }
+    }
+
+    /// Makes the guest be here as it was before the migration.
+    pub(in super::super) async fn finish_revert_resize(
+        &mut self,
+        step: FinishRevertResize,
+    ) -> Result<GuestLocation, Fault> {
+        let reference = self.step(step.instance);
+        self.abort_resize(reference).await?;
+        if matches!(self.stage, Stage::Idle) {
+            // Nothing was begun here, or it was brought back before.
+            return self.location(step.instance).await;
+        }
+        let mut record = self.leaving()?.clone();
+        self.put_back(&mut record).await?;
+        if record.was_running {
+            self.start_again(&record, step.runs_nowhere_else).await?;
+        }
+        let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+        definition::remove(&path).await?;
+        info!(migration = %self.migration, instance = %step.instance,
+            "the guest is here as it was before");
+        self.forget(reference, Finished::default()).await?;
+        self.location(step.instance).await
+    }
+
+    /// Files and definition are where they were.
+    async fn put_back(&mut self, record: &mut LeavingRecord) -> Result<(), Fault> {
+        let hypervisor = self.node.hypervisor.clone();
+        let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
+        if !presence.is_active() {
+            // Also where the agent died while it renamed.
+            for file in record.kept.iter().rev() {
+                match hypervisor.rename_file(&file.kept, &file.path).await {
+                    Ok(()) => {}
+                    // It was not renamed yet, and the guest has it.
+                    Err(HypervisorError::Failed(_)) if !record.aside => {}
+                    Err(HypervisorError::Exists(_)) if !record.aside => {}
+                    Err(e) => return Err(fault(e)),
+                }
+            }
+        }
+        if presence == Presence::Absent {
+            let lost = || Fault::bug("the guest is gone, and so is its definition");
+            let definition = record.definition.as_ref().ok_or_else(lost)?;
+            hypervisor.define(definition, None).await.map_err(fault)?;
+        }
+        if record.aside {
+            record.aside = false;
+            self.write_leaving(record).await?;
+            self.keep(record.clone());
+        }
+        Ok(())
+    }
+
+    /// Has a guest run that ran before, also if it only now obeys.
+    async fn start_again(
+        &self,
+        record: &LeavingRecord,
+        runs_nowhere_else: bool,
+    ) -> Result<(), Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let until = tokio::time::Instant::now() + SECOND_THOUGHTS;
+        loop {
+            let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
+            match presence {
+                Presence::Present(PowerState::Running)
+                    if record.asked_to_stop && tokio::time::Instant::now() < until =>
+                {
+                    tokio::time::sleep(LOOK).await;
+                }
+                Presence::Present(state) if state.is_active() => return Ok(()),
+                _ if !runs_nowhere_else => {
+                    return Err(Fault::refused(
+                        "nobody says that the guest runs nowhere else: not started",
+                    ));
+                }
+                _ => {
+                    hypervisor.start(record.instance).await.map_err(fault)?;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Removes what was set aside, for good.
+    pub(in super::super) async fn confirm_resize(
+        &mut self,
+        step: StepRef,
+    ) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        if matches!(self.stage, Stage::Idle) {
+            return Ok(self.remembered());
+        }
+        let record = self.leaving()?.clone();
+        if !record.aside {
+            return Err(Fault::refused("the guest was never set aside here"));
+        }
+        let presence = self.node.hypervisor.presence(step.instance).await;
+        if presence.map_err(fault)? != Presence::Absent {
+            return Err(Fault::refused(
+                "the guest is defined on this node: nothing is removed",
+            ));
+        }
+        let mut clean_up = CleanUp::default();
+        for file in &record.kept {
+            self.remove_disk(&file.kept, &mut clean_up).await?;
+        }
+        let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+        definition::remove(&path).await?;
+        if !clean_up.warnings.is_empty() {
+            // The journal keeps what is left, for whoever asks again.
+            return Ok(clean_up);
+        }
+        let finished = Finished {
+            job: None,
+            clean_up: clean_up.clone(),
+        };
+        self.forget(step, finished).await?;
+        Ok(clean_up)
+    }
+
+    /// Where the guest is here.
+    pub(super) async fn location(&self, instance: InstanceId) -> Result<GuestLocation, Fault> {
+        let presence = self.node.hypervisor.presence(instance).await;
+        Ok(GuestLocation {
+            presence: presence.map_err(fault)?,
+            migrating: false,
+        })
+    }
+}
+
+/// Bytes to carry: before the guest stops, and in all.
+fn bytes_to_carry(files: &[CarriedFile]) -> [u64; 2] {
+    let bytes_of = |part| {
+        let files = files::of_part(files, part);
+        files.fold(0, |sum: u64, file: &CarriedFile| {
+            sum.saturating_add(file.data_bytes)
+        })
+    };
+    let early_bytes = bytes_of(ColdPart::PreCopy);
+    [
+        early_bytes,
+        early_bytes.saturating_add(bytes_of(ColdPart::Copy)),
+    ]
+}
+
+/// Whether a file is the guest's alone, and so removed where the guest leaves.
+pub(super) fn is_own(role: FileRole) -> bool {
+    role != FileRole::Backing
+}

@@ -1,0 +1,350 @@
+//! A part of the source's work that takes long, beside its actor: the guest
+//! shuts down, or files are sent. It may be cancelled at any moment, and done
+//! again from the beginning: what was reached before is found.
+
+use std::{sync::Arc, time::Duration};
+
+use drover_model::{
+    api::compute::{ColdPart, JobState, Outcome},
+    guest::{PowerState, Presence},
+    ids::{InstanceId, MigrationId},
+    migration::{ColdOptions, Phase, Progress, Transfer},
+};
+use tokio::{
+    sync::{broadcast, watch},
+    task::JoinHandle,
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::super::voice::Voice;
+use crate::{
+    hypervisor::{Event, HypervisorError, SendError, SendSpec, Sent},
+    journal::Ended,
+    node::Node,
+};
+
+/// How long a guest may take to shut down if nobody says, seconds.
+const SHUTDOWN_TIMEOUT_S: u64 = 120;
+/// Time between two requests to shut down: a guest may have been busy booting.
+const ASK_AGAIN: Duration = Duration::from_secs(15);
+/// Time between two looks at a guest that shuts down; events come sooner.
+const LOOK: Duration = Duration::from_millis(500);
+/// Pause while libvirt is away.
+const AWAY: Duration = Duration::from_secs(1);
+/// How long libvirt may be away before the part is given up.
+const LONGEST_AWAY: Duration = Duration::from_secs(60);
+
+/// What is to be done.
+pub(in super::super) enum Task {
+    /// Have the guest shut down.
+    Stop {
+        /// How long that may take, and what may be done about it.
+        options: ColdOptions,
+        /// What earlier parts have carried.
+        disk: Transfer,
+    },
+    /// Send files.
+    Send {
+        /// Which.
+        spec: SendSpec,
+        /// What is shown meanwhile.
+        phase: Phase,
+        /// Of all bytes to carry, those that earlier parts carried.
+        before_bytes: u64,
+        /// Bytes to carry in all parts.
+        total_bytes: u64,
+    },
+}
+
+/// Work under way, as its actor holds it.
+pub(in super::super) struct Work {
+    pub(in super::super) part: ColdPart,
+    view: watch::Receiver<JobState>,
+    cancel: CancellationToken,
+    handle: JoinHandle<Option<Ended>>,
+}
+
+impl Work {
+    /// Begins.
+    pub(in super::super) fn begin(
+        node: &Arc<Node>,
+        migration: MigrationId,
+        instance: InstanceId,
+        part: ColdPart,
+        task: Task,
+    ) -> Self {
+        let (shown, view) = watch::channel(JobState::Running {
+            progress: Box::new(Progress::default()),
+        });
+        let cancel = CancellationToken::new();
+        let worker = Worker {
+            node: node.clone(),
+            instance,
+            cancel: cancel.clone(),
+            voice: Voice::new(node.clone(), migration, shown),
+            progress: Progress::default(),
+            begun: Instant::now(),
+        };
+        let handle = node.spawn(worker.run(task));
+        Self {
+            part,
+            view,
+            cancel,
+            handle,
+        }
+    }
+
+    /// Where it stands.
+    pub(in super::super) fn job(&self) -> JobState {
+        self.view.borrow().clone()
+    }
+
+    /// Has it end soon.
+    pub(in super::super) fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// How it ended. May be dropped and asked again.
+    pub(in super::super) async fn over(&mut self) -> Ended {
+        match (&mut self.handle).await {
+            Ok(Some(ended)) => ended,
+            // Stopped with the agent, or died of a mistake of its own.
+            Ok(None) | Err(_) => Ended {
+                outcome: Outcome::Failed {
+                    message: "the agent's work on it died".to_owned(),
+                },
+                progress: Progress::default(),
+            },
+        }
+    }
+}
+
+struct Worker {
+    node: Arc<Node>,
+    instance: InstanceId,
+    cancel: CancellationToken,
+    voice: Voice,
+    progress: Progress,
+    begun: Instant,
+}
+
+impl Worker {
+    async fn run(mut self, task: Task) -> Ended {
+        let outcome = match task {
+            Task::Stop { options, disk } => {
+                self.progress.disk = disk;
+                self.stop(&options).await
+            }
+            Task::Send {
+                spec,
+                phase,
+                before_bytes,
+                total_bytes,
+            } => {
+                self.progress.phase = phase;
+                self.send(spec, before_bytes, total_bytes).await
+            }
+        };
+        self.progress.elapsed_ms = millis(self.begun.elapsed());
+        self.progress.eta_ms = None;
+        self.progress.patience_ms = None;
+        self.progress.note = None;
+        let ended = Ended {
+            outcome,
+            progress: self.progress,
+        };
+        self.voice.end(&ended);
+        ended
+    }
+
+    // ---- shutting down
+
+    /// Asks, and asks again, until the guest is off or patience ends. Stops it
+    /// hard only if the caller allowed it (invariant 6).
+    async fn stop(&mut self, options: &ColdOptions) -> Outcome {
+        self.progress.phase = Phase::Stopping;
+        let begun = Instant::now();
+        let after = |seconds: u64| begun + Duration::from_secs(seconds);
+        let force_at = options.force_stop_after_s.map(after);
+        let patience_s = options.shutdown_timeout_s.unwrap_or(SHUTDOWN_TIMEOUT_S);
+        // With permission to stop hard, patience is as long as that says.
+        let given_up_at = after(patience_s).max(force_at.unwrap_or(begun));
+        let mut events = self.node.hypervisor.events();
+        let mut ask_at = begun;
+        let mut away_since = None;
+        loop {
+            let now = Instant::now();
+            let seen = self.node.hypervisor.presence(self.instance).await;
+            let mut pause = LOOK;
+            match seen {
+                Ok(Presence::Present(state)) if !state.is_active() => return done(),
+                Ok(Presence::Absent) => return failed("the guest is no longer on this node"),
+                Ok(_) if force_at.is_some_and(|at| now >= at) => {
+                    self.voice.decided(format!(
+                        "stopped hard, as allowed, after {} s",
+                        now.duration_since(begun).as_secs()
+                    ));
+                    if let Err(e) = self.node.hypervisor.stop(self.instance).await {
+                        warn!(instance = %self.instance, error = %e, "the guest was not stopped");
+                        pause = AWAY;
+                    }
+                }
+                Ok(_) if now >= given_up_at => {
+                    return Outcome::Stalled {
+                        message: format!(
+                            "the guest did not shut down within {patience_s} s of being asked to"
+                        ),
+                    };
+                }
+                Ok(Presence::Present(PowerState::Running)) if now >= ask_at => {
+                    ask_at = now + ASK_AGAIN;
+                    self.ask_to_shut_down().await;
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    pause = AWAY;
+                    let since = *away_since.get_or_insert(now);
+                    if now.duration_since(since) >= LONGEST_AWAY {
+                        return failed(&error.to_string());
+                    }
+                    self.progress.note = Some(format!("waiting for this node's libvirt: {error}"));
+                }
+            }
+            self.show_waiting(begun, given_up_at, force_at);
+            tokio::select! {
+                () = self.cancel.cancelled() => return Outcome::Aborted,
+                () = something(&mut events, self.instance) => {}
+                () = sleep_until(now + pause) => {}
+            }
+        }
+    }
+
+    async fn ask_to_shut_down(&mut self) {
+        match self.node.hypervisor.shut_down(self.instance).await {
+            // It went off in between.
+            Ok(()) | Err(HypervisorError::WrongState(_)) => {}
+            Err(error) => {
+                self.voice
+                    .decided(format!("asking it to shut down failed: {error}"));
+            }
+        }
+    }
+
+    fn show_waiting(&mut self, begun: Instant, given_up_at: Instant, force_at: Option<Instant>) {
+        let (what, at) = match force_at {
+            Some(at) => ("stopped hard", at),
+            None => ("given up", given_up_at),
+        };
+        let whole = at.duration_since(begun).as_secs();
+        self.progress.note = Some(format!(
+            "waiting for the guest to shut down: {} s; {what} after {whole} s",
+            begun.elapsed().as_secs()
+        ));
+        self.progress.elapsed_ms = millis(self.begun.elapsed());
+        self.progress.patience_ms = Some(millis(given_up_at.duration_since(Instant::now())));
+        self.voice.show(&self.progress);
+    }
+
+    // ---- sending
+
+    async fn send(&mut self, spec: SendSpec, before_bytes: u64, total_bytes: u64) -> Outcome {
+        let (shown, mut view) = watch::channel(Sent::default());
+        let hypervisor = self.node.hypervisor.clone();
+        let sending = hypervisor.send(spec, shown, self.cancel.clone());
+        tokio::pin!(sending);
+        let ended = loop {
+            tokio::select! {
+                ended = &mut sending => break ended,
+                changed = view.changed() => {
+                    let sent = *view.borrow_and_update();
+                    self.show_sent(sent, before_bytes, total_bytes);
+                    if changed.is_err() {
+                        break sending.await;
+                    }
+                }
+            }
+        };
+        let sent = *view.borrow();
+        self.show_sent(sent, before_bytes, total_bytes);
+        match ended {
+            Ok(sent) => {
+                if sent.reconnects > 0 {
+                    let times = sent.reconnects;
+                    self.voice.decided(format!(
+                        "the connection broke {times} time(s); went on where it stopped"
+                    ));
+                }
+                let mib = sent.reused_bytes >> 20;
+                if mib > 0 {
+                    self.voice
+                        .decided(format!("{mib} MiB were there already, and were not sent"));
+                }
+                if self.progress.phase == Phase::Disk {
+                    // What was planned is what the file systems said, which is rounded.
+                    let disk = &mut self.progress.disk;
+                    disk.total_bytes = disk.processed_bytes;
+                    disk.remaining_bytes = 0;
+                }
+                done()
+            }
+            Err(SendError::Cancelled) => Outcome::Aborted,
+            Err(SendError::Stalled(message)) => Outcome::Stalled { message },
+            Err(SendError::Failed(message)) => Outcome::Failed { message },
+        }
+    }
+
+    fn show_sent(&mut self, sent: Sent, before_bytes: u64, total_bytes: u64) {
+        let elapsed_ms = millis(self.begun.elapsed());
+        let passed = elapsed_ms.saturating_sub(self.progress.elapsed_ms);
+        let before = self.progress.disk.processed_bytes;
+        let processed = before_bytes.saturating_add(sent.done_bytes).max(before);
+        let total = total_bytes.max(before_bytes.saturating_add(sent.total_bytes));
+        // Too short a time tells no rate.
+        if passed >= 100 {
+            let now = processed.saturating_sub(before).saturating_mul(1000) / passed;
+            let old = self.progress.rate_bytes_s;
+            self.progress.rate_bytes_s = if old == 0 { now } else { (old * 3 + now) / 4 };
+            self.progress.elapsed_ms = elapsed_ms;
+        }
+        let remaining = total.saturating_sub(processed);
+        self.progress.disk = Transfer {
+            total_bytes: total,
+            processed_bytes: processed,
+            remaining_bytes: remaining,
+        };
+        self.progress.eta_ms = (self.progress.rate_bytes_s > 0)
+            .then(|| remaining.saturating_mul(1000) / self.progress.rate_bytes_s);
+        self.voice.show(&self.progress);
+    }
+}
+
+fn done() -> Outcome {
+    Outcome::Moved {
+        downtime_ms: None,
+        total_ms: None,
+    }
+}
+
+fn failed(message: &str) -> Outcome {
+    Outcome::Failed {
+        message: message.to_owned(),
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Something happened to the guest, or to libvirt. Without events, for ever silent.
+async fn something(events: &mut broadcast::Receiver<Event>, instance: InstanceId) {
+    loop {
+        match events.recv().await {
+            Ok(Event::Guest(id)) if id == instance => return,
+            Ok(Event::Connection { .. }) | Err(broadcast::error::RecvError::Lagged(_)) => return,
+            Ok(_) => {}
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}

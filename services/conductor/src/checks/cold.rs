@@ -1,0 +1,148 @@
+//! What only a cold migration needs: a place for every file of the guest, a way
+//! for it, and what it decides to carry.
+
+use drover_model::{
+    api::compute::{CarriedFile, DestinationFacts, DiskFact, FileFact, FileRole, PathFacts},
+    check::{CheckCode, CheckFailure, Side},
+    guest::{Disk, DiskSource, Guest, GuestFileKind, ImmovableKind},
+    ids::HostName,
+};
+
+use super::{device, fail, missing_backing, place_of_copy, space, uncopied, unmovable_kind};
+
+/// Whether something that ties a running guest to its node leaves with one that is off.
+pub(super) fn can_leave(kind: ImmovableKind) -> bool {
+    kind == ImmovableKind::EmulatedTpm
+}
+
+/// What the destination has to have for the guest's files.
+pub(super) fn destination(
+    guest: &Guest,
+    facts: &DestinationFacts,
+    host: &HostName,
+) -> Vec<CheckFailure> {
+    let mut failures: Vec<CheckFailure> = guest.disks.iter().filter_map(unmovable_kind).collect();
+    for (disk, path, fact) in local_disks(guest, facts) {
+        if fact.shared {
+            failures.extend(missing_backing(disk, fact, host));
+        } else if !disk.is_copied_when_local() {
+            failures.extend(uncopied(disk, path, fact, host));
+        } else if matches!(disk.source, DiskSource::Block { .. }) {
+            failures.extend(device(disk, path, fact, host));
+        } else {
+            let what = format!("disk {}", disk.target);
+            let there = (fact.exists, fact.directory_exists);
+            failures.extend(place_of_copy(&what, path, there, host));
+        }
+    }
+    for file in carried(guest, facts).iter().filter(|file| !file.present) {
+        let Some(fact) = facts.files.iter().find(|f| f.path == file.path) else {
+            continue;
+        };
+        let what = match file.role {
+            FileRole::Backing => "a base image",
+            FileRole::Nvram => "the firmware's variables",
+            FileRole::Tpm => "the TPM's state",
+            FileRole::Disk | FileRole::Device => continue,
+        };
+        let there = (fact.exists, fact.directory_exists);
+        failures.extend(place_of_copy(what, &file.path, there, host));
+    }
+    failures.extend(room(guest, facts, host));
+    if let Err(error) = &facts.disk_port {
+        failures.push(fail(
+            CheckCode::MigrationPortUnreachable,
+            Side::Destination,
+            format!("the agent on {host} takes no disks: {error}"),
+            "free the port, or set another with disk_port of [compute]",
+        ));
+    }
+    failures
+}
+
+/// Room for every file as it will be allocated.
+fn room(guest: &Guest, facts: &DestinationFacts, host: &HostName) -> Vec<CheckFailure> {
+    let carried = carried(guest, facts);
+    let made = carried
+        .iter()
+        .filter(|file| !file.present && file.role != FileRole::Device);
+    let files = made.filter_map(|file| {
+        let of_file = |f: &&FileFact| f.path == file.path;
+        let beside = facts.files.iter().find(of_file);
+        let place = match beside {
+            Some(fact) => (fact.file_system.as_str(), fact.free_bytes),
+            None => {
+                let mut disks = local_disks(guest, facts);
+                let (.., fact) = disks.find(|(_, path, _)| *path == file.path)?;
+                (fact.file_system.as_str(), fact.free_bytes)
+            }
+        };
+        Some((place, file.data_bytes))
+    });
+    space(files, host)
+}
+
+/// Every file that has to be on the destination afterwards and is not on storage
+/// that both share; what lies under disks comes first.
+pub fn carried(guest: &Guest, facts: &DestinationFacts) -> Vec<CarriedFile> {
+    let mut files: Vec<CarriedFile> = Vec::new();
+    let mut add = |path: &str, role, present, data_bytes| {
+        if !files.iter().any(|file| file.path == path) {
+            files.push(CarriedFile {
+                path: path.to_owned(),
+                role,
+                present,
+                data_bytes,
+            });
+        }
+    };
+    let is_there = |path: &str| facts.files.iter().any(|f| f.path == path && f.exists);
+    let copied: Vec<_> = local_disks(guest, facts)
+        .filter(|(disk, _, fact)| disk.is_copied_when_local() && !fact.shared)
+        .collect();
+    for image in copied.iter().flat_map(|(disk, ..)| &disk.backing) {
+        let present = is_there(&image.path);
+        add(
+            &image.path,
+            FileRole::Backing,
+            present,
+            image.allocated_bytes,
+        );
+    }
+    for (disk, path, _) in &copied {
+        let role = match disk.source {
+            DiskSource::Block { .. } => FileRole::Device,
+            _ => FileRole::Disk,
+        };
+        add(path, role, false, disk.allocated_bytes);
+    }
+    for file in &guest.files {
+        let role = match file.kind {
+            GuestFileKind::Nvram => FileRole::Nvram,
+            GuestFileKind::Tpm => FileRole::Tpm,
+        };
+        add(&file.path, role, false, file.allocated_bytes);
+    }
+    files
+}
+
+fn local_disks<'a>(
+    guest: &'a Guest,
+    facts: &'a DestinationFacts,
+) -> impl Iterator<Item = (&'a Disk, &'a str, &'a DiskFact)> {
+    guest.disks.iter().filter_map(|disk| {
+        let fact = facts.disks.iter().find(|f| f.target == disk.target)?;
+        Some((disk, disk.local_path()?, fact))
+    })
+}
+
+/// The way for the files.
+pub(super) fn path(facts: &PathFacts, source: &HostName, dest: &HostName) -> Option<CheckFailure> {
+    let error = facts.disk_port.as_ref().err()?;
+    Some(fail(
+        CheckCode::MigrationPortUnreachable,
+        Side::Path,
+        format!("{source} cannot reach the port for disks of {dest}: {error}"),
+        "open that port between the nodes (disk_port of [compute], 49215 by default)",
+    ))
+}

@@ -1,0 +1,454 @@
+//! Cold migration as a saga: the guest is off while it moves.
+//!
+//! | step | does | undo |
+//! |---|---|---|
+//! | `place` | checks both nodes, chooses a destination, claims room there | give the claim back |
+//! | `prepare` | destination: empty files for what will come, door open | destination: removes what it made |
+//! | `pre_copy` | source: sends, or compares, what can go while the guest runs | source: guest as it was |
+//! | `stop` | source: the guest shuts down | source: guest as it was, running again |
+//! | `copy` | source: sends disks and definition; every byte verified | source: stops sending |
+//! | `set_aside` | source: definition withdrawn, disks renamed: nothing starts it here | (undone with `stop`) |
+//! | `finish` | destination: defines the guest, starts it if it ran | destination: removes what it made |
+//! | — | *point of no return: the guest was seen on the destination* | |
+//! | `settle` | record and claim follow the guest; room for a way back stays claimed | |
+//!
+//! Why in this order: what can fail slowly (checks, room, base images that
+//! differ) comes before the guest is asked to stop. The source is set aside
+//! before the destination defines the guest, so that at no moment two nodes
+//! could start it (invariant 1). The guest is started again on the source only
+//! after the destination has taken its definition back: undoing goes the same
+//! way backwards.
+//!
+//! What then becomes of the source's copy is another saga's: [`super::confirm`]
+//! or [`super::revert`].
+
+use async_trait::async_trait;
+use drover_model::{
+    api::compute::{
+        ColdPart, FinishResize, FinishRevertResize, JobState, Outcome, PrepResize, ResizeInstance,
+    },
+    error::ErrorClass,
+    guest::Presence,
+    migration::{ColdOptions, EndReason, Migration, MigrationStatus as S, Phase},
+};
+use drover_saga::{Saga, StepError};
+use drover_store::claims::Resources;
+
+use super::{
+    job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, patient, repeatable},
+    journal::{Recorded, Told},
+};
+use crate::survey::Chosen;
+
+/// The steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Check, choose, claim.
+    Place,
+    /// Make the destination ready.
+    Prepare,
+    /// Send what can go beforehand.
+    PreCopy,
+    /// Have the guest shut down.
+    Stop,
+    /// Send the rest.
+    Copy,
+    /// Keep the source's copy from starting.
+    SetAside,
+    /// Have the guest on the destination.
+    Finish,
+    /// Have the record follow.
+    Settle,
+}
+
+/// One cold migration under way.
+pub struct ColdMigrate {
+    job: Job,
+    options: ColdOptions,
+}
+
+#[async_trait]
+impl Saga for ColdMigrate {
+    type Step = Step;
+    type Data = Data;
+
+    const STEPS: &'static [Step] = &[
+        Step::Place,
+        Step::Prepare,
+        Step::PreCopy,
+        Step::Stop,
+        Step::Copy,
+        Step::SetAside,
+        Step::Finish,
+        Step::Settle,
+    ];
+    const COMMIT: Step = Step::Finish;
+
+    fn name(step: Step) -> &'static str {
+        match step {
+            Step::Place => "place",
+            Step::Prepare => "prepare",
+            Step::PreCopy => "pre_copy",
+            Step::Stop => "stop",
+            Step::Copy => "copy",
+            Step::SetAside => "set_aside",
+            Step::Finish => "finish",
+            Step::Settle => "settle",
+        }
+    }
+
+    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
+        match step {
+            Step::Place => self.place(data).await,
+            Step::Prepare => self.prepare(data).await,
+            Step::PreCopy => self.pre_copy(data).await,
+            Step::Stop => self.stop(data).await,
+            Step::Copy => self.work(ColdPart::Copy, data).await,
+            Step::SetAside => self.set_aside().await,
+            Step::Finish => self.finish(data).await,
+            Step::Settle => self.settle(data).await,
+        }
+    }
+
+    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
+        match step {
+            Step::Place => self.job.release_claim().await,
+            Step::Prepare | Step::Finish => self.take_back(data).await,
+            Step::PreCopy | Step::Stop => self.restore(data).await,
+            Step::Copy => {
+                let (source, step) = (self.job.source(), self.job.step());
+                let aborted = self.job.agents().abort_resize(source, step).await;
+                aborted.map_err(agent_error)
+            }
+            Step::SetAside | Step::Settle => Ok(()),
+        }
+    }
+
+    async fn interrupted(&self) -> StepError {
+        self.job.interrupted().await
+    }
+
+    fn interruptible(step: Step) -> bool {
+        // Those two are short, and better ended than left half done.
+        !matches!(step, Step::SetAside | Step::Finish)
+    }
+}
+
+impl Recorded for ColdMigrate {
+    fn status_during(step: Step) -> Option<S> {
+        match step {
+            Step::Place => Some(S::Accepted),
+            Step::Prepare => Some(S::PreMigrating),
+            Step::Stop => Some(S::Migrating),
+            Step::SetAside => Some(S::PostMigrating),
+            Step::PreCopy | Step::Copy | Step::Finish | Step::Settle => None,
+        }
+    }
+
+    fn phase_during(step: Step) -> Phase {
+        match step {
+            Step::Place => Phase::Checking,
+            Step::Prepare | Step::PreCopy => Phase::Preparing,
+            Step::Stop => Phase::Stopping,
+            Step::Copy => Phase::Disk,
+            Step::SetAside | Step::Finish | Step::Settle => Phase::Finishing,
+        }
+    }
+
+    fn told_at_start(step: Step) -> Option<Told> {
+        match step {
+            Step::Prepare => Some(Told::info("instance.resize_prep.start")),
+            Step::Stop => Some(Told::info("instance.resize.start")),
+            Step::Finish => Some(Told::info("instance.resize_finish.start")),
+            _ => None,
+        }
+    }
+
+    fn told_at_success(step: Step) -> Option<Told> {
+        match step {
+            Step::Prepare => Some(Told::info("instance.resize_prep.end")),
+            Step::SetAside => Some(Told::info("instance.resize.end")),
+            Step::Finish => Some(Told::info("instance.resize_finish.end")),
+            _ => None,
+        }
+    }
+
+    fn told_at_failure() -> Told {
+        Told::error("instance.resize.error")
+    }
+
+    fn told_at_end(status: S) -> Vec<Told> {
+        match status {
+            S::Failed => vec![Told::error("compute_task.migrate_server.error")],
+            _ => Vec::new(),
+        }
+    }
+
+    fn status_after(_: &Migration) -> S {
+        S::Finished
+    }
+}
+
+impl ColdMigrate {
+    /// The saga of a cold migration on the record.
+    pub(super) fn new(job: Job, options: ColdOptions) -> Self {
+        Self { job, options }
+    }
+
+    // ---- before anything happens to the guest
+
+    async fn place(&self, data: &mut Data) -> Result<(), StepError> {
+        let (chosen, why) = self.job.place().await?;
+        let name = Self::name(Step::Place);
+        for text in why {
+            data.decide(name, text);
+        }
+        for text in what_moves(&chosen, &self.options) {
+            data.decide(name, text);
+        }
+        data.chosen = Some(chosen);
+        Ok(())
+    }
+
+    async fn prepare(&self, data: &mut Data) -> Result<(), StepError> {
+        let chosen = data.chosen()?;
+        let ask = PrepResize {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            files: chosen.files.clone(),
+            pre_copy: self.options.pre_copy,
+        };
+        let prepared = self.job.agents().prep_resize(&chosen.host, &ask).await;
+        data.inbox = Some(prepared.map_err(repeatable)?);
+        Ok(())
+    }
+
+    async fn pre_copy(&self, data: &mut Data) -> Result<(), StepError> {
+        use drover_model::api::compute::FileRole;
+        let files = &data.chosen()?.files;
+        match files.iter().any(|file| file.role == FileRole::Backing) {
+            true => self.work(ColdPart::PreCopy, data).await,
+            false => Ok(()),
+        }
+    }
+
+    // ---- the guest is off
+
+    async fn stop(&self, data: &mut Data) -> Result<(), StepError> {
+        if !was_running(data.chosen()?) {
+            return Ok(());
+        }
+        self.work(ColdPart::Stop, data).await?;
+        data.stopped_at_ms = Some(self.job.context.clock.now_ms());
+        Ok(())
+    }
+
+    /// Has the source do a part of its work, or finds it at it, and waits for the end.
+    async fn work(&self, part: ColdPart, data: &Data) -> Result<(), StepError> {
+        let chosen = data.chosen()?;
+        let missing = || StepError::new(ErrorClass::Bug, "no inbox was journalled");
+        let ask = ResizeInstance {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            part,
+            dest_address: chosen.endpoint.address.clone(),
+            inbox: data.inbox.clone().ok_or_else(missing)?,
+            files: chosen.files.clone(),
+            options: self.options.clone(),
+        };
+        let mut changes = self.job.store().changes();
+        loop {
+            let job = self.job.agents().resize(self.job.source(), &ask).await;
+            match job.map_err(patient)? {
+                JobState::Ended { outcome, .. } => return judge(outcome),
+                JobState::Running { .. } | JobState::Unknown => {}
+            }
+            tokio::select! {
+                () = self.job.changed(&mut changes) => {}
+                () = tokio::time::sleep(ASK_AFTER) => {}
+            }
+        }
+    }
+
+    async fn set_aside(&self) -> Result<(), StepError> {
+        let (source, step) = (self.job.source(), self.job.step());
+        let aside = self.job.agents().set_aside(source, step).await;
+        aside.map(drop).map_err(patient)
+    }
+
+    async fn finish(&self, data: &mut Data) -> Result<(), StepError> {
+        let chosen = data.chosen()?.clone();
+        let start = was_running(&chosen);
+        // Proof that it runs nowhere else: the source says so, now.
+        let here = self.job.locate(self.job.source()).await.map_err(in_doubt)?;
+        if here.presence != Presence::Absent {
+            return Err(ended(EndReason::Failed {
+                message: format!(
+                    "the guest is on {} again ({:?}): not started on {}",
+                    self.job.source(),
+                    here.presence,
+                    chosen.host
+                ),
+            }));
+        }
+        let ask = FinishResize {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            start,
+            flavor: self.options.flavor,
+        };
+        let finished = self.job.agents().finish_resize(&chosen.host, &ask).await;
+        let presence = match finished {
+            Ok(location) => location.presence,
+            // Whatever was said, where the guest is decides (invariant 9).
+            Err(error) => match self.job.locate(&chosen.host).await {
+                Ok(location) if location.presence.is_active() => location.presence,
+                Ok(_) if error.class == ErrorClass::Refused => return Err(agent_error(error)),
+                Ok(_) | Err(_) => return Err(patient(error)),
+            },
+        };
+        let came = match start {
+            true => presence.is_active(),
+            false => matches!(presence, Presence::Present(_)),
+        };
+        if !came {
+            return Err(ended(EndReason::Failed {
+                message: format!("the guest did not come up on {}: {presence:?}", chosen.host),
+            }));
+        }
+        let now_ms = self.job.context.clock.now_ms();
+        data.downtime_ms = data.stopped_at_ms.map(|at| now_ms.saturating_sub(at));
+        Ok(())
+    }
+
+    async fn settle(&self, data: &mut Data) -> Result<(), StepError> {
+        let chosen = data.chosen()?;
+        // What the guest held on the source stays promised to it, for a way back.
+        let active = u64::from(was_running(chosen));
+        let keep = Resources {
+            vcpus: u64::from(chosen.guest.vcpus) * active,
+            memory_mib: chosen.guest.memory_mib * active,
+            disk_bytes: 0,
+        };
+        let m = &self.job.migration;
+        let now_ms = self.job.context.clock.now_ms();
+        let settled = self.job.store().settle(
+            m.uuid,
+            m.instance_uuid,
+            &chosen.host,
+            Some((&m.source_host, keep)),
+            now_ms,
+        );
+        settled.await.map_err(|e| super::job::store_error(&e))?;
+        let (source, name) = (&m.source_host, &m.instance_name);
+        data.decide(
+            Self::name(Step::Settle),
+            format!(
+                "{source} keeps its copy aside until 'drover instance confirm {name}' or \
+                 'drover instance revert {name}'"
+            ),
+        );
+        Ok(())
+    }
+
+    // ---- undoing
+
+    /// Both nodes are asked before anything is removed (invariant 3).
+    async fn take_back(&self, data: &Data) -> Result<(), StepError> {
+        let Some(chosen) = &data.chosen else {
+            return Ok(());
+        };
+        let source = self.job.locate(self.job.source()).await?;
+        let dest = self.job.locate(&chosen.host).await?;
+        if dest.presence.is_active() {
+            return Err(lost(format!(
+                "the guest is active on {} ({} says {:?}): its destination is not taken back",
+                chosen.host,
+                self.job.source(),
+                source.presence
+            )));
+        }
+        let undone = self
+            .job
+            .agents()
+            .rollback_resize(&chosen.host, self.job.step())
+            .await;
+        all_clean(undone.map_err(agent_error)?)
+    }
+
+    /// The guest is on the source as it was.
+    async fn restore(&self, data: &Data) -> Result<(), StepError> {
+        let Some(chosen) = &data.chosen else {
+            return Ok(());
+        };
+        let dest = self.job.locate(&chosen.host).await?;
+        let ask = FinishRevertResize {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            runs_nowhere_else: !dest.presence.is_active() && dest.presence != Presence::Incoming,
+        };
+        let restored = self
+            .job
+            .agents()
+            .finish_revert_resize(self.job.source(), &ask)
+            .await;
+        restored.map(drop).map_err(agent_error)
+    }
+}
+
+/// A question that was not answered.
+fn in_doubt(error: StepError) -> StepError {
+    match error.class {
+        ErrorClass::Retryable => lost(error.message),
+        _ => error,
+    }
+}
+
+/// Whether the guest ran when it was looked at, and so is to run in the end.
+pub(super) fn was_running(chosen: &Chosen) -> bool {
+    chosen.guest.power_state.is_active()
+}
+
+fn judge(outcome: Outcome) -> Result<(), StepError> {
+    match outcome {
+        Outcome::Moved { .. } => Ok(()),
+        Outcome::Failed { message } => Err(ended(EndReason::Failed { message })),
+        Outcome::Aborted => Err(ended(EndReason::Aborted)),
+        Outcome::Stalled { message } => Err(ended(EndReason::Stalled { message })),
+    }
+}
+
+/// What is carried and what is not, in words.
+fn what_moves(chosen: &Chosen, options: &ColdOptions) -> Vec<String> {
+    let mut texts = Vec::new();
+    let names = |present| {
+        let files = chosen.files.iter().filter(|f| f.present == present);
+        files.map(|f| f.path.as_str()).collect::<Vec<_>>()
+    };
+    let (carried, compared) = (names(false), names(true));
+    texts.push(match was_running(chosen) {
+        true => "the guest runs: it is shut down, and started on the destination".to_owned(),
+        false => "the guest is off, and stays off".to_owned(),
+    });
+    if !carried.is_empty() {
+        texts.push(format!("carries {}", carried.join(", ")));
+    }
+    if !compared.is_empty() {
+        texts.push(format!(
+            "{} has images of the same names, which are compared and not copied: {}",
+            chosen.host,
+            compared.join(", ")
+        ));
+    }
+    if !chosen.shared_disks.is_empty() {
+        texts.push(format!(
+            "disks are shared by both nodes, nothing to copy: {}",
+            chosen.shared_disks.join(", ")
+        ));
+    }
+    if let Some(flavor) = options.flavor {
+        let (vcpus, memory_mb) = (flavor.vcpus, flavor.memory_mb);
+        texts.push(format!("resized to {vcpus} vCPUs and {memory_mb} MiB"));
+    }
+    texts
+}

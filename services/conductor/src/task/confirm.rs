@@ -1,0 +1,133 @@
+//! A finished cold migration is confirmed: the source's copy is removed.
+//!
+//! | step | does | undo |
+//! |---|---|---|
+//! | `confirm_destination` | destination: what came is on stable storage, the guest is there | |
+//! | — | *point of no return* | |
+//! | `confirm_source` | source: removes what was set aside; the room for a way back is free | |
+//!
+//! The destination is asked first: the source's copy goes only when the other is
+//! known to be whole and in place (invariant 3).
+
+use async_trait::async_trait;
+use drover_model::migration::{EndReason, Migration, MigrationStatus as S, Phase};
+use drover_saga::{Saga, StepError};
+
+use super::{
+    job::{Data, Job, agent_error, all_clean, ended},
+    journal::{Recorded, Told},
+};
+
+/// The steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The destination's copy is for good.
+    ConfirmDestination,
+    /// The source's copy goes.
+    ConfirmSource,
+}
+
+/// One confirmation under way.
+pub struct Confirm {
+    job: Job,
+}
+
+impl Confirm {
+    pub(super) fn new(job: Job) -> Self {
+        Self { job }
+    }
+
+    async fn confirm_destination(&self) -> Result<(), StepError> {
+        let Some(dest) = &self.job.migration.dest_host else {
+            let message = "no destination is on the record".to_owned();
+            return Err(ended(EndReason::Failed { message }));
+        };
+        let step = self.job.step();
+        let confirmed = self.job.agents().confirm_at_destination(dest, step).await;
+        confirmed.map(drop).map_err(agent_error)
+    }
+
+    /// Removes what the source keeps, and its claim.
+    pub(super) async fn confirm_source(&self) -> Result<(), StepError> {
+        let (source, step) = (self.job.source(), self.job.step());
+        let confirmed = self.job.agents().confirm_resize(source, step).await;
+        all_clean(confirmed.map_err(agent_error)?)?;
+        self.job.release_claim().await
+    }
+}
+
+#[async_trait]
+impl Saga for Confirm {
+    type Step = Step;
+    type Data = Data;
+
+    const STEPS: &'static [Step] = &[Step::ConfirmDestination, Step::ConfirmSource];
+    const COMMIT: Step = Step::ConfirmDestination;
+
+    fn name(step: Step) -> &'static str {
+        match step {
+            Step::ConfirmDestination => "confirm_destination",
+            Step::ConfirmSource => "confirm_source",
+        }
+    }
+
+    async fn run(&self, step: Step, _: &mut Data) -> Result<(), StepError> {
+        match step {
+            Step::ConfirmDestination => self.confirm_destination().await,
+            Step::ConfirmSource => self.confirm_source().await,
+        }
+    }
+
+    async fn undo(&self, _: Step, _: &Data) -> Result<(), StepError> {
+        Ok(())
+    }
+
+    async fn interrupted(&self) -> StepError {
+        std::future::pending().await
+    }
+
+    fn interruptible(_: Step) -> bool {
+        false
+    }
+}
+
+impl Recorded for Confirm {
+    fn status_during(_: Step) -> Option<S> {
+        Some(S::Confirming)
+    }
+
+    fn phase_during(_: Step) -> Phase {
+        Phase::Done
+    }
+
+    fn told_at_start(step: Step) -> Option<Told> {
+        (step == Step::ConfirmDestination).then(|| Told::info("instance.resize_confirm.start"))
+    }
+
+    fn told_at_success(_: Step) -> Option<Told> {
+        None
+    }
+
+    fn told_at_failure() -> Told {
+        Told::error("instance.resize_confirm.error")
+    }
+
+    fn told_at_end(status: S) -> Vec<Told> {
+        match status {
+            S::Confirmed => vec![Told::info("instance.resize_confirm.end")],
+            _ => Vec::new(),
+        }
+    }
+
+    fn status_after(_: &Migration) -> S {
+        S::Confirmed
+    }
+
+    fn status_undone(_: &Migration) -> S {
+        S::Finished
+    }
+
+    fn at_end(m: &mut Migration) {
+        super::ending_over(m);
+    }
+}

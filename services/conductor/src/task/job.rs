@@ -1,0 +1,260 @@
+//! What the steps of every saga share: the migration they are of, the way to
+//! its agents and its record, and the classes of what can go wrong.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use drover_model::{
+    api::compute::{CleanUp, GuestLocation, Inbox, StepRef},
+    check::CheckFailure,
+    error::ErrorClass,
+    ids::HostName,
+    migration::{EndReason, Migration},
+};
+use drover_saga::StepError;
+use drover_store::{Store, StoreError, migrations::Lease};
+use serde::{Deserialize, Serialize};
+use tokio::{sync::broadcast, time::timeout};
+
+use crate::{
+    agent_client::{AgentClient, AgentError},
+    app::Context,
+    checks, placement,
+    survey::{Chosen, Survey, Verdict},
+};
+
+/// How long an agent may be silent about its work before it is asked.
+pub(super) const ASK_AFTER: Duration = Duration::from_secs(3);
+
+/// What steps learn and later ones need; journalled with each success.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Data {
+    /// Where to, and what of.
+    pub chosen: Option<Chosen>,
+    /// Where the destination takes files (cold).
+    pub inbox: Option<Inbox>,
+    /// When the guest was off, milliseconds since 1970 (cold).
+    pub stopped_at_ms: Option<u64>,
+    /// Measured downtime, ms.
+    pub downtime_ms: Option<u64>,
+    /// What was decided, by step.
+    pub decisions: BTreeMap<String, Vec<String>>,
+    /// What went wrong without harm, by step.
+    pub warnings: BTreeMap<String, Vec<String>>,
+}
+
+impl Data {
+    pub(super) fn decide(&mut self, step: &str, text: impl Into<String>) {
+        let list = self.decisions.entry(step.to_owned()).or_default();
+        list.push(text.into());
+    }
+
+    pub(super) fn warn(&mut self, step: &str, warnings: Vec<String>) {
+        if !warnings.is_empty() {
+            self.warnings.insert(step.to_owned(), warnings);
+        }
+    }
+
+    pub(super) fn chosen(&self) -> Result<&Chosen, StepError> {
+        let missing = || StepError::new(ErrorClass::Bug, "no destination was journalled");
+        self.chosen.as_ref().ok_or_else(missing)
+    }
+}
+
+/// One migration under way.
+pub(super) struct Job {
+    pub(super) context: Context,
+    pub(super) lease: Lease,
+    pub(super) migration: Migration,
+}
+
+impl Job {
+    pub(super) fn agents(&self) -> &AgentClient {
+        &self.context.agents
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.context.store
+    }
+
+    pub(super) fn source(&self) -> &HostName {
+        &self.migration.source_host
+    }
+
+    pub(super) fn step(&self) -> StepRef {
+        StepRef {
+            migration: self.migration.uuid,
+            instance: self.migration.instance_uuid,
+        }
+    }
+
+    pub(super) async fn record(&self) -> Result<Migration, StoreError> {
+        self.store().migration(self.lease.migration).await
+    }
+
+    /// Resolves when this migration's record may have changed.
+    pub(super) async fn changed(
+        &self,
+        changes: &mut broadcast::Receiver<drover_model::ids::MigrationId>,
+    ) {
+        loop {
+            match changes.recv().await {
+                Ok(id) if id != self.lease.migration => {}
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => return,
+                // The store is going away, and this task with it.
+                Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Resolves when somebody asks for an abort.
+    pub(super) async fn interrupted(&self) -> StepError {
+        loop {
+            let mut changes = self.store().changes();
+            match self.record().await {
+                Ok(m) if m.abort_requested => return ended(EndReason::Aborted),
+                // Another conductor may have taken the request: look now and then.
+                _ => {
+                    let _ = timeout(ASK_AFTER, self.changed(&mut changes)).await;
+                }
+            }
+        }
+    }
+
+    pub(super) async fn locate(&self, host: &HostName) -> Result<GuestLocation, StepError> {
+        let located = self.agents().locate(host, self.step()).await;
+        located.map_err(agent_error)
+    }
+
+    // ---- placing
+
+    /// Checks both nodes, chooses a destination and claims room there; says what
+    /// was decided.
+    pub(super) async fn place(&self) -> Result<(Chosen, Vec<String>), StepError> {
+        let uuid = self.migration.instance_uuid.to_string();
+        let instance = self.store().find_instance(&uuid).await;
+        let instance = instance.map_err(|e| store_error(&e))?;
+        let survey = Survey {
+            store: self.store(),
+            agents: self.agents(),
+            live: self.context.liveness(),
+            migration: self.migration.uuid,
+            instance: &instance,
+            way: &self.migration.way,
+        };
+        let mut refused = checks::request(&instance, &self.migration.way, None);
+        let named = self
+            .migration
+            .dest_host
+            .as_ref()
+            .filter(|_| self.migration.dest_requested);
+        let candidates = survey.candidates(named).await;
+        let (hosts, mut tried) = candidates.map_err(|e| store_error(&e))?;
+        for host in hosts {
+            let examined = survey.examine(&host).await.map_err(|e| store_error(&e))?;
+            if refused.is_empty()
+                && let Some(chosen) = examined.passed()
+            {
+                match self.claim(chosen).await? {
+                    Ok(()) => return Ok((chosen.clone(), self.why(chosen, &tried))),
+                    Err(short) => tried.push((host, short)),
+                }
+                continue;
+            }
+            tried.push((host, examined.destination));
+            if !examined.source.is_empty() {
+                // No destination mends what is wrong with the guest.
+                refused.extend(examined.source);
+                break;
+            }
+        }
+        Err(self.refusal(refused, tried))
+    }
+
+    async fn claim(&self, chosen: &Chosen) -> Result<Result<(), Vec<CheckFailure>>, StepError> {
+        let (uuid, host) = (self.migration.uuid, &chosen.host);
+        let claimed = self.store().claim(uuid, host, chosen.resources()).await;
+        let claimed = claimed.map_err(|e| store_error(&e))?;
+        Ok(claimed.map_err(|short| checks::room(&short, host)))
+    }
+
+    fn why(&self, chosen: &Chosen, tried: &[Verdict]) -> Vec<String> {
+        let mut texts = Vec::new();
+        if !self.migration.dest_requested {
+            texts.push(format!(
+                "chose {}: the most room of those that can take it",
+                chosen.host
+            ));
+        }
+        for (host, failures) in tried {
+            let why: Vec<String> = failures.iter().map(ToString::to_string).collect();
+            texts.push(format!("passed over {host}: {}", why.join("; ")));
+        }
+        texts
+    }
+
+    fn refusal(&self, mut checks: Vec<CheckFailure>, tried: Vec<Verdict>) -> StepError {
+        if self.migration.dest_requested {
+            checks.extend(tried.into_iter().flat_map(|(_, failures)| failures));
+        } else if checks.is_empty() {
+            checks = placement::nowhere(&tried);
+        }
+        ended(EndReason::Refused { checks })
+    }
+
+    pub(super) async fn release_claim(&self) -> Result<(), StepError> {
+        let released = self.store().release_claim(self.migration.uuid).await;
+        released.map_err(|e| store_error(&e))
+    }
+}
+
+/// A step ends the migration for this reason.
+pub(super) fn ended(reason: EndReason) -> StepError {
+    let detail = serde_json::to_value(&reason).unwrap_or_default();
+    StepError::new(ErrorClass::Refused, reason.to_string()).with_detail(detail)
+}
+
+/// Nobody knows what happened.
+pub(super) fn lost(message: impl Into<String>) -> StepError {
+    StepError::new(ErrorClass::Lost, message)
+}
+
+/// What an agent did not do.
+pub(super) fn agent_error(error: AgentError) -> StepError {
+    StepError::new(error.class, error.message)
+}
+
+/// The same, where a doubtful end can be asked again or taken back like any
+/// other: the agent keeps book of what it does.
+pub(super) fn repeatable(error: AgentError) -> StepError {
+    match error.class {
+        ErrorClass::Lost => StepError::new(ErrorClass::Retryable, error.message),
+        _ => agent_error(error),
+    }
+}
+
+/// Work on an agent goes on without the conductor: an agent that does not
+/// answer is waited for, and nothing undone meanwhile.
+pub(super) fn patient(error: AgentError) -> StepError {
+    match error.class {
+        ErrorClass::Retryable => lost(error.message),
+        _ => agent_error(error),
+    }
+}
+
+/// A clean-up is done only without warnings.
+pub(super) fn all_clean(cleaned: CleanUp) -> Result<(), StepError> {
+    match cleaned.warnings.as_slice() {
+        [] => Ok(()),
+        warnings => Err(StepError::new(ErrorClass::Retryable, warnings.join("; "))),
+    }
+}
+
+/// Trouble with the record.
+pub(super) fn store_error(error: &StoreError) -> StepError {
+    let class = match error.class() {
+        ErrorClass::Refused => ErrorClass::Refused,
+        _ => ErrorClass::Retryable,
+    };
+    StepError::new(class, error.to_string())
+}

@@ -1,0 +1,209 @@
+//! A finished cold migration is reverted: the guest is on its source again, as
+//! it was when it left.
+//!
+//! | step | does | undo |
+//! |---|---|---|
+//! | `revert_destination` | destination: stops the guest, takes its definition away | destination: guest there again |
+//! | `restore` | source: puts files and definition back, starts the guest if it ran | source: sets it aside again |
+//! | — | *point of no return: the guest was seen on the source* | |
+//! | `settle` | record and claim follow the guest | |
+//! | `tidy` | destination: removes the files that came | |
+//!
+//! The destination is stopped before the source starts anything (invariant 1),
+//! and keeps its disks until the source has the guest.
+
+use async_trait::async_trait;
+use drover_model::{
+    api::compute::{FinishResize, FinishRevertResize, RevertResize},
+    guest::Presence,
+    ids::HostName,
+    migration::{EndReason, Migration, MigrationStatus as S, Phase, Way},
+};
+use drover_saga::{Saga, StepError};
+
+use super::{
+    job::{Data, Job, agent_error, all_clean, ended, patient, store_error},
+    journal::{Recorded, Told},
+};
+
+/// The steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Stop it on the destination.
+    RevertDestination,
+    /// Have it on the source.
+    Restore,
+    /// Have the record follow.
+    Settle,
+    /// Remove what came to the destination.
+    Tidy,
+}
+
+/// One way back under way.
+pub struct Revert {
+    job: Job,
+}
+
+impl Revert {
+    pub(super) fn new(job: Job) -> Self {
+        Self { job }
+    }
+
+    fn dest(&self) -> Result<&HostName, StepError> {
+        let message = "no destination is on the record".to_owned();
+        let dest = self.job.migration.dest_host.as_ref();
+        dest.ok_or_else(|| ended(EndReason::Failed { message }))
+    }
+
+    async fn revert_destination(&self) -> Result<(), StepError> {
+        let ask = RevertResize {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+        };
+        let reverted = self.job.agents().revert_resize(self.dest()?, &ask).await;
+        reverted.map(drop).map_err(patient)
+    }
+
+    /// The guest is on the destination again, as it was there.
+    async fn undo_destination(&self) -> Result<(), StepError> {
+        let here = self.job.locate(self.job.source()).await?;
+        let flavor = match &self.job.migration.way {
+            Way::Cold(options) => options.flavor,
+            Way::Live(_) => None,
+        };
+        let ask = FinishResize {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            // Only a guest that ran has a downtime on its record.
+            start: here.presence == Presence::Absent && self.job.migration.downtime_ms.is_some(),
+            flavor,
+        };
+        let again = self.job.agents().finish_resize(self.dest()?, &ask).await;
+        again.map(drop).map_err(agent_error)
+    }
+
+    async fn restore(&self) -> Result<(), StepError> {
+        let dest = self.job.locate(self.dest()?).await?;
+        let ask = FinishRevertResize {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            runs_nowhere_else: dest.presence == Presence::Absent,
+        };
+        let source = self.job.source();
+        let restored = self.job.agents().finish_revert_resize(source, &ask).await;
+        restored.map(drop).map_err(patient)
+    }
+
+    pub(super) async fn settle(&self) -> Result<(), StepError> {
+        let m = &self.job.migration;
+        let now_ms = self.job.context.clock.now_ms();
+        let (id, host) = (m.instance_uuid, &m.source_host);
+        let settled = self
+            .job
+            .store()
+            .settle(m.uuid, id, host, None, now_ms)
+            .await;
+        settled.map_err(|e| store_error(&e))
+    }
+
+    /// Removes the files that came to the destination.
+    pub(super) async fn tidy(&self) -> Result<(), StepError> {
+        let (dest, step) = (self.dest()?, self.job.step());
+        let tidied = self.job.agents().rollback_resize(dest, step).await;
+        all_clean(tidied.map_err(agent_error)?)
+    }
+}
+
+#[async_trait]
+impl Saga for Revert {
+    type Step = Step;
+    type Data = Data;
+
+    const STEPS: &'static [Step] = &[
+        Step::RevertDestination,
+        Step::Restore,
+        Step::Settle,
+        Step::Tidy,
+    ];
+    const COMMIT: Step = Step::Restore;
+
+    fn name(step: Step) -> &'static str {
+        match step {
+            Step::RevertDestination => "revert_destination",
+            Step::Restore => "restore",
+            // Names of their own: what is put off is found by them.
+            Step::Settle => "revert_settle",
+            Step::Tidy => "revert_tidy",
+        }
+    }
+
+    async fn run(&self, step: Step, _: &mut Data) -> Result<(), StepError> {
+        match step {
+            Step::RevertDestination => self.revert_destination().await,
+            Step::Restore => self.restore().await,
+            Step::Settle => self.settle().await,
+            Step::Tidy => self.tidy().await,
+        }
+    }
+
+    async fn undo(&self, step: Step, _: &Data) -> Result<(), StepError> {
+        match step {
+            Step::RevertDestination => self.undo_destination().await,
+            Step::Restore => {
+                let (source, step) = (self.job.source(), self.job.step());
+                let aside = self.job.agents().set_aside(source, step).await;
+                aside.map(drop).map_err(agent_error)
+            }
+            Step::Settle | Step::Tidy => Ok(()),
+        }
+    }
+
+    async fn interrupted(&self) -> StepError {
+        std::future::pending().await
+    }
+
+    fn interruptible(_: Step) -> bool {
+        false
+    }
+}
+
+impl Recorded for Revert {
+    fn status_during(_: Step) -> Option<S> {
+        Some(S::Reverting)
+    }
+
+    fn phase_during(_: Step) -> Phase {
+        Phase::Done
+    }
+
+    fn told_at_start(step: Step) -> Option<Told> {
+        (step == Step::RevertDestination).then(|| Told::info("instance.resize_revert.start"))
+    }
+
+    fn told_at_success(_: Step) -> Option<Told> {
+        None
+    }
+
+    fn told_at_failure() -> Told {
+        Told::error("instance.resize_revert.error")
+    }
+
+    fn told_at_end(status: S) -> Vec<Told> {
+        match status {
+            S::Reverted => vec![Told::info("instance.resize_revert.end")],
+            _ => Vec::new(),
+        }
+    }
+
+    fn status_after(_: &Migration) -> S {
+        S::Reverted
+    }
+
+    fn status_undone(_: &Migration) -> S {
+        S::Finished
+    }
+
+    fn at_end(m: &mut Migration) {
+        super::ending_over(m);
+    }
+}

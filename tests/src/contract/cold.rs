@@ -1,0 +1,234 @@
+//! Points about guests that are shut down, started, and defined elsewhere.
+
+use anyhow::{Context, Result, ensure};
+use drover_compute::hypervisor::Event;
+use drover_model::{
+    guest::{
+        PowerState::{self, Paused, Running, Shutdown},
+        Presence,
+    },
+    ids::InstanceId,
+    migration::Flavor,
+};
+
+use super::{
+    MEMORY_MIB, Place, Stage, Wish, assert_no_such_guest, assert_wrong_state, moving, nobody, until,
+};
+
+/// A guest in that state, with a disk that both nodes see.
+fn on_disk(state: PowerState) -> Wish {
+    Wish {
+        state,
+        ..Wish::disk(Place::Shared)
+    }
+}
+
+async fn assert_is(stage: &dyn Stage, id: InstanceId, state: PowerState) -> Result<()> {
+    let found = stage.a().presence(id).await?;
+    ensure!(
+        found == Presence::Present(state),
+        "{state:?} expected, it is {found:?}"
+    );
+    Ok(())
+}
+
+// ---- power ---------------------------------------------------------------------------
+
+/// A guest whose system obeys is off after a while, and says so.
+///
+/// # Errors
+/// The point is broken.
+pub async fn shut_down_is_obeyed(stage: &dyn Stage) -> Result<()> {
+    let id = stage.guest(Wish::obedient()).await?;
+    let mut events = stage.a().events();
+    stage.a().shut_down(id).await?;
+    until("the guest is off", async || {
+        let off = Presence::Present(Shutdown);
+        Ok((stage.a().presence(id).await? == off).then_some(()))
+    })
+    .await?;
+    moving::announced("of the guest", &mut events, &[Event::Guest(id)]).await
+}
+
+/// Only what runs can be asked to shut down.
+///
+/// # Errors
+/// The point is broken.
+pub async fn shut_down_of_what_does_not_run_is_wrong_state(stage: &dyn Stage) -> Result<()> {
+    for state in [Paused, Shutdown] {
+        let id = stage.guest(Wish::state(state)).await?;
+        assert_wrong_state("shut_down", stage.a().shut_down(id).await)?;
+        assert_is(stage, id, state).await?;
+    }
+    assert_no_such_guest("shut_down", stage.a().shut_down(nobody()).await)
+}
+
+/// A guest that is stopped is off when the call returns, and stopping it again
+/// is no error.
+///
+/// # Errors
+/// The point is broken.
+pub async fn stop_is_at_once_and_repeatable(stage: &dyn Stage) -> Result<()> {
+    for state in [Running, Paused, Shutdown] {
+        let id = stage.guest(Wish::state(state)).await?;
+        for attempt in ["once", "twice"] {
+            let stopped = stage.a().stop(id).await;
+            stopped.with_context(|| format!("{state:?}, stopped {attempt}"))?;
+            assert_is(stage, id, Shutdown).await?;
+        }
+    }
+    assert_no_such_guest("stop", stage.a().stop(nobody()).await)
+}
+
+/// A guest that is started runs, on the disk it left; starting it again is no
+/// error, nor of one that is paused, which stays so.
+///
+/// # Errors
+/// The point is broken.
+pub async fn start_is_repeatable(stage: &dyn Stage) -> Result<()> {
+    let id = stage.guest(on_disk(Running)).await?;
+    stage.a().stop(id).await?;
+    for attempt in ["once", "twice"] {
+        let started = stage.a().start(id).await;
+        started.with_context(|| format!("started {attempt}"))?;
+        assert_is(stage, id, Running).await?;
+    }
+    let paused = stage.guest(Wish::state(Paused)).await?;
+    stage.a().start(paused).await.context("a paused one")?;
+    assert_is(stage, paused, Paused).await?;
+    assert_no_such_guest("start", stage.a().start(nobody()).await)
+}
+
+// ---- what lasts ----------------------------------------------------------------------
+
+/// The lasting guest is the guest, whatever its state.
+///
+/// # Errors
+/// The point is broken.
+pub async fn the_lasting_guest_is_the_guest(stage: &dyn Stage) -> Result<()> {
+    let a = stage.a();
+    for state in [Running, Paused, Shutdown] {
+        let id = stage.guest(on_disk(state)).await?;
+        let now = a.guest(id).await?.context("guest() does not know it")?;
+        let lasting = a.lasting_guest(id).await?;
+        let lasting = lasting.context("lasting_guest() does not know it")?;
+        ensure!(lasting.power_state == state, "{lasting:?}");
+        ensure!(lasting.immovable.is_empty(), "{:?}", lasting.immovable);
+        let told = |g: &drover_model::guest::Guest| {
+            (g.id, g.name.clone(), g.vcpus, g.memory_mib, g.persistent)
+        };
+        ensure!(told(&lasting) == told(&now), "{lasting:?} {now:?}");
+        ensure!(lasting.disks.len() == 1, "{:?}", lasting.disks);
+        let (disk, other) = (&lasting.disks[0], &now.disks[0]);
+        ensure!(disk.local_path() == other.local_path(), "{disk:?} {other:?}");
+        ensure!(disk.virtual_bytes == other.virtual_bytes, "{disk:?} {other:?}");
+    }
+    ensure!(a.lasting_guest(nobody()).await?.is_none(), "of nobody");
+    ensure!(a.definition(nobody()).await?.is_none(), "of nobody");
+    Ok(())
+}
+
+/// A definition that is taken away takes nothing else with it, and comes back
+/// as it was.
+///
+/// # Errors
+/// The point is broken.
+pub async fn a_definition_goes_away_and_comes_back(stage: &dyn Stage) -> Result<()> {
+    let (a, id) = (stage.a(), stage.guest(on_disk(Shutdown)).await?);
+    let before = a.lasting_guest(id).await?.context("the guest is on a")?;
+    let path = before.disks[0].local_path().context("its disk is a file")?;
+    let disk = stage.fingerprint(path).await?;
+    let definition = a.definition(id).await?.context("it has no definition")?;
+    for attempt in ["once", "twice"] {
+        let withdrawn = a.withdraw(id).await;
+        withdrawn.with_context(|| format!("withdrawn {attempt}"))?;
+        ensure!(a.presence(id).await? == Presence::Absent, "{attempt}");
+    }
+    ensure!(stage.fingerprint(path).await? == disk, "its disk was touched");
+    for attempt in ["once", "twice"] {
+        let defined = a.define(&definition, None).await;
+        defined.with_context(|| format!("defined {attempt}"))?;
+        assert_is(stage, id, Shutdown).await?;
+    }
+    let after = a.lasting_guest(id).await?;
+    ensure!(after.as_ref() == Some(&before), "{after:?} {before:?}");
+    let again = a.definition(id).await?;
+    ensure!(again == Some(definition), "it is defined otherwise");
+    Ok(())
+}
+
+/// A definition is changed to the size that was asked for, and back.
+///
+/// # Errors
+/// The point is broken.
+pub async fn define_with_a_flavor_changes_the_size(stage: &dyn Stage) -> Result<()> {
+    let (a, id) = (stage.a(), stage.guest(on_disk(Shutdown)).await?);
+    let definition = a.definition(id).await?.context("it has no definition")?;
+    let flavor = Flavor {
+        vcpus: 2,
+        memory_mb: MEMORY_MIB + 64,
+    };
+    a.define(&definition, Some(flavor)).await?;
+    let resized = a.lasting_guest(id).await?.context("it is gone")?;
+    let size = (resized.vcpus, resized.memory_mib);
+    ensure!(size == (flavor.vcpus, flavor.memory_mb), "{size:?}");
+    a.start(id).await.context("of the new size")?;
+    let running = a.guest(id).await?.context("it is gone")?;
+    let size = (running.vcpus, running.memory_mib);
+    ensure!(size == (flavor.vcpus, flavor.memory_mb), "it runs: {size:?}");
+    a.stop(id).await?;
+    a.define(&definition, None).await?;
+    let back = a.lasting_guest(id).await?.context("it is gone")?;
+    ensure!((back.vcpus, back.memory_mib) == (1, MEMORY_MIB), "{back:?}");
+    Ok(())
+}
+
+/// A guest that is active keeps its definition.
+///
+/// # Errors
+/// The point is broken.
+pub async fn define_over_an_active_guest_is_refused(stage: &dyn Stage) -> Result<()> {
+    let a = stage.a();
+    for state in [Running, Paused] {
+        let id = stage.guest(Wish::state(state)).await?;
+        let definition = a.definition(id).await?.context("it has no definition")?;
+        assert_wrong_state("define", a.define(&definition, None).await)?;
+        assert_is(stage, id, state).await?;
+    }
+    Ok(())
+}
+
+/// What is withdrawn is off, and nothing else.
+///
+/// # Errors
+/// The point is broken.
+pub async fn withdraw_takes_what_is_off_and_nothing_else(stage: &dyn Stage) -> Result<()> {
+    let a = stage.a();
+    for state in [Running, Paused] {
+        let id = stage.guest(Wish::state(state)).await?;
+        assert_wrong_state("withdraw", a.withdraw(id).await)?;
+        assert_is(stage, id, state).await?;
+    }
+    a.withdraw(nobody()).await.context("of nobody")
+}
+
+/// What was defined here can be defined and started there.
+///
+/// # Errors
+/// The point is broken.
+pub async fn a_definition_starts_on_the_other_node(stage: &dyn Stage) -> Result<()> {
+    let (a, b) = (stage.a(), stage.b());
+    let id = stage.guest(on_disk(Running)).await?;
+    a.stop(id).await?;
+    let before = a.lasting_guest(id).await?.context("the guest is on a")?;
+    let definition = a.definition(id).await?.context("it has no definition")?;
+    a.withdraw(id).await?;
+    b.define(&definition, None).await?;
+    let there = b.lasting_guest(id).await?;
+    ensure!(there.as_ref() == Some(&before), "{there:?} {before:?}");
+    b.start(id).await?;
+    let running = Presence::Present(Running);
+    ensure!(b.presence(id).await? == running, "it does not run on b");
+    ensure!(a.presence(id).await? == Presence::Absent, "a has it still");
+    Ok(())
+}

@@ -197,7 +197,7 @@ impl Survey<'_> {
                 ));
             }
         }
-        let chosen = choose(guest, &facts, dest, self.way);
+        let chosen = choose(guest, &facts, dest, (self.way, self.migration));
         let usage = self.store.usage(&dest.report).await?;
         failures.extend(checks::room(&usage.shortfalls(&chosen.resources()), host));
         dedup(failures);
@@ -267,15 +267,26 @@ impl Size {
     }
 }
 
-fn choose(guest: &Guest, facts: &DestinationFacts, dest: &NodeRow, way: &Way) -> Chosen {
+fn choose(
+    guest: &Guest,
+    facts: &DestinationFacts,
+    dest: &NodeRow,
+    (way, migration): (&Way, MigrationId),
+) -> Chosen {
     let names = |disks: Vec<&drover_model::guest::Disk>| -> Vec<String> {
         disks.into_iter().map(|d| d.target.clone()).collect()
     };
     let copied = checks::copied(guest, &facts.disks);
-    let files = match way {
+    let mut files = match way {
         Way::Cold(_) => checks::cold::carried(guest, facts),
         Way::Live(_) => Vec::new(),
     };
+    if let Way::Cold(options) = way
+        && options.pre_copy
+        && guest.power_state.is_active()
+    {
+        files.extend(checks::cold::deltas(guest, &files, migration));
+    }
     let disk_bytes = match way {
         Way::Live(_) => copied.iter().map(|d| d.allocated_bytes).sum(),
         Way::Cold(_) => {

@@ -417,6 +417,21 @@ pub struct CarriedFile {
     pub present: bool,
     /// Bytes of data in it when the move was planned.
     pub data_bytes: u64,
+    /// Of a [`FileRole::Delta`], what it lies over.
+    #[serde(default)]
+    pub over: Option<Frozen>,
+}
+
+/// A disk that is copied while its guest runs: frozen, with the guest's further
+/// writes in a file over it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// Name in the guest.
+    pub target: String,
+    /// Its image, which nobody writes meanwhile.
+    pub image: String,
+    /// That image's format.
+    pub format: String,
 }
 
 /// What a file is to its guest.
@@ -429,6 +444,8 @@ pub enum FileRole {
     Disk,
     /// A disk that is a block device, on both nodes: written, never made nor removed.
     Device,
+    /// What the guest wrote to a disk since that was frozen.
+    Delta,
     /// The firmware's variables.
     Nvram,
     /// State of an emulated TPM.
@@ -444,8 +461,6 @@ pub struct PrepResize {
     pub instance: InstanceId,
     /// What will come.
     pub files: Vec<CarriedFile>,
-    /// Disks will be copied before the guest stops, and then what changed.
-    pub pre_copy: bool,
 }
 
 /// Where the destination takes files.

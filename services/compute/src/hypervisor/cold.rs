@@ -35,6 +35,20 @@ impl fmt::Debug for Definition {
     }
 }
 
+/// A disk whose guest writes to a file over it, so that the image under it
+/// stays as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    /// Name in the guest.
+    pub target: String,
+    /// The file with what was written since, a qcow2 image.
+    pub path: String,
+    /// The image under it.
+    pub image: String,
+    /// That image's format.
+    pub format: String,
+}
+
 /// A file to be taken in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Incoming {
@@ -131,6 +145,20 @@ pub trait ColdDriver: Send + Sync + 'static {
     /// Removes the definition of a domain that is shut off, snapshots' included;
     /// its files stay. `WrongState` if it is active; absent is no error.
     async fn withdraw(&self, id: InstanceId) -> Result<()>;
+
+    /// Has a running guest's writes to these disks go to overlays from now on;
+    /// the images under them stay as they are at this moment, for all disks the
+    /// same. Done already is no error.
+    async fn freeze_disks(&self, id: InstanceId, overlays: &[Overlay]) -> Result<()>;
+
+    /// Takes that back for a guest that still runs: overlays are merged into
+    /// their images, which the guest uses again. Never done, or taken back
+    /// already, is no error.
+    async fn thaw_disks(&self, id: InstanceId, overlays: &[Overlay]) -> Result<()>;
+
+    /// Merges an overlay into its image where no guest runs on them. Again, it
+    /// changes nothing; one that is not there is no error.
+    async fn merge_overlay(&self, overlay: &Overlay) -> Result<()>;
 
     /// What this node says to files of these paths.
     async fn file_facts(&self, paths: &[String]) -> Result<Vec<FileFact>>;

@@ -20,7 +20,7 @@ use drover_model::{
 };
 use tokio::sync::broadcast;
 
-pub use cold::{ColdDriver, Definition, Incoming, SendError, SendSpec, Sent};
+pub use cold::{ColdDriver, Definition, Incoming, Overlay, SendError, SendSpec, Sent};
 
 /// Result of a driver call.
 pub type Result<T> = std::result::Result<T, HypervisorError>;

@@ -1,14 +1,14 @@
 //! What the journal's files say.
 
 use drover_model::{
-    api::compute::{CarriedFile, ColdPart, FileRole, LiveMigration, Mark, Outcome},
+    api::compute::{CarriedFile, ColdPart, FileRole, Frozen, LiveMigration, Mark, Outcome},
     guest::Disk,
     ids::InstanceId,
     migration::{Decision, Progress},
 };
 use serde::{Deserialize, Serialize};
 
-use crate::hypervisor::Definition;
+use crate::hypervisor::{Definition, Overlay};
 
 /// What this node does for a migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,6 +113,9 @@ pub struct LeavingRecord {
     pub begun: Vec<ColdPart>,
     /// Its definition, from when its disks were sent.
     pub definition: Option<Definition>,
+    /// Disks that were frozen, or are to be, so that they can be copied beforehand.
+    #[serde(default)]
+    pub overlays: Vec<Overlay>,
     /// Files that are set aside, or are to be.
     pub kept: Vec<KeptFile>,
     /// Whether all that is done.
@@ -153,6 +156,9 @@ pub struct ComingFile {
     pub role: FileRole,
     /// It was there before: compared, never written nor removed.
     pub present: bool,
+    /// Of a delta, what it lies over.
+    #[serde(default)]
+    pub over: Option<Frozen>,
 }
 
 impl ComingFile {
@@ -173,6 +179,19 @@ impl From<&CarriedFile> for ComingFile {
             path: file.path.clone(),
             role: file.role,
             present: file.present,
+            over: file.over.clone(),
+        }
+    }
+}
+
+impl From<&ComingFile> for CarriedFile {
+    fn from(file: &ComingFile) -> Self {
+        Self {
+            path: file.path.clone(),
+            role: file.role,
+            present: file.present,
+            data_bytes: 0,
+            over: file.over.clone(),
         }
     }
 }

@@ -2,10 +2,12 @@
 //! for it, and what it decides to carry.
 
 use drover_model::{
-    api::compute::{CarriedFile, DestinationFacts, DiskFact, FileFact, FileRole, PathFacts},
+    api::compute::{
+        CarriedFile, DestinationFacts, DiskFact, FileFact, FileRole, Frozen, PathFacts,
+    },
     check::{CheckCode, CheckFailure, Side},
     guest::{Disk, DiskSource, Guest, GuestFileKind, ImmovableKind},
-    ids::HostName,
+    ids::{HostName, MigrationId},
 };
 
 use super::{device, fail, missing_backing, place_of_copy, space, uncopied, unmovable_kind};
@@ -43,7 +45,7 @@ pub(super) fn destination(
             FileRole::Backing => "a base image",
             FileRole::Nvram => "the firmware's variables",
             FileRole::Tpm => "the TPM's state",
-            FileRole::Disk | FileRole::Device => continue,
+            FileRole::Disk | FileRole::Device | FileRole::Delta => continue,
         };
         let there = (fact.exists, fact.directory_exists);
         failures.extend(place_of_copy(what, &file.path, there, host));
@@ -93,6 +95,7 @@ pub fn carried(guest: &Guest, facts: &DestinationFacts) -> Vec<CarriedFile> {
                 role,
                 present,
                 data_bytes,
+                over: None,
             });
         }
     };
@@ -124,6 +127,30 @@ pub fn carried(guest: &Guest, facts: &DestinationFacts) -> Vec<CarriedFile> {
         add(&file.path, role, false, file.allocated_bytes);
     }
     files
+}
+
+/// For disks that are to be copied while the guest runs, the files that take its
+/// further writes. Block devices cannot be frozen and go when it is off.
+pub fn deltas(guest: &Guest, files: &[CarriedFile], migration: MigrationId) -> Vec<CarriedFile> {
+    let frozen = |disk: &Disk, path: &str| {
+        let is_carried = |f: &CarriedFile| f.path == path && f.role == FileRole::Disk;
+        files.iter().any(is_carried) && matches!(disk.format.as_str(), "raw" | "qcow2")
+    };
+    let disks = guest.disks.iter().filter_map(|disk| {
+        let path = disk.local_path().filter(|path| frozen(disk, path))?;
+        Some(CarriedFile {
+            path: format!("{path}.delta-{migration}"),
+            role: FileRole::Delta,
+            present: false,
+            data_bytes: 0,
+            over: Some(Frozen {
+                target: disk.target.clone(),
+                image: path.to_owned(),
+                format: disk.format.clone(),
+            }),
+        })
+    });
+    disks.collect()
 }
 
 fn local_disks<'a>(

@@ -25,7 +25,8 @@
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{
-        ColdPart, FinishResize, FinishRevertResize, JobState, Outcome, PrepResize, ResizeInstance,
+        ColdPart, FileRole, FinishResize, FinishRevertResize, JobState, Outcome, PrepResize,
+        ResizeInstance,
     },
     error::ErrorClass,
     guest::Presence,
@@ -216,7 +217,6 @@ impl ColdMigrate {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             files: chosen.files.clone(),
-            pre_copy: self.options.pre_copy,
         };
         let prepared = self.job.agents().prep_resize(&chosen.host, &ask).await;
         data.inbox = Some(prepared.map_err(repeatable)?);
@@ -224,9 +224,9 @@ impl ColdMigrate {
     }
 
     async fn pre_copy(&self, data: &mut Data) -> Result<(), StepError> {
-        use drover_model::api::compute::FileRole;
         let files = &data.chosen()?.files;
-        match files.iter().any(|file| file.role == FileRole::Backing) {
+        let can_go = |role| matches!(role, FileRole::Backing | FileRole::Delta);
+        match files.iter().any(|file| can_go(file.role)) {
             true => self.work(ColdPart::PreCopy, data).await,
             false => Ok(()),
         }
@@ -422,7 +422,8 @@ fn judge(outcome: Outcome) -> Result<(), StepError> {
 fn what_moves(chosen: &Chosen, options: &ColdOptions) -> Vec<String> {
     let mut texts = Vec::new();
     let names = |present| {
-        let files = chosen.files.iter().filter(|f| f.present == present);
+        let files = chosen.files.iter().filter(|f| f.over.is_none());
+        let files = files.filter(|f| f.present == present);
         files.map(|f| f.path.as_str()).collect::<Vec<_>>()
     };
     let (carried, compared) = (names(false), names(true));
@@ -445,6 +446,16 @@ fn what_moves(chosen: &Chosen, options: &ColdOptions) -> Vec<String> {
             "disks are shared by both nodes, nothing to copy: {}",
             chosen.shared_disks.join(", ")
         ));
+    }
+    let frozen = chosen.files.iter().filter_map(|f| f.over.as_ref());
+    let frozen: Vec<&str> = frozen.map(|over| over.target.as_str()).collect();
+    if !frozen.is_empty() {
+        texts.push(format!(
+            "copied while the guest runs, then what it wrote since: {}",
+            frozen.join(", ")
+        ));
+    } else if options.pre_copy {
+        texts.push("there is nothing to copy beforehand".to_owned());
     }
     if let Some(flavor) = options.flavor {
         let (vcpus, memory_mb) = (flavor.vcpus, flavor.memory_mb);

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    super::{ColdDriver, Definition, Incoming, Result, SendError, SendSpec, Sent},
+    super::{ColdDriver, Definition, Incoming, Overlay, Result, SendError, SendSpec, Sent},
     FakeDriver,
     carriage::{Course, Step},
     inbox, leave,
@@ -80,6 +80,27 @@ impl ColdDriver for FakeDriver {
     async fn withdraw(&self, id: InstanceId) -> Result<()> {
         self.call(Call::Withdraw, |world, host, _| world.undefine(host, id))
             .await
+    }
+
+    async fn freeze_disks(&self, id: InstanceId, overlays: &[Overlay]) -> Result<()> {
+        self.call(Call::FreezeDisks, |world, host, now| {
+            world.freeze_disks(host, id, overlays, now)
+        })
+        .await
+    }
+
+    async fn thaw_disks(&self, id: InstanceId, overlays: &[Overlay]) -> Result<()> {
+        self.call(Call::ThawDisks, |world, host, now| {
+            world.thaw_disks(host, id, overlays, now)
+        })
+        .await
+    }
+
+    async fn merge_overlay(&self, overlay: &Overlay) -> Result<()> {
+        self.call(Call::MergeOverlay, |world, host, _| {
+            world.merge_overlay(host, overlay)
+        })
+        .await
     }
 
     async fn file_facts(&self, paths: &[String]) -> Result<Vec<FileFact>> {

@@ -38,6 +38,7 @@ mod journey;
 pub mod ledger;
 mod machine;
 mod node;
+mod overlays;
 mod power;
 pub mod script;
 mod storage;

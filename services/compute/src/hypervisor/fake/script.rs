@@ -45,6 +45,12 @@ pub enum Call {
     DiscardIncoming,
     /// `discard_outgoing`
     DiscardOutgoing,
+    /// `freeze_disks`
+    FreezeDisks,
+    /// `thaw_disks`
+    ThawDisks,
+    /// `merge_overlay`
+    MergeOverlay,
     /// `undefine`
     Undefine,
     /// `lasting_guest`

@@ -18,12 +18,17 @@ use super::{
     LibvirtDriver, LibvirtSettings,
     blocking::Effect,
     capabilities, definitions, guests, lifecycle,
+    overlays::{self, Thaw},
     storage::{chain::Places, files},
 };
 use crate::hypervisor::{
-    ColdDriver, Definition, HypervisorError, Incoming, Result, SendError, SendSpec, Sent,
+    ColdDriver, Definition, HypervisorError, Incoming, Overlay, Result, SendError, SendSpec, Sent,
 };
 
+/// Time between two looks at a disk that is merged under a running guest.
+const MERGE_LOOK: Duration = Duration::from_millis(100);
+/// How long merging one disk of a guest that is off may take.
+const LONGEST_MERGE: Duration = Duration::from_secs(3600);
 /// Time between two looks at how far sending is.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -121,6 +126,28 @@ impl ColdDriver for LibvirtDriver {
     async fn withdraw(&self, id: InstanceId) -> Result<()> {
         let act = move |connect: &_| definitions::withdraw(connect, id);
         self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn freeze_disks(&self, id: InstanceId, wanted: &[Overlay]) -> Result<()> {
+        let wanted = wanted.to_vec();
+        let act = move |connect: &_| overlays::freeze(connect, id, &wanted);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn thaw_disks(&self, id: InstanceId, frozen: &[Overlay]) -> Result<()> {
+        loop {
+            let todo = frozen.to_vec();
+            let act = move |connect: &_| overlays::thaw(connect, id, &todo);
+            match self.calls.guest(Effect::Change, id, act).await? {
+                Thaw::Done => break,
+                Thaw::Merging => tokio::time::sleep(MERGE_LOOK).await,
+            }
+        }
+        Ok(())
+    }
+
+    async fn merge_overlay(&self, overlay: &Overlay) -> Result<()> {
+        overlays::merge(overlay, &self.settings.qemu_img, LONGEST_MERGE).await
     }
 
     async fn file_facts(&self, paths: &[String]) -> Result<Vec<FileFact>> {

@@ -205,6 +205,40 @@ pub(super) fn migrate(
     .map(drop)
 }
 
+/// Begins to merge a disk's active image into one below it, with the guest running.
+pub(super) fn block_commit(domain: &Domain, disk: &CStr, base: &CStr) -> VirtResult<()> {
+    // SAFETY: all pointers stay valid for the call; no top is the active image.
+    checked(unsafe {
+        sys::virDomainBlockCommit(
+            domain.as_ptr(),
+            disk.as_ptr(),
+            base.as_ptr(),
+            ptr::null(),
+            0,
+            sys::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE,
+        )
+    })
+    .map(drop)
+}
+
+/// How far the job on a disk is: done so far, and in all. None if there is none.
+pub(super) fn block_job(domain: &Domain, disk: &CStr) -> VirtResult<Option<(u64, u64)>> {
+    // SAFETY: all-zero is a valid structure of numbers.
+    let mut info: sys::virDomainBlockJobInfo = unsafe { std::mem::zeroed() };
+    // SAFETY: all pointers stay valid for the call, which only writes into `info`.
+    let found = checked(unsafe {
+        sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &mut info, 0)
+    })?;
+    Ok((found > 0).then_some((info.cur, info.end)))
+}
+
+/// Ends such a merge: the guest goes on with the image below.
+pub(super) fn block_pivot(domain: &Domain, disk: &CStr) -> VirtResult<()> {
+    let flags = sys::VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT;
+    // SAFETY: all pointers stay valid for the call.
+    checked(unsafe { sys::virDomainBlockJobAbort(domain.as_ptr(), disk.as_ptr(), flags) }).map(drop)
+}
+
 /// What a CPU is compared with: an emulator of the node and how it would run.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CpuQuestion<'a> {

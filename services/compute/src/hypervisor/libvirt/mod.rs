@@ -32,6 +32,7 @@ mod migrate;
 mod network;
 #[cfg(test)]
 mod on_devstack;
+mod overlays;
 mod settings;
 mod standing;
 mod storage;

@@ -5,8 +5,8 @@
 use drover_model::{
     api::{
         compute::{
-            CleanUp, ColdPart, FileRole, FinishResize, GuestLocation, Inbox, PrepResize,
-            RevertResize, StepRef,
+            CarriedFile, CleanUp, ColdPart, FileRole, FinishResize, GuestLocation, Inbox,
+            PrepResize, RevertResize, StepRef,
         },
         fault::Fault,
     },
@@ -154,16 +154,14 @@ impl Actor {
     }
 
     fn incoming(&self, record: &ComingRecord, part: ColdPart) -> Vec<Incoming> {
-        let is_early = part == ColdPart::PreCopy;
-        let files = record.files.iter();
-        let mut incoming: Vec<Incoming> = files
-            .filter(|file| (file.role == FileRole::Backing) == is_early)
+        let listed: Vec<CarriedFile> = record.files.iter().map(CarriedFile::from).collect();
+        let mut incoming: Vec<Incoming> = files::of_part(&listed, part)
             .map(|file| Incoming {
                 path: file.path.clone(),
                 present: file.present,
             })
             .collect();
-        if !is_early {
+        if part == ColdPart::Copy {
             let path = files::definition_path(&self.node.settings.state_dir, self.migration);
             incoming.push(Incoming {
                 path: path.display().to_string(),
@@ -214,6 +212,16 @@ impl Actor {
                     came
                 }
             };
+            let listed: Vec<CarriedFile> = self
+                .coming(step.instance)?
+                .files
+                .iter()
+                .map(CarriedFile::from)
+                .collect();
+            for overlay in files::overlays(&listed) {
+                hypervisor.merge_overlay(&overlay).await.map_err(fault)?;
+                hypervisor.remove_disk(&overlay.path).await.map_err(fault)?;
+            }
             let defined = hypervisor.define(&definition, step.flavor).await;
             defined.map_err(fault)?;
             if step.start {
@@ -295,7 +303,8 @@ impl Actor {
             return Ok(self.remembered());
         }
         let record = self.coming(step.instance)?.clone();
-        for file in record.files.iter().filter(|file| !file.present) {
+        let lasting = |file: &&ComingFile| !file.present && file.role != FileRole::Delta;
+        for file in record.files.iter().filter(lasting) {
             hypervisor.flush_file(&file.path).await.map_err(fault)?;
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);

@@ -12,6 +12,8 @@ use drover_model::{
 };
 use uuid::Uuid;
 
+use crate::hypervisor::Overlay;
+
 /// Files of one guest. A virtual machine has far fewer.
 const MOST_FILES: usize = 512;
 
@@ -24,14 +26,34 @@ pub(super) fn key(migration: MigrationId, part: ColdPart) -> Uuid {
     Uuid::from_u128(migration.0.as_u128() ^ mark)
 }
 
-/// The files of a part, in the order in which both sides name them. What lies
-/// under disks is never written and goes while the guest runs.
+/// The files of a part, in the order in which both sides name them. What nobody
+/// writes goes while the guest runs: what lies under disks, and frozen disks.
 pub(super) fn of_part(files: &[CarriedFile], part: ColdPart) -> impl Iterator<Item = &CarriedFile> {
     files.iter().filter(move |file| match part {
-        ColdPart::PreCopy => file.role == FileRole::Backing,
+        ColdPart::PreCopy => goes_early(files, file),
         ColdPart::Stop => false,
-        ColdPart::Copy => file.role != FileRole::Backing,
+        ColdPart::Copy => !goes_early(files, file),
     })
+}
+
+fn goes_early(files: &[CarriedFile], file: &CarriedFile) -> bool {
+    let frozen = || files.iter().filter_map(|f| f.over.as_ref());
+    file.role == FileRole::Backing
+        || (file.role == FileRole::Disk && frozen().any(|over| over.image == file.path))
+}
+
+/// The overlays that deltas stand for.
+pub(super) fn overlays(files: &[CarriedFile]) -> Vec<Overlay> {
+    let deltas = files.iter().filter_map(|file| {
+        let over = file.over.as_ref()?;
+        Some(Overlay {
+            target: over.target.clone(),
+            path: file.path.clone(),
+            image: over.image.clone(),
+            format: over.format.clone(),
+        })
+    });
+    deltas.collect()
 }
 
 /// A file's name while it is set aside.
@@ -61,6 +83,13 @@ pub(super) fn check(files: &[CarriedFile]) -> Result<(), Fault> {
         if files[..i].iter().any(|other| other.path == file.path) {
             return Err(Fault::refused(format!("{} is listed twice", file.path)));
         }
+        let over = file.over.as_ref().map(|over| &over.image);
+        let is_disk = |f: &CarriedFile| f.role == FileRole::Disk && Some(&f.path) == over;
+        if (file.role == FileRole::Delta) != over.is_some()
+            || (over.is_some() && !files.iter().any(is_disk))
+        {
+            return Err(Fault::refused(format!("{} lies over no disk", file.path)));
+        }
         if file.present && file.role != FileRole::Backing {
             return Err(Fault::refused(format!(
                 "{} is there already and would have to be written",
@@ -73,6 +102,8 @@ pub(super) fn check(files: &[CarriedFile]) -> Result<(), Fault> {
 
 #[cfg(test)]
 mod tests {
+    use drover_model::api::compute::Frozen;
+
     use super::*;
 
     fn file(path: &str, role: FileRole) -> CarriedFile {
@@ -81,6 +112,18 @@ mod tests {
             role,
             present: false,
             data_bytes: 0,
+            over: None,
+        }
+    }
+
+    fn delta(path: &str, image: &str) -> CarriedFile {
+        CarriedFile {
+            over: Some(Frozen {
+                target: "vda".to_owned(),
+                image: image.to_owned(),
+                format: "raw".to_owned(),
+            }),
+            ..file(path, FileRole::Delta)
         }
     }
 
@@ -98,6 +141,22 @@ mod tests {
         };
         assert_eq!(names(ColdPart::PreCopy), ["/a"]);
         assert_eq!(names(ColdPart::Copy), ["/b", "/c"]);
+        let files = [
+            file("/b", FileRole::Disk),
+            file("/e", FileRole::Disk),
+            delta("/d", "/b"),
+        ];
+        let names = |part| {
+            of_part(&files, part)
+                .map(|f| f.path.as_str())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            names(ColdPart::PreCopy),
+            ["/b"],
+            "a frozen disk goes beforehand"
+        );
+        assert_eq!(names(ColdPart::Copy), ["/e", "/d"]);
         let migration = MigrationId::generate();
         assert_ne!(
             key(migration, ColdPart::PreCopy),
@@ -111,6 +170,8 @@ mod tests {
         assert!(check(std::slice::from_ref(&good)).is_ok());
         assert!(check(&[good.clone(), good.clone()]).is_err());
         assert!(check(&[file("a", FileRole::Disk)]).is_err());
+        assert!(check(&[delta("/d", "/b")]).is_err());
+        assert!(check(&[good.clone(), delta("/d", "/a")]).is_ok());
         let present = CarriedFile {
             present: true,
             ..good

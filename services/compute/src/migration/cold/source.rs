@@ -123,6 +123,7 @@ impl Actor {
                 done: Vec::new(),
                 begun: Vec::new(),
                 definition: None,
+                overlays: Vec::new(),
                 kept: Vec::new(),
                 aside: false,
             };
@@ -172,7 +173,11 @@ impl Actor {
                     },
                 }
             }
-            ColdPart::PreCopy | ColdPart::Copy => self.sending(&step, &mut record).await?,
+            ColdPart::PreCopy => {
+                self.freeze(&step, &mut record).await?;
+                self.sending(&step, &mut record).await?
+            }
+            ColdPart::Copy => self.sending(&step, &mut record).await?,
         };
         if !record.begun.contains(&step.part) {
             record.begun.push(step.part);
@@ -195,6 +200,31 @@ impl Actor {
         }
     }
 
+    /// Has disks that are to be copied beforehand stand still under their guest.
+    async fn freeze(
+        &mut self,
+        step: &ResizeInstance,
+        record: &mut LeavingRecord,
+    ) -> Result<(), Fault> {
+        let overlays = files::overlays(&step.files);
+        if overlays.is_empty() {
+            return Ok(());
+        }
+        let hypervisor = self.node.hypervisor.clone();
+        if record.definition.is_none() {
+            // As it is without overlays; what is frozen is no lasting change.
+            let taken = hypervisor.definition(step.instance).await.map_err(fault)?;
+            record.definition = Some(taken.ok_or_else(no_longer_defined)?);
+        }
+        if record.overlays.is_empty() {
+            record.overlays.clone_from(&overlays);
+            self.write_leaving(record).await?;
+            self.keep(record.clone());
+        }
+        let frozen = hypervisor.freeze_disks(step.instance, &overlays).await;
+        frozen.map_err(fault)
+    }
+
     /// What a part sends. Disks go only when the guest is off, together with its
     /// definition as it is then.
     async fn sending(
@@ -208,7 +238,8 @@ impl Actor {
         if step.part == ColdPart::Copy {
             let path = self.write_definition(step.instance, record).await?;
             paths.push(path);
-            record.kept = files::of_part(&step.files, ColdPart::Copy)
+            let own = step.files.iter().filter(|file| is_own(file.role));
+            record.kept = own
                 .filter(|file| file.role != FileRole::Device)
                 .map(|file| KeptFile {
                     path: file.path.clone(),
@@ -255,8 +286,17 @@ impl Actor {
             let message = format!("the guest is not shut off on this node ({presence:?})");
             return Err(Fault::refused(message));
         }
-        let taken = hypervisor.definition(instance).await.map_err(fault)?;
-        let taken = taken.ok_or_else(|| Fault::refused("the guest is no longer defined here"))?;
+        let taken = match record
+            .definition
+            .clone()
+            .filter(|_| !record.overlays.is_empty())
+        {
+            Some(before) => before,
+            None => {
+                let taken = hypervisor.definition(instance).await.map_err(fault)?;
+                taken.ok_or_else(no_longer_defined)?
+            }
+        };
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::write(&path, &taken).await?;
         record.definition = Some(taken);
@@ -369,10 +409,25 @@ impl Actor {
                 }
             }
         }
-        if presence == Presence::Absent {
+        let mut must_define = presence == Presence::Absent;
+        if presence.is_active() {
+            let thawed = hypervisor
+                .thaw_disks(record.instance, &record.overlays)
+                .await;
+            thawed.map_err(fault)?;
+        } else {
+            for overlay in &record.overlays {
+                hypervisor.merge_overlay(overlay).await.map_err(fault)?;
+                must_define = true;
+            }
+        }
+        if must_define {
             let lost = || Fault::bug("the guest is gone, and so is its definition");
             let definition = record.definition.as_ref().ok_or_else(lost)?;
             hypervisor.define(definition, None).await.map_err(fault)?;
+        }
+        for overlay in &record.overlays {
+            hypervisor.remove_disk(&overlay.path).await.map_err(fault)?;
         }
         if record.aside {
             record.aside = false;
@@ -457,6 +512,10 @@ impl Actor {
             migrating: false,
         })
     }
+}
+
+fn no_longer_defined() -> Fault {
+    Fault::refused("the guest is no longer defined here")
 }
 
 /// Bytes to carry: before the guest stops, and in all.

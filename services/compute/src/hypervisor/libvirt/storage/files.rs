@@ -55,7 +55,7 @@ fn file_system(directory: &Path) -> String {
     std::fs::metadata(directory).map_or_else(|_| String::new(), |m| super::file_system(&m))
 }
 
-fn is_absent(path: &Path) -> bool {
+pub(in super::super) fn is_absent(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound)
 }
 

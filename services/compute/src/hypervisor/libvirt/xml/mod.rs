@@ -160,6 +160,20 @@ pub(super) fn is_external_snapshot(xml: &str) -> Result<bool> {
     Ok(memory || disks.is_some_and(|d| children(d, "disk").any(external)))
 }
 
+/// Targets and files of the drives whose bytes are in local files.
+pub(super) fn disk_files(xml: &str) -> Result<Vec<(String, String)>> {
+    let domain = parse(xml, "domain")?;
+    let Some(devices) = domain.get_child("devices") else {
+        return Ok(Vec::new());
+    };
+    let disks = disks::read(devices).disks.into_iter();
+    let files = disks.filter_map(|disk| {
+        let path = disk.local_path()?.to_owned();
+        Some((disk.target, path))
+    });
+    Ok(files.collect())
+}
+
 /// What a definition's drives use on its node.
 #[derive(Debug, Default)]
 pub(super) struct Storage {

@@ -24,7 +24,7 @@ use drover_model::{
         },
     },
     ids::{InstanceId, MigrationId},
-    migration::{Ending, Migration, MigrationStatus, Phase},
+    migration::{Ending, Migration, MigrationStatus, Phase, Way},
     node::NodeReport,
 };
 use drover_rpc::{Endpoint, Notifier, Priority, RemoteFailure, Request, RpcStats};
@@ -363,7 +363,7 @@ impl DroverEndpoint {
         let migration = self
             .change(report.migration, |m| {
                 // Word from another node, or late word, changes nothing.
-                if m.source_host != report.host || m.status.is_final() {
+                if m.source_host != report.host || m.status.rests() {
                     return false;
                 }
                 take_in(m, &report, now_ms);
@@ -383,8 +383,12 @@ impl DroverEndpoint {
                 .await;
             kept.map_err(|e| store_failure(&e))?;
         }
-        if !migration.status.is_final() {
-            let mut n = notification(&migration, "instance.live_migration.progress", "INFO");
+        if !migration.status.rests() {
+            let event_type = match migration.way {
+                Way::Live(_) => "instance.live_migration.progress",
+                Way::Cold(_) => "instance.resize.progress",
+            };
+            let mut n = notification(&migration, event_type, "INFO");
             n.payload["progress"] = to_value(&migration.progress)?;
             let context = drover_rpc::RequestContext::service(
                 migration.requester.request_id.clone().unwrap_or_default(),

@@ -249,8 +249,14 @@ pub fn source(facts: &SourceFacts, host: &HostName, way: &Way) -> Vec<CheckFailu
         fail(
             immovable_code(device.kind),
             Side::Instance,
-            format!("{} cannot leave {host}", device.what),
-            "detach it first",
+            match device.kind {
+                ImmovableKind::Disk => format!("disk {}: it cannot leave {host}", device.what),
+                _ => format!("{} cannot leave {host}", device.what),
+            },
+            match device.kind {
+                ImmovableKind::Disk => "mend that, move its data to another disk, or detach it",
+                _ => "detach it first",
+            },
         )
     }));
     // Internal ones are in the disks, and go with them if the guest is off.
@@ -270,13 +276,30 @@ pub fn source(facts: &SourceFacts, host: &HostName, way: &Way) -> Vec<CheckFailu
             "delete them with 'virsh snapshot-delete'",
         ));
     }
-    failures.extend(marks(facts));
+    failures.extend(marks(facts, guest, is_cold));
     failures
 }
 
-fn marks(facts: &SourceFacts) -> impl Iterator<Item = CheckFailure> + '_ {
-    facts.marks.iter().filter_map(|mark| {
+/// Directories whose sharing cannot be tested. Beside a block device nothing can
+/// be left; of a guest that is off its bytes are compared instead.
+fn marks<'a>(
+    facts: &'a SourceFacts,
+    guest: &'a Guest,
+    is_cold: bool,
+) -> impl Iterator<Item = CheckFailure> + 'a {
+    let holds_files = |directory: &str| {
+        let files = guest.disks.iter().filter_map(|disk| match &disk.source {
+            DiskSource::File { path } => path.rsplit_once('/'),
+            _ => None,
+        });
+        let mut directories = files.map(|(directory, _)| directory);
+        directories.any(|d| d == directory.trim_end_matches('/'))
+    };
+    facts.marks.iter().filter_map(move |mark| {
         let error = mark.error.as_ref()?;
+        if is_cold && !holds_files(&mark.directory) {
+            return None;
+        }
         Some(fail(
             CheckCode::DiskDirectory,
             Side::Source,

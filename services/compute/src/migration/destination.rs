@@ -8,7 +8,7 @@ use drover_model::{
         compute::{CheckDestination, CleanUp, DestinationFacts, PreLiveMigration, StepRef},
         fault::Fault,
     },
-    guest::{Disk, Guest, PowerState, Presence},
+    guest::{Disk, DiskSource, Guest, PowerState, Presence},
     ids::InstanceId,
 };
 use tokio::task::JoinSet;
@@ -327,10 +327,15 @@ fn arrival_warnings(guest: Result<Option<Guest>, HypervisorError>) -> Vec<String
     warnings
 }
 
-/// What lies under a guest's disks and beside them.
+/// What lies under a guest's disks and beside them, and its block devices.
 fn beside(guest: &Guest) -> Vec<String> {
     let under = guest.disks.iter().flat_map(|disk| &disk.backing);
     let mut paths: Vec<String> = under.map(|image| image.path.clone()).collect();
+    let devices = guest.disks.iter().filter_map(|disk| match &disk.source {
+        DiskSource::Block { path } => Some(path.clone()),
+        _ => None,
+    });
+    paths.extend(devices);
     paths.extend(guest.files.iter().map(|file| file.path.clone()));
     paths.sort_unstable();
     paths.dedup();

@@ -31,6 +31,7 @@ pub(super) fn destination(
             failures.extend(uncopied(disk, path, fact, host));
         } else if matches!(disk.source, DiskSource::Block { .. }) {
             failures.extend(device(disk, path, fact, host));
+            failures.extend(unfit_device(disk, path, facts, host));
         } else {
             let what = format!("disk {}", disk.target);
             let there = (fact.exists, fact.directory_exists);
@@ -60,6 +61,40 @@ pub(super) fn destination(
         ));
     }
     failures
+}
+
+/// A device that is there has to be large enough, and nobody's.
+fn unfit_device(
+    disk: &Disk,
+    path: &str,
+    facts: &DestinationFacts,
+    host: &HostName,
+) -> Option<CheckFailure> {
+    let there = facts.files.iter().find(|f| f.path == path && f.exists)?;
+    let no = |message: String, remedy: &str| {
+        Some(fail(
+            CheckCode::DiskNotCopyable,
+            Side::Destination,
+            message,
+            remedy,
+        ))
+    };
+    if there.in_use {
+        let message = format!(
+            "a guest of {host} uses {path}, where disk {} would go",
+            disk.target
+        );
+        return no(message, "give one of them another device");
+    }
+    let (has, needs) = (there.length_bytes, disk.virtual_bytes);
+    if has < needs {
+        let message = format!(
+            "{path} has {has} bytes on {host}, disk {} {needs}",
+            disk.target
+        );
+        return no(message, "make the device there as large");
+    }
+    None
 }
 
 /// Room for every file as it will be allocated.

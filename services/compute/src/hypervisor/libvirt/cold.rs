@@ -187,19 +187,20 @@ impl ColdDriver for LibvirtDriver {
 
     async fn receive(&self, key: Uuid, secret: &str, files: &[Incoming]) -> Result<()> {
         let receiver = self.door.receiver().map_err(HypervisorError::Failed)?;
-        let files = files.iter().map(|file| carrier::Incoming {
-            path: PathBuf::from(&file.path),
-            mode: if file.present {
-                Mode::Compare
-            } else {
-                Mode::Fresh
-            },
-        });
-        let (token, files) = (token(secret)?, files.collect());
-        let expected =
-            tokio::task::spawn_blocking(move || receiver.expect(key, &token, files)).await;
-        let expected = expected.map_err(|e| HypervisorError::Bug(e.to_string()))?;
-        expected.map_err(|e| HypervisorError::Failed(e.to_string()))
+        let (token, files) = (token(secret)?, files.to_vec());
+        let expect = move || {
+            let files = files.iter().map(|file| carrier::Incoming {
+                path: files::opened_as(&file.path),
+                mode: match file.present {
+                    true => Mode::Compare,
+                    false => Mode::Fresh,
+                },
+            });
+            let expected = receiver.expect(key, &token, files.collect());
+            expected.map_err(|e| HypervisorError::Failed(e.to_string()))
+        };
+        let expected = tokio::task::spawn_blocking(expect).await;
+        expected.unwrap_or_else(|e| Err(HypervisorError::Bug(e.to_string())))
     }
 
     async fn stop_receiving(&self, key: Uuid) {
@@ -221,22 +222,25 @@ impl ColdDriver for LibvirtDriver {
         control.set_limit(spec.bandwidth_bytes_s);
         // However this future ends, the thread does not outlive it for long.
         let _ends_with_us = CancelOnDrop(control.clone());
-        let paths = spec.files.clone();
+        let paths = spec.files;
         let spec = carrier::SendSpec {
             address: spec.address,
             port: spec.port,
             migration: spec.key,
             token: token(&spec.token)?,
-            files: spec
-                .files
-                .into_iter()
-                .map(|path| Outgoing { path: path.into() })
-                .collect(),
+            files: Vec::new(),
             resume: spec.resume,
             progress_timeout: spec.progress_timeout,
         };
         let its = control.clone();
-        let mut sending = tokio::task::spawn_blocking(move || carrier::send(&spec, &its));
+        let named = paths.clone();
+        let mut sending = tokio::task::spawn_blocking(move || {
+            let files = named.iter().map(|path| Outgoing {
+                path: files::opened_as(path),
+            });
+            let files = files.collect();
+            carrier::send(&carrier::SendSpec { files, ..spec }, &its)
+        });
         let mut tick = tokio::time::interval(LOOK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ended = loop {

@@ -257,7 +257,9 @@ impl Actor {
                 address: step.dest_address.clone(),
                 port: step.inbox.port,
                 files: paths,
-                resume: record.begun.contains(&step.part),
+                // A device is looked at first: on storage that both nodes share, all
+                // of it is there already.
+                resume: record.begun.contains(&step.part) || has_device(&step.files),
                 bandwidth_bytes_s: options.bandwidth_mib_s.map(|mib| mib << 20),
                 progress_timeout: Duration::from_secs(
                     timeout_s.unwrap_or(self.node.settings.progress_timeout_s),
@@ -512,6 +514,10 @@ impl Actor {
             migrating: false,
         })
     }
+}
+
+fn has_device(files: &[CarriedFile]) -> bool {
+    files.iter().any(|file| file.role == FileRole::Device)
 }
 
 fn no_longer_defined() -> Fault {

@@ -4,6 +4,7 @@
 use std::{
     fs::File,
     io::ErrorKind,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
@@ -57,6 +58,17 @@ fn file_system(directory: &Path) -> String {
 
 pub(in super::super) fn is_absent(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound)
+}
+
+/// The path by which a file is carried. Names of block devices are mostly links,
+/// made by the administrator; of anything else a link is not followed.
+pub(in super::super) fn opened_as(path: &str) -> PathBuf {
+    let path = PathBuf::from(path);
+    let is_device = std::fs::metadata(&path).is_ok_and(|m| m.file_type().is_block_device());
+    match std::fs::canonicalize(&path) {
+        Ok(device) if is_device => device,
+        _ => path,
+    }
 }
 
 /// Makes an empty file, exclusively.

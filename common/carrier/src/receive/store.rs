@@ -64,7 +64,6 @@ pub(super) struct Store<'a> {
     pool: Arc<Pool>,
     targets: Vec<Option<Target>>,
     piece: Vec<u8>,
-    dirty: u64,
 }
 
 impl<'a> Store<'a> {
@@ -76,7 +75,6 @@ impl<'a> Store<'a> {
             pool,
             targets,
             piece: vec![0; PIECE],
-            dirty: 0,
         }
     }
 
@@ -176,29 +174,26 @@ impl<'a> Store<'a> {
     }
 
     fn write(&mut self, head: &Head, body: &[u8]) -> Result<Hash, Trouble> {
-        let target = self.target(head, CHUNK as u64)?;
-        if target.compare {
+        if self.target(head, CHUNK as u64)?.compare {
             return Err(Malformed("wrote to what must not be written").into());
         }
-        let written = target.file.write_all_at(body, head.offset);
-        self.dirty += head.len;
-        if self.dirty >= 16 << 20 {
-            self.dirty = 0;
-            let t = self.target(head, CHUNK as u64)?;
-            let _ = rustix::fs::fadvise(
-                &t.file,
-                head.offset.saturating_sub(head.offset),
-                std::num::NonZeroU64::new(head.offset + head.len),
-                rustix::fs::Advice::DontNeed,
-            );
-        }
-        written
+        self.write_down(head, body)
             .and_then(|()| self.read_back(head))
             .map_err(|error| Trouble::Failed {
                 file: head.file,
                 offset: head.offset,
                 error,
             })
+    }
+
+    fn write_down(&mut self, head: &Head, body: &[u8]) -> io::Result<()> {
+        let Some(Some(target)) = self.targets.get_mut(usize::from(head.file)) else {
+            return Err(io::Error::other("is not open"));
+        };
+        target.file.write_all_at(body, head.offset)?;
+        target.unwritten.add(head.offset..head.offset + head.len);
+        target.write_out_early();
+        Ok(())
     }
 
     /// What the file holds now, hashed.

@@ -1,9 +1,5 @@
 //! Files arrive as they are: bytes, length, holes.
 
-#![allow(clippy::unwrap_used, reason = "these are tests")]
-
-mod rig;
-
 use std::{
     fs::{self, File},
     os::unix::fs::{FileExt, MetadataExt, symlink},
@@ -11,8 +7,8 @@ use std::{
     process::Command,
 };
 
+use crate::rig::{DATA, Fate, KIB, MIB, Proxy, Rig, assert_same, fill, flip, is_kind, make, open};
 use drover_carrier::{Control, Mode, SendError, data_bytes, send};
-use rig::{KIB, MIB, Rig, assert_same, fill, make, open};
 
 #[test]
 fn sparse_files_of_all_sizes_arrive() {
@@ -103,7 +99,7 @@ fn a_second_sender_sends_only_what_differs() {
     make(&rig.from(1), 70 * KIB, &[(0, 70 * KIB)]);
     rig.send().unwrap();
     assert_eq!(rig.resume().unwrap().sent_bytes, 0);
-    fill(&open(&rig.from(0)), 3 * MIB + 9, 1);
+    flip(&rig.from(0), 3 * MIB + 9);
     let summary = rig.resume().unwrap();
     rig.assert_same();
     assert_eq!(summary.sent_bytes, MIB);
@@ -127,10 +123,10 @@ fn an_image_that_is_there_is_compared_and_never_written() {
         );
         assert!(fs::read(rig.to(0)).ok() == held, "{what}: was written");
     };
-    fill(&open(&rig.to(0)), 5 * MIB + 1, 1);
+    flip(&rig.to(0), 5 * MIB + 1);
     differs("in its data");
     fs::copy(rig.from(0), rig.to(0)).unwrap();
-    fill(&open(&rig.to(0)), 15 * MIB, 1);
+    flip(&rig.to(0), 15 * MIB);
     differs("where the source has a hole");
     fs::copy(rig.from(0), rig.to(0)).unwrap();
     open(&rig.to(0)).set_len(20 * MIB - 1).unwrap();
@@ -178,11 +174,11 @@ fn a_source_that_changes_meanwhile_is_no_success() {
     let rig = Rig::new(1);
     make(&rig.from(0), 4 * MIB, &[(0, 4 * MIB)]);
     let source = rig.from(0);
-    let proxy = rig::Proxy::new(rig.port, move |_, frame| {
-        if rig::is_kind(frame, rig::DATA) {
-            fill(&open(&source), 3, 1);
+    let proxy = Proxy::new(rig.port, move |_, frame| {
+        if is_kind(frame, DATA) {
+            flip(&source, 3);
         }
-        rig::Fate::Pass
+        Fate::Pass
     });
     let error = rig.send_through(&proxy).unwrap_err();
     assert!(matches!(error, SendError::Source { .. }), "{error}");

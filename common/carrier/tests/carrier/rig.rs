@@ -1,7 +1,5 @@
 //! What the tests have in common: a receiver with files, a proxy that does bad
 //! things to a connection, and the protocol by hand.
-#![allow(dead_code, reason = "not every test uses all of it")]
-#![allow(clippy::unwrap_used, reason = "these are tests")]
 
 use std::{
     fs::{self, File},
@@ -177,6 +175,14 @@ pub(crate) fn fill(file: &File, at: u64, len: u64) {
         piece.copy_from_slice(&random[..piece.len()]);
     }
     file.write_all_at(&bytes, at).unwrap();
+}
+
+/// Makes one byte another.
+pub(crate) fn flip(path: &Path, at: u64) {
+    let file = open(path);
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x55], at).unwrap();
 }
 
 /// Opens a file to change it.

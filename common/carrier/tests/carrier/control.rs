@@ -1,9 +1,5 @@
 //! Steering a transfer, from both sides.
 
-#![allow(clippy::unwrap_used, reason = "these are tests")]
-
-mod rig;
-
 use std::{
     fs,
     path::Path,
@@ -11,8 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::rig::{DATA, Fate, HASH, MIB, Proxy, Raw, Rig, eventually, hash, is_kind, make};
 use drover_carrier::{Control, ExpectError, SendError, Token, send};
-use rig::{DATA, Fate, HASH, MIB, Proxy, Raw, Rig, eventually, hash, is_kind, make};
 use uuid::Uuid;
 
 /// Whether this process has the file open.

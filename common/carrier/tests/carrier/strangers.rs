@@ -1,9 +1,5 @@
 //! Who has no business here, or does not keep to the rules, is dropped.
 
-#![allow(clippy::unwrap_used, reason = "these are tests")]
-
-mod rig;
-
 use std::{
     fs,
     io::{Read, Write},
@@ -11,8 +7,8 @@ use std::{
     time::Duration,
 };
 
+use crate::rig::{CHECK, DATA, HASH, MIB, OPEN, REFUSED, Raw, Rig, hash, head, make};
 use drover_carrier::{Control, SendError, SendSpec, Token, send};
-use rig::{CHECK, DATA, HASH, MIB, OPEN, REFUSED, Raw, Rig, hash, head, make};
 use uuid::Uuid;
 
 #[test]

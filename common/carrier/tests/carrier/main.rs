@@ -1,0 +1,8 @@
+//! Transfers over real sockets, from and to real files.
+#![allow(clippy::unwrap_used, reason = "these are tests")]
+
+mod broken;
+mod control;
+mod rig;
+mod strangers;
+mod whole;

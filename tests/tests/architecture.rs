@@ -12,6 +12,7 @@ use serde_json::Value;
 
 /// Which of our crates a crate may use.
 const EDGES: &[(&str, &[&str])] = &[
+    ("drover-carrier", &[]),
     ("drover-model", &[]),
     ("drover-rpc", &[]),
     ("drover-runtime", &[]),
@@ -29,7 +30,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "drover-compute",
-        &["drover-model", "drover-rpc", "drover-runtime"],
+        &[
+            "drover-carrier",
+            "drover-model",
+            "drover-rpc",
+            "drover-runtime",
+        ],
     ),
     (
         "drover-cli",

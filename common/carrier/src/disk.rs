@@ -6,7 +6,6 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, ErrorKind, Seek, SeekFrom},
-    num::NonZeroU64,
     os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -14,7 +13,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate},
+    fs::{FallocateFlags, OFlags, fallocate},
     io::Errno,
 };
 
@@ -43,30 +42,7 @@ pub(crate) struct Target {
     pub(crate) compare: bool,
     /// Its length was another.
     pub(crate) resized: bool,
-    /// What is in memory and not on its way to the disk.
-    pub(crate) unwritten: Unwritten,
 }
-
-/// A range with everything in it that was written since it began to grow.
-#[derive(Default)]
-pub(crate) struct Unwritten {
-    range: Range,
-    bytes: u64,
-}
-
-impl Unwritten {
-    /// This was written.
-    pub(crate) fn add(&mut self, written: Range) {
-        self.bytes += written.end - written.start;
-        self.range = match self.range.is_empty() {
-            true => written,
-            false => self.range.start.min(written.start)..self.range.end.max(written.end),
-        };
-    }
-}
-
-/// So much is collected before the disk begins to write it.
-const EARLY: u64 = 16 * 1024 * 1024;
 
 /// Opens a file to be sent.
 pub(crate) fn open_source(path: &Path) -> io::Result<Source> {
@@ -125,7 +101,6 @@ pub(crate) fn open_fresh(path: &Path, len: u64) -> io::Result<Target> {
         len,
         compare: false,
         resized,
-        unwritten: Unwritten::default(),
     })
 }
 
@@ -141,19 +116,7 @@ pub(crate) fn open_compared(path: &Path, len: u64) -> io::Result<Option<Target>>
         len,
         compare: true,
         resized: false,
-        unwritten: Unwritten::default(),
     }))
-}
-
-/// Has the name of a file written out. Those of devices are nobody's to keep.
-pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
-    let Some(directory) = path.parent().filter(|_| !is_device_name(path)) else {
-        return Ok(());
-    };
-    // A name without a directory is one in the current.
-    let nameless = directory.as_os_str().is_empty();
-    let directory = if nameless { Path::new(".") } else { directory };
-    File::open(directory)?.sync_all()
 }
 
 const DEVICES: &str = "/dev";
@@ -211,29 +174,12 @@ impl Target {
         Ok(!self.block && next_data(&self.file, false, 0, self.len)?.is_none())
     }
 
-    /// Has the disk begin to write, if there is enough: the end would have to
-    /// wait for all of it otherwise.
-    pub(crate) fn write_out_early(&mut self) {
-        if self.unwritten.bytes < EARLY {
-            return;
-        }
-        let Unwritten { range, .. } = std::mem::take(&mut self.unwritten);
-        // What is not written out yet is not dropped by this, only begun; and
-        // this is the one way to say so without a call that is unsafe here.
-        let len = NonZeroU64::new(range.end - range.start);
-        // It was advice; what goes wrong with the disk is seen at the end.
-        let _ = fadvise(&self.file, range.start, len, Advice::DontNeed);
-    }
-
-    /// Checks that its length is right, and has its content written out.
+    /// Checks that its length is right.
     pub(crate) fn finish(&self) -> io::Result<()> {
         if !self.block && length(&self.file, false)? != self.len {
             return Err(io::Error::other("its length was changed by somebody else"));
         }
-        if self.compare {
-            return Ok(());
-        }
-        self.file.sync_all()
+        Ok(())
     }
 
     /// Makes a range zero where it is not; if the file is to be compared, only

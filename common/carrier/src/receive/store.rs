@@ -190,10 +190,7 @@ impl<'a> Store<'a> {
         let Some(Some(target)) = self.targets.get_mut(usize::from(head.file)) else {
             return Err(io::Error::other("is not open"));
         };
-        target.file.write_all_at(body, head.offset)?;
-        target.unwritten.add(head.offset..head.offset + head.len);
-        target.write_out_early();
-        Ok(())
+        target.file.write_all_at(body, head.offset)
     }
 
     /// What the file holds now, hashed.
@@ -232,16 +229,11 @@ impl<'a> Store<'a> {
         }
     }
 
-    /// Content, length and name are on stable storage after this.
+    /// Its length is as it was.
     fn finish(&self, file: u16) -> io::Result<()> {
-        let number = usize::from(file);
-        if let Some(Some(target)) = self.targets.get(number) {
-            target.finish()?;
+        match self.targets.get(usize::from(file)) {
+            Some(Some(target)) => target.finish(),
+            _ => Ok(()),
         }
-        let incoming = &self.pass.expected.files[number];
-        if incoming.mode == Mode::Fresh {
-            disk::sync_directory(&incoming.path)?;
-        }
-        Ok(())
     }
 }

@@ -34,8 +34,6 @@ const RESENDS: u8 = 3;
 const ZERO: u64 = 256 * 1024 * 1024;
 /// The same for a device, which has to write or to read them all.
 const ZERO_DEVICE: u64 = 16 * 1024 * 1024;
-/// How long the destination may need to write out what it has in memory.
-const FINISHING: Duration = Duration::from_secs(600);
 
 /// What is to be done about a piece of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,7 +141,7 @@ struct State {
     weight: u64,
     done: u64,
     reused: u64,
-    finishing: Option<Instant>,
+    finishing: bool,
     progressed: Instant,
 }
 
@@ -160,7 +158,7 @@ impl<'a> Ledger<'a> {
             weight: 0,
             done: 0,
             reused: 0,
-            finishing: None,
+            finishing: false,
             progressed: Instant::now(),
         };
         Self {
@@ -190,7 +188,7 @@ impl<'a> Ledger<'a> {
             state.walk = Walk::default();
             state.again.clear();
             state.under_way.clear();
-            (state.done, state.reused, state.finishing) = (0, 0, None);
+            (state.done, state.reused, state.finishing) = (0, 0, false);
             state.opened = opened;
         }
         state.weight = 0;
@@ -210,7 +208,7 @@ impl<'a> Ledger<'a> {
             return Ok(Take::Item(item, state.opened[usize::from(item.file)]));
         }
         if state.under_way.is_empty() {
-            if state.finishing.is_some() {
+            if state.finishing {
                 return Ok(Take::Done);
             }
             return self.finish(&mut state);
@@ -224,7 +222,7 @@ impl<'a> Ledger<'a> {
         if let Some(item) = state.again.pop_front() {
             return Ok(Some(item));
         }
-        if state.finishing.is_some() {
+        if state.finishing {
             return Ok(None);
         }
         let chunk = self.control.chunk();
@@ -269,7 +267,7 @@ impl<'a> Ledger<'a> {
             resends: 0,
         });
         state.again.extend(finishes);
-        state.finishing = Some(Instant::now());
+        state.finishing = true;
         Ok(Take::Wait)
     }
 
@@ -346,18 +344,6 @@ impl<'a> Ledger<'a> {
         state.progressed = Instant::now();
         self.control.advance(state.done, state.reused);
         Ok(())
-    }
-
-    /// The other side is alive. That is progress while it writes out what it
-    /// has in memory, of which it cannot say how far it is.
-    pub(super) fn alive(&self) {
-        let mut state = locked(&self.state);
-        if state
-            .finishing
-            .is_some_and(|since| since.elapsed() < FINISHING)
-        {
-            state.progressed = Instant::now();
-        }
     }
 
     /// It is us who wait, not the other side.

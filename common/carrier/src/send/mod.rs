@@ -30,6 +30,8 @@ use crate::{
 
 /// First pause before the connection is tried again. Each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// How long a destination that does not know us may have been restarted just now.
+const UNKNOWN: Duration = Duration::from_secs(3);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -134,9 +136,10 @@ impl SendError {
     }
 }
 
-/// Sends the files, and returns when every byte of them is verified and on
-/// stable storage at the destination. Blocks; connections that break are made
-/// again.
+/// Sends the files, and returns when every byte of them is verified at the
+/// destination. Whether it is on stable storage there is the destination's to
+/// see to, before the source gives its own up. Blocks; connections that break
+/// are made again.
 ///
 /// # Errors
 /// Not everything is there, or not known to be. What has arrived stays, for
@@ -217,7 +220,9 @@ fn persist(dial: &Dial) -> Result<(), SendError> {
         let cause = match session::run(dial, &mut welcome) {
             Ok(()) => return Ok(()),
             Err(Cut::Fatal(error)) => return Err(error),
-            Err(Cut::Refused(reason)) if !welcome => return Err(SendError::Refused(reason)),
+            Err(Cut::Refused(reason)) if !welcome && dial.ledger.idle() > UNKNOWN => {
+                return Err(SendError::Refused(reason));
+            }
             // It was restarted and is not told yet; or it has forgotten us.
             Err(Cut::Refused(reason)) => format!("the destination refused: {reason}"),
             Err(Cut::Link(error)) => error.to_string(),

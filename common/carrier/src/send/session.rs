@@ -346,7 +346,6 @@ impl Session<'_> {
         while !self.is_over() {
             let answer = hear(reader, || Ok(()))?;
             if answer.head.kind == Kind::Alive {
-                self.dial.ledger.alive();
                 continue;
             }
             let hash = u128::from_le_bytes(answer.number());

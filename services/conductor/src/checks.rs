@@ -337,6 +337,9 @@ pub fn destination(
 ) -> Vec<CheckFailure> {
     let mut failures = Vec::new();
     failures.extend(hypervisor_type(source, &facts.inventory, host));
+    if let Way::Live(_) = way {
+        failures.extend(versions(source, &facts.inventory, host));
+    }
     failures.extend(machine(guest, facts, host));
     failures.extend(
         facts
@@ -349,7 +352,6 @@ pub fn destination(
     match way {
         Way::Cold(_) => failures.extend(cold::destination(guest, facts, host)),
         Way::Live(options) => {
-            failures.extend(versions(source, &facts.inventory, host));
             failures.extend(disks(guest, &facts.disks, options, host));
             failures.extend(ports(facts, host));
         }

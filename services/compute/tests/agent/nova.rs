@@ -97,7 +97,7 @@ async fn what_is_malformed_is_answered_as_python_would() {
             json!({"instance": {"nova_object.data": {}}}),
             "TypeError",
         ),
-        ("confirm_resize", json!({}), "NoSuchMethod"),
+        ("rebuild_instance", json!({}), "NoSuchMethod"),
     ] {
         let error = world
             .client

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::{
-    super::{ColdDriver, Event, Hypervisor, HypervisorError, Incoming, SendSpec, Sent},
+    super::{ColdDriver, Event, Hypervisor, HypervisorError, Incoming, SendSpec},
     Call, Effect, Fabric, FakeDriver, GuestBuilder, NodeSpec, Violation,
     carriage_tests::{TOKEN, send},
 };

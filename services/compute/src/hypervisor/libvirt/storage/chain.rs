@@ -254,7 +254,11 @@ mod tests {
         assert!(error.contains("no local file"), "{error}");
         let error = make("/srv/images/gone", &["-F", "raw"]).unwrap_err();
         assert!(error.contains("/srv/images/gone"), "{error}");
-        let error = make(&at("top"), &["-F", "qcow2"]).unwrap_err();
+        let round = [
+            "create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", "top",
+        ];
+        qemu_img(&[&round[..], &[at("loop").as_str(), "1M"]].concat());
+        let error = make(&at("loop"), &["-F", "qcow2"]).unwrap_err();
         assert!(error.contains("does not end"), "{error}");
     }
 }

@@ -342,7 +342,7 @@ fn what_ties_a_guest_to_its_node_is_named_one_by_one() {
             "52:54:00:00:00:0a (vdpa /dev/vhost-vdpa-0)",
         ),
         (Kind::Filesystem, "share (virtiofs, /srv/share)"),
-        (Kind::Tpm, "TPM emulator"),
+        (Kind::EmulatedTpm, "TPM emulator"),
         (Kind::Tpm, "TPM passthrough /dev/tpm0"),
         (Kind::Nvdimm, "nvdimm /tmp/nvdimm"),
         (Kind::HostDevice, "shared memory peer"),

@@ -69,7 +69,13 @@ impl AgentClient {
             timeout: Some(self.limits.check),
             ..CallOptions::default()
         };
-        self.call(host, method, args, options).await
+        match self.call(host, method, args, options.clone()).await {
+            // It was just being stopped. Whoever takes its place is asked again.
+            Err(error) if error.class == ErrorClass::Lost => {
+                self.call(host, method, args, options).await
+            }
+            answered => answered,
+        }
     }
 
     async fn act<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>

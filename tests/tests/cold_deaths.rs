@@ -1,0 +1,287 @@
+//! Cold migrations in virtual time, with every process dying at every turn. What
+//! must hold afterwards is checked apart from the code under test.
+
+use std::time::Duration;
+
+use drover_compute::hypervisor::fake::GuestBuilder;
+use drover_model::{
+    api::conductor::{MigrationRef, method},
+    guest::PowerState,
+    ids::InstanceId,
+    migration::{ColdOptions, Migration, MigrationStatus as S, Way},
+};
+use drover_tests::cloud::{Cloud, eventually};
+
+const BASE: &str = "/var/lib/libvirt/images/base.qcow2";
+const LOCAL: &str = "/var/lib/libvirt/images/web.qcow2";
+
+fn web() -> GuestBuilder {
+    GuestBuilder::new("web")
+        .memory_mib(1024)
+        .disk(LOCAL, 256)
+        .backing_mib(BASE, 64)
+        .disk("/var/lib/libvirt/images/data.raw", 64)
+}
+
+async fn guest(cloud: &Cloud, builder: GuestBuilder) -> InstanceId {
+    let id = cloud.fabric.add_guest("kvm1", builder);
+    cloud.adopted(id).await;
+    id
+}
+
+fn cold(pre_copy: bool) -> Way {
+    Way::Cold(ColdOptions {
+        pre_copy,
+        ..ColdOptions::default()
+    })
+}
+
+async fn started(cloud: &Cloud, id: InstanceId, way: &Way) -> Migration {
+    let accepted = cloud.migrate_by(id, Some("kvm2"), way).await;
+    accepted.expect("it is accepted")
+}
+
+async fn end_with(cloud: &Cloud, m: &Migration, what: &str) -> Migration {
+    let which = MigrationRef {
+        migration: m.uuid.to_string(),
+    };
+    cloud.call(what, &which).await.expect("it is taken")
+}
+
+/// What must hold of a cold migration that rests.
+async fn check(cloud: &Cloud, m: &Migration, ran: bool) {
+    let there = m.status.has_moved();
+    let host = if there { "kvm2" } else { "kvm1" };
+    if let Err(found) = cloud.fabric.check_invariants() {
+        panic!("{found:?}\n{m:#?}");
+    }
+    let running = cloud.fabric.running_on(m.instance_uuid);
+    let expected = ran.then(|| host.parse().unwrap());
+    assert_eq!(running, expected, "{m:#?}");
+    let name = m.instance_uuid.to_string();
+    let row = cloud.store.find_instance(&name).await;
+    assert_eq!(row.unwrap().host.as_str(), host, "{m:#?}");
+    let claims = cloud.store.claims().await.unwrap();
+    assert_eq!(
+        claims.len(),
+        usize::from(m.status == S::Finished),
+        "{claims:?}\n{m:#?}"
+    );
+    if m.status.is_final() {
+        let fabric = cloud.fabric.clone();
+        eventually("nothing is left behind", async || {
+            fabric.leftovers().is_empty().then_some(())
+        })
+        .await;
+    }
+}
+
+async fn rest(cloud: &Cloud, m: &Migration) -> Migration {
+    cloud.until(m.uuid, "at rest", |m| m.status.rests()).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_goes_there_and_back() {
+    for (state, pre_copy) in [
+        (PowerState::Running, false),
+        (PowerState::Running, true),
+        (PowerState::Shutdown, false),
+        (PowerState::Shutdown, true),
+    ] {
+        let ran = state == PowerState::Running;
+        let cloud = Cloud::start(1).await;
+        let id = guest(&cloud, web().state(state)).await;
+        let m = started(&cloud, id, &cold(pre_copy)).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{m:#?}");
+        assert_eq!(m.downtime_ms.is_some(), ran, "{m:#?}");
+        check(&cloud, &m, ran).await;
+        end_with(&cloud, &m, method::CONFIRM_MIGRATION).await;
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Confirmed, "{m:#?}");
+        check(&cloud, &m, ran).await;
+        let back = cloud.migrate_by(id, Some("kvm1"), &cold(pre_copy)).await;
+        let back = rest(&cloud, &back.expect("it is accepted")).await;
+        assert_eq!(back.status, S::Finished, "{back:#?}");
+        cloud.fabric.accept_older_disks(id);
+        end_with(&cloud, &back, method::REVERT_MIGRATION).await;
+        let back = cloud.end(back.uuid).await;
+        assert_eq!(back.status, S::Reverted, "{back:#?}");
+        let running = cloud.fabric.running_on(id);
+        assert_eq!(
+            running.map(|h| h.to_string()),
+            ran.then(|| "kvm2".to_owned())
+        );
+        cloud.fabric.check_invariants().unwrap();
+    }
+}
+
+/// Which part of a migration's life is disturbed.
+#[derive(Clone, Copy, PartialEq)]
+enum During {
+    Move { pre_copy: bool },
+    Confirm,
+    Revert,
+}
+
+/// Kills one process whenever the record has reached a version of that part, for
+/// every version there is, and starts it again after a while.
+async fn killed_everywhere(who: &str, dead_for: Duration, during: During) {
+    for turn in 0.. {
+        let mut cloud = Cloud::start(turn).await;
+        let id = guest(&cloud, web()).await;
+        let pre_copy = during == During::Move { pre_copy: true };
+        let mut m = started(&cloud, id, &cold(pre_copy)).await;
+        if !matches!(during, During::Move { .. }) {
+            m = rest(&cloud, &m).await;
+            assert_eq!(m.status, S::Finished, "{m:#?}");
+            cloud.fabric.accept_older_disks(id);
+            m = match during {
+                During::Confirm => end_with(&cloud, &m, method::CONFIRM_MIGRATION).await,
+                _ => end_with(&cloud, &m, method::REVERT_MIGRATION).await,
+            };
+        }
+        let at_version = m.version + turn;
+        let m = cloud
+            .until(m.uuid, "there", |m| {
+                m.version >= at_version || m.status.rests()
+            })
+            .await;
+        let over = m.status.rests();
+        match who {
+            "conductor" => cloud.kill_conductor(),
+            agent => cloud.kill_agent(agent),
+        }
+        tokio::time::sleep(dead_for).await;
+        match who {
+            "conductor" => cloud.start_conductor().await,
+            agent => cloud.start_agent(agent).await,
+        }
+        let m = rest(&cloud, &m).await;
+        let expected = match during {
+            During::Move { .. } => S::Finished,
+            During::Confirm => S::Confirmed,
+            During::Revert => S::Reverted,
+        };
+        // Before the guest was touched, an absence that lasts is a reason to fail.
+        let gave_up = dead_for == LONG && during == MOVE && m.status == S::Failed;
+        let killed = format!("killed {who} at {at_version}: {m:#?}");
+        assert!(m.status == expected || gave_up, "{killed}");
+        check(&cloud, &m, true).await;
+        if over {
+            assert!(turn > 1, "it was killed at every turn: {turn}");
+            return;
+        }
+    }
+}
+
+const MOVE: During = During::Move { pre_copy: false };
+const PRE_COPY: During = During::Move { pre_copy: true };
+const SHORT: Duration = Duration::from_secs(3);
+/// Long enough for everybody to lose patience.
+const LONG: Duration = Duration::from_secs(200);
+
+#[tokio::test(start_paused = true)]
+async fn the_conductor_dies_at_every_turn() {
+    for during in [MOVE, PRE_COPY, During::Confirm, During::Revert] {
+        killed_everywhere("conductor", SHORT, during).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_source_dies_at_every_turn() {
+    for during in [MOVE, PRE_COPY, During::Confirm, During::Revert] {
+        killed_everywhere("kvm1", SHORT, during).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_destination_dies_at_every_turn() {
+    for during in [MOVE, PRE_COPY, During::Confirm, During::Revert] {
+        killed_everywhere("kvm2", SHORT, during).await;
+    }
+}
+
+/// Whoever works with it has lost patience meanwhile: what was stuck goes on.
+#[tokio::test(start_paused = true)]
+async fn the_source_is_away_for_long() {
+    killed_everywhere("kvm1", LONG, MOVE).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_destination_is_away_for_long() {
+    killed_everywhere("kvm2", LONG, MOVE).await;
+    killed_everywhere("kvm2", LONG, During::Revert).await;
+}
+
+/// Aborts whenever the record has reached a version, for every version there is.
+#[tokio::test(start_paused = true)]
+async fn it_is_aborted_at_every_turn() {
+    for pre_copy in [false, true] {
+        for at_version in 1.. {
+            let cloud = Cloud::start(at_version).await;
+            let id = guest(&cloud, web()).await;
+            let m = started(&cloud, id, &cold(pre_copy)).await;
+            let m = cloud
+                .until(m.uuid, "there", |m| {
+                    m.version >= at_version || m.status.rests()
+                })
+                .await;
+            let over = m.status.rests();
+            let taken = cloud.abort(m.uuid).await;
+            assert!(!over || taken.is_err(), "what is finished is not aborted");
+            let m = rest(&cloud, &m).await;
+            assert!(matches!(m.status, S::Cancelled | S::Finished), "{m:#?}");
+            check(&cloud, &m, true).await;
+            if over {
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_does_not_obey_runs_on() {
+    let cloud = Cloud::start(3).await;
+    for (pre_copy, host) in [(false, "kvm1"), (true, "kvm1")] {
+        let name = if pre_copy { "deaf2" } else { "deaf1" };
+        let disk = format!("/var/lib/libvirt/images/{name}.qcow2");
+        let deaf = GuestBuilder::new(name).disk(&disk, 64).ignores_shutdown();
+        let id = guest(&cloud, deaf).await;
+        let m = started(&cloud, id, &cold(pre_copy)).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Failed, "{m:#?}");
+        let reason = m.end_reason.as_ref().unwrap().to_string();
+        assert!(reason.contains("did not shut down"), "{reason}");
+        assert_eq!(cloud.fabric.running_on(id).unwrap().as_str(), host);
+        check(&cloud, &m, true).await;
+        let allowed = Way::Cold(ColdOptions {
+            force_stop_after_s: Some(5),
+            pre_copy,
+            ..ColdOptions::default()
+        });
+        let m = started(&cloud, id, &allowed).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{m:#?}");
+        assert!(
+            m.decisions.iter().any(|d| d.text.contains("stopped hard")),
+            "{m:#?}"
+        );
+        end_with(&cloud, &m, method::CONFIRM_MIGRATION).await;
+        cloud.end(m.uuid).await;
+    }
+}
+
+/// Patience ends, and only then the guest obeys: it has to run again.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_obeys_too_late_is_started_again() {
+    for late_s in 120..127 {
+        let cloud = Cloud::start(late_s).await;
+        let late = web().shuts_down_after(Duration::from_secs(late_s));
+        let id = guest(&cloud, late).await;
+        let m = started(&cloud, id, &cold(false)).await;
+        let m = rest(&cloud, &m).await;
+        assert!(matches!(m.status, S::Failed | S::Finished), "{m:#?}");
+        check(&cloud, &m, true).await;
+    }
+}

@@ -12,11 +12,11 @@
  *
  * Disk: numbered records go into a ring on /dev/vda, past the page cache. A check reads the ring
  * and wants every record up to the last one acknowledged, so one lost write shows as a gap.
- * After a reboot the count goes on from the highest record found.
+ * After a reboot the count goes on from the highest record found, which disk_found tells.
  *
  * Kernel command line: drover.name= drover.ip=ADDR/BITS drover.mem_mib= drover.dirty_mib_s=
- * drover.disk_hz= (0 switches a load off), and drover.probe, which powers off as soon as the guest
- * is up.
+ * drover.disk_hz= (0 switches a load off), drover.acpi=ignore (the power button does nothing), and
+ * drover.probe, which powers off as soon as the guest is up.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -66,7 +66,7 @@ static unsigned dirty_mib_s = 4;
 
 static pthread_mutex_t disk_lock = PTHREAD_MUTEX_INITIALIZER;
 static int disk = -1;
-static uint64_t disk_written, disk_verified, disk_errors;
+static uint64_t disk_found, disk_written, disk_verified, disk_errors;
 static bool disk_gap; /* the last check missed a record */
 static unsigned disk_hz = 10;
 
@@ -269,6 +269,7 @@ static void open_disk(void)
 	for (int i = 0; i < SLOTS; i++)
 		if (numbers[i] > disk_written)
 			disk_written = numbers[i];
+	disk_found = disk_written;
 	check_disk();
 }
 
@@ -282,12 +283,13 @@ static void send_status(int fd)
 	int n = snprintf(line, sizeof line,
 		"{\"name\":\"%s\",\"uptime_ms\":%llu,\"mem_mib\":%llu,\"dirty_mib_s\":%u,"
 		"\"mem_rewrites\":%llu,\"mem_errors\":%llu,\"mem_ok\":%s,"
-		"\"disk_written\":%llu,\"disk_verified\":%llu,\"disk_errors\":%llu,\"disk_ok\":%s}\n",
+		"\"disk_found\":%llu,\"disk_written\":%llu,\"disk_verified\":%llu,\"disk_errors\":%llu,"
+		"\"disk_ok\":%s}\n",
 		name, (unsigned long long)now_ms(), (unsigned long long)memory_pages / 256, dirty_mib_s,
 		(unsigned long long)memory_rewrites, (unsigned long long)memory_errors,
 		memory_errors ? "false" : "true",
-		(unsigned long long)disk_written, (unsigned long long)disk_verified,
-		(unsigned long long)disk_errors,
+		(unsigned long long)disk_found, (unsigned long long)disk_written,
+		(unsigned long long)disk_verified, (unsigned long long)disk_errors,
 		disk >= 0 && !disk_errors && !disk_gap ? "true" : "false");
 	pthread_mutex_unlock(&disk_lock);
 	pthread_mutex_unlock(&memory_lock);
@@ -414,8 +416,11 @@ static void load_modules(void)
 static int open_buttons(struct pollfd *fds)
 {
 	int count = 0;
+	char acpi[16];
 	struct dirent *entry;
-	DIR *directory = opendir("/dev/input");
+	DIR *directory = NULL;
+	if (!option("drover.acpi", acpi, sizeof acpi) || strcmp(acpi, "ignore") != 0)
+		directory = opendir("/dev/input");
 	while (directory && count < MAX_BUTTONS && (entry = readdir(directory))) {
 		char path[300];
 		snprintf(path, sizeof path, "/dev/input/%s", entry->d_name);

@@ -116,6 +116,10 @@ guest_disk() {
     case $1 in shared*) echo "$SHARED/$1.qcow2" ;; *) echo "$IMAGES/$1.qcow2" ;; esac
 }
 
+guest_data_disk() {
+    case $1 in shared*) echo "$SHARED/$1-data.raw" ;; *) echo "$IMAGES/$1-data.raw" ;; esac
+}
+
 # guest_disk_create NAME NODE: empty, on the base; what is there already stays.
 guest_disk_create() {
     local name=$1 file base=base.qcow2
@@ -126,6 +130,10 @@ guest_disk_create() {
         *) file=$STATE/$2$(guest_disk "$name") ;;
     esac
     [ -e "$file" ] || qemu-img create -q -f qcow2 -F qcow2 -b $base "$file"
+    [ -n "${GUEST_DATA_MIB:-}" ] || return 0
+    file=$(guest_data_disk "$name")
+    case $name in shared*) ;; *) file=$STATE/$2$file ;; esac
+    head -c "${GUEST_DATA_MIB}M" /dev/urandom >"$file"
 }
 
 # guest_xml NAME: its definition. The processor is the same for all, whatever the machine has, so that any guest
@@ -161,7 +169,7 @@ guest_xml() {
       <driver name='qemu' type='qcow2' cache='none'/>
       <source file='$(guest_disk "$name")'/>
       <target dev='vda' bus='virtio'/>
-    </disk>
+    </disk>$(guest_data_xml "$name")
     <interface type='bridge'>
       <mac address='$(guest_mac "$name")'/>
       <source bridge='br-guests'/>
@@ -173,6 +181,18 @@ guest_xml() {
     <memballoon model='none'/>
   </devices>
 </domain>
+END
+}
+
+guest_data_xml() {
+    [ -n "${GUEST_DATA_MIB:-}" ] || return 0
+    cat <<END
+
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none'/>
+      <source file='$(guest_data_disk "$1")'/>
+      <target dev='vdb' bus='virtio'/>
+    </disk>
 END
 }
 

@@ -4,6 +4,7 @@
 PACKAGES=(
     libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients   # a libvirtd and virsh per node
     qemu-system-x86 qemu-utils                                  # the guests
+    swtpm swtpm-tools                                           # TPMs of guests, for tests
     rabbitmq-server                                             # the broker
     iproute2 util-linux procps                                  # namespaces
     postgresql                                                  # the other database, for tests

@@ -7,12 +7,16 @@ use std::{
     path::PathBuf,
     process::{Child, ChildStdout, Command, Output, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
 /// One test at a time: they share two small nodes, and kill each other's services.
 static TURN: Mutex<()> = Mutex::new(());
+
+/// Longer than anything that is waited for here takes.
+const LONGEST: Duration = Duration::from_secs(60);
 
 /// The devstack, held for one test.
 pub struct Devstack {
@@ -50,6 +54,7 @@ impl Devstack {
         }
         for host in ["kvm1", "kvm2"] {
             self.ok("service", &[host, "libvirtd", "start"]);
+            self.ok("link", &[host, "up"]);
             self.drover(&["node", "enable", host]);
         }
     }
@@ -102,31 +107,95 @@ impl Devstack {
     /// A new guest on kvm1, gone at the end of the test. Its name tells where
     /// its disk is: `vm21` on its node, `shared21` on storage that nodes share.
     pub fn guest(&self, name: &str) -> Guest<'_> {
-        self.run("guest", &[name, "remove"]);
-        self.ok("guest", &[name, "add", "--node", "kvm1"]);
+        self.guest_with(name, &[])
+    }
+
+    /// The same, with options of `devstack/guest add`.
+    pub fn guest_with(&self, name: &str, options: &[&str]) -> Guest<'_> {
         let guest = Guest {
             devstack: self,
             name: name.to_owned(),
         };
+        guest.remove();
+        self.ok(
+            "guest",
+            &[&[name, "add", "--node", "kvm1"], options].concat(),
+        );
         guest.until_known("kvm1");
         guest
     }
 
-    /// Starts a migration and follows its record, one version after the other.
+    /// Starts a live migration and follows its record, one version after the other.
     pub fn start(&self, args: &[&str]) -> Following {
-        let full = [&["instance", "migrate"], args, &["--live", "--no-wait"]].concat();
+        self.begin("--live", args)
+    }
+
+    /// The same, cold.
+    pub fn start_cold(&self, args: &[&str]) -> Following {
+        self.begin("--cold", args)
+    }
+
+    fn begin(&self, way: &str, args: &[&str]) -> Following {
+        let full = [&["instance", "migrate"], args, &[way, "--no-wait"]].concat();
         let accepted = self.json(&full);
-        let id = accepted["uuid"].as_str().expect("a record").to_owned();
+        self.follow(accepted["uuid"].as_str().expect("a record"))
+    }
+
+    /// Follows a migration from now on.
+    pub fn follow(&self, id: &str) -> Following {
         let mut child = self
-            .command(
-                "on",
-                &["ctl", "drover", "migration", "watch", &id, "--json"],
-            )
+            .command("on", &["ctl", "drover", "migration", "watch", id, "--json"])
             .stdout(Stdio::piped())
             .spawn()
             .expect("the command can be run");
         let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        Following { id, child, lines }
+        Following {
+            id: id.to_owned(),
+            child,
+            lines,
+        }
+    }
+
+    /// Runs a shell script on a node, which must work; gives what it printed.
+    pub fn sh(&self, place: &str, script: &str) -> String {
+        self.ok("on", &[place, "sh", "-ec", script])
+    }
+
+    /// Looks again until something is so.
+    ///
+    /// # Panics
+    /// It never is.
+    pub fn until(&self, what: &str, mut is_so: impl FnMut() -> bool) {
+        let give_up = Instant::now() + LONGEST;
+        // Each look starts a process or more, which takes its own time.
+        while !is_so() {
+            assert!(Instant::now() < give_up, "never so: {what}");
+        }
+    }
+
+    /// The directory that all nodes share.
+    pub fn shared(&self) -> String {
+        let exports = self.ok("env", &[]);
+        let shared = exports
+            .lines()
+            .find_map(|line| line.strip_prefix("export DROVER_SHARED="));
+        shared.expect("devstack/env has it").to_owned()
+    }
+
+    /// SHA-256 of a file on a node.
+    pub fn sha256(&self, host: &str, path: &str) -> String {
+        let line = self.ok("on", &[host, "sha256sum", path]);
+        line.split(' ').next().expect("a sum").to_owned()
+    }
+
+    /// Neither node keeps anything for a migration: files aside, journals.
+    pub fn assert_nothing_kept(&self, id: &str) {
+        let shared = self.shared();
+        let find = format!("find /var/lib/libvirt /var/lib/drover '{shared}' -name '*{id}*'");
+        for host in ["kvm1", "kvm2"] {
+            let kept = self.sh(host, &find);
+            assert_eq!(kept, "", "{host} keeps something of {id}");
+        }
     }
 }
 
@@ -151,28 +220,54 @@ pub struct Guest<'a> {
 impl Guest<'_> {
     /// Where the hypervisors have it, and nowhere else.
     pub fn node(&self) -> String {
-        let here = |host: &&str| {
-            let state = self.devstack.on(host, &["virsh", "domstate", &self.name]);
-            String::from_utf8_lossy(&state.stdout).contains("running")
-        };
+        let here = |host: &&str| self.state_on(host).as_deref() == Some("running");
         let nodes: Vec<&str> = ["kvm1", "kvm2"].into_iter().filter(here).collect();
         assert_eq!(nodes.len(), 1, "{} runs on {nodes:?}", self.name);
         nodes[0].to_owned()
     }
 
-    /// Waits until the conductor has it on a node.
-    pub fn until_known(&self, host: &str) {
-        for _ in 0..600 {
-            let shown = self
-                .devstack
-                .drover(&["instance", "show", &self.name, "--json"]);
-            let found: Value = serde_json::from_slice(&shown.stdout).unwrap_or_default();
-            if found["host"] == host {
-                return;
-            }
-            // Agents report on libvirt's events; each look takes its own time.
+    /// Its state as a node's libvirt tells it; none where it is not defined.
+    pub fn state_on(&self, host: &str) -> Option<String> {
+        let state = self.devstack.on(host, &["virsh", "domstate", &self.name]);
+        let text = String::from_utf8_lossy(&state.stdout).trim().to_owned();
+        state.status.success().then_some(text)
+    }
+
+    /// It is on that node in that state, and the other knows nothing of it.
+    pub fn assert_only_on(&self, host: &str, state: &str) {
+        for node in ["kvm1", "kvm2"] {
+            let expected = (node == host).then_some(state);
+            assert_eq!(
+                self.state_on(node).as_deref(),
+                expected,
+                "{} on {node}",
+                self.name
+            );
         }
-        panic!("the conductor never heard of {} on {host}", self.name);
+    }
+
+    /// Waits until the conductor has it on a node, as that node's agent saw it.
+    pub fn until_known(&self, host: &str) {
+        let what = format!("the conductor has {} on {host}", self.name);
+        self.devstack.until(&what, || {
+            let args = ["instance", "show", &self.name, "--json"];
+            let shown = self.devstack.drover(&args);
+            let found: Value = serde_json::from_slice(&shown.stdout).unwrap_or_default();
+            // One of before, with the same UUID, may still be on record as missing.
+            found["host"] == host && found["vm_state"] != "unknown"
+        });
+    }
+
+    /// Waits until it answers.
+    pub fn until_up(&self) {
+        self.devstack.ok("guest", &[&self.name, "await"]);
+    }
+
+    /// Removes it and all of it.
+    fn remove(&self) {
+        // What waits to be confirmed would keep the next of its name from moving.
+        self.devstack.drover(&["instance", "confirm", &self.name]);
+        self.devstack.run("guest", &[&self.name, "remove"]);
     }
 
     /// Its UUID, for when another domain has its name.
@@ -181,6 +276,12 @@ impl Guest<'_> {
             .devstack
             .ok("on", &["kvm1", "virsh", "domuuid", &self.name]);
         uuid.trim().to_owned()
+    }
+
+    /// Its own account of what it knows now.
+    pub fn status(&self) -> Value {
+        let account = self.devstack.ok("guest", &[&self.name, "status"]);
+        serde_json::from_str(account.trim()).expect("JSON")
     }
 
     /// Its own account after it checked all its memory and every disk record.
@@ -205,9 +306,11 @@ impl Guest<'_> {
             "{host} still has {}",
             self.name
         );
-        let disk = format!("/var/lib/libvirt/images/{}.qcow2", self.name);
-        let there = self.devstack.on(host, &["test", "-e", &disk]);
-        assert!(!there.status.success(), "{host} still has {disk}");
+        let disks = format!(
+            "find /var/lib/libvirt/images -name '{0}.*' -o -name '{0}-*'",
+            self.name
+        );
+        assert_eq!(self.devstack.sh(host, &disks), "", "{host} still has them");
     }
 
     /// Opens a TCP session to its echo.
@@ -241,7 +344,7 @@ impl Guest<'_> {
 
 impl Drop for Guest<'_> {
     fn drop(&mut self) {
-        self.devstack.run("guest", &[&self.name, "remove"]);
+        self.remove();
     }
 }
 
@@ -297,6 +400,14 @@ impl Following {
     pub fn until_sending(&mut self) -> Value {
         self.until("sending", |m| {
             m["progress"]["memory"]["processed_bytes"].as_u64() > Some(0)
+        })
+    }
+
+    /// Waits until disks are on their way while the guest is off.
+    pub fn until_copying(&mut self) -> Value {
+        self.until("copying", |m| {
+            m["progress"]["phase"] == "disk"
+                && m["progress"]["disk"]["processed_bytes"].as_u64() > Some(4 << 20)
         })
     }
 

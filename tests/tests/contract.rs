@@ -80,6 +80,9 @@ contract! {
         define_over_an_active_guest_is_refused,
         withdraw_takes_what_is_off_and_nothing_else,
         a_definition_starts_on_the_other_node,
+        a_disk_is_frozen_and_thawed,
+        an_overlay_is_merged_once_its_guest_is_off,
+        only_the_disk_that_was_meant_is_frozen,
     }
     carrying {
         a_file_is_reserved_once,

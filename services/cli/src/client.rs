@@ -37,8 +37,9 @@ pub const ADMISSION: Duration = Duration::from_secs(60);
 /// How long asking for a way back with all changes may take: the conductor
 /// confirms first, for two minutes at the most, and then admits a migration.
 pub const WAY_BACK: Duration = Duration::from_secs(180);
-/// How long one wait for a change lasts before it is asked again.
-pub const POLL: Duration = Duration::from_secs(10);
+/// How long one wait for a change lasts before it is asked again: also, by half
+/// of it longer, until a conductor that died is noticed.
+pub const POLL: Duration = Duration::from_secs(3);
 
 /// How long the broker may take to let this command in.
 const CONTACT: Duration = Duration::from_secs(5);

@@ -1,7 +1,7 @@
 //! Points about guests that are shut down, started, and defined elsewhere.
 
 use anyhow::{Context, Result, ensure};
-use drover_compute::hypervisor::Event;
+use drover_compute::hypervisor::{Event, Overlay};
 use drover_model::{
     guest::{
         PowerState::{self, Paused, Running, Shutdown},
@@ -120,8 +120,14 @@ pub async fn the_lasting_guest_is_the_guest(stage: &dyn Stage) -> Result<()> {
         ensure!(told(&lasting) == told(&now), "{lasting:?} {now:?}");
         ensure!(lasting.disks.len() == 1, "{:?}", lasting.disks);
         let (disk, other) = (&lasting.disks[0], &now.disks[0]);
-        ensure!(disk.local_path() == other.local_path(), "{disk:?} {other:?}");
-        ensure!(disk.virtual_bytes == other.virtual_bytes, "{disk:?} {other:?}");
+        ensure!(
+            disk.local_path() == other.local_path(),
+            "{disk:?} {other:?}"
+        );
+        ensure!(
+            disk.virtual_bytes == other.virtual_bytes,
+            "{disk:?} {other:?}"
+        );
     }
     ensure!(a.lasting_guest(nobody()).await?.is_none(), "of nobody");
     ensure!(a.definition(nobody()).await?.is_none(), "of nobody");
@@ -144,7 +150,10 @@ pub async fn a_definition_goes_away_and_comes_back(stage: &dyn Stage) -> Result<
         withdrawn.with_context(|| format!("withdrawn {attempt}"))?;
         ensure!(a.presence(id).await? == Presence::Absent, "{attempt}");
     }
-    ensure!(stage.fingerprint(path).await? == disk, "its disk was touched");
+    ensure!(
+        stage.fingerprint(path).await? == disk,
+        "its disk was touched"
+    );
     for attempt in ["once", "twice"] {
         let defined = a.define(&definition, None).await;
         defined.with_context(|| format!("defined {attempt}"))?;
@@ -175,7 +184,10 @@ pub async fn define_with_a_flavor_changes_the_size(stage: &dyn Stage) -> Result<
     a.start(id).await.context("of the new size")?;
     let running = a.guest(id).await?.context("it is gone")?;
     let size = (running.vcpus, running.memory_mib);
-    ensure!(size == (flavor.vcpus, flavor.memory_mb), "it runs: {size:?}");
+    ensure!(
+        size == (flavor.vcpus, flavor.memory_mb),
+        "it runs: {size:?}"
+    );
     a.stop(id).await?;
     a.define(&definition, None).await?;
     let back = a.lasting_guest(id).await?.context("it is gone")?;
@@ -231,4 +243,95 @@ pub async fn a_definition_starts_on_the_other_node(stage: &dyn Stage) -> Result<
     ensure!(b.presence(id).await? == running, "it does not run on b");
     ensure!(a.presence(id).await? == Presence::Absent, "a has it still");
     Ok(())
+}
+
+// ---- frozen disks --------------------------------------------------------------------
+
+/// A running guest on a disk, and the overlay that it may get.
+async fn with_overlay(stage: &dyn Stage) -> Result<(InstanceId, Overlay)> {
+    let id = stage.guest(on_disk(Running)).await?;
+    let image = disk_of(stage, id).await?;
+    let overlay = Overlay {
+        target: "vda".to_owned(),
+        path: format!("{image}.delta"),
+        image,
+        format: "qcow2".to_owned(),
+    };
+    Ok((id, overlay))
+}
+
+/// The file that a guest of a uses now.
+async fn disk_of(stage: &dyn Stage, id: InstanceId) -> Result<String> {
+    let guest = stage.a().guest(id).await?.context("the guest is on a")?;
+    let path = guest.disks[0].local_path().context("its disk is a file")?;
+    Ok(path.to_owned())
+}
+
+/// A frozen disk's guest runs on over its image, and on it again afterwards.
+///
+/// # Errors
+/// The point is broken.
+pub async fn a_disk_is_frozen_and_thawed(stage: &dyn Stage) -> Result<()> {
+    let (a, (id, overlay)) = (stage.a(), with_overlay(stage).await?);
+    let overlays = [overlay.clone()];
+    a.thaw_disks(id, &overlays).await.context("never frozen")?;
+    for attempt in ["once", "twice"] {
+        let frozen = a.freeze_disks(id, &overlays).await;
+        frozen.with_context(|| format!("frozen {attempt}"))?;
+        ensure!(disk_of(stage, id).await? == overlay.path, "{attempt}");
+        assert_is(stage, id, Running).await?;
+    }
+    for path in [&overlay.path, &overlay.image] {
+        let removed = a.remove_disk(path).await;
+        ensure!(removed.is_err(), "{path} was removed under the guest");
+    }
+    for attempt in ["once", "twice"] {
+        let thawed = a.thaw_disks(id, &overlays).await;
+        thawed.with_context(|| format!("thawed {attempt}"))?;
+        ensure!(disk_of(stage, id).await? == overlay.image, "{attempt}");
+        assert_is(stage, id, Running).await?;
+    }
+    a.remove_disk(&overlay.path).await?;
+    a.stop(id).await?;
+    a.start(id).await.context("on its own image")?;
+    assert_is(stage, id, Running).await
+}
+
+/// An overlay is merged where no guest runs, and as often as one likes.
+///
+/// # Errors
+/// The point is broken.
+pub async fn an_overlay_is_merged_once_its_guest_is_off(stage: &dyn Stage) -> Result<()> {
+    let (a, (id, overlay)) = (stage.a(), with_overlay(stage).await?);
+    // Before it is defined otherwise: where its own image is its disk.
+    let definition = a.definition(id).await?.context("it has no definition")?;
+    a.merge_overlay(&overlay).await.context("never frozen")?;
+    a.freeze_disks(id, std::slice::from_ref(&overlay)).await?;
+    a.stop(id).await?;
+    for attempt in ["once", "twice"] {
+        let merged = a.merge_overlay(&overlay).await;
+        merged.with_context(|| format!("merged {attempt}"))?;
+    }
+    a.define(&definition, None).await?;
+    a.remove_disk(&overlay.path).await?;
+    a.start(id).await.context("on its own image")?;
+    ensure!(disk_of(stage, id).await? == overlay.image, "another disk");
+    assert_is(stage, id, Running).await
+}
+
+/// Nothing is frozen of a guest that is not there, nor a disk that is another.
+///
+/// # Errors
+/// The point is broken.
+pub async fn only_the_disk_that_was_meant_is_frozen(stage: &dyn Stage) -> Result<()> {
+    let (a, (id, overlay)) = (stage.a(), with_overlay(stage).await?);
+    let other = Overlay {
+        image: format!("{}.other", overlay.image),
+        ..overlay.clone()
+    };
+    assert_wrong_state("freeze_disks", a.freeze_disks(id, &[other]).await)?;
+    let now = disk_of(stage, id).await?;
+    ensure!(now == overlay.image, "it uses {now}");
+    let frozen = a.freeze_disks(nobody(), &[overlay]).await;
+    assert_no_such_guest("freeze_disks", frozen)
 }

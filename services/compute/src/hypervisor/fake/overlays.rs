@@ -2,7 +2,7 @@
 //! begins as what is under it; and back.
 
 use drover_model::{
-    guest::DiskSource,
+    guest::{BackingImage, DiskSource},
     ids::{HostName, InstanceId},
 };
 use tokio::time::Instant;
@@ -40,7 +40,16 @@ impl World {
             };
             let made = self.storage.create(host, &overlay.path, over);
             made.map_err(HypervisorError::Failed)?;
-            self.plug(host, id, &overlay.target, &overlay.path);
+            self.plug(host, id, &overlay.target, &overlay.path, |backing| {
+                backing.insert(
+                    0,
+                    BackingImage {
+                        path: overlay.image.clone(),
+                        format: overlay.format.clone(),
+                        allocated_bytes: 0,
+                    },
+                );
+            });
         }
         Ok(())
     }
@@ -56,7 +65,9 @@ impl World {
         for overlay in overlays {
             if self.disk_path(host, id, &overlay.target)? == overlay.path {
                 self.merge_overlay(host, overlay)?;
-                self.plug(host, id, &overlay.target, &overlay.image);
+                self.plug(host, id, &overlay.target, &overlay.image, |backing| {
+                    backing.retain(|image| image.path != overlay.image);
+                });
             }
         }
         Ok(())
@@ -80,11 +91,20 @@ impl World {
         path.ok_or_else(|| HypervisorError::Failed(format!("no disk {target}")))
     }
 
-    fn plug(&mut self, host: &HostName, id: InstanceId, target: &str, path: &str) {
+    /// Has a disk be another file, over other images.
+    fn plug(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        target: &str,
+        path: &str,
+        change: impl Fn(&mut Vec<BackingImage>),
+    ) {
         let disks = self.domain_mut(host, id).map(|d| &mut d.guest.disks);
         for disk in disks.into_iter().flatten().filter(|d| d.target == target) {
             let path = path.to_owned();
             disk.source = DiskSource::File { path };
+            change(&mut disk.backing);
         }
     }
 }

@@ -5,6 +5,7 @@ PACKAGES=(
     libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients   # a libvirtd and virsh per node
     qemu-system-x86 qemu-utils                                  # the guests
     swtpm swtpm-tools                                           # TPMs of guests, for tests
+    rsync libnbd-bin                                            # peers of bench-disks
     rabbitmq-server                                             # the broker
     iproute2 util-linux procps                                  # namespaces
     postgresql                                                  # the other database, for tests

@@ -379,6 +379,153 @@ async fn a_python_frontend_has_the_conductor_move_a_guest() {
     assert_eq!(guest.node(), "kvm2");
 }
 
+/// What Nova's own RPC class sends, about our guest.
+fn as_nova(
+    name: &str,
+    op: &str,
+    topic: &str,
+    server: Option<&str>,
+    change: impl Fn(&mut Value),
+) -> Value {
+    let nova = captured(name);
+    let mut args = nova["args"].clone();
+    change(&mut args);
+    json!({"op": op, "topic": topic, "server": server, "namespace": nova["namespace"],
+           "version": nova["version"], "method": nova["method"], "args": args,
+           "context": {"request_id": "req-interop", "user_id": "u-1"}})
+}
+
+#[tokio::test]
+async fn a_python_frontend_resizes_confirms_and_reverts() {
+    let Some(devstack) = Devstack::take() else {
+        return;
+    };
+    let guest = devstack.guest("vm25");
+    let uuid = guest.uuid();
+    let url = std::env::var("DROVER_TEST_AMQP_URL").expect("a devstack has a broker");
+    let exchange = MessagingSettings::with_url(url.as_str()).control_exchange;
+    let mut python = Peer::start(&[&url, &exchange, "client"]).await;
+    let order = |method: &str, args: Value| {
+        json!({"op": "call", "topic": "conductor", "namespace": "drover", "version": "1.0",
+               "method": method, "args": args, "context": {"roles": ["admin"]}})
+    };
+    let size = |host: &str| {
+        let info = devstack.ok("on", &[host, "virsh", "dominfo", "vm25"]);
+        let of = |name: &str| {
+            let line = info.lines().find(|line| line.starts_with(name))?;
+            line.split(':')
+                .nth(1)?
+                .split_whitespace()
+                .next()?
+                .parse::<u64>()
+                .ok()
+        };
+        (of("CPU(s)"), of("Max memory"))
+    };
+    let (small, large) = ((Some(1), Some(128 << 10)), (Some(2), Some(160 << 10)));
+
+    // A cast with a changed flavor: a resize.
+    let cast = as_nova("nova_migrate_server", "cast", "conductor", None, |args| {
+        args["instance"]["nova_object.data"]["uuid"] = json!(uuid);
+        args["scheduler_hint"]["host"] = json!("kvm2");
+        args["flavor"]["nova_object.data"]["vcpus"] = json!(2);
+        args["flavor"]["nova_object.data"]["memory_mb"] = json!(160);
+    });
+    assert_eq!(python.ask(cast).await, json!({"returned": null}));
+    let moved = followed(&mut python, order, &uuid).await;
+    assert_eq!(moved["status"], "finished", "{moved:#}");
+    assert_eq!(moved["migration_type"], "migration", "{moved:#}");
+    assert_eq!(size("kvm2"), large);
+
+    // What is meant has to be the one that waits.
+    let about = |id: &Value| {
+        let (uuid, id) = (uuid.clone(), id.clone());
+        move |args: &mut Value| {
+            args["instance"]["nova_object.data"]["uuid"] = json!(uuid);
+            args["migration"]["nova_object.data"]["uuid"] = json!(null);
+            args["migration"]["nova_object.data"]["id"] = id.clone();
+        }
+    };
+    let stale = as_nova(
+        "nova_revert_resize",
+        "call",
+        "compute",
+        Some("kvm2"),
+        about(&json!(0)),
+    );
+    let refused = python.ask(stale).await;
+    let class = "oslo_messaging.rpc.client.RemoteError";
+    assert_eq!(refused["raised"], class, "{refused}");
+    assert_eq!(
+        refused["exc_type"], "MigrationNotFoundByStatus",
+        "{refused}"
+    );
+
+    // Back, with the size it had.
+    let revert = as_nova(
+        "nova_revert_resize",
+        "cast",
+        "compute",
+        Some("kvm2"),
+        about(&moved["id"]),
+    );
+    assert_eq!(python.ask(revert).await, json!({"returned": null}));
+    let reverted = until_status(&mut python, order, &moved, "reverted").await;
+    assert_eq!(reverted["status"], "reverted", "{reverted:#}");
+    assert_eq!((guest.node().as_str(), size("kvm1")), ("kvm1", small));
+
+    // A call without a clean shutdown, the same flavor: a move; then confirmed.
+    let call = as_nova("nova_migrate_server", "call", "conductor", None, |args| {
+        args["instance"]["nova_object.data"]["uuid"] = json!(uuid);
+        args["scheduler_hint"]["host"] = json!("kvm2");
+        args["clean_shutdown"] = json!(false);
+    });
+    assert_eq!(python.ask(call).await, json!({"returned": null}));
+    let moved = followed(&mut python, order, &uuid).await;
+    assert_eq!(moved["status"], "finished", "{moved:#}");
+    assert_eq!(size("kvm2"), small);
+    let confirm = as_nova(
+        "nova_confirm_resize",
+        "call",
+        "compute",
+        Some("kvm1"),
+        about(&moved["id"]),
+    );
+    assert_eq!(python.ask(confirm).await, json!({"returned": null}));
+    let confirmed = until_status(&mut python, order, &moved, "confirmed").await;
+    assert_eq!(confirmed["status"], "confirmed", "{confirmed:#}");
+    guest.assert_only_on("kvm2", "running");
+
+    // The same method moves live.
+    let live = as_nova("nova_migrate_server", "call", "conductor", None, |args| {
+        args["instance"]["nova_object.data"]["uuid"] = json!(uuid);
+        args["scheduler_hint"]["host"] = json!("kvm1");
+        args["live"] = json!(true);
+    });
+    assert_eq!(python.ask(live).await, json!({"returned": null}));
+    let moved = followed(&mut python, order, &uuid).await;
+    assert_eq!(moved["status"], "completed", "{moved:#}");
+    assert_eq!(moved["migration_type"], "live-migration", "{moved:#}");
+}
+
+/// The record once it has a status.
+async fn until_status(
+    python: &mut Peer,
+    order: impl Fn(&str, Value) -> Value,
+    migration: &Value,
+    status: &str,
+) -> Value {
+    let give_up = Instant::now() + LIMIT;
+    let mut record = migration.clone();
+    while record["status"] != status {
+        assert!(Instant::now() < give_up, "it is never {status}: {record:#}");
+        let wait = json!({"migration": record["uuid"], "seen_version": record["version"],
+                          "timeout_ms": 5_000});
+        record = python.ask(order("wait_migration", wait)).await["returned"].take();
+    }
+    record
+}
+
 /// The record, at its end, of the instance's migration that was not refused.
 async fn followed(
     python: &mut Peer,

@@ -814,5 +814,8 @@ pub fn room(short: &[claims::Shortfall], host: &HostName) -> Vec<CheckFailure> {
 }
 
 #[cfg(test)]
+#[path = "checks/cold_tests.rs"]
+mod cold_tests;
+#[cfg(test)]
 #[path = "checks_tests.rs"]
 mod tests;

@@ -15,11 +15,11 @@ const LIVE: Liveness = Liveness {
     now_ms: 1_000_000,
 };
 
-fn host(name: &str) -> HostName {
+pub(super) fn host(name: &str) -> HostName {
     name.parse().unwrap()
 }
 
-fn inventory() -> Inventory {
+pub(super) fn inventory() -> Inventory {
     Inventory {
         hypervisor_type: "QEMU".into(),
         hypervisor_version: 7_002_000,
@@ -34,7 +34,7 @@ fn inventory() -> Inventory {
     }
 }
 
-fn disk(target: &str, path: &str) -> Disk {
+pub(super) fn disk(target: &str, path: &str) -> Disk {
     Disk {
         target: target.into(),
         device: "disk".into(),
@@ -53,7 +53,7 @@ fn disk(target: &str, path: &str) -> Disk {
     }
 }
 
-fn guest() -> Guest {
+pub(super) fn guest() -> Guest {
     Guest {
         id: InstanceId(Uuid::from_u128(7)),
         name: "vm1".into(),
@@ -83,7 +83,7 @@ fn guest() -> Guest {
     }
 }
 
-fn source_facts() -> SourceFacts {
+pub(super) fn source_facts() -> SourceFacts {
     SourceFacts {
         guest: Some(guest()),
         marks: vec![],
@@ -91,7 +91,7 @@ fn source_facts() -> SourceFacts {
     }
 }
 
-fn disk_fact() -> DiskFact {
+pub(super) fn disk_fact() -> DiskFact {
     DiskFact {
         target: "vda".into(),
         shared: false,
@@ -103,7 +103,7 @@ fn disk_fact() -> DiskFact {
     }
 }
 
-fn destination_facts() -> DestinationFacts {
+pub(super) fn destination_facts() -> DestinationFacts {
     DestinationFacts {
         inventory: inventory(),
         emulator_present: true,
@@ -127,7 +127,7 @@ fn destination_facts() -> DestinationFacts {
     }
 }
 
-fn instance() -> InstanceRow {
+pub(super) fn instance() -> InstanceRow {
     InstanceRow {
         id: guest().id,
         name: "vm1".into(),
@@ -168,7 +168,7 @@ fn node_row(name: &str) -> NodeRow {
     }
 }
 
-fn codes(failures: &[CheckFailure]) -> Vec<CheckCode> {
+pub(super) fn codes(failures: &[CheckFailure]) -> Vec<CheckCode> {
     for failure in failures {
         assert!(
             !failure.message.is_empty() && !failure.remedy.is_empty(),

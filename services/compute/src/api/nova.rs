@@ -228,6 +228,54 @@ mod tests {
     }
 
     #[test]
+    fn a_migration_is_named_by_object_number_or_text_or_not_at_all() {
+        let found: Migration = serde_json::from_value(serde_json::json!({
+            "id": 7, "uuid": "01890000-0000-7000-8000-000000000001", "instance_uuid": UUID,
+            "instance_name": "vm1", "project_id": "demo", "migration_type": "migration",
+            "options": {}, "status": "finished", "source_host": "kvm1", "dest_host": "kvm2",
+            "dest_requested": true, "step": "settle", "step_started_at_ms": 0, "attempt": 1,
+            "owner": "ctl", "requester": {}, "abort_requested": false,
+            "force_complete_requested": false, "end_reason": null, "warnings": [],
+            "decisions": [], "timings": [], "downtime_ms": null, "created_at_ms": 0,
+            "updated_at_ms": 0, "finished_at_ms": null, "deadline_at_ms": null, "version": 1,
+            "progress": {
+                "phase": "done", "memory": {"total_bytes": 0, "processed_bytes": 0, "remaining_bytes": 0},
+                "disk": {"total_bytes": 0, "processed_bytes": 0, "remaining_bytes": 0},
+                "rate_bytes_s": 0, "dirty_rate_bytes_s": 0, "iteration": 0, "elapsed_ms": 0,
+                "expected_downtime_ms": null, "allowed_downtime_ms": null, "eta_ms": null, "note": null,
+            },
+        }))
+        .unwrap();
+        let means = |migration: Value| {
+            let ask = serde_json::json!({"instance": UUID, "migration": migration});
+            serde_json::from_value::<EndResize>(ask)
+                .unwrap()
+                .means(&found)
+        };
+        let object =
+            |id: i64, uuid: &str| serde_json::json!({"nova_object.data": {"id": id, "uuid": uuid}});
+        let uuid = found.uuid.to_string();
+        for named in [
+            Value::Null,
+            serde_json::json!(7),
+            serde_json::json!("7"),
+            serde_json::json!(uuid),
+            object(7, UUID),
+            object(1, &uuid),
+        ] {
+            assert!(means(named.clone()), "{named}");
+        }
+        for other in [
+            serde_json::json!(8),
+            serde_json::json!(UUID),
+            object(1, UUID),
+            serde_json::json!([]),
+        ] {
+            assert!(!means(other.clone()), "{other}");
+        }
+    }
+
+    #[test]
     fn anything_else_is_refused() {
         for bad in [
             serde_json::json!({}),

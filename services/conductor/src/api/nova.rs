@@ -198,3 +198,66 @@ fn instance_id(value: &Value) -> Result<InstanceId, RemoteFailure> {
         )
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use drover_model::guest::PowerState;
+    use serde_json::json;
+
+    use super::*;
+
+    const UUID: &str = "6f1f3a36-6b3e-4a7e-9f0a-1d9a4b7d0001";
+
+    fn row() -> InstanceRow {
+        InstanceRow {
+            id: UUID.parse().unwrap(),
+            name: "vm1".into(),
+            project: "demo".into(),
+            host: "kvm1".parse().unwrap(),
+            power_state: PowerState::Running,
+            vcpus: 1,
+            memory_mib: 128,
+            disk_bytes: 0,
+            generation: 0,
+            changed_at_ms: 0,
+            missing_since_ms: None,
+        }
+    }
+
+    fn wanted(instance: Value, flavor: Value) -> Result<Option<Flavor>, RemoteFailure> {
+        let ask = json!({"instance": instance, "scheduler_hint": null, "live": false,
+                         "flavor": flavor, "block_migration": null, "clean_shutdown": true});
+        new_flavor(&serde_json::from_value(ask).unwrap(), &row())
+    }
+
+    fn object(vcpus: u64, memory_mb: u64) -> Value {
+        json!({"nova_object.data": {"vcpus": vcpus, "memory_mb": memory_mb, "root_gb": 0}})
+    }
+
+    #[test]
+    fn another_flavor_is_a_resize() {
+        let large = Flavor {
+            vcpus: 2,
+            memory_mb: 256,
+        };
+        let with = |flavor: Value| json!({"nova_object.data": {"uuid": UUID, "flavor": flavor}});
+        assert_eq!(wanted(UUID.into(), Value::Null).unwrap(), None);
+        assert_eq!(wanted(UUID.into(), object(1, 128)).unwrap(), None);
+        assert_eq!(wanted(UUID.into(), object(2, 256)).unwrap(), Some(large));
+        let same = wanted(with(object(2, 256)), object(2, 256));
+        assert_eq!(
+            same.unwrap(),
+            None,
+            "the instance's own word on its flavor counts"
+        );
+        let changed = wanted(with(object(1, 128)), object(2, 256));
+        assert_eq!(changed.unwrap(), Some(large));
+        for bad in [
+            json!({}),
+            json!({"vcpus": "2", "memory_mb": 1}),
+            json!({"vcpus": -1, "memory_mb": 1}),
+        ] {
+            assert!(wanted(UUID.into(), bad).is_err());
+        }
+    }
+}

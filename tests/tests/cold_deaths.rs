@@ -56,12 +56,12 @@ async fn check(cloud: &Cloud, m: &Migration, ran: bool) {
         panic!("{found:?}\n{m:#?}");
     }
     let running = cloud.fabric.running_on(m.instance_uuid);
-    let expected = ran.then(|| host.parse().unwrap());
+    let expected = ran.then(|| host.parse().expect("a host name"));
     assert_eq!(running, expected, "{m:#?}");
     let name = m.instance_uuid.to_string();
     let row = cloud.store.find_instance(&name).await;
-    assert_eq!(row.unwrap().host.as_str(), host, "{m:#?}");
-    let claims = cloud.store.claims().await.unwrap();
+    assert_eq!(row.expect("on the record").host.as_str(), host, "{m:#?}");
+    let claims = cloud.store.claims().await.expect("readable");
     assert_eq!(
         claims.len(),
         usize::from(m.status == S::Finished),

@@ -69,7 +69,7 @@ impl AgentClient {
             timeout: Some(self.limits.check),
             ..CallOptions::default()
         };
-        match self.call(host, method, args, options.clone()).await {
+        match self.call(host, method, args, options).await {
             // It was just being stopped. Whoever takes its place is asked again.
             Err(error) if error.class == ErrorClass::Lost => {
                 self.call(host, method, args, options).await

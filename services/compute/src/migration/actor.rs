@@ -71,7 +71,7 @@ pub(super) enum Stage {
     /// The guest is to come here.
     Arriving(DestinationRecord),
     /// The guest is leaving, shut off.
-    Leaving(Leaving),
+    Leaving(Box<Leaving>),
     /// The guest is coming, shut off.
     Coming(Box<ComingRecord>),
 }
@@ -120,7 +120,7 @@ impl Actor {
     ) -> Self {
         let stage = match record {
             Record::Destination(record) => Stage::Arriving(record),
-            Record::Leaving(record) => Stage::Leaving(Leaving::resume(record)),
+            Record::Leaving(record) => Stage::Leaving(Box::new(Leaving::resume(record))),
             Record::Coming(record) => Stage::Coming(record),
             Record::Source(record) if record.ended.is_some() => Stage::Ended(record),
             Record::Source(record) => {

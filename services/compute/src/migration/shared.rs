@@ -46,6 +46,23 @@ impl Actor {
         Ok(())
     }
 
+    /// A clean-up that left nothing is the end of the migration here. Else the
+    /// journal keeps what is left, for whoever asks again.
+    pub(super) async fn forget_if_clean(
+        &mut self,
+        step: StepRef,
+        clean_up: CleanUp,
+    ) -> Result<CleanUp, Fault> {
+        if clean_up.warnings.is_empty() {
+            let finished = Finished {
+                job: None,
+                clean_up: clean_up.clone(),
+            };
+            self.forget(step, finished).await?;
+        }
+        Ok(clean_up)
+    }
+
     /// Refuses a step that names another instance than the migration's.
     pub(super) fn same_instance(&self, step: StepRef) -> Result<(), Fault> {
         let own = match &self.stage {

@@ -275,16 +275,7 @@ impl Actor {
         definition::remove(&path).await?;
         info!(migration = %self.migration, instance = %step.instance,
             removed = ?clean_up.removed, "took back what was made for the guest");
-        if !clean_up.warnings.is_empty() {
-            // The journal keeps what is left, for whoever asks again.
-            return Ok(clean_up);
-        }
-        let finished = Finished {
-            job: None,
-            clean_up: clean_up.clone(),
-        };
-        self.forget(step, finished).await?;
-        Ok(clean_up)
+        self.forget_if_clean(step, clean_up).await
     }
 
     /// What came is on stable storage and the guest's for good.

@@ -135,7 +135,7 @@ impl Actor {
                 info!(migration = %self.migration, instance = %step.instance,
                     was_running = record.was_running, "the guest is to leave, shut off");
                 Counters::add(&self.node.counters.transfers_started);
-                self.stage = Stage::Leaving(Leaving::resume(Box::new(record)));
+                self.stage = Stage::Leaving(Box::new(Leaving::resume(Box::new(record))));
                 Ok(())
             }
             Err(fault) => {
@@ -185,11 +185,11 @@ impl Actor {
         self.write_leaving(&record).await?;
         let work = Work::begin(&self.node, self.migration, step.instance, step.part, task);
         let job = work.job();
-        self.stage = Stage::Leaving(Leaving {
+        self.stage = Stage::Leaving(Box::new(Leaving {
             record: Box::new(record),
             work: Some(work),
             last: None,
-        });
+        }));
         Ok(job)
     }
 
@@ -494,16 +494,7 @@ impl Actor {
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::remove(&path).await?;
-        if !clean_up.warnings.is_empty() {
-            // The journal keeps what is left, for whoever asks again.
-            return Ok(clean_up);
-        }
-        let finished = Finished {
-            job: None,
-            clean_up: clean_up.clone(),
-        };
-        self.forget(step, finished).await?;
-        Ok(clean_up)
+        self.forget_if_clean(step, clean_up).await
     }
 
     /// Where the guest is here.

@@ -34,13 +34,14 @@ impl Actor {
     pub(in super::super) async fn prep_resize(&mut self, step: PrepResize) -> Result<Inbox, Fault> {
         let reference = self.step(step.instance);
         self.same_instance(reference)?;
-        let mut record = match &self.stage {
-            Stage::Coming(record) => (**record).clone(),
-            Stage::Idle => self.begin_coming(&step).await?,
+        let (mut record, first) = match &self.stage {
+            // Begun by a former life of the agent, or broken off by a fault.
+            Stage::Coming(record) => ((**record).clone(), false),
+            Stage::Idle => (self.begin_coming(&step).await?, true),
             _ => return Err(Fault::refused("this node is the migration's source")),
         };
         if !record.prepared {
-            self.reserve(&mut record).await?;
+            self.reserve(&mut record, first).await?;
         }
         self.open(&record).await
     }
@@ -115,14 +116,25 @@ impl Actor {
             .await?)
     }
 
-    async fn reserve(&mut self, record: &mut ComingRecord) -> Result<(), Fault> {
+    async fn reserve(&mut self, record: &mut ComingRecord, first: bool) -> Result<(), Fault> {
         let hypervisor = self.node.hypervisor.clone();
-        for file in record.files.iter().filter(|file| file.is_made()) {
+        let made = record.files.iter().filter(|file| file.is_made());
+        for file in made.cloned().collect::<Vec<_>>() {
             let with_directory = file.role == FileRole::Tpm;
-            match hypervisor.reserve_file(&file.path, with_directory).await {
+            let reserved = hypervisor.reserve_file(&file.path, with_directory);
+            match reserved.await {
+                Ok(()) => {}
                 // A former attempt made it: nothing was there before.
-                Ok(()) | Err(HypervisorError::Exists(_)) => {}
-                Err(e) => return Err(fault(e)),
+                Err(HypervisorError::Exists(_)) if !first => {}
+                Err(e) => {
+                    if matches!(e, HypervisorError::Exists(_)) {
+                        // Somebody else has put it there since: it is not the migration's own.
+                        record.files.retain(|other| other.path != file.path);
+                        self.write_coming(record).await?;
+                        self.stage = Stage::Coming(Box::new(record.clone()));
+                    }
+                    return Err(fault(e));
+                }
             }
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);

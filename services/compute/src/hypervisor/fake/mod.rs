@@ -32,6 +32,7 @@ mod departure;
 mod fabric;
 mod files;
 mod guest_builder;
+mod hands;
 mod inbox;
 mod inspect;
 mod journey;

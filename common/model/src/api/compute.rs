@@ -579,7 +579,9 @@ pub struct TransferFacts {
     pub networks: Vec<NicAttachment>,
     /// Locations that were asked after, in that order.
     pub locations: Vec<LocationFact>,
-    /// Files of the guest's that other domains of this node use too.
+    /// Files of the guest's disks.
+    pub files: Vec<FileFact>,
+    /// Those of them that other domains of this node use too.
     pub shared: Vec<SharedFile>,
 }
 

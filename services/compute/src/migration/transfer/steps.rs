@@ -81,14 +81,16 @@ impl Actor {
             .collect();
         let asked = tokio::try_join!(
             hypervisor.location_facts(&step.locations, &names),
+            hypervisor.file_facts(&paths),
             hypervisor.other_users(step.instance, &paths)
         );
-        let (locations, shared) = asked.map_err(fault)?;
+        let (locations, files, shared) = asked.map_err(fault)?;
         Ok(TransferFacts {
             guest,
             lasting,
             networks,
             locations,
+            files,
             shared,
         })
     }
@@ -306,7 +308,9 @@ impl Actor {
     ) -> Result<CleanUp, Fault> {
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
-            return Ok(self.remembered());
+            // Whatever of it is still on its way here comes too late.
+            self.registry.release(step, Some(Finished::default()));
+            return Ok(CleanUp::default());
         }
         let record = self.transferring()?;
         if !record.begun.is_empty() && !record.done.contains(&TransferPart::TakeBack) {

@@ -1,4 +1,5 @@
-//! Guests that change hands: other networks, another project, other files.
+//! Guests that change hands, as [`FakeDriver`]s do it: what there is to it is in
+//! [`super::handing`] (networks, project, definitions) and [`super::mirrors`] (disks).
 
 use std::time::Duration;
 
@@ -9,66 +10,106 @@ use drover_model::{
     ids::InstanceId,
     project::Location,
 };
+use tokio::time::sleep;
 
-use super::FakeDriver;
-use crate::hypervisor::{Definition, HypervisorError, Mirror, Result, Standing, TransferDriver};
+use super::{FakeDriver, handing, leave, script::Call};
+use crate::hypervisor::{Definition, Mirror, Result, Standing, TransferDriver};
 
-fn not_yet<T>() -> Result<T> {
-    Err(HypervisorError::Bug("not built yet".to_owned()))
+impl FakeDriver {
+    /// Copies a disk: the agent's own work, which ends with it.
+    async fn place(&self, disk: &DiskMove, bandwidth_bytes_s: Option<u64>) -> Result<()> {
+        let time = self
+            .fabric
+            .with(|world, _| world.begin_placing(&self.host, disk, bandwidth_bytes_s))?;
+        sleep(time).await;
+        self.fabric
+            .with(|world, _| world.finish_placing(&self.host, disk))
+    }
 }
 
 #[async_trait]
 impl TransferDriver for FakeDriver {
-    async fn networks_present(&self, _networks: &[NicAttachment]) -> Result<Vec<NicAttachment>> {
-        not_yet()
+    async fn networks_present(&self, networks: &[NicAttachment]) -> Result<Vec<NicAttachment>> {
+        self.call(Call::NetworksPresent, |world, host, _| {
+            let spec = &world.node(host).spec;
+            let here = networks.iter().filter(|n| spec.has_attachment(n));
+            Ok(here.cloned().collect())
+        })
+        .await
     }
 
     async fn location_facts(
         &self,
-        _locations: &[Location],
-        _names: &[String],
+        locations: &[Location],
+        names: &[String],
     ) -> Result<Vec<LocationFact>> {
-        not_yet()
+        self.call(Call::LocationFacts, |world, host, _| {
+            let facts = locations.iter();
+            Ok(facts
+                .map(|location| world.location_fact(host, location, names))
+                .collect())
+        })
+        .await
     }
 
-    async fn other_users(&self, _id: InstanceId, _paths: &[String]) -> Result<Vec<SharedFile>> {
-        not_yet()
+    async fn other_users(&self, id: InstanceId, paths: &[String]) -> Result<Vec<SharedFile>> {
+        self.call(Call::OtherUsers, |world, host, _| {
+            Ok(world.other_users(host, id, paths))
+        })
+        .await
     }
 
-    async fn standing(&self, _id: InstanceId) -> Result<Standing> {
-        not_yet()
+    async fn standing(&self, id: InstanceId) -> Result<Standing> {
+        self.call(Call::Standing, |world, host, _| world.standing(host, id))
+            .await
     }
 
-    async fn hand_over(&self, _id: InstanceId, _plan: &TransferPlan) -> Result<Duration> {
-        not_yet()
+    async fn hand_over(&self, id: InstanceId, plan: &TransferPlan) -> Result<Duration> {
+        self.call(Call::HandOver, |world, host, _| {
+            world.hand_over(host, id, plan)
+        })
+        .await
     }
 
-    async fn hand_back(&self, _id: InstanceId, _before: &Standing) -> Result<()> {
-        not_yet()
+    async fn hand_back(&self, id: InstanceId, before: &Standing) -> Result<()> {
+        self.call(Call::HandBack, |world, host, _| {
+            world.hand_back(host, id, before)
+        })
+        .await
     }
 
     async fn mirror_disk(
         &self,
-        _id: InstanceId,
-        _disk: &DiskMove,
-        _bandwidth_bytes_s: Option<u64>,
+        id: InstanceId,
+        disk: &DiskMove,
+        bandwidth_bytes_s: Option<u64>,
     ) -> Result<Mirror> {
-        not_yet()
+        self.call(Call::MirrorDisk, |world, host, now| {
+            world.mirror_disk(host, id, disk, bandwidth_bytes_s, now)
+        })
+        .await
     }
 
-    async fn pivot_disk(&self, _id: InstanceId, _disk: &DiskMove) -> Result<()> {
-        not_yet()
+    async fn pivot_disk(&self, id: InstanceId, disk: &DiskMove) -> Result<()> {
+        self.call(Call::PivotDisk, |world, host, now| {
+            world.pivot_disk(host, id, disk, now)
+        })
+        .await
     }
 
-    async fn abandon_mirror(&self, _id: InstanceId, _disk: &DiskMove) -> Result<()> {
-        not_yet()
+    async fn abandon_mirror(&self, id: InstanceId, disk: &DiskMove) -> Result<()> {
+        self.call(Call::AbandonMirror, |world, host, _| {
+            world.abandon_mirror(host, id, disk)
+        })
+        .await
     }
 
-    async fn place_disk(&self, _disk: &DiskMove, _bandwidth_bytes_s: Option<u64>) -> Result<()> {
-        not_yet()
+    async fn place_disk(&self, disk: &DiskMove, bandwidth_bytes_s: Option<u64>) -> Result<()> {
+        let effect = self.enter(Call::PlaceDisk).await?;
+        leave(effect, self.place(disk, bandwidth_bytes_s).await).await
     }
 
-    fn transferred(&self, _definition: &Definition, _plan: &TransferPlan) -> Result<Definition> {
-        not_yet()
+    fn transferred(&self, definition: &Definition, plan: &TransferPlan) -> Result<Definition> {
+        handing::transferred(definition, plan)
     }
 }

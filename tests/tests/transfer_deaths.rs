@@ -92,7 +92,11 @@ fn options(mode: TransferMode) -> TransferOptions {
     }
 }
 
-async fn transfer(cloud: &Cloud, id: InstanceId, mode: TransferMode) -> Result<Migration, RpcError> {
+async fn transfer(
+    cloud: &Cloud,
+    id: InstanceId,
+    mode: TransferMode,
+) -> Result<Migration, RpcError> {
     let ask = TransferInstance {
         instance: id.to_string(),
         project: "beta".to_owned(),
@@ -309,7 +313,10 @@ async fn every_act_is_refused_once() {
                 cloud.fabric.on_call("kvm1", *call, 1, Effect::Refuse(no));
                 let m = transfer(&cloud, id, mode).await.expect("it is accepted");
                 let m = cloud.end(m.uuid).await;
-                assert!(m.status == S::Failed || nth > 0 || *call == Call::ShutDown, "{call:?}: {m:#?}");
+                assert!(
+                    m.status == S::Failed || nth > 0 || *call == Call::ShutDown,
+                    "{call:?}: {m:#?}"
+                );
                 check(&cloud, &m, true).await;
             }
         }
@@ -388,8 +395,14 @@ async fn the_guest_goes_off_by_itself() {
 async fn a_transfer_and_a_migration_do_not_meet() {
     let cloud = cloud(8).await;
     let id = guest(&cloud, web()).await;
-    let m = transfer(&cloud, id, TransferMode::Live).await.expect("it is accepted");
-    let live = cloud.migrate(id, Some("kvm2"), drover_model::migration::LiveOptions::default());
+    let m = transfer(&cloud, id, TransferMode::Live)
+        .await
+        .expect("it is accepted");
+    let live = cloud.migrate(
+        id,
+        Some("kvm2"),
+        drover_model::migration::LiveOptions::default(),
+    );
     let refused = live.await.expect_err("one is enough").to_string();
     assert!(refused.contains("project-transfer"), "{refused}");
     let m = cloud.end(m.uuid).await;
@@ -457,7 +470,9 @@ async fn an_offer_is_accepted_once() {
     let cloud = cloud(10).await;
     let id = guest(&cloud, web()).await;
     let made = offered(&cloud, id).await;
-    let m = accept(&cloud, &made, &made.key).await.expect("it is accepted");
+    let m = accept(&cloud, &made, &made.key)
+        .await
+        .expect("it is accepted");
     let consent = m.consent.clone().expect("somebody agreed");
     assert_eq!(consent.offer, Some(made.offer.id));
     let again = accept(&cloud, &made, &made.key).await;
@@ -476,12 +491,18 @@ async fn an_offer_whose_transfer_fails_is_open_again() {
     let id = guest(&cloud, web()).await;
     let made = offered(&cloud, id).await;
     let no = HypervisorError::Failed("no".to_owned());
-    cloud.fabric.on_call("kvm1", Call::HandOver, 1, Effect::Refuse(no));
-    let m = accept(&cloud, &made, &made.key).await.expect("it is accepted");
+    cloud
+        .fabric
+        .on_call("kvm1", Call::HandOver, 1, Effect::Refuse(no));
+    let m = accept(&cloud, &made, &made.key)
+        .await
+        .expect("it is accepted");
     let m = cloud.end(m.uuid).await;
     assert_eq!(m.status, S::Failed, "{m:#?}");
     check(&cloud, &m, true).await;
-    let m = accept(&cloud, &made, &made.key).await.expect("it is open again");
+    let m = accept(&cloud, &made, &made.key)
+        .await
+        .expect("it is open again");
     let m = cloud.end(m.uuid).await;
     assert_eq!(m.status, S::Completed, "{m:#?}");
 }
@@ -496,11 +517,17 @@ async fn late_withdrawn_and_wrong_keys_are_refused() {
         project: None,
         expires_in_s: None,
     };
-    let twice = cloud.call::<_, OfferMade>(method::OFFER_TRANSFER, &twice).await;
+    let twice = cloud
+        .call::<_, OfferMade>(method::OFFER_TRANSFER, &twice)
+        .await;
     assert_eq!(class(&twice.expect_err("one is open")), "OfferNotOpen");
     for tried in 0..5 {
         let wrong = accept(&cloud, &made, "0000").await;
-        assert_eq!(class(&wrong.expect_err("another key")), "WrongKey", "{tried}");
+        assert_eq!(
+            class(&wrong.expect_err("another key")),
+            "WrongKey",
+            "{tried}"
+        );
     }
     let locked = accept(&cloud, &made, &made.key).await;
     assert_eq!(class(&locked.expect_err("too many tries")), "OfferNotOpen");

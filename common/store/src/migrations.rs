@@ -122,6 +122,20 @@ impl Store {
         Ok(Admitted::New(Box::new(migration)))
     }
 
+    /// What a request with that unique id made, if it was carried out.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn requested(&self, unique_id: &str) -> Result<Option<Migration>> {
+        let query = sqlx::query(
+            "SELECT m.version, m.record FROM migrations m \
+             JOIN requests r ON r.migration_uuid = m.uuid WHERE r.unique_id = $1",
+        )
+        .bind(unique_id);
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        row.as_ref().map(record).transpose()
+    }
+
     /// The migration of an integer id, a UUID, or a unique prefix of one.
     ///
     /// # Errors

@@ -15,7 +15,11 @@ impl DroverEndpoint {
         &self,
         project: &Project,
     ) -> Result<ProjectView, RemoteFailure> {
-        let created = self.context.store.create_project(project).await;
+        let mut project = project.clone();
+        if project.name.is_empty() {
+            project.name = project.id.to_string();
+        }
+        let created = self.context.store.create_project(&project).await;
         let created = created.map_err(|e| store_failure(&e))?;
         info!(project = %created.id, "project created");
         self.project(created.id.as_str()).await

@@ -123,7 +123,7 @@ impl DroverEndpoint {
         }
         let now_ms = self.context.clock.now_ms();
         let new = NewOffer {
-            instance,
+            instance: &instance,
             to_project,
             offered_by: requester(request.context()),
             now_ms,
@@ -199,7 +199,7 @@ impl DroverEndpoint {
         }
         let tried = store.try_key(&offer.id.to_string(), &ask.key, now_ms).await;
         match tried.map_err(|e| store_failure(&e))? {
-            KeyTried::Right(offer) => Ok(offer),
+            KeyTried::Right(offer) => Ok(*offer),
             KeyTried::Wrong { offer, left } => {
                 warn!(offer = %offer.id, left, "a wrong key was tried");
                 Err(failure::wrong_key(&offer, left))

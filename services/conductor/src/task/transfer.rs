@@ -176,8 +176,9 @@ impl Transfer {
 
     async fn check(&self, data: &mut Data) -> Result<(), StepError> {
         let m = &self.job.migration;
-        let instance = self.job.store().find_instance(&m.instance_uuid.to_string());
-        let instance = instance.await.map_err(|e| store_error(&e))?;
+        let uuid = m.instance_uuid.to_string();
+        let instance = self.job.store().find_instance(&uuid).await;
+        let instance = instance.map_err(|e| store_error(&e))?;
         let survey = TransferSurvey {
             store: self.job.store(),
             agents: self.job.agents(),

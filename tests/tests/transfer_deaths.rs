@@ -403,8 +403,9 @@ async fn a_transfer_and_a_migration_do_not_meet() {
         Some("kvm2"),
         drover_model::migration::LiveOptions::default(),
     );
-    let refused = live.await.expect_err("one is enough").to_string();
-    assert!(refused.contains("project-transfer"), "{refused}");
+    let refused = live.await.expect_err("one is enough");
+    let words = refused.failure().map_or("", |f| &f.message);
+    assert!(words.contains("project-transfer"), "{words}");
     let m = cloud.end(m.uuid).await;
     check(&cloud, &m, true).await;
 }
@@ -454,7 +455,7 @@ async fn accept(cloud: &Cloud, made: &OfferMade, key: &str) -> Result<Migration,
 }
 
 fn class(error: &RpcError) -> &str {
-    error.failure().map_or("", |failure| failure.class.as_str())
+    error.failure().map_or("", |failure| &failure.class)
 }
 
 async fn state(cloud: &Cloud, made: &OfferMade) -> OfferState {

@@ -218,7 +218,8 @@ impl DroverEndpoint {
         let mut wrong = false;
         let migration = self
             .change(found.uuid, |m| {
-                wrong = m.status != MigrationStatus::Running || past_return(m);
+                let steered = matches!(m.way, Way::Live(_)) && m.status == MigrationStatus::Running;
+                wrong = !steered || past_return(m);
                 !wrong && !std::mem::replace(&mut m.force_complete_requested, true)
             })
             .await?;

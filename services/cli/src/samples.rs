@@ -122,6 +122,7 @@ pub(crate) fn migration() -> Migration {
         attempt: 1,
         owner: "ctl".to_owned(),
         requester: Requester::default(),
+        consent: None,
         abort_requested: false,
         force_complete_requested: false,
         ending: None,

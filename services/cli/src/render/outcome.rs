@@ -3,12 +3,12 @@
 
 use drover_model::{
     check::CheckFailure,
-    migration::{EndReason, Migration, MigrationStatus, MigrationType, Phase},
+    migration::{EndReason, Migration, MigrationStatus, Phase, Way},
 };
 
 use super::{
     clean,
-    describe::{choices, destination},
+    describe::{choices, destination, is_off_meanwhile},
     units::span,
 };
 use crate::exit::Trouble;
@@ -79,9 +79,9 @@ fn end_line(m: &Migration) -> String {
     let total = span(m.total_time_ms());
     match m.status {
         MigrationStatus::Completed | MigrationStatus::Finished => format!(
-            "{}: {name} is on {}; {}, total {total}",
+            "{}: {name} is {}; {}, total {total}",
             m.status,
-            destination(m),
+            there(m),
             downtime(m)
         ),
         MigrationStatus::Confirmed => format!(
@@ -98,35 +98,62 @@ fn end_line(m: &Migration) -> String {
             why(m),
             m.id
         ),
-        status if m.progress.phase >= Phase::PostCopy && m.progress.phase < Phase::Done => format!(
+        status if is_between(m) => format!(
             "{status} after {name} began to change sides: {}; total {total}\n  \
              what to do: `drover instance show {}` tells where it is now",
             why(m),
             m.instance_uuid
         ),
         status => format!(
-            "{status}: {name} stays on {}; {}{}, total {total}",
-            m.source_host,
+            "{status}: {name} stays {}; {}{}, total {total}",
+            here(m),
             why(m),
-            was_off(m)
+            disturbance(m)
         ),
     }
 }
 
-/// How long the guest stood still or was off.
-fn downtime(m: &Migration) -> String {
-    match (m.way.migration_type(), m.downtime_ms) {
-        (MigrationType::LiveMigration, Some(ms)) => format!("downtime {}", span(ms)),
-        (MigrationType::LiveMigration, None) => "downtime not measured".to_owned(),
-        (MigrationType::Migration, Some(ms)) => format!("it was off for {}", span(ms)),
-        (MigrationType::Migration, None) => "off as before".to_owned(),
+/// Where it led.
+fn there(m: &Migration) -> String {
+    match &m.way {
+        Way::Live(_) | Way::Cold(_) => format!("on {}", destination(m)),
+        Way::Transfer(transfer) => format!("in project {}", clean(transfer.project.as_str())),
     }
 }
 
-/// That a guest which did not move was stopped all the same.
-fn was_off(m: &Migration) -> String {
-    match m.way.migration_type() {
-        MigrationType::Migration if m.downtime_ms.is_some() => format!(", {}", downtime(m)),
+/// Where it began.
+fn here(m: &Migration) -> String {
+    match m.way {
+        Way::Live(_) | Way::Cold(_) => format!("on {}", m.source_host),
+        Way::Transfer(_) => format!("in project {}", clean(&m.project_id)),
+    }
+}
+
+/// Whether it ended while the guest changed sides. A transfer that fails is
+/// undone, however far it was.
+fn is_between(m: &Migration) -> bool {
+    let is_migration = !matches!(m.way, Way::Transfer(_));
+    is_migration && (Phase::PostCopy..Phase::Done).contains(&m.progress.phase)
+}
+
+/// How long the guest stood still, was off, or had no network.
+fn downtime(m: &Migration) -> String {
+    match (m.downtime_ms, is_off_meanwhile(&m.way), &m.way) {
+        (Some(ms), true, _) => format!("it was off for {}", span(ms)),
+        (None, true, _) => "off as before".to_owned(),
+        (Some(ms), false, Way::Transfer(_)) => format!("network cut {}", span(ms)),
+        (None, false, Way::Transfer(_)) => "no network cut measured".to_owned(),
+        (Some(ms), false, _) => format!("downtime {}", span(ms)),
+        (None, false, _) => "downtime not measured".to_owned(),
+    }
+}
+
+/// That a guest which did not move was stopped, or lost its network, all the same.
+fn disturbance(m: &Migration) -> String {
+    match m.way {
+        Way::Cold(_) | Way::Transfer(_) if m.downtime_ms.is_some() => {
+            format!(", {}", downtime(m))
+        }
         _ => String::new(),
     }
 }

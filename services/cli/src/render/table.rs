@@ -5,7 +5,7 @@ use comfy_table::{Table, presets::NOTHING};
 use drover_model::{
     api::conductor::{Instance, Node},
     guest::PowerState,
-    migration::{Migration, MigrationStatus, Phase},
+    migration::{Migration, MigrationStatus, Phase, Way},
     node::HypervisorReport,
 };
 
@@ -134,14 +134,13 @@ fn migration_row(m: &Migration) -> Vec<String> {
     let over = m.status.rests();
     let running = |text: Option<String>| text.filter(|_| !over).unwrap_or_else(nothing);
     let measured = m.downtime_ms.map(span);
+    let (from, to) = ends(m);
     vec![
         m.id.to_string(),
         m.instance_name.clone(),
         kind(m).to_owned(),
-        m.source_host.to_string(),
-        m.dest_host
-            .as_ref()
-            .map_or_else(nothing, ToString::to_string),
+        from,
+        to,
         m.status.to_string(),
         running(phase(m)),
         shown.percent.to_string(),
@@ -154,6 +153,21 @@ fn migration_row(m: &Migration) -> Vec<String> {
         moment(m.created_at_ms),
         reason(m).unwrap_or_else(nothing),
     ]
+}
+
+/// From where to where; a transfer leads from project to project.
+fn ends(m: &Migration) -> (String, String) {
+    let to = m.dest_host.as_ref();
+    match &m.way {
+        Way::Live(_) | Way::Cold(_) => (
+            m.source_host.to_string(),
+            to.map_or_else(nothing, ToString::to_string),
+        ),
+        Way::Transfer(transfer) => (
+            format!("project {}", m.project_id),
+            format!("project {}", transfer.project),
+        ),
+    }
 }
 
 /// The phase; none once the move is done, whatever is still made of it.
@@ -180,7 +194,7 @@ fn reason(m: &Migration) -> Option<String> {
     }
 }
 
-fn nothing() -> String {
+pub(super) fn nothing() -> String {
     NOTHING_HERE.to_owned()
 }
 

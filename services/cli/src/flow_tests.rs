@@ -105,6 +105,8 @@ struct Stage {
     interrupt_after: Option<Duration>,
     /// What the operator types, where one sits.
     typed: Option<&'static str>,
+    /// What comes on standard input, where nobody sits.
+    piped: Option<&'static str>,
 }
 
 impl Stage {
@@ -117,6 +119,7 @@ impl Stage {
             tape: Tape::default(),
             interrupt_after: None,
             typed: None,
+            piped: None,
         }
     }
 
@@ -158,6 +161,9 @@ impl Stage {
             }),
             answers: self
                 .typed
+                .map(|text| Box::new(text.as_bytes()) as Box<dyn io::BufRead + Send>),
+            input: self
+                .piped
                 .map(|text| Box::new(text.as_bytes()) as Box<dyn io::BufRead + Send>),
         };
         let ended = dispatch(&mut session, cli.noun, "a file".to_owned()).await;

@@ -133,7 +133,7 @@ pub fn sound(project: Project) -> Result<Project, String> {
 /// What a project is like.
 #[derive(Debug, Args)]
 pub struct Shape {
-    /// What people call it; its id, if nothing else is said
+    /// What people call it; a new one is called by its id
     #[arg(long)]
     pub name: Option<String>,
     /// Instances it may have: a number, or `unlimited`

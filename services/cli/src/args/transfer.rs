@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, builder::NonEmptyStringValueParser};
 use drover_model::migration::{TransferMode, TransferOptions};
 
 use super::{Change, Patience, long_seconds, pair, seconds, some_text};
@@ -69,7 +69,7 @@ pub struct Accept {
     pub project: String,
     /// What the giver was told when it offered; asked for, or read from standard input, if left
     /// out (other users of this machine can see what stands here)
-    #[arg(long, value_parser = some_text)]
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     pub key: Option<String>,
     /// In which way.
     #[command(flatten)]

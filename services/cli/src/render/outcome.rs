@@ -176,6 +176,8 @@ fn why(m: &Migration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use drover_model::migration::TransferMode;
+
     use super::*;
     use crate::{exit::Exit, samples};
 
@@ -241,6 +243,33 @@ finished: demo-1 is on kvm2; it was off for 14.3 s, total 21.5 s
         assert_eq!(
             end(&m),
             "cancelled: demo-1 stays on kvm1; aborted on request, it was off for 5.0 s, total 9.0 s"
+        );
+    }
+
+    #[test]
+    fn a_transfer_tells_whose_the_guest_is() {
+        let mut m = samples::handed_over(samples::handover(TransferMode::Live));
+        assert_eq!(
+            end(&m),
+            "completed: demo-1 is in project blue; network cut 34 ms, total 2.1 s"
+        );
+        m.downtime_ms = None;
+        assert!(end(&m).contains("; no network cut measured, total"));
+        let mut m = samples::handed_over(samples::handover(TransferMode::Cold));
+        assert!(
+            end(&m).contains("; it was off for 34 ms, total"),
+            "{}",
+            end(&m)
+        );
+        m.status = MigrationStatus::Failed;
+        m.progress.phase = Phase::Finishing;
+        m.end_reason = Some(EndReason::Failed {
+            message: "the disk is full".to_owned(),
+        });
+        assert_eq!(
+            end(&m),
+            "failed: demo-1 stays in project default; the disk is full, it was off for 34 ms, \
+             total 2.1 s"
         );
     }
 

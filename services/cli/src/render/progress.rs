@@ -224,7 +224,7 @@ fn outlook(m: &Migration) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use drover_model::migration::Phase;
+    use drover_model::migration::{Phase, TransferMode};
     use proptest::prelude::*;
 
     use super::*;
@@ -284,6 +284,27 @@ mod tests {
             "  disk   [########################] 1/1 GiB",
         ];
         assert_eq!(bars(&m, &shown), expected);
+    }
+
+    #[test]
+    fn a_transfer_looks_so() {
+        let mut m = samples::moving(samples::handover(TransferMode::Live));
+        let mut shown = Shown::of(&m);
+        let expected = [
+            "demo-1  default -> blue on kvm1  running (disk)  63 %",
+            "  disk   [###############.........] 0.6/1 GiB  90 MiB/s",
+        ];
+        assert_eq!(bars(&m, &shown), expected);
+        m.progress.phase = Phase::Finishing;
+        m.progress.rate_bytes_s = 0;
+        shown.take(&m);
+        let text = line(&m, &shown);
+        assert_eq!(
+            text,
+            "  1.0 s  demo-1  default -> blue on kvm1  running (finishing), 99 %, disk 0.6/1 GiB"
+        );
+        shown.take(&samples::handed_over(m));
+        assert_eq!(shown.percent, 100);
     }
 
     #[test]
@@ -353,7 +374,9 @@ mod tests {
     fn record() -> impl Strategy<Value = Migration> {
         let status = prop::sample::select(MigrationStatus::ALL);
         let eta = prop::option::of(any::<u64>());
-        let of = prop::sample::select(vec![samples::migration(), samples::cold()]);
+        let transfer_of = samples::handover(TransferMode::Live);
+        let of = vec![samples::migration(), samples::cold(), transfer_of];
+        let of = prop::sample::select(of);
         (transfer(), transfer(), status, eta, of).prop_map(|(memory, disk, status, eta_ms, of)| {
             let mut m = samples::running(of);
             m.progress.memory = memory;

@@ -200,6 +200,8 @@ pub(super) fn nothing() -> String {
 
 #[cfg(test)]
 mod tests {
+    use drover_model::migration::TransferMode;
+
     use super::*;
     use crate::samples;
 
@@ -250,5 +252,15 @@ ID  INSTANCE  KIND  FROM  TO    STATUS     PHASE     %    MOVED        RATE     
 7   demo-1    live  kvm1  kvm2  completed  -         100  1.1/1.1 GiB  -         -        -      212 ms    2.1 s   2026-11-23 18:46:51Z  -";
         assert_eq!(table, expected, "\n{table}");
         assert_eq!(migrations(&[]), "no migrations");
+    }
+
+    #[test]
+    fn a_transfer_leads_from_project_to_project() {
+        let m = samples::handed_over(samples::handover(TransferMode::Live));
+        let expected = "\
+ID  INSTANCE  KIND      FROM             TO            STATUS     PHASE  %    MOVED    RATE  DIRTY  ETA  DOWNTIME  TIME   ACCEPTED              REASON
+7   demo-1    transfer  project default  project blue  completed  -      100  1/1 GiB  -     -      -    34 ms     2.1 s  2026-11-23 18:46:51Z  -";
+        let table = migrations(&[m]);
+        assert_eq!(table, expected, "\n{table}");
     }
 }

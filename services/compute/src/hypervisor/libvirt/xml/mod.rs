@@ -4,6 +4,9 @@
 mod devices;
 mod disks;
 pub(super) mod flavor;
+pub(super) mod handover;
+pub(super) mod owner;
+pub(super) mod rewire;
 #[cfg(test)]
 mod tests;
 

@@ -39,6 +39,13 @@ impl Worker {
             TransferPart::Copy => Phase::Disk,
             _ => Phase::Finishing,
         };
+        if task.part == TransferPart::HandOver {
+            // They were copied before.
+            let disks = task.record.plan.disks.iter();
+            let bytes = disks.map(|disk| disk.data_bytes).sum();
+            self.progress.disk.total_bytes = bytes;
+            self.progress.disk.processed_bytes = bytes;
+        }
         let mut away_since: Option<Instant> = None;
         loop {
             let began = Instant::now();

@@ -193,3 +193,25 @@ impl Drop for Held {
         let _ = self.0.wait();
     }
 }
+
+#[test]
+fn a_name_goes_that_is_not_the_one_a_domain_uses() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| place.path().join(name).display().to_string();
+    std::fs::write(at("old"), "bytes").unwrap();
+    std::os::unix::fs::symlink(at("old"), at("to-old")).unwrap();
+    for used in ["old", "to-old"] {
+        assert!(remove(&at("old"), &[at(used)]).is_err(), "its only name");
+    }
+    std::fs::hard_link(at("old"), at("new")).unwrap();
+    for used in [
+        vec![at("old")],
+        vec![at("to-old")],
+        vec![at("new"), at("old")],
+    ] {
+        assert!(remove(&at("old"), &used).is_err(), "{used:?}");
+    }
+    remove(&at("old"), &[at("new")]).unwrap();
+    assert!(!Path::new(&at("old")).exists());
+    assert_eq!(std::fs::read_to_string(at("new")).unwrap(), "bytes");
+}

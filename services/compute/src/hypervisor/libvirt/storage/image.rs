@@ -215,15 +215,33 @@ fn give_to(file: &File, owner: Option<(u32, u32)>, path: &Path) {
 /// What tells a file from all others on this node, by whatever name.
 type Identity = (u64, u64);
 
-/// Removes an image, unless one of `used` is that file or a QEMU has it open.
+/// Removes an image, unless one of `used` is that file or a QEMU has it open. A
+/// name may go if `used` names the file by another one.
 pub(in super::super) fn remove(path: &str, used: &[String]) -> Result<()> {
     let path = checked(path)?;
-    if unused(&path, used)?.is_none() {
+    let is_spare = open(&path)?.is_some_and(|file| is_spare_name(&path, &file, used));
+    if !is_spare && unused(&path, used)?.is_none() {
         return Ok(());
     }
     std::fs::remove_file(&path).map_err(|e| failed("removing", &path, &e))?;
     sync_directory(&path);
     Ok(())
+}
+
+/// Whether a file that domains use has a further name here, by which none does.
+fn is_spare_name(path: &Path, file: &File, used: &[String]) -> bool {
+    let Ok(metadata) = file.metadata() else {
+        return false;
+    };
+    let own = Some((metadata.dev(), metadata.ino()));
+    let mut names = used.iter().filter(|name| identity(name) == own).peekable();
+    let real = std::fs::canonicalize(path).ok();
+    let is_other = |name: &String| {
+        let other = std::fs::canonicalize(name).ok();
+        real.is_some() && other.is_some() && real != other
+    };
+    // A file with one name alone is that one, wherever it is mounted.
+    metadata.nlink() > 1 && names.peek().is_some() && names.all(is_other)
 }
 
 /// A plain file that nobody on this node uses, opened; none if there is none.

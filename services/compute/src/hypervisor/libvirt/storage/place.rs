@@ -81,11 +81,20 @@ pub(in super::super) fn link(
         return wrong(format!("a QEMU has {} open", disk.from));
     }
     check_chain(disk, places)?;
-    if !is_link_of(to, &old) {
-        image::remove(&disk.to, used)?;
-        if takes_along(disk) || !try_link(from, to)? {
+    match names_of_both(to, &old) {
+        None => {
+            image::remove(&disk.to, used)?;
+            if takes_along(disk) || !try_link(from, to)? {
+                return Ok(Placed::NotYet);
+            }
+        }
+        // Mounted twice: with the one name goes the other.
+        Some(1) => return wrong(format!("{} and {} are one", disk.from, disk.to)),
+        Some(_) if takes_along(disk) => {
+            image::remove(&disk.to, &[])?;
             return Ok(Placed::NotYet);
         }
+        Some(_) => {}
     }
     let leads = |_| chain::leads_by_its_place(to).map_err(|e| failed("reading", to, &e));
     let leads_astray = disk.backing.first().map_or(Ok(false), leads)?;
@@ -111,10 +120,12 @@ fn takes_along(disk: &DiskMove) -> bool {
     disk.flatten && !disk.backing.is_empty()
 }
 
-fn is_link_of(path: &Path, file: &File) -> bool {
-    let identity = |m: std::fs::Metadata| (m.dev(), m.ino());
-    let there = std::fs::symlink_metadata(path).map(identity).ok();
-    there.is_some() && there == file.metadata().map(identity).ok()
+/// How many names a file has, if that path is one of them.
+fn names_of_both(path: &Path, file: &File) -> Option<u64> {
+    let there = std::fs::symlink_metadata(path).ok()?;
+    let own = file.metadata().ok()?;
+    let same = (there.dev(), there.ino()) == (own.dev(), own.ino());
+    same.then(|| own.nlink())
 }
 
 /// Whether the file has that name now; not where a file system cannot.

@@ -143,6 +143,12 @@ pub(super) fn domain_id(xml: &str) -> Result<InstanceId> {
     uuid(&parse(xml, "domain")?)
 }
 
+/// The domain's name.
+pub(super) fn domain_name(xml: &str) -> Result<String> {
+    let domain = parse(xml, "domain")?;
+    text(&domain, "name").ok_or(XmlError::Missing("<name>"))
+}
+
 /// Path of the file with the firmware's variables, if the guest has one.
 pub(super) fn nvram(xml: &str) -> Result<Option<String>> {
     let domain = parse(xml, "domain")?;

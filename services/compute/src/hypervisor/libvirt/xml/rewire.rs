@@ -104,11 +104,15 @@ pub(in super::super) fn up(interface: &Element) -> Element {
 pub(in super::super) fn without_traces(interface: &Element) -> Element {
     let mut bare = interface.clone();
     drop(bare.take_child("target"));
-    let is_network = attribute(&bare, "type") == Some("network");
-    if let Some(source) = bare.get_mut_child("source").filter(|_| is_network) {
-        // libvirt shows them; which port or bridge it is it decides.
-        source.attributes.swap_remove("portid");
-        source.attributes.swap_remove("bridge");
+    let Some(source) = bare.get_mut_child("source") else {
+        return bare;
+    };
+    if attribute(source, "network").is_some() {
+        // What the network came down to, libvirt decides anew.
+        source
+            .attributes
+            .retain(|name, _| matches!(name.as_str(), "network" | "portgroup"));
+        set(&mut bare, "type", "network");
     }
     bare
 }

@@ -14,15 +14,16 @@
  * and wants every record up to the last one acknowledged, so one lost write shows as a gap.
  * After a reboot the count goes on from the highest record found, which disk_found tells.
  *
- * Clock: a thread that has the processor whenever it wants sleeps 2 ms at a time. longest_gap_ms is the
- * longest time that it missed it, since it was last asked for. A guest cannot see everything: while
- * its hypervisor has stopped it, its clock stands still too.
+ * Clock: with drover.clock_ms= a thread that has the processor whenever it wants sleeps so long at a
+ * time. longest_gap_ms is the longest between two times that it ran, since that was last asked for; null
+ * without the thread, which costs an emulated guest a lot. A guest cannot see everything: while its
+ * hypervisor has stopped it, its clock stands still too.
  *
  * Network: when a link comes up again, as on being plugged in elsewhere, the guest forgets its
  * neighbours, who may be others with the same addresses, and announces itself.
  *
  * Kernel command line: drover.name= drover.ip=ADDR/BITS drover.mem_mib= drover.dirty_mib_s=
- * drover.disk_hz= (0 switches a load off), drover.acpi=ignore (the power button does nothing), and
+ * drover.disk_hz= drover.clock_ms= (0 switches a load off), drover.acpi=ignore (the power button does nothing), and
  * drover.probe, which powers off as soon as the guest is up.
  */
 #define _GNU_SOURCE
@@ -85,6 +86,7 @@ static bool disk_gap; /* the last check missed a record */
 static unsigned disk_hz = 10;
 
 static _Atomic uint64_t longest_gap_us;
+static unsigned clock_ms;
 
 static uint64_t now_us(void)
 {
@@ -304,7 +306,7 @@ static void *watch_clock(void *unused)
 	if (pthread_setschedparam(pthread_self(), SCHED_FIFO, &first) != 0)
 		printf("guestd: the clock has no priority\n");
 	for (uint64_t last = now_us();;) {
-		sleep_ms(2);
+		sleep_ms(clock_ms);
 		uint64_t now = now_us(), longest = longest_gap_us;
 		while (now - last > longest &&
 			!atomic_compare_exchange_weak(&longest_gap_us, &longest, now - last))
@@ -318,17 +320,18 @@ static void *watch_clock(void *unused)
 
 static void send_status(int fd)
 {
-	char line[640];
+	char line[640], gap[32] = "null";
 	uint64_t gap_us = atomic_exchange(&longest_gap_us, 0);
+	if (clock_ms)
+		snprintf(gap, sizeof gap, "%.3f", gap_us / 1e3);
 	pthread_mutex_lock(&memory_lock);
 	pthread_mutex_lock(&disk_lock);
 	int n = snprintf(line, sizeof line,
-		"{\"name\":\"%s\",\"uptime_ms\":%llu,\"longest_gap_ms\":%llu.%03llu,\"mem_mib\":%llu,\"dirty_mib_s\":%u,"
+		"{\"name\":\"%s\",\"uptime_ms\":%llu,\"longest_gap_ms\":%s,\"mem_mib\":%llu,\"dirty_mib_s\":%u,"
 		"\"mem_rewrites\":%llu,\"mem_errors\":%llu,\"mem_ok\":%s,"
 		"\"disk_found\":%llu,\"disk_written\":%llu,\"disk_verified\":%llu,\"disk_errors\":%llu,"
 		"\"disk_ok\":%s}\n",
-		name, (unsigned long long)now_ms(), (unsigned long long)gap_us / 1000,
-		(unsigned long long)gap_us % 1000, (unsigned long long)memory_pages / 256, dirty_mib_s,
+		name, (unsigned long long)now_ms(), gap, (unsigned long long)memory_pages / 256, dirty_mib_s,
 		(unsigned long long)memory_rewrites, (unsigned long long)memory_errors,
 		memory_errors ? "false" : "true",
 		(unsigned long long)disk_found, (unsigned long long)disk_written,
@@ -616,7 +619,9 @@ int main(void)
 	interface_up("lo", "127.0.0.1/8");
 	interface_up("eth0", option("drover.ip", ip, sizeof ip));
 	spawn(watch_link, "eth0");
-	spawn(watch_clock, NULL);
+	clock_ms = number("drover.clock_ms", 0);
+	if (clock_ms)
+		spawn(watch_clock, NULL);
 	open_disk();
 
 	memory_pages = (uint64_t)number("drover.mem_mib", 32) * 256;

@@ -32,10 +32,11 @@ tidy_after_virsh() {
     virsh_on "$2" pool-refresh default >/dev/null
 }
 
-# Opens a TCP session to the guest's echo and waits until it is established.
+# probe_start NAME [ARGS…]: opens a TCP session to the guest's echo and waits until it is established.
 probe_start() {
-    local ready
-    coproc PROBE { exec_in_place client /usr/bin/python3 "$DEVSTACK_DIR/lib/tcp-probe" "$(guest_ip "$1")"; }
+    local ready place
+    place=$(guest_client "$1")
+    coproc PROBE { exec_in_place "$place" /usr/bin/python3 "$DEVSTACK_DIR/lib/tcp-probe" "$(guest_ip "$1")" "${@:2}"; }
     # bash closes its own end as soon as the probe is gone, read or not.
     exec {probe_out}<&"${PROBE[0]}"
     probe_pid=$PROBE_PID

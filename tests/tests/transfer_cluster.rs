@@ -6,7 +6,7 @@ use drover_tests::devstack::{Devstack, Following, Guest, told};
 use serde_json::Value;
 
 /// So many MiB take some seconds at [`SLOWLY`]: time to be caught in the middle.
-const DATA: &[&str] = &["--project", "alpha", "--data-mib", "40"];
+const DATA: &[&str] = &["--project", "alpha", "--data-mib", "16"];
 const SLOWLY: &[&str] = &["--bandwidth", "8"];
 const ALPHAS: &[&str] = &["--project", "alpha"];
 

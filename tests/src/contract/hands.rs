@@ -231,7 +231,6 @@ pub async fn a_running_guest_is_handed_over_and_back(stage: &dyn Stage) -> Resul
     let network = stage.receiver().await?.bridge;
     let before = both(&*a, id).await?;
     let standing = a.standing(id).await?;
-    ensure!(a.standing(id).await? == standing, "it stands otherwise");
     let plan = plan(&*a, id, &network, TransferMode::Live).await?;
     for attempt in ["once", "twice"] {
         let handed = a.hand_over(id, &plan).await;
@@ -245,7 +244,6 @@ pub async fn a_running_guest_is_handed_over_and_back(stage: &dyn Stage) -> Resul
         let after = both(&*a, id).await?;
         ensure!(after == before, "{attempt}: {after:?} {before:?}");
     }
-    ensure!(a.standing(id).await? == standing, "it stands otherwise");
     Ok(())
 }
 

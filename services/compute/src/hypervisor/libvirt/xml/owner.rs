@@ -111,8 +111,10 @@ pub(super) fn give(domain: &mut Element, owner: Owner<'_>) {
     }
 }
 
-/// Nova's element names a user of the project, too: of the new one there is none.
+/// Nova's element names a user and ports of the project, too: of the new one
+/// there are none.
 fn give_novas(instance: &mut Element, owner: Owner<'_>) {
+    drop(instance.take_child("ports"));
     let Some(place) = instance.get_mut_child("owner") else {
         return;
     };

@@ -13,7 +13,7 @@ use crate::hypervisor::libvirt::xml::{
 };
 
 const NOVA: &str = "<nova:instance xmlns:nova=\"http://openstack.org/xmlns/libvirt/nova/1.1\">\
-    <nova:name>web</nova:name><nova:owner><nova:user uuid=\"u\">n</nova:user>\
+    <nova:name>web</nova:name><nova:ports><nova:port uuid=\"g\"/></nova:ports><nova:owner><nova:user uuid=\"u\">n</nova:user>\
     <nova:project uuid=\"p\">demo</nova:project></nova:owner></nova:instance>";
 const OTHER: &str = "<app:note xmlns:app=\"urn:app\" kind=\"k\">kept &amp; whole</app:note>";
 const RECEIVER: Owner<'static> = Owner {
@@ -149,6 +149,7 @@ fn a_definition_becomes_the_receivers_and_nothing_of_the_givers_wiring_stays() {
         "portForward",
         "10.0.0.1",
         "nova:user",
+        "nova:port",
         "demo",
         ">p1<",
     ] {

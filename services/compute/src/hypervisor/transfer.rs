@@ -96,7 +96,8 @@ pub trait TransferDriver: Send + Sync + 'static {
     /// `WrongState` if the copy is not ready.
     async fn pivot_disk(&self, id: InstanceId, disk: &DiskMove) -> Result<()>;
 
-    /// Ends such copying; the guest goes on with the old file, and the new one
+    /// Ends such copying, also one that a daemon which died in the middle of it
+    /// has lost track of; the guest goes on with the old file, and the new one
     /// stays for the caller to remove. None under way is no error.
     async fn abandon_mirror(&self, id: InstanceId, disk: &DiskMove) -> Result<()>;
 

@@ -145,6 +145,7 @@ impl Worker {
         let limit = bandwidth(record);
         match hypervisor.mirror_disk(self.instance, disk, limit).await {
             Err(HypervisorError::Exists(_)) => {
+                hypervisor.abandon_mirror(self.instance, disk).await?;
                 hypervisor.remove_disk(&disk.to).await?;
                 hypervisor.mirror_disk(self.instance, disk, limit).await
             }
@@ -239,6 +240,17 @@ impl Worker {
     /// Makes everything be as it was.
     async fn take_back(&mut self, record: &TransferRecord) -> Attempt {
         let presence = self.node.hypervisor.presence(self.instance).await?;
+        let handed = record.begun.contains(&TransferPart::HandOver);
+        if presence == Presence::Absent && !(handed && record.plan.name.is_some()) {
+            // Somebody took it away: nothing is left to give back. What it may
+            // have written to last is not removed.
+            if !handed {
+                self.remove_new(record).await?;
+            }
+            self.voice
+                .decided("the guest is no longer defined on this node".to_owned());
+            return Ok(done());
+        }
         if presence.is_active() {
             match record.plan.mode {
                 TransferMode::Live => self.take_back_live(record).await?,
@@ -319,7 +331,7 @@ impl Worker {
         match presence {
             Presence::Present(_) => {}
             // Between two names.
-            Presence::Absent if handed && record.plan.name.is_some() => {}
+            Presence::Absent => {}
             other => {
                 let words = format!("the guest is not on this node ({other:?})");
                 return Err(HypervisorError::Failed(words));

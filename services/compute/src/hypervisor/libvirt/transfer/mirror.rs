@@ -7,7 +7,7 @@
 use drover_model::{api::compute::DiskMove, ids::InstanceId};
 use virt::{connect::Connect, domain::Domain, sys};
 
-use super::{Side, active, wrong};
+use super::{Side, active, stray, wrong};
 use crate::hypervisor::{
     HypervisorError, Mirror,
     libvirt::{
@@ -89,7 +89,7 @@ pub(super) fn go_on(
 }
 
 fn begin(domain: &Domain, disk: &DiskMove, bandwidth_bytes_s: Option<u64>) -> CallResult<()> {
-    if !storage::files::is_absent(&storage::checked(&disk.to)?) {
+    if is_there(disk)? {
         return Err(HypervisorError::Exists(disk.to.clone()).into());
     }
     let target = handover::copy_target(disk).map_err(HypervisorError::from)?;
@@ -142,7 +142,8 @@ fn have_it_last(domain: &Domain, disk: &DiskMove) -> CallResult<()> {
     Ok(domain.update_device_flags(&moved, Side::Lasting.affects())?)
 }
 
-/// Ends the copying; another job is none of ours.
+/// Ends the copying, also one that libvirt has lost track of; another job is
+/// none of ours.
 pub(super) fn abandon(connect: &Connect, id: InstanceId, disk: &DiskMove) -> CallResult<()> {
     let Some(domain) = guests::find(connect, id)? else {
         return Ok(());
@@ -152,6 +153,13 @@ pub(super) fn abandon(connect: &Connect, id: InstanceId, disk: &DiskMove) -> Cal
     }
     match state(&domain, disk)? {
         State::OnTheWay { .. } => Ok(ffi::block_abort(&domain, &text(&disk.target)?)?),
+        State::In(file) if file == disk.from && is_there(disk)? => {
+            stray::end(&domain, &disk.target, &disk.to)
+        }
         State::In(_) | State::Busy => Ok(()),
     }
+}
+
+fn is_there(disk: &DiskMove) -> CallResult<bool> {
+    Ok(!storage::files::is_absent(&storage::checked(&disk.to)?))
 }

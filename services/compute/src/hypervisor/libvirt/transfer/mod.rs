@@ -5,6 +5,7 @@ mod mirror;
 mod nics;
 mod owner;
 mod place;
+mod stray;
 
 use std::time::Duration;
 

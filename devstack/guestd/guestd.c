@@ -14,8 +14,16 @@
  * and wants every record up to the last one acknowledged, so one lost write shows as a gap.
  * After a reboot the count goes on from the highest record found, which disk_found tells.
  *
+ * Clock: with drover.clock_ms= a thread that has the processor whenever it wants sleeps so long at a
+ * time. longest_gap_ms is the longest between two times that it ran, since that was last asked for; null
+ * without the thread, which costs an emulated guest a lot. A guest cannot see everything: while its
+ * hypervisor has stopped it, its clock stands still too.
+ *
+ * Network: when a link comes up again, as on being plugged in elsewhere, the guest forgets its
+ * neighbours, who may be others with the same addresses, and announces itself.
+ *
  * Kernel command line: drover.name= drover.ip=ADDR/BITS drover.mem_mib= drover.dirty_mib_s=
- * drover.disk_hz= (0 switches a load off), drover.acpi=ignore (the power button does nothing), and
+ * drover.disk_hz= drover.clock_ms= (0 switches a load off), drover.acpi=ignore (the power button does nothing), and
  * drover.probe, which powers off as soon as the guest is up.
  */
 #define _GNU_SOURCE
@@ -23,11 +31,18 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/if_packet.h>
 #include <linux/input.h>
+#include <linux/netlink.h>
+#include <linux/rtnetlink.h>
 #include <net/if.h>
+#include <net/if_arp.h>
+#include <netinet/if_ether.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -70,11 +85,19 @@ static uint64_t disk_found, disk_written, disk_verified, disk_errors;
 static bool disk_gap; /* the last check missed a record */
 static unsigned disk_hz = 10;
 
-static uint64_t now_ms(void)
+static _Atomic uint64_t longest_gap_us;
+static unsigned clock_ms;
+
+static uint64_t now_us(void)
 {
 	struct timespec t;
 	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+	return (uint64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+static uint64_t now_ms(void)
+{
+	return now_us() / 1000;
 }
 
 static void sleep_ms(unsigned ms)
@@ -273,19 +296,42 @@ static void open_disk(void)
 	check_disk();
 }
 
+/* ---- clock -------------------------------------------------------------------------------- */
+
+static void *watch_clock(void *unused)
+{
+	struct sched_param first = { .sched_priority = 1 };
+	(void)unused;
+	/* Ahead of the guest's own work, which is not what is looked for. */
+	if (pthread_setschedparam(pthread_self(), SCHED_FIFO, &first) != 0)
+		printf("guestd: the clock has no priority\n");
+	for (uint64_t last = now_us();;) {
+		sleep_ms(clock_ms);
+		uint64_t now = now_us(), longest = longest_gap_us;
+		while (now - last > longest &&
+			!atomic_compare_exchange_weak(&longest_gap_us, &longest, now - last))
+			;
+		last = now;
+	}
+	return NULL;
+}
+
 /* ---- status ------------------------------------------------------------------------------- */
 
 static void send_status(int fd)
 {
-	char line[512];
+	char line[640], gap[32] = "null";
+	uint64_t gap_us = atomic_exchange(&longest_gap_us, 0);
+	if (clock_ms)
+		snprintf(gap, sizeof gap, "%.3f", gap_us / 1e3);
 	pthread_mutex_lock(&memory_lock);
 	pthread_mutex_lock(&disk_lock);
 	int n = snprintf(line, sizeof line,
-		"{\"name\":\"%s\",\"uptime_ms\":%llu,\"mem_mib\":%llu,\"dirty_mib_s\":%u,"
+		"{\"name\":\"%s\",\"uptime_ms\":%llu,\"longest_gap_ms\":%s,\"mem_mib\":%llu,\"dirty_mib_s\":%u,"
 		"\"mem_rewrites\":%llu,\"mem_errors\":%llu,\"mem_ok\":%s,"
 		"\"disk_found\":%llu,\"disk_written\":%llu,\"disk_verified\":%llu,\"disk_errors\":%llu,"
 		"\"disk_ok\":%s}\n",
-		name, (unsigned long long)now_ms(), (unsigned long long)memory_pages / 256, dirty_mib_s,
+		name, (unsigned long long)now_ms(), gap, (unsigned long long)memory_pages / 256, dirty_mib_s,
 		(unsigned long long)memory_rewrites, (unsigned long long)memory_errors,
 		memory_errors ? "false" : "true",
 		(unsigned long long)disk_found, (unsigned long long)disk_written,
@@ -348,6 +394,68 @@ static void interface_up(const char *interface, const char *ip)
 	if (ioctl(s, SIOCSIFFLAGS, &request) < 0)
 		perror("guestd: interface");
 	close(s);
+}
+
+/* Asks everybody on the network for its own address: they note who asks. */
+static void announce(int s, const char *interface)
+{
+	struct ifreq request = { 0 };
+	struct ether_arp arp = { .arp_hrd = htons(ARPHRD_ETHER), .arp_pro = htons(ETHERTYPE_IP),
+		.arp_hln = 6, .arp_pln = 4, .arp_op = htons(ARPOP_REQUEST) };
+	struct sockaddr_ll all = { .sll_family = AF_PACKET, .sll_protocol = htons(ETHERTYPE_ARP),
+		.sll_ifindex = if_nametoindex(interface), .sll_halen = 6,
+		.sll_addr = { 255, 255, 255, 255, 255, 255 } };
+	snprintf(request.ifr_name, sizeof request.ifr_name, "%s", interface);
+	if (ioctl(s, SIOCGIFADDR, &request) < 0)
+		return; /* it has none */
+	memcpy(arp.arp_spa, &((struct sockaddr_in *)&request.ifr_addr)->sin_addr, 4);
+	memcpy(arp.arp_tpa, arp.arp_spa, 4);
+	ioctl(s, SIOCGIFHWADDR, &request);
+	memcpy(arp.arp_sha, request.ifr_hwaddr.sa_data, 6);
+	int raw = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (sendto(raw, &arp, sizeof arp, 0, (struct sockaddr *)&all, sizeof all) < 0)
+		perror("guestd: announcement");
+	close(raw);
+}
+
+static void forget_neighbours(int s, const char *interface)
+{
+	char line[256], address[32], device[16];
+	FILE *table = fopen("/proc/net/arp", "re");
+	while (table && fgets(line, sizeof line, table)) {
+		struct arpreq entry = { .arp_pa.sa_family = AF_INET };
+		if (sscanf(line, "%31s %*s %*s %*s %*s %15s", address, device) == 2 &&
+			strcmp(device, interface) == 0 &&
+			inet_aton(address, &((struct sockaddr_in *)&entry.arp_pa)->sin_addr)) {
+			snprintf(entry.arp_dev, sizeof entry.arp_dev, "%s", device);
+			ioctl(s, SIOCDARP, &entry);
+		}
+	}
+	if (table)
+		fclose(table);
+}
+
+/* A link that goes down and up quickly may tell of the second only. */
+static void *watch_link(void *argument)
+{
+	const char *interface = argument;
+	struct sockaddr_nl links = { .nl_family = AF_NETLINK, .nl_groups = RTMGRP_LINK };
+	struct ifreq request = { 0 };
+	char event[8192];
+	int news = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+	int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	snprintf(request.ifr_name, sizeof request.ifr_name, "%s", interface);
+	if (bind(news, (struct sockaddr *)&links, sizeof links) < 0) {
+		perror("guestd: links");
+		return NULL;
+	}
+	while (recv(news, event, sizeof event, 0) > 0 || errno == EINTR || errno == ENOBUFS) {
+		if (ioctl(s, SIOCGIFFLAGS, &request) == 0 && request.ifr_flags & IFF_RUNNING) {
+			forget_neighbours(s, interface);
+			announce(s, interface);
+		}
+	}
+	return NULL;
 }
 
 static int listen_on(int port)
@@ -510,6 +618,10 @@ int main(void)
 	load_modules();
 	interface_up("lo", "127.0.0.1/8");
 	interface_up("eth0", option("drover.ip", ip, sizeof ip));
+	spawn(watch_link, "eth0");
+	clock_ms = number("drover.clock_ms", 0);
+	if (clock_ms)
+		spawn(watch_clock, NULL);
 	open_disk();
 
 	memory_pages = (uint64_t)number("drover.mem_mib", 32) * 256;

@@ -1,7 +1,7 @@
 # Sourced by every command of the devstack: names, paths, addresses, and how to run something in a place.
 #
 # A *place* is a network, a mount and a UTS namespace: `ctl` (broker and conductor), `client` (reaches the
-# guests), and a node kvm1, kvm2, … The namespaces are pinned by files, so they outlive every process in
+# guests), `alpha` and `beta` (each reaches the guests of that project), and a node kvm1, kvm2, … The namespaces are pinned by files, so they outlive every process in
 # them, and what runs in a place can be found, and stopped, without trusting any pid file.
 # shellcheck shell=bash
 
@@ -25,6 +25,9 @@ AMQP_USER=drover
 AMQP_PASSWORD=drover        # the broker can be reached from the devstack's own namespaces alone
 AMQP_URL=amqp://$AMQP_USER:$AMQP_PASSWORD@$CTL_ADDRESS:5672/
 EXCHANGE=drover
+# Projects that have a network and a directory of their own on every node. Their networks cannot reach each other,
+# nor that of the other guests, and all use the same addresses, as tenants' networks do.
+PROJECTS=(alpha beta)
 
 say()  { printf '%s\n' "devstack: $*" >&2; }
 die()  { printf '%s\n' "devstack: $1" >&2; shift; [ $# -eq 0 ] || printf '          %s\n' "$@" >&2; exit 1; }
@@ -65,19 +68,25 @@ address_of() {
     case $1 in
         ctl) printf %s "$CTL_ADDRESS" ;;
         kvm*) printf '100.100.100.%d' "$((10 + ${1#kvm}))" ;;
-        client) printf %s "$CLIENT_ADDRESS" ;;
+        *) is_client "$1" && printf %s "$CLIENT_ADDRESS" ;;
     esac
 }
+
+is_project() { [[ " ${PROJECTS[*]} " == *" $1 "* ]]; }
+is_client() { [ "$1" = client ] || is_project "$1"; }
 
 place_exists() { [ -e "$RUN/$1/ready" ] && [ -e "$(netns_of "$1")" ]; }
 
 need_place() {
     case $1 in
-        ctl|client|kvm[1-9]) ;;
-        *) die "there is no place '$1'" "places: ctl, client, $(nodes | xargs)" ;;
+        ctl|kvm[1-9]) ;;
+        *) is_client "$1" || die "there is no place '$1'" "places: ctl, client, ${PROJECTS[*]}, $(nodes | xargs)" ;;
     esac
     place_exists "$1" || die "'$1' is not running" "start the devstack with $DEVSTACK_DIR/up"
 }
+
+# Where a project's disks are, on every node.
+project_directory() { printf '/var/lib/libvirt/projects/%s' "$1"; }
 
 # The nodes that exist, in order.
 nodes() {

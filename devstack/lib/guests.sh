@@ -1,14 +1,14 @@
 # Building the guests' kernel and user space, and making guests.
 #
 # vm1, vm2, … have their disk on their node; shared1, … have theirs on the shared directory. vmN is at
-# 10.99.0.(10+N), sharedN at 10.99.0.(200+N). They are put on the nodes in turn.
+# 10.99.0.(10+N), sharedN at 10.99.0.(200+N), on whatever network. They are put on the nodes in turn.
 # shellcheck shell=bash
 
 BOOT=/var/lib/libvirt/boot          # on every node: vmlinuz, initrd, qemu-emulated
 IMAGES=/var/lib/libvirt/images
 DISK_MIB=64
 GUEST_MEMORY_MIB=128
-PROJECT=demo
+PROJECT=demo                        # of guests that are made: this one, or one of PROJECTS
 
 guest_number() { printf %s "${1//[!0-9]/}"; }
 
@@ -112,13 +112,21 @@ node_boot_files() {
         qemu-img create -q -f qcow2 "$STATE/$1$IMAGES/base.qcow2" "${DISK_MIB}M"
 }
 
-guest_disk() {
-    case $1 in shared*) echo "$SHARED/$1.qcow2" ;; *) echo "$IMAGES/$1.qcow2" ;; esac
+guest_bridge() { if is_project "$PROJECT"; then echo "br-$PROJECT"; else echo br-guests; fi; }
+
+# Where a new guest's disks are, on its node.
+guest_directory() {
+    case $1 in
+        shared*) echo "$SHARED" ;;
+        *) if is_project "$PROJECT"; then project_directory "$PROJECT"; else echo "$IMAGES"; fi ;;
+    esac
 }
 
-guest_data_disk() {
-    case $1 in shared*) echo "$SHARED/$1-data.raw" ;; *) echo "$IMAGES/$1-data.raw" ;; esac
-}
+# Guests of projects watch their clock: how long one stands still that changes hands is of interest.
+guest_clock() { ! is_project "$PROJECT" || echo " drover.clock_ms=2"; }
+
+guest_disk() { echo "$(guest_directory "$1")/$1.qcow2"; }
+guest_data_disk() { echo "$(guest_directory "$1")/$1-data.raw"; }
 
 # guest_disk_create NAME NODE: empty, on the base; what is there already stays.
 guest_disk_create() {
@@ -127,9 +135,13 @@ guest_disk_create() {
         shared*)
             file=$(guest_disk "$name")
             [ -e "$SHARED/$base" ] || qemu-img create -q -f qcow2 "$SHARED/$base" "${DISK_MIB}M" ;;
-        *) file=$STATE/$2$(guest_disk "$name") ;;
+        *)
+            file=$STATE/$2$(guest_disk "$name")
+            # The base has no copy in the projects' directories.
+            ! is_project "$PROJECT" || base=$IMAGES/$base ;;
     esac
-    [ -e "$file" ] || qemu-img create -q -f qcow2 -F qcow2 -b $base "$file"
+    # In place, where the base is under that name.
+    [ -e "$file" ] || in_place "$2" qemu-img create -q -f qcow2 -F qcow2 -b "$base" "$(guest_disk "$name")"
     [ -n "${GUEST_DATA_MIB:-}" ] || return 0
     file=$(guest_data_disk "$name")
     case $name in shared*) ;; *) file=$STATE/$2$file ;; esac
@@ -157,7 +169,7 @@ guest_xml() {
     <type arch='x86_64' machine='pc'>hvm</type>
     <kernel>$BOOT/vmlinuz</kernel>
     <initrd>$BOOT/initrd</initrd>
-    <cmdline>console=ttyS0 quiet panic=1 nokaslr mitigations=off drover.name=$name drover.ip=$(guest_ip "$name")/24 ${GUEST_CMDLINE:-}</cmdline>
+    <cmdline>console=ttyS0 quiet panic=1 nokaslr mitigations=off drover.name=$name drover.ip=$(guest_ip "$name")/24 ${GUEST_CMDLINE:-}$(guest_clock)</cmdline>
   </os>
   <features><acpi/></features>
   <cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model></cpu>
@@ -172,7 +184,7 @@ guest_xml() {
     </disk>$(guest_data_xml "$name")
     <interface type='bridge'>
       <mac address='$(guest_mac "$name")'/>
-      <source bridge='br-guests'/>
+      <source bridge='$(guest_bridge)'/>
       <model type='virtio'/>
       <rom enabled='no'/>
     </interface>
@@ -205,7 +217,7 @@ guest_create() {
 }
 
 guest_await() {
-    wait_for 60 "$1's echo" guest_answers "$(guest_ip "$1")" ||
+    wait_for 60 "$1's echo" guest_answers "$1" "$(guest_client "$1")" ||
         die "$1 is started and does not answer at $(guest_ip "$1"):7" \
             "its console: /var/log/libvirt/qemu/$1.console.log on $(guest_node "$1")"
 }
@@ -227,7 +239,20 @@ guests_list() {
 
 guest_node() { guests_list | awk -F'\t' -v name="$1" '$1 == name {print $3}'; }
 
-guest_answers() { in_place client timeout 2 bash -c "exec 3<>/dev/tcp/$1/7; echo drover >&3; read -r -t 1 line <&3; [ \"\$line\" = drover ]"; }
+# guest_client NAME: the place that reaches the guest, by the bridge that it is on now: projects may change.
+guest_client() {
+    local node bridge
+    for node in $(nodes); do
+        bridge=$(virsh_on "$node" domiflist "$1" 2>/dev/null | awk '$2 == "bridge" {print $3; exit}')
+        [ -z "$bridge" ] || break
+    done
+    if is_project "${bridge#br-}"; then echo "${bridge#br-}"; else echo client; fi
+}
+
+# guest_answers NAME PLACE: its echo reaches that place.
+guest_answers() {
+    in_place "$2" timeout 2 bash -c "exec 3<>/dev/tcp/$(guest_ip "$1")/7; echo drover >&3; read -r -t 1 line <&3; [ \"\$line\" = drover ]"
+}
 
 # guest_status NAME [9|10]: the guest's own account; on port 10 after it has checked everything.
-guest_status() { in_place client timeout 60 bash -c "exec 3<>/dev/tcp/$(guest_ip "$1")/${2:-9}; cat <&3"; }
+guest_status() { in_place "$(guest_client "$1")" timeout 60 bash -c "exec 3<>/dev/tcp/$(guest_ip "$1")/${2:-9}; cat <&3"; }

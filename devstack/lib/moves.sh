@@ -13,8 +13,6 @@ need_drover() {
     done
 }
 
-drover() { DROVER_CONFIG=$(config_of ctl) in_place ctl "$BIN/drover" "$@"; }
-
 drover_knows() { [ "$(drover instance show "$1" --json | field host)" = "$2" ]; }
 
 move_with_drover() { drover instance migrate "$1" --live --to "$3" --wait; }
@@ -34,10 +32,11 @@ tidy_after_virsh() {
     virsh_on "$2" pool-refresh default >/dev/null
 }
 
-# Opens a TCP session to the guest's echo and waits until it is established.
+# probe_start NAME [ARGS…]: opens a TCP session to the guest's echo and waits until it is established.
 probe_start() {
-    local ready
-    coproc PROBE { exec_in_place client /usr/bin/python3 "$DEVSTACK_DIR/lib/tcp-probe" "$(guest_ip "$1")"; }
+    local ready place
+    place=$(guest_client "$1")
+    coproc PROBE { exec_in_place "$place" /usr/bin/python3 "$DEVSTACK_DIR/lib/tcp-probe" "$(guest_ip "$1")" "${@:2}"; }
     # bash closes its own end as soon as the probe is gone, read or not.
     exec {probe_out}<&"${PROBE[0]}"
     probe_pid=$PROBE_PID
@@ -54,9 +53,6 @@ probe_stop() {
     wait "$probe_pid" 2>/dev/null || true
     [ -n "$probe_result" ] || die "the TCP probe ended without a result"
 }
-
-# field NAME: out of one line of JSON on standard input.
-field() { python3 -c 'import json, sys; print(json.load(sys.stdin).get(sys.argv[1]))' "$1"; }
 
 # What libvirt measured, in ms, as the destination tells it.
 libvirt_downtime() { virsh_on "$2" domjobinfo "$1" --completed 2>/dev/null | awk '/^Total downtime/ {print $3}'; }

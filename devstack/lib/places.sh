@@ -1,7 +1,7 @@
 # Making and removing the places and the networks between them.
 #
-# One more network namespace, `net`, is the switch: a bridge for the migration network and one for the
-# guests'. Cutting a node's link is done there, so that the node sees its carrier go.
+# One more network namespace, `net`, is the switch: a bridge for the migration network, one for the guests' and one
+# for each project's. Cutting a node's link is done there, so that the node sees its carrier go.
 # shellcheck shell=bash
 
 net_ip() { ip -n "$NAME.net" "$@"; }
@@ -14,7 +14,7 @@ netns_create() {
 switch_create() {
     local bridge
     netns_create net
-    for bridge in migration guests; do
+    for bridge in migration guests "${PROJECTS[@]}"; do
         net_ip link show "$bridge" >/dev/null 2>&1 ||
             net_ip link add "$bridge" type bridge stp_state 0 forward_delay 0 mcast_snooping 0
         net_ip link set "$bridge" up
@@ -29,6 +29,16 @@ plug() {
         net_ip link set "$port" master "$3" up
     fi
     ip -n "$NAME.$1" link set "$2" up
+}
+
+# wire_guests NODE INTERFACE NETWORK: a bridge for guests, and a cable from it to their network.
+wire_guests() {
+    local bridge=br-$3
+    plug "$1" "$2" "$3"
+    ip -n "$NAME.$1" link show "$bridge" >/dev/null 2>&1 ||
+        ip -n "$NAME.$1" link add "$bridge" type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+    ip -n "$NAME.$1" link set "$2" master "$bridge"
+    ip -n "$NAME.$1" link set "$bridge" up
 }
 
 # The directories that a place has for itself. Those which the machine lacks are made, empty, as mount
@@ -60,7 +70,7 @@ accounts_write() {
 }
 
 place_create() {
-    local place=$1 directory
+    local place=$1 directory project network
     if ! place_exists "$place"; then
         netns_create "$place"
         place_unpin "$place"
@@ -80,18 +90,19 @@ place_create() {
     case $place in
         kvm*)
             plug "$place" mig0 migration
-            plug "$place" gst0 guests
-            ip -n "$NAME.$place" link show br-guests >/dev/null 2>&1 ||
-                ip -n "$NAME.$place" link add br-guests type bridge stp_state 0 forward_delay 0 mcast_snooping 0
-            ip -n "$NAME.$place" link set gst0 master br-guests
-            ip -n "$NAME.$place" link set br-guests up
+            wire_guests "$place" gst0 guests
+            for project in "${PROJECTS[@]}"; do
+                wire_guests "$place" "${project}0" "$project"
+                mkdir -p "$STATE/$place$(project_directory "$project")"
+            done
             ip -n "$NAME.$place" addr replace "$(address_of "$place")/24" dev mig0 ;;
         ctl)
             plug ctl mig0 migration
             ip -n "$NAME.ctl" addr replace "$CTL_ADDRESS/24" dev mig0 ;;
-        client)
-            plug client gst0 guests
-            ip -n "$NAME.client" addr replace "$CLIENT_ADDRESS/24" dev gst0 ;;
+        *)
+            case $place in client) network=guests ;; *) network=$place ;; esac
+            plug "$place" gst0 "$network"
+            ip -n "$NAME.$place" addr replace "$CLIENT_ADDRESS/24" dev gst0 ;;
     esac
     touch "$RUN/$place/ready"
 }

@@ -201,12 +201,33 @@ service_stale() {
 
 # ---- all of Drover --------------------------------------------------------------------------------
 
+drover() { DROVER_CONFIG=$(config_of ctl) in_place ctl "$BIN/drover" "$@"; }
+
+# field NAME…: out of JSON on standard input; a NAME that is a number counts an array's elements.
+field() {
+    python3 -c 'import functools, json, sys
+step = lambda value, name: value[int(name)] if isinstance(value, list) else (value or {}).get(name)
+print(functools.reduce(step, sys.argv[1:], json.load(sys.stdin)))' "$@"
+}
+
 # Drover's own doctor finds nothing wrong, and every node has reported.
 drover_whole() {
     local listed node
     in_place ctl "$BIN/drover" --config "$(config_of ctl)" doctor || return
     listed=$(in_place ctl "$BIN/drover" --config "$(config_of ctl)" node list --json)
     for node in $(nodes); do [[ $listed == *"\"$node\""* ]] || return; done
+}
+
+# Every project that is not there. One that only guests name, and nobody has created, is shown too.
+projects_create() {
+    local project
+    for project in "${PROJECTS[@]}"; do
+        [ "$(drover --json project show "$project" 2>/dev/null | field created 2>/dev/null)" != True ] || continue
+        drover project create "$project" --network "lan=bridge:br-$project" \
+            --storage "directory:$(project_directory "$project")" \
+            --instances 20 --vcpus 20 --memory-mib 8192 --disk-gib 20 >/dev/null ||
+            die "project $project could not be created"
+    done
 }
 
 drover_ready() {

@@ -424,6 +424,13 @@ impl Following {
         })
     }
 
+    /// Waits until disks are being copied.
+    pub fn until_disk(&mut self) -> Value {
+        self.until("copying", |m| {
+            m["progress"]["disk"]["processed_bytes"].as_u64() > Some(0)
+        })
+    }
+
     /// Its record at its end.
     pub fn end(mut self) -> Value {
         self.until("at its end", |m| m["finished_at_ms"].is_u64())

@@ -109,6 +109,26 @@ contract! {
         marks_belong_to_their_migration,
         a_mark_in_a_local_directory_proves_nothing,
     }
+    hands {
+        networks_are_told_apart,
+        locations_are_told,
+        other_users_of_a_file_are_named,
+        a_running_guest_is_handed_over_and_back,
+        handing_over_lasts,
+        handing_back_after_nothing_is_no_error,
+        a_failed_handing_over_is_taken_back,
+        only_an_active_guest_is_handed_over,
+        a_disk_moves_under_its_guest,
+        a_disk_moves_back,
+        an_abandoned_copy_changes_nothing,
+        no_copy_is_made_over_a_file,
+        only_a_whole_copy_is_gone_on_with,
+        while_a_disk_is_copied_its_guest_stays,
+        a_placed_disk_starts_for_the_receiver,
+        a_guest_gets_another_name,
+        a_placed_disk_goes_back,
+        nothing_is_placed_from_nowhere,
+    }
     away {
         away_is_an_error_and_never_an_empty_answer,
         back_again_everything_works,

@@ -38,6 +38,8 @@ pub enum Side {
     Destination,
     /// What lies between them.
     Path,
+    /// The project that gives or gets it.
+    Project,
 }
 
 macro_rules! codes {
@@ -135,6 +137,18 @@ codes! {
     NameTaken => "name_taken",
     /// Options that exclude each other or that a side cannot do.
     Options => "options",
+    /// No such project.
+    UnknownProject => "unknown_project",
+    /// The project may not get instances.
+    ProjectDisabled => "project_disabled",
+    /// The instance is that project's already.
+    SameProject => "same_project",
+    /// More than the project may have.
+    Quota => "quota",
+    /// The receiver has no storage here, or it cannot be used.
+    Storage => "storage",
+    /// Another guest uses a disk too.
+    DiskInUse => "disk_in_use",
 }
 
 impl fmt::Display for CheckCode {
@@ -151,6 +165,7 @@ impl fmt::Display for Side {
             Self::Source => "source",
             Self::Destination => "destination",
             Self::Path => "path",
+            Self::Project => "project",
         })
     }
 }

@@ -35,6 +35,17 @@ uuid_id!(
     /// A migration: keys every step on every node.
     MigrationId
 );
+uuid_id!(
+    /// An offer of an instance to another project.
+    OfferId
+);
+
+impl OfferId {
+    /// A new id, ordered by time of making.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
 
 impl MigrationId {
     /// A new id, ordered by time of making.
@@ -91,6 +102,61 @@ impl From<HostName> for String {
 }
 
 impl fmt::Display for HostName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A project, as instances' metadata name it: any text that can be shown, as
+/// those of other clouds are.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ProjectId(String);
+
+/// A text that is no project's id.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("'{0}' is not a project: 1 to 255 characters, none of them a control character")]
+pub struct BadProjectId(String);
+
+impl ProjectId {
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ProjectId {
+    type Err = BadProjectId;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let length = text.chars().count();
+        let trimmed = text.trim() == text;
+        if trimmed && (1..=255).contains(&length) && !text.chars().any(char::is_control) {
+            Ok(Self(text.to_owned()))
+        } else {
+            let shown = text.chars().take(80);
+            Err(BadProjectId(
+                shown
+                    .map(|c| if c.is_control() { '?' } else { c })
+                    .collect(),
+            ))
+        }
+    }
+}
+
+impl TryFrom<String> for ProjectId {
+    type Error = BadProjectId;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<ProjectId> for String {
+    fn from(id: ProjectId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for ProjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }

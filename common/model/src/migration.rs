@@ -1,7 +1,7 @@
 //! A migration: what was asked, where it stands, how it ended.
 //!
 //! ```text
-//! live
+//! live, and project transfers of either kind (which have no post-copy)
 //! accepted ─► queued ─► preparing ─► running ─┬──────────────► completed
 //!    │          │           │          │      └► running (post-copy) ─► completed
 //!    └──────────┴───────────┴──────────┴─► failed │ cancelled          └► failed
@@ -16,13 +16,13 @@
 //! A cold one that is *finished* rests: the guest is on the destination, the
 //! source keeps its copy aside, and somebody has to confirm or to revert.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     check::CheckFailure,
-    ids::{HostName, InstanceId, MigrationId},
+    ids::{HostName, InstanceId, MigrationId, OfferId, ProjectId},
 };
 
 /// What kind of move.
@@ -34,6 +34,9 @@ pub enum MigrationType {
     /// The guest is off while it moves.
     #[serde(rename = "migration")]
     Migration,
+    /// The guest stays on its node and changes hands.
+    #[serde(rename = "project-transfer")]
+    ProjectTransfer,
 }
 
 impl fmt::Display for MigrationType {
@@ -41,6 +44,7 @@ impl fmt::Display for MigrationType {
         f.write_str(match self {
             Self::LiveMigration => "live-migration",
             Self::Migration => "migration",
+            Self::ProjectTransfer => "project-transfer",
         })
     }
 }
@@ -293,6 +297,113 @@ impl ColdOptions {
     }
 }
 
+/// How an instance changes hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TransferMode {
+    /// The guest runs on. One that is off stays off.
+    #[default]
+    Live,
+    /// The guest is shut down, and started again as the receiver's.
+    Cold,
+}
+
+/// How a transfer to another project is to be done. `None` leaves it to the settings.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TransferOptions {
+    /// Whether the guest runs on.
+    pub mode: TransferMode,
+    /// Which network of the receiver's takes the place of one that the guest is
+    /// on. The old one is named by the giver's logical name, by what it is on
+    /// the node (bridge, libvirt network), or by the MAC address of the NIC.
+    pub networks: BTreeMap<String, String>,
+    /// Leave disks where they are.
+    pub keep_disk: bool,
+    /// Give every NIC a new MAC address (cold only).
+    pub new_mac: bool,
+    /// New name (cold only: libvirt renames no running domain).
+    pub name: Option<String>,
+    /// New title.
+    pub title: Option<String>,
+    /// How long the guest may take to shut down when asked to, seconds (cold).
+    pub shutdown_timeout_s: Option<u64>,
+    /// Stop the guest hard if it has not shut down after so long, seconds
+    /// (cold). Without it no guest is ever stopped hard.
+    pub force_stop_after_s: Option<u64>,
+    /// Upper limit for each disk, MiB/s.
+    pub bandwidth_mib_s: Option<u64>,
+    /// Give up when nothing has got nearer to the end for so long, seconds.
+    pub progress_timeout_s: Option<u64>,
+}
+
+impl TransferOptions {
+    /// What is wrong with these options in themselves; empty if nothing is.
+    pub fn problems(&self) -> Vec<String> {
+        /// Networks that are named at the most.
+        const MOST_NETWORKS: usize = 64;
+        let mut problems = out_of_bounds(&[
+            ("shutdown_timeout_s", self.shutdown_timeout_s, 1, 86_400),
+            ("force_stop_after_s", self.force_stop_after_s, 0, 86_400),
+            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
+            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
+        ]);
+        if self.networks.len() > MOST_NETWORKS {
+            problems.push(format!("at most {MOST_NETWORKS} networks are mapped"));
+        }
+        let is_name = |text: &str| {
+            (1..=255).contains(&text.chars().count()) && !text.chars().any(char::is_control)
+        };
+        if self
+            .name
+            .as_deref()
+            .is_some_and(|n| !is_name(n) || n.contains('/'))
+        {
+            problems.push("name is 1 to 255 characters without '/'".to_owned());
+        }
+        if self.title.as_deref().is_some_and(|t| !is_name(t)) {
+            problems.push("title is one line of 1 to 255 characters".to_owned());
+        }
+        problems
+    }
+
+    /// What the rules of a cold migration need of it.
+    pub fn as_cold(&self) -> ColdOptions {
+        ColdOptions {
+            shutdown_timeout_s: self.shutdown_timeout_s,
+            force_stop_after_s: self.force_stop_after_s,
+            bandwidth_mib_s: self.bandwidth_mib_s,
+            progress_timeout_s: self.progress_timeout_s,
+            ..ColdOptions::default()
+        }
+    }
+}
+
+/// A transfer to another project: which, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProjectTransfer {
+    /// Who gets the instance.
+    pub project: ProjectId,
+    /// How.
+    #[serde(flatten)]
+    pub options: TransferOptions,
+}
+
+/// Who agreed to a transfer, and when. An administrator may be both sides.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Consent {
+    /// The offer that was accepted; none if both sides asked at once.
+    pub offer: Option<OfferId>,
+    /// Who offered.
+    pub offered_by: Requester,
+    /// When, milliseconds since 1970.
+    pub offered_at_ms: u64,
+    /// Who accepted.
+    pub accepted_by: Requester,
+    /// When, milliseconds since 1970.
+    pub accepted_at_ms: u64,
+}
+
 /// The size of a guest, as Nova's flavors name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flavor {
@@ -312,6 +423,9 @@ pub enum Way {
     /// The guest is off while it moves.
     #[serde(rename = "migration")]
     Cold(ColdOptions),
+    /// The guest stays on its node and changes hands.
+    #[serde(rename = "project-transfer")]
+    Transfer(ProjectTransfer),
 }
 
 impl Way {
@@ -320,6 +434,7 @@ impl Way {
         match self {
             Self::Live(_) => MigrationType::LiveMigration,
             Self::Cold(_) => MigrationType::Migration,
+            Self::Transfer(_) => MigrationType::ProjectTransfer,
         }
     }
 
@@ -328,6 +443,7 @@ impl Way {
         match self {
             Self::Live(options) => options.problems(),
             Self::Cold(options) => options.problems(),
+            Self::Transfer(transfer) => transfer.options.problems(),
         }
     }
 }
@@ -545,6 +661,9 @@ pub struct Migration {
     pub owner: String,
     /// Who asked.
     pub requester: Requester,
+    /// Of a project transfer, who agreed to it.
+    #[serde(default)]
+    pub consent: Option<Consent>,
     /// Whether an abort was asked for.
     pub abort_requested: bool,
     /// Whether a force-complete was asked for.

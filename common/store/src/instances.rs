@@ -3,13 +3,15 @@
 //!
 //! A node that lists a domain as its own owns it, unless another node that
 //! still lists it does. While a migration is under way its saga says where the
-//! instance is, not the reports, which may be older than the switch-over.
+//! instance is (and, of a transfer between projects, whose it is), not the
+//! reports, which may be older than the switch-over.
 
 use std::{collections::HashMap, str::FromStr};
 
 use drover_model::{
     guest::PowerState,
-    ids::{HostName, InstanceId},
+    ids::{HostName, InstanceId, ProjectId},
+    migration::MigrationType,
     node::{HypervisorReport, InstanceReport, NodeReport},
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
@@ -60,13 +62,25 @@ enum Change {
     Note(String),
 }
 
+/// Instances of which sagas know more than reports.
+#[derive(Debug, Default)]
+struct UnderWay {
+    /// Under a migration of any kind: where they are.
+    moving: Vec<InstanceId>,
+    /// Those of them that go to another project: whose they are, and their names.
+    changing_hands: Vec<InstanceId>,
+}
+
 /// What follows from a report, given the rows that it can touch: those of its
-/// own host and those of the ids it lists. `moving` are under migration.
+/// own host and those of the ids it lists.
 fn reconcile(
     report: &NodeReport,
     listed: &[InstanceReport],
     rows: &HashMap<InstanceId, InstanceRow>,
-    moving: &[InstanceId],
+    UnderWay {
+        moving,
+        changing_hands,
+    }: &UnderWay,
     now_ms: u64,
 ) -> Vec<Change> {
     let mut changes = Vec::new();
@@ -75,9 +89,15 @@ fn reconcile(
         match rows.get(&seen.id) {
             None => changes.push(fresh()),
             Some(row) if row.host == report.host => {
+                let mut next = row_of(&report.host, seen, row.changed_at_ms);
+                if changing_hands.contains(&row.id) {
+                    next.project.clone_from(&row.project);
+                    next.name.clone_from(&row.name);
+                }
                 // Most reports say nothing new: they cost no write.
-                if *row != row_of(&report.host, seen, row.changed_at_ms) {
-                    changes.push(fresh());
+                if *row != next {
+                    next.changed_at_ms = now_ms;
+                    changes.push(Change::Keep(Box::new(next)));
                 }
             }
             Some(_) if moving.contains(&seen.id) => {}
@@ -156,9 +176,9 @@ pub(crate) async fn take_in(
             rows.insert(row.id, row);
         }
     }
-    let moving = moving(tx).await?;
+    let under_way = under_way(tx).await?;
     let mut notes = Vec::new();
-    for change in reconcile(report, listed, &rows, &moving, now_ms) {
+    for change in reconcile(report, listed, &rows, &under_way, now_ms) {
         match change {
             Change::Keep(row) => put(tx, &row).await?,
             Change::Missing(id) => {
@@ -188,16 +208,21 @@ async fn by_id(tx: &mut Transaction<'static, Any>, id: InstanceId) -> Result<Opt
     row.as_ref().map(instance).transpose()
 }
 
-async fn moving(tx: &mut Transaction<'static, Any>) -> Result<Vec<InstanceId>> {
-    let rows = sqlx::query("SELECT instance_uuid FROM migrations WHERE active = 1")
+async fn under_way(tx: &mut Transaction<'static, Any>) -> Result<UnderWay> {
+    let rows = sqlx::query("SELECT instance_uuid, migration_type FROM migrations WHERE active = 1")
         .fetch_all(&mut **tx)
         .await?;
-    rows.iter()
-        .map(|row| {
-            let text: String = row.try_get("instance_uuid")?;
-            text.parse().map_err(|e| corrupt("a migration", &e))
-        })
-        .collect()
+    let transfer = MigrationType::ProjectTransfer.to_string();
+    let mut found = UnderWay::default();
+    for row in &rows {
+        let id: String = row.try_get("instance_uuid")?;
+        let id = id.parse().map_err(|e| corrupt("a migration", &e))?;
+        found.moving.push(id);
+        if row.try_get::<String, _>("migration_type")? == transfer {
+            found.changing_hands.push(id);
+        }
+    }
+    Ok(found)
 }
 
 async fn put(tx: &mut Transaction<'static, Any>, row: &InstanceRow) -> Result<()> {
@@ -238,6 +263,36 @@ pub(crate) async fn moved(
     )
     .bind(id.to_string())
     .bind(host.as_str())
+    .bind(signed(now_ms))
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// Gives an instance to a project, under a new name if there is one.
+pub(crate) async fn handed_over(
+    tx: &mut Transaction<'static, Any>,
+    id: InstanceId,
+    project: &ProjectId,
+    name: Option<&str>,
+    now_ms: u64,
+) -> Result<()> {
+    // Touched first by reports of its node too: one that has read the row as it
+    // is now shall not write it over what is written here.
+    sqlx::query(
+        "UPDATE nodes SET claim_serial = claim_serial + 1 \
+         WHERE host = (SELECT host FROM instances WHERE uuid = $1)",
+    )
+    .bind(id.to_string())
+    .execute(&mut **tx)
+    .await?;
+    sqlx::query(
+        "UPDATE instances SET project_id = $2, name = COALESCE(CAST($3 AS TEXT), name), \
+         changed_at_ms = $4 WHERE uuid = $1",
+    )
+    .bind(id.to_string())
+    .bind(project.as_str())
+    .bind(name)
     .bind(signed(now_ms))
     .execute(&mut **tx)
     .await?;

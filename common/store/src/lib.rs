@@ -2,15 +2,18 @@
 //! PostgreSQL for several conductors, one SQL text for both.
 //!
 //! [`nodes`] and [`instances`] keep what agents report; [`migrations`] what is
-//! done and by whom; [`claims`] what is promised on a destination; [`sagas`]
-//! the journals; [`outbox`] notifications on their way out. What belongs
-//! together is committed together.
+//! done and by whom; [`claims`] what is promised on a destination; [`projects`]
+//! who may have how much; [`offers`] what is offered to other projects;
+//! [`sagas`] the journals; [`outbox`] notifications on their way out. What
+//! belongs together is committed together.
 
 pub mod claims;
 pub mod instances;
 pub mod migrations;
 pub mod nodes;
+pub mod offers;
 pub mod outbox;
+pub mod projects;
 pub mod sagas;
 
 use std::{str::FromStr, time::Duration};
@@ -62,6 +65,12 @@ pub enum StoreError {
     /// The change is not one this record can make.
     #[error("{0}")]
     Illegal(String),
+    /// It is there already.
+    #[error("{0} exists already")]
+    Exists(String),
+    /// What was asked for cannot be; says why.
+    #[error("{0}")]
+    Invalid(String),
 }
 
 impl StoreError {
@@ -69,7 +78,11 @@ impl StoreError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Database(_) | Self::Conflict(_) => ErrorClass::Retryable,
-            Self::Open { .. } | Self::NotFound(_) | Self::Ambiguous(_) => ErrorClass::Refused,
+            Self::Open { .. }
+            | Self::NotFound(_)
+            | Self::Ambiguous(_)
+            | Self::Exists(_)
+            | Self::Invalid(_) => ErrorClass::Refused,
             Self::Corrupt { .. } | Self::Illegal(_) => ErrorClass::Bug,
         }
     }
@@ -261,11 +274,14 @@ fn schema() -> Migrator {
         let sql = sqlx::SqlStr::from_static(sql);
         SchemaChange::new(version, name.into(), MigrationType::Simple, sql, false)
     };
-    Migrator::with_migrations(vec![change(
-        1,
-        "record",
-        include_str!("../migrations/0001_record.sql"),
-    )])
+    Migrator::with_migrations(vec![
+        change(1, "record", include_str!("../migrations/0001_record.sql")),
+        change(
+            2,
+            "projects",
+            include_str!("../migrations/0002_projects.sql"),
+        ),
+    ])
 }
 
 /// A number for a database column. Columns are signed; ours never get that big.

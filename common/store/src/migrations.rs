@@ -1,14 +1,18 @@
 //! Migrations: their records, who drives them, and requests already carried out.
 
 use drover_model::{
-    api::{compute::Outcome, conductor::ListMigrations},
+    api::{
+        compute::Outcome,
+        conductor::{ListMigrations, Offer, OfferState},
+    },
     ids::{InstanceId, MigrationId},
     migration::Migration,
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, corrupt, from_json, instances::shown, signed, to_json, unsigned,
+    Result, Store, StoreError, corrupt, from_json, instances::shown, offers, signed, to_json,
+    unsigned,
 };
 
 /// What came of asking for a migration to be put on the record.
@@ -20,6 +24,8 @@ pub enum Admitted {
     Repeated(Box<Migration>),
     /// The instance is under another migration.
     Busy(Box<Migration>),
+    /// The offer that it comes of can no longer be accepted.
+    OfferTaken(Box<Offer>),
 }
 
 /// Who drives a migration's saga. Every write of the saga names it; a write
@@ -33,11 +39,12 @@ pub struct Lease {
 }
 
 impl Store {
-    /// Puts a new migration on the record, with the request that asked for it,
-    /// in one commit (invariants 4 and 5). Its `id` and `version` are given here.
+    /// Puts a new migration on the record, with the request that asked for it
+    /// and the offer it accepts, in one commit (invariants 4 and 5). Its `id` and
+    /// `version` are given here.
     ///
     /// # Errors
-    /// The database failed.
+    /// [`StoreError::NotFound`] if there is no such offer, or the database failed.
     pub async fn admit(
         &self,
         new: &Migration,
@@ -72,6 +79,14 @@ impl Store {
                 return Ok(Admitted::Repeated(Box::new(record(&row)?)));
             }
         }
+        let accepted = new.consent.as_ref().and_then(|consent| consent.offer);
+        let accepted = accepted.filter(|_| !new.status.is_final());
+        if let Some(offer) = accepted {
+            let offer = offers::lock(&mut tx, offer, new.created_at_ms).await?;
+            if offer.state != OfferState::Open {
+                return Ok(Admitted::OfferTaken(Box::new(offer)));
+            }
+        }
         if !new.status.is_final() {
             let row = sqlx::query(
                 "SELECT version, record FROM migrations WHERE instance_uuid = $1 AND active = 1",
@@ -90,6 +105,9 @@ impl Store {
         migration.id = row.try_get("next")?;
         migration.version = 1;
         insert(&mut tx, &migration, lease_until_ms).await?;
+        if let Some(offer) = accepted {
+            offers::take(&mut tx, offer, migration.uuid).await?;
+        }
         if let Some(unique_id) = unique_id {
             sqlx::query(
                 "INSERT INTO requests (unique_id, migration_uuid, at_ms) VALUES ($1, $2, $3)",
@@ -102,6 +120,20 @@ impl Store {
         }
         tx.commit().await?;
         Ok(Admitted::New(Box::new(migration)))
+    }
+
+    /// What a request with that unique id made, if it was carried out.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn requested(&self, unique_id: &str) -> Result<Option<Migration>> {
+        let query = sqlx::query(
+            "SELECT m.version, m.record FROM migrations m \
+             JOIN requests r ON r.migration_uuid = m.uuid WHERE r.unique_id = $1",
+        )
+        .bind(unique_id);
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        row.as_ref().map(record).transpose()
     }
 
     /// The migration of an integer id, a UUID, or a unique prefix of one.
@@ -332,8 +364,8 @@ async fn insert(
 ) -> Result<()> {
     sqlx::query(
         "INSERT INTO migrations (uuid, id, instance_uuid, status, active, source_host, dest_host, \
-         owner, epoch, lease_until_ms, version, record) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10, $11)",
+         owner, epoch, lease_until_ms, version, record, migration_type) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10, $11, $12)",
     )
     .bind(m.uuid.to_string())
     .bind(m.id)
@@ -346,6 +378,7 @@ async fn insert(
     .bind(signed(lease_until_ms))
     .bind(signed(m.version))
     .bind(to_json("a migration", m)?)
+    .bind(m.way.migration_type().to_string())
     .execute(&mut **tx)
     .await?;
     Ok(())

@@ -2,68 +2,25 @@
 
 #![allow(clippy::unwrap_used)] // all of it is test
 
+#[macro_use]
+mod common;
+
 use std::path::PathBuf;
 
+use common::{host, listed, migration, report};
 use drover_model::{
     api::{compute::Outcome, conductor::ListMigrations},
-    guest::PowerState,
-    ids::{HostName, InstanceId, MigrationId},
-    migration::{Migration, MigrationStatus, Progress, Requester, Way},
-    node::{AllocationPolicy, Endpoint, HypervisorReport, InstanceReport, Inventory, NodeReport},
+    migration::{Migration, MigrationStatus},
+    node::{HypervisorReport, InstanceReport},
 };
 use drover_saga::{Event, JournalError};
 use drover_store::{
-    Kind, Store, StoreError,
+    Store, StoreError,
     claims::Resources,
     migrations::{Admitted, Lease},
     nodes::Reported,
     sagas::SagaKey,
 };
-use uuid::Uuid;
-
-/// A server on which databases may be made, as a `postgresql://` URL.
-const POSTGRESQL: &str = "DROVER_TEST_POSTGRESQL_URL";
-/// Set to `1`, it turns the absence of one into a failure.
-const REQUIRED: &str = "DROVER_REQUIRE_REAL";
-
-/// Holds an empty record in SQLite to a promise.
-async fn in_sqlite(promise: impl AsyncFnOnce(Store)) {
-    promise(Store::in_memory().await.unwrap()).await;
-}
-
-/// Holds an empty record in PostgreSQL to a promise, or says that it cannot.
-async fn in_postgresql(promise: impl AsyncFnOnce(Store)) {
-    let Ok(server) = std::env::var(POSTGRESQL) else {
-        let required = std::env::var(REQUIRED).is_ok_and(|value| value == "1");
-        assert!(
-            !required,
-            "{REQUIRED} is 1, and {POSTGRESQL} names no server"
-        );
-        println!("SKIPPED: {POSTGRESQL} names no server");
-        return;
-    };
-    sqlx::any::install_default_drivers();
-    let admin = sqlx::AnyPool::connect(&server).await.unwrap();
-    // A schema of its own for each; the server goes with the tests.
-    let schema = format!("test_{}", Uuid::new_v4().simple());
-    let create = sqlx::AssertSqlSafe(format!("CREATE SCHEMA {schema}"));
-    sqlx::query(create).execute(&admin).await.unwrap();
-    let url = format!("{server}?options=-csearch_path%3D{schema}");
-    let store = Store::open(&url).await.unwrap();
-    assert_eq!(store.kind(), Kind::Postgresql);
-    promise(store).await;
-}
-
-macro_rules! promises {
-    ($($promise:ident,)*) => {
-        mod sqlite {
-            $(#[tokio::test] async fn $promise() { super::in_sqlite(super::$promise).await })*
-        }
-        mod postgresql {
-            $(#[tokio::test] async fn $promise() { super::in_postgresql(super::$promise).await })*
-        }
-    };
-}
 
 promises! {
     a_request_is_carried_out_once_and_an_instance_moves_once,
@@ -77,95 +34,6 @@ promises! {
     rival_claims_never_exceed_the_node,
     a_journal_has_one_writer,
     an_outcome_is_kept_for_whoever_drives,
-}
-
-fn host(name: &str) -> HostName {
-    name.parse().unwrap()
-}
-
-fn listed(n: u128) -> InstanceReport {
-    InstanceReport {
-        id: InstanceId(Uuid::from_u128(n)),
-        name: format!("vm{n}"),
-        project: "demo".into(),
-        generation: 0,
-        power_state: PowerState::Running,
-        incoming: false,
-        vcpus: 1,
-        memory_mib: 1024,
-        disk_bytes: 1 << 30,
-        migration: None,
-    }
-}
-
-fn report(name: &str, sequence: u64, instances: Vec<InstanceReport>) -> NodeReport {
-    NodeReport {
-        host: host(name),
-        agent_version: "0.1.0".into(),
-        agent_started_ms: 1,
-        sequence,
-        clock_ms: 0,
-        endpoint: Endpoint {
-            address: name.into(),
-            libvirt_uri: format!("qemu+tcp://{name}/system"),
-            libvirt_port: 16509,
-        },
-        policy: AllocationPolicy {
-            cpu_allocation_ratio: 1.0,
-            ram_allocation_ratio: 1.0,
-            reserved_memory_mib: 0,
-        },
-        hypervisor: HypervisorReport::Up {
-            inventory: Inventory {
-                hypervisor_type: "QEMU".into(),
-                hypervisor_version: 7_002_000,
-                libvirt_version: 9_000_000,
-                arch: "x86_64".into(),
-                cpu_model: "qemu64".into(),
-                kvm: false,
-                vcpus: 4,
-                memory_mib: 4096,
-                disk_bytes: 10 << 30,
-                disk_free_bytes: 5 << 30,
-            },
-            instances,
-        },
-    }
-}
-
-fn migration(n: u128, instance: u128) -> Migration {
-    Migration {
-        id: 0,
-        uuid: MigrationId(Uuid::from_u128(n << 96 | n)),
-        instance_uuid: InstanceId(Uuid::from_u128(instance)),
-        instance_name: format!("vm{instance}"),
-        project_id: "demo".into(),
-        way: Way::default(),
-        status: MigrationStatus::Accepted,
-        source_host: host("kvm1"),
-        dest_host: None,
-        dest_requested: false,
-        step: String::new(),
-        step_started_at_ms: 0,
-        attempt: 1,
-        owner: "ctl".into(),
-        requester: Requester::default(),
-        abort_requested: false,
-        force_complete_requested: false,
-        ending: None,
-        ending_attempt: 0,
-        end_reason: None,
-        warnings: vec![],
-        decisions: vec![],
-        timings: vec![],
-        progress: Progress::default(),
-        downtime_ms: None,
-        created_at_ms: 1,
-        updated_at_ms: 1,
-        finished_at_ms: None,
-        deadline_at_ms: None,
-        version: 0,
-    }
 }
 
 async fn admit(store: &Store, m: &Migration, unique_id: Option<&str>) -> Admitted {

@@ -1,4 +1,8 @@
-//! The command line: nouns, verbs, options, and nothing of what they do.
+//! The command line: nouns, verbs, options, and nothing of what they do. Those
+//! of projects and of transfers between them are in [`project`] and [`transfer`].
+
+pub mod project;
+pub mod transfer;
 
 use std::path::PathBuf;
 
@@ -11,12 +15,12 @@ use drover_model::{
 
 const EXIT_CODES: &str = "\
 ID is a UUID, a unique prefix of one, or a name (for migrations: the number).
-TIME is seconds, or such as 90s, 2m, 1h.
+TIME is seconds, or such as 90s, 2m, 1h. P is a project's id or its name.
 
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused by a check,
 4 timed out or nobody answered, 130 interrupted (what was begun goes on).";
 
-/// Moves libvirt guests between compute nodes, and says how they are.
+/// Moves libvirt guests between compute nodes and between projects, and says how they are.
 #[derive(Debug, Parser)]
 #[command(name = "drover", version, after_help = EXIT_CODES)]
 #[command(subcommand_required = true, disable_help_subcommand = true)]
@@ -57,6 +61,12 @@ pub enum Noun {
     /// Moves, running and past
     #[command(subcommand)]
     Migration(MigrationVerb),
+    /// Who owns guests, how much each may have, and where its guests live
+    #[command(subcommand)]
+    Project(project::ProjectVerb),
+    /// Offers of guests from one project to another
+    #[command(subcommand)]
+    Transfer(transfer::TransferVerb),
     /// What is wrong with this installation, and what to do
     Doctor(DoctorArgs),
     /// Completions for a shell, to be sourced by it
@@ -121,6 +131,8 @@ pub enum InstanceVerb {
     Confirm(Settle),
     /// Take an instance back to the node that a cold migration brought it from
     Revert(Revert),
+    /// Give an instance to another project, for both sides at once; it stays on its node
+    Transfer(Box<transfer::TransferInstance>),
 }
 
 /// Moving an instance.
@@ -404,6 +416,16 @@ fn seconds(text: &str) -> Result<u64, String> {
     seconds.ok_or_else(|| "a time is seconds, or such as 90s, 2m, 1h".to_owned())
 }
 
+/// The same, with `d` for days too.
+fn long_seconds(text: &str) -> Result<u64, String> {
+    let Some(days) = text.strip_suffix('d') else {
+        return some_seconds(text);
+    };
+    let days: Option<u64> = days.parse().ok().filter(|days| *days > 0);
+    let seconds = days.and_then(|days| days.checked_mul(86_400));
+    seconds.ok_or_else(|| "days are a number such as 3d".to_owned())
+}
+
 fn some_seconds(text: &str) -> Result<u64, String> {
     match seconds(text)? {
         0 => Err("no time at all is too short".to_owned()),
@@ -416,6 +438,13 @@ fn some_text(text: &str) -> Result<String, String> {
         "" => Err("an ID cannot be empty".to_owned()),
         id => Ok(id.to_owned()),
     }
+}
+
+/// `LEFT=RIGHT`, neither of them empty.
+fn pair(text: &str) -> Option<(String, String)> {
+    let (left, right) = text.split_once('=')?;
+    let (left, right) = (left.trim(), right.trim());
+    (!left.is_empty() && !right.is_empty()).then(|| (left.to_owned(), right.to_owned()))
 }
 
 #[cfg(test)]

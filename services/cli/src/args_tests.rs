@@ -1,8 +1,14 @@
 //! What a command line is taken for.
 
 use clap::{CommandFactory, error::ErrorKind};
+use drover_model::{
+    api::conductor::ProjectChange,
+    migration::{TransferMode, TransferOptions},
+    project::{Limit, Project},
+};
+use serde_json::json;
 
-use super::*;
+use super::{project::ProjectVerb, *};
 
 fn parse(line: &str) -> Result<Cli, clap::Error> {
     Cli::try_parse_from(std::iter::once("drover").chain(line.split_whitespace()))
@@ -41,6 +47,19 @@ fn every_verb_parses() {
         "migration abort 7 --wait",
         "migration force-complete 7 --no-wait",
         "migration resume 7 --dry-run",
+        "instance transfer demo --project blue --live --network br0=lan --keep-disk --title T",
+        "instance transfer demo --project blue --cold --new-mac --name new --dry-run --no-wait",
+        "transfer offer demo",
+        "transfer offer demo --project blue --expires 3d --dry-run --json",
+        "transfer accept 0199 --project blue --live",
+        "transfer accept 0199 --project blue --key k --cold --shutdown-timeout 1m --timeout 5m",
+        "transfer list --project blue --all",
+        "transfer show 0199",
+        "transfer withdraw 0199 --dry-run",
+        "project list --json",
+        "project show blue",
+        "project create blue --disabled --dry-run",
+        "project set blue --enable --remove-network lan --no-storage",
         "doctor --json",
         "completions bash",
         "--json --config x.toml --url amqp://h node list",
@@ -147,6 +166,156 @@ fn a_time_is_seconds_or_has_a_unit() {
         assert!(seconds(text).is_err(), "{text}");
     }
     assert!(some_seconds("0m").is_err());
+    assert_eq!(
+        (long_seconds("2h"), long_seconds("3d")),
+        (Ok(7200), Ok(259_200))
+    );
+    for text in ["0", "0d", "d", "1.5d", "-1d", "213503982334602d"] {
+        assert!(long_seconds(text).is_err(), "{text}");
+    }
+}
+
+fn handover(options: &str) -> Result<TransferOptions, String> {
+    let line = format!("instance transfer demo --project blue {options}");
+    match parse(&line).unwrap().noun {
+        Noun::Instance(InstanceVerb::Transfer(order)) => order.how.options(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn all_options_of_a_transfer_arrive() {
+    let cold = handover(
+        "--cold --network br0=lan --network 52:54:00:00:00:01=wan --keep-disk --new-mac --name new \
+         --title T --shutdown-timeout 2m --force-stop-after 3m --bandwidth 100 --progress-timeout 60",
+    );
+    let networks = [("br0", "lan"), ("52:54:00:00:00:01", "wan")];
+    let networks = networks.map(|(old, new)| (old.to_owned(), new.to_owned()));
+    let expected = TransferOptions {
+        mode: TransferMode::Cold,
+        networks: networks.into(),
+        keep_disk: true,
+        new_mac: true,
+        name: Some("new".to_owned()),
+        title: Some("T".to_owned()),
+        shutdown_timeout_s: Some(120),
+        force_stop_after_s: Some(180),
+        bandwidth_mib_s: Some(100),
+        progress_timeout_s: Some(60),
+    };
+    assert_eq!(cold, Ok(expected));
+    assert_eq!(handover("--live"), Ok(TransferOptions::default()));
+}
+
+#[test]
+fn what_no_running_guest_can_be_given_is_refused_with_the_reason() {
+    for (options, why) in [
+        ("--live --name new", "libvirt renames no running domain"),
+        ("--live --new-mac", "a running NIC keeps its MAC address"),
+        (
+            "--live --network a=b --network a=c",
+            "network a is replaced twice",
+        ),
+        (
+            "--cold --name a/b",
+            "name is 1 to 255 characters without '/'",
+        ),
+        ("--live --bandwidth 0", "bandwidth_mib_s is 0"),
+    ] {
+        let words = handover(options).expect_err(options);
+        assert!(words.contains(why), "{words}");
+    }
+}
+
+fn created(options: &str) -> Result<Project, String> {
+    match parse(&format!("project create blue {options}"))
+        .unwrap()
+        .noun
+    {
+        Noun::Project(ProjectVerb::Create(order)) => order.project(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn wished(options: &str) -> Result<ProjectChange, String> {
+    match parse(&format!("project set blue {options}")).unwrap().noun {
+        Noun::Project(ProjectVerb::Set(order)) => order.wished(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_project_is_made_as_it_is_said() {
+    let project = created(
+        "--name Blue --instances 10 --vcpus unlimited --memory-mib 4096 --disk-gib 50 --disabled \
+         --network lan=bridge:br-blue@kvm1,kvm2 --network lan=network:blue \
+         --network wan=bridge:br-wan --storage directory:/srv/a@b/c --storage pool:blue@kvm2",
+    );
+    let expected = json!({
+        "id": "blue", "name": "Blue", "enabled": false,
+        "quota": {"instances": 10, "vcpus": -1, "memory_mb": 4096, "disk_gb": 50},
+        "networks": {
+            "lan": [
+                {"nodes": ["kvm1", "kvm2"], "attachment": {"type": "bridge", "bridge": "br-blue"}},
+                {"nodes": [], "attachment": {"type": "network", "network": "blue"}},
+            ],
+            "wan": [{"nodes": [], "attachment": {"type": "bridge", "bridge": "br-wan"}}],
+        },
+        "storage": [
+            {"nodes": [], "location": {"type": "directory", "path": "/srv/a@b/c"}},
+            {"nodes": ["kvm2"], "location": {"type": "pool", "pool": "blue"}},
+        ],
+    });
+    assert_eq!(serde_json::to_value(project.unwrap()).unwrap(), expected);
+    assert_eq!(created(""), Ok(Project::new("blue".parse().unwrap())));
+}
+
+#[test]
+fn of_a_project_only_what_is_said_changes() {
+    let change =
+        wished("--disable --vcpus 4 --remove-network lan --network wan=bridge:b --no-storage");
+    let change = change.unwrap();
+    assert_eq!(change.enabled, Some(false));
+    assert_eq!(
+        (change.vcpus, change.memory_mb),
+        (Some(Limit::AtMost(4)), None)
+    );
+    assert_eq!(change.networks["lan"], []);
+    assert_eq!(change.networks["wan"].len(), 1);
+    assert_eq!(change.storage, Some(Vec::new()));
+    let change = wished("--enable").unwrap();
+    assert_eq!((change.enabled, change.storage), (Some(true), None));
+}
+
+#[test]
+fn what_cannot_be_of_a_project_is_named() {
+    for (options, why) in [
+        (
+            "--network lan=bridge:a --network lan=bridge:b",
+            "network lan: said twice for all nodes",
+        ),
+        (
+            "--network lan=bridge:a@kvm1 --network lan=bridge:b@kvm2,kvm1",
+            "network lan: said twice for kvm1",
+        ),
+        ("--network lan=bridge:", "'' is no name of a bridge"),
+        (
+            "--storage directory:srv",
+            "'srv' is no absolute, plain path",
+        ),
+        (
+            "--storage pool:a --storage pool:b",
+            "storage: said twice for all nodes",
+        ),
+    ] {
+        for words in [created(options).err(), wished(options).err()] {
+            let words = words.expect(options);
+            assert!(words.contains(why), "{words}");
+        }
+    }
+    assert_eq!(wished(""), Err("nothing is to change".to_owned()));
+    let both = wished("--network lan=bridge:a --remove-network lan");
+    assert_eq!(both, Err("network lan is both set and removed".to_owned()));
 }
 
 #[test]
@@ -195,6 +364,60 @@ fn misuse_is_usage() {
             ErrorKind::ValueValidation,
         ),
         ("instance revert", ErrorKind::MissingRequiredArgument),
+        (
+            "instance transfer demo --project blue",
+            ErrorKind::MissingRequiredArgument,
+        ),
+        (
+            "instance transfer demo --live",
+            ErrorKind::MissingRequiredArgument,
+        ),
+        (
+            "instance transfer demo --project blue --live --cold",
+            ErrorKind::ArgumentConflict,
+        ),
+        (
+            "instance transfer demo --project blue --live --force-stop-after 9",
+            ErrorKind::ArgumentConflict,
+        ),
+        (
+            "instance transfer demo --project blue --live --network lan",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "transfer accept 0199 --live",
+            ErrorKind::MissingRequiredArgument,
+        ),
+        (
+            "transfer offer demo --expires 0d",
+            ErrorKind::ValueValidation,
+        ),
+        ("project create blue --vcpus -1", ErrorKind::UnknownArgument),
+        ("project create blue --vcpus=-1", ErrorKind::ValueValidation),
+        (
+            "project create blue --network lan",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "project create blue --network lan=tap:x",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "project create blue --network lan=bridge:x@",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "project create blue --storage /srv",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "project set blue --enable --disable",
+            ErrorKind::ArgumentConflict,
+        ),
+        (
+            "project set blue --storage pool:a --no-storage",
+            ErrorKind::ArgumentConflict,
+        ),
         ("node drain kvm1", ErrorKind::InvalidSubcommand),
         ("migration confirm 7", ErrorKind::InvalidSubcommand),
     ];

@@ -8,13 +8,15 @@ use drover_model::{
         COMPUTE_TOPIC, CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         compute::{self, AgentStatus},
         conductor::{
-            ConductorStatus, Instance, InstanceRef, ListInstances, ListMigrations, MigrateAnswer,
-            MigrateInstance, MigrationRef, Node, NodeRef, RevertMigration, SetNode, WaitMigration,
-            method,
+            AcceptTransfer, ConductorStatus, Instance, InstanceRef, ListInstances, ListMigrations,
+            ListOffers, MigrateAnswer, MigrateInstance, MigrationRef, Node, NodeRef, Offer,
+            OfferMade, OfferRef, OfferTransfer, ProjectRef, ProjectView, RevertMigration, SetNode,
+            SetProject, TransferInstance, WaitMigration, method,
         },
     },
     ids::HostName,
     migration::Migration,
+    project::Project,
 };
 use drover_rpc::{
     AmqpTransport, CallOptions, MessagingSettings, RequestContext, RpcClient, Target, Transport,
@@ -32,7 +34,8 @@ use crate::{
 
 /// How long a question that only needs the conductor's record may take.
 pub const QUESTION: Duration = Duration::from_secs(10);
-/// How long asking for a migration may take: the conductor may ask both nodes first.
+/// How long asking for a migration or a transfer may take: the conductor may ask
+/// the nodes first.
 pub const ADMISSION: Duration = Duration::from_secs(60);
 /// How long asking for a way back with all changes may take: the conductor
 /// confirms first, for two minutes at the most, and then admits a migration.
@@ -133,6 +136,70 @@ impl Client {
     ) -> Result<MigrateAnswer, Trouble> {
         self.ask_for(method::MIGRATE_INSTANCE, request, timeout)
             .await
+    }
+
+    /// Asks for a transfer to another project, for both sides, or for its plan.
+    pub async fn transfer(
+        &self,
+        request: &TransferInstance,
+        timeout: Duration,
+    ) -> Result<MigrateAnswer, Trouble> {
+        self.ask_for(method::TRANSFER_INSTANCE, request, timeout)
+            .await
+    }
+
+    /// Offers an instance to another project.
+    pub async fn offer(&self, request: &OfferTransfer) -> Result<OfferMade, Trouble> {
+        self.ask(method::OFFER_TRANSFER, request).await
+    }
+
+    /// Accepts an offer, or asks for the plan of what would come of it.
+    pub async fn accept(
+        &self,
+        request: &AcceptTransfer,
+        timeout: Duration,
+    ) -> Result<MigrateAnswer, Trouble> {
+        self.ask_for(method::ACCEPT_TRANSFER, request, timeout)
+            .await
+    }
+
+    /// Takes an offer back.
+    pub async fn withdraw(&self, offer: &str) -> Result<Offer, Trouble> {
+        let offer = offer.to_owned();
+        self.ask(method::WITHDRAW_TRANSFER, &OfferRef { offer })
+            .await
+    }
+
+    /// Offers, newest first.
+    pub async fn list_offers(&self, which: &ListOffers) -> Result<Vec<Offer>, Trouble> {
+        self.ask(method::LIST_TRANSFERS, which).await
+    }
+
+    /// One offer.
+    pub async fn get_offer(&self, offer: &str) -> Result<Offer, Trouble> {
+        let offer = offer.to_owned();
+        self.ask(method::GET_TRANSFER, &OfferRef { offer }).await
+    }
+
+    /// All projects, by id.
+    pub async fn list_projects(&self) -> Result<Vec<ProjectView>, Trouble> {
+        self.ask(method::LIST_PROJECTS, &json!({})).await
+    }
+
+    /// One project.
+    pub async fn get_project(&self, project: &str) -> Result<ProjectView, Trouble> {
+        let project = project.to_owned();
+        self.ask(method::GET_PROJECT, &ProjectRef { project }).await
+    }
+
+    /// Makes a project.
+    pub async fn create_project(&self, project: &Project) -> Result<ProjectView, Trouble> {
+        self.ask(method::CREATE_PROJECT, project).await
+    }
+
+    /// Changes a project.
+    pub async fn set_project(&self, request: &SetProject) -> Result<ProjectView, Trouble> {
+        self.ask(method::SET_PROJECT, request).await
     }
 
     /// Migrations, newest first.

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use drover_model::{check::CheckFailure, error::ErrorClass};
+use drover_model::{api::conductor::method, check::CheckFailure, error::ErrorClass};
 use drover_rpc::{DISPATCHER_MODULE, NOVA_MODULE, RemoteFailure, RpcError, TransportError};
 use serde::Deserialize;
 use serde_json::Value;
@@ -24,7 +24,9 @@ const LOOK_AROUND: &str = "`drover doctor` tells what is wrong";
 /// Tells an error of a call.
 pub fn tell(error: &RpcError, asked: &Asked<'_>) -> Trouble {
     match error {
-        RpcError::Remote { failure, .. } => remote(failure, asked),
+        RpcError::Remote {
+            method, failure, ..
+        } => remote(method, failure, asked),
         RpcError::Timeout { method, waited, .. } => silent(method, *waited, asked),
         RpcError::PeerSilent {
             method, silence, ..
@@ -95,14 +97,15 @@ fn nobody(asked: &Asked<'_>) -> Trouble {
         .place(Place::Peer)
 }
 
-fn remote(failure: &RemoteFailure, asked: &Asked<'_>) -> Trouble {
+fn remote(method: &str, failure: &RemoteFailure, asked: &Asked<'_>) -> Trouble {
     let (class, checks) = (failure.class.as_ref(), checks(failure));
     let mut trouble = match (failure.module.as_ref(), class) {
         // Told one by one: the message, which repeats them all, is left out.
-        _ if !checks.is_empty() => Trouble::refused("the migration is refused", checks),
-        (NOVA_MODULE, "MigrationPreCheckError" | "NoValidHost") => {
-            Trouble::refused(words(failure), checks)
+        _ if !checks.is_empty() => {
+            Trouble::refused(format!("the {} is refused", noun(method)), checks)
         }
+        (NOVA_MODULE, "MigrationPreCheckError" | "NoValidHost")
+        | (_, "OfferNotOpen" | "WrongKey") => Trouble::refused(words(failure), checks),
         (DISPATCHER_MODULE, "UnsupportedVersion" | "NoSuchMethod") => {
             let message = format!(
                 "{} does not know this request: {}",
@@ -120,11 +123,25 @@ fn remote(failure: &RemoteFailure, asked: &Asked<'_>) -> Trouble {
     trouble
 }
 
+/// What was asked for by that method, where checks can refuse it.
+fn noun(method: &str) -> &'static str {
+    match method {
+        method::OFFER_TRANSFER => "offer",
+        method::TRANSFER_INSTANCE | method::ACCEPT_TRANSFER => "transfer",
+        _ => "migration",
+    }
+}
+
 fn remedy(class: &str) -> Option<&'static str> {
     Some(match class {
         "InstanceNotFound" => "`drover instance list` shows what there is",
         "ComputeHostNotFound" => "`drover node list` shows what there is",
         "MigrationNotFound" => "`drover migration list` shows what there is",
+        "ProjectNotFound" => "`drover project list` shows what there is",
+        "ProjectExists" => "`drover project set` changes it",
+        "OfferNotFound" => "`drover transfer list --all` shows what there is",
+        "OfferNotOpen" => "`drover transfer show` tells where it stands",
+        "WrongKey" => "the giver was told the key when it offered, and can make another offer",
         "InstanceInvalidState" => {
             "`drover instance show` and `drover migration list --active` show what it is doing"
         }
@@ -168,8 +185,12 @@ mod tests {
     };
 
     fn told(failure: RemoteFailure) -> Trouble {
+        told_of("m", failure)
+    }
+
+    fn told_of(method: &str, failure: RemoteFailure) -> Trouble {
         let error = RpcError::Remote {
-            method: "m".to_owned(),
+            method: method.to_owned(),
             target_name: "conductor".to_owned(),
             failure,
         };
@@ -198,6 +219,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_refused_is_called_by_its_name() {
+        let checks = json!([{"code": "quota", "side": "project", "message": "m", "remedy": "r"}]);
+        for (method, noun) in [
+            ("transfer_instance", "transfer"),
+            ("accept_transfer", "transfer"),
+            ("offer_transfer", "offer"),
+            ("migrate_instance", "migration"),
+        ] {
+            let failure = RemoteFailure::nova("MigrationPreCheckError", "quota, m");
+            let trouble = told_of(method, failure.with_kwarg("checks", checks.clone()));
+            assert_eq!(trouble.message, format!("the {noun} is refused"));
+        }
+    }
+
+    #[test]
+    fn an_offer_that_cannot_be_accepted_is_a_refusal_in_its_own_words() {
+        for class in ["OfferNotOpen", "WrongKey"] {
+            let trouble = told(RemoteFailure::nova(class, "2 tries are left"));
+            assert_eq!(
+                (trouble.exit, trouble.message.as_str()),
+                (Exit::Refused, "2 tries are left")
+            );
+            assert!(trouble.remedy.is_some(), "{class}");
+        }
+    }
+
+    #[test]
     fn a_refusal_without_checks_is_told_in_its_own_words() {
         let trouble = told(RemoteFailure::nova(
             "MigrationPreCheckError",
@@ -217,6 +265,9 @@ mod tests {
             "MigrationNotFound",
             "InstanceInvalidState",
             "InvalidMigrationState",
+            "ProjectNotFound",
+            "ProjectExists",
+            "OfferNotFound",
         ] {
             let trouble = told(RemoteFailure::nova(class, "so it is"));
             assert_eq!(

@@ -8,9 +8,13 @@ use std::{
 
 use async_trait::async_trait;
 use drover_model::{
-    api::{NAMESPACE, conductor::MigrateAnswer},
+    api::{
+        NAMESPACE,
+        conductor::{MigrateAnswer, OfferMade, OfferState, ProjectView},
+    },
     check::{CheckCode, CheckFailure, Side},
-    migration::{EndReason, Ending, Migration, MigrationStatus},
+    migration::{EndReason, Ending, Migration, MigrationStatus, TransferMode},
+    project::{Limit, Project},
 };
 use drover_rpc::{
     Endpoint, MessagingSettings, RemoteFailure, Request, RpcServer, memory::MemoryBroker,
@@ -58,6 +62,16 @@ impl Endpoint for Script {
     fn methods(&self) -> &[&str] {
         &[
             "migrate_instance",
+            "transfer_instance",
+            "offer_transfer",
+            "accept_transfer",
+            "withdraw_transfer",
+            "get_transfer",
+            "list_transfers",
+            "create_project",
+            "set_project",
+            "get_project",
+            "list_projects",
             "abort_migration",
             "force_complete_migration",
             "confirm_migration",
@@ -105,6 +119,8 @@ struct Stage {
     interrupt_after: Option<Duration>,
     /// What the operator types, where one sits.
     typed: Option<&'static str>,
+    /// What comes on standard input, where nobody sits.
+    piped: Option<&'static str>,
 }
 
 impl Stage {
@@ -117,6 +133,7 @@ impl Stage {
             tape: Tape::default(),
             interrupt_after: None,
             typed: None,
+            piped: None,
         }
     }
 
@@ -158,6 +175,9 @@ impl Stage {
             }),
             answers: self
                 .typed
+                .map(|text| Box::new(text.as_bytes()) as Box<dyn io::BufRead + Send>),
+            input: self
+                .piped
                 .map(|text| Box::new(text.as_bytes()) as Box<dyn io::BufRead + Send>),
         };
         let ended = dispatch(&mut session, cli.noun, "a file".to_owned()).await;
@@ -1020,6 +1040,391 @@ async fn what_is_resumed_ends_well_when_what_it_was_about_is_done() {
     ])
     .await;
     assert_eq!(stage.run("migration resume 7").await, Exit::Done);
+}
+
+const TRANSFER: &str = "instance transfer demo-1 --project blue --live";
+const ACCEPT: &str = "transfer accept 0199 --project blue --live";
+
+fn given() -> Migration {
+    samples::handover(TransferMode::Live)
+}
+
+fn taken() -> Migration {
+    version(samples::handed_over(given()), 9)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transfer_is_followed_to_its_end() {
+    let stage = Stage::with([
+        ("transfer_instance", accepted(&given())),
+        ("wait_migration", answer(&samples::moving(given()))),
+        ("wait_migration", answer(&taken())),
+    ])
+    .await;
+    let line = format!("{TRANSFER} --network br0=lan --title T");
+    assert_eq!(stage.run(&line).await, Exit::Done);
+    let out = stage.tape.out();
+    assert!(
+        out.contains("demo-1  default -> blue on kvm1  running (disk)"),
+        "{out}"
+    );
+    assert_eq!(
+        stage.last_line(),
+        "completed: demo-1 is in project blue; network cut 34 ms, total 2.1 s"
+    );
+    let request = &stage.asked("transfer_instance")[0];
+    assert_eq!(
+        (&request["instance"], &request["project"]),
+        (&json!("demo-1"), &json!("blue"))
+    );
+    assert_eq!(request["options"]["mode"], "live");
+    assert_eq!(request["options"]["networks"], json!({"br0": "lan"}));
+    assert_eq!(request["dry_run"], false);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transfer_that_cannot_be_is_usage_and_nothing_is_asked() {
+    let stage = Stage::with([]).await;
+    assert_eq!(
+        stage.run(&format!("{TRANSFER} --name new")).await,
+        Exit::Usage
+    );
+    let err = stage.tape.err();
+    assert!(err.contains("libvirt renames no running domain"), "{err}");
+    assert!(err.contains("`drover instance transfer --help`"), "{err}");
+    let line = format!("{ACCEPT} --new-mac --key k");
+    assert_eq!(stage.run(&line).await, Exit::Usage);
+    let line = "project create blue --network lan=bridge:a --network lan=bridge:b";
+    assert_eq!(stage.run(line).await, Exit::Usage);
+    assert_eq!(stage.run("project set blue").await, Exit::Usage);
+    assert!(stage.script.asked.lock().unwrap().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dry_run_of_a_transfer_shows_its_plan() {
+    let mut good = samples::plan();
+    (good.dest_host, good.memory_mib) = (Some(good.source_host.clone()), 0);
+    let mut bad = good.clone();
+    bad.failures = vec![check()];
+    let plan = |plan| answer(&MigrateAnswer::Plan { plan });
+    let stage = Stage::with([
+        ("transfer_instance", plan(good)),
+        ("accept_transfer", plan(bad)),
+    ])
+    .await;
+    assert_eq!(
+        stage.run(&format!("{TRANSFER} --dry-run")).await,
+        Exit::Done
+    );
+    let out = stage.tape.out();
+    assert!(
+        out.contains("would be transferred to blue on kvm1"),
+        "{out}"
+    );
+    let line = format!("{ACCEPT} --key k --dry-run");
+    assert_eq!(stage.run(&line).await, Exit::Refused);
+    assert_eq!(stage.asked("transfer_instance")[0]["dry_run"], true);
+    assert_eq!(stage.asked("accept_transfer")[0]["dry_run"], true);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_transfer_lists_its_checks() {
+    let refusal = RemoteFailure::nova("MigrationPreCheckError", "x");
+    let refusal = refusal.with_kwarg("checks", json!([check()]));
+    let stage = Stage::with([("transfer_instance", Act::Fail(refusal))]).await;
+    assert_eq!(stage.run(TRANSFER).await, Exit::Refused);
+    let err = stage.tape.err();
+    assert!(
+        err.starts_with("drover: the transfer is refused: 1 check failed\n"),
+        "{err}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn patience_with_a_transfer_tells_what_goes_on() {
+    let stage = Stage::with([("transfer_instance", accepted(&given()))]).await;
+    assert_eq!(
+        stage.run(&format!("{TRANSFER} --timeout 5")).await,
+        Exit::TimedOut
+    );
+    let err = stage.tape.err();
+    assert!(
+        err.contains("not over in time: the transfer of demo-1 goes on"),
+        "{err}"
+    );
+    let stage = Stage::with([("accept_transfer", Act::Keep)]).await;
+    assert_eq!(
+        stage.run(&format!("{ACCEPT} --key k")).await,
+        Exit::TimedOut
+    );
+    let err = stage.tape.err();
+    assert!(err.contains("may or may not have begun"), "{err}");
+    assert!(err.contains("`drover transfer show 0199`"), "{err}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_running_transfer_is_not_forced_to_complete() {
+    let running = samples::moving(given());
+    let stage = Stage::with([
+        ("get_migration", answer(&running)),
+        ("get_migration", answer(&running)),
+    ])
+    .await;
+    let line = "migration force-complete 7 --dry-run";
+    assert_eq!(stage.run(line).await, Exit::Refused);
+    assert_eq!(stage.run("migration abort 7 --dry-run").await, Exit::Done);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_offer_is_told_with_its_key() {
+    let made = OfferMade {
+        offer: samples::offer(),
+        key: "correct-horse".to_owned(),
+    };
+    let stage = Stage::with([
+        ("offer_transfer", answer(&made)),
+        ("offer_transfer", answer(&made)),
+    ])
+    .await;
+    let line = "transfer offer demo-1 --project blue --expires 1d";
+    assert_eq!(stage.run(line).await, Exit::Done);
+    let expected = "\
+offer     01997777-0000-7000-8000-00000000feed
+instance  demo-1 (11111111-2222-4333-8444-555555555555)
+from      default
+to        blue
+until     2026-11-24 18:46:51Z
+key       correct-horse
+
+The key is shown this once and kept nowhere. With it the receiver takes the instance:
+  `drover transfer accept 01997777-0000-7000-8000-00000000feed --project P`
+";
+    assert_eq!(stage.tape.out(), expected);
+    assert_eq!(
+        stage.asked("offer_transfer")[0],
+        json!({"instance": "demo-1", "project": "blue", "expires_in_s": 86400})
+    );
+    let json = Stage::with([("offer_transfer", answer(&made))]).await;
+    assert_eq!(json.run("transfer offer demo-1 --json").await, Exit::Done);
+    let told: OfferMade = serde_json::from_str(&json.tape.out()).unwrap();
+    assert_eq!(told, made);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_answer_to_an_offer_tells_what_to_do() {
+    let stage = Stage::with([("offer_transfer", Act::Keep)]).await;
+    assert_eq!(stage.run("transfer offer demo-1").await, Exit::TimedOut);
+    let err = stage.tape.err();
+    assert!(err.contains("the offer may have been made"), "{err}");
+    assert!(err.contains("`drover transfer withdraw`"), "{err}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_key_is_taken_from_wherever_it_is_given() {
+    for (option, typed, piped) in [
+        (" --key secret", None, None),
+        (" --key secret", None, Some("other\n")),
+        ("", Some("secret\n"), None),
+        ("", None, Some("secret\nmore\n")),
+        ("", None, Some(" secret")),
+    ] {
+        let mut stage = Stage::with([("accept_transfer", accepted(&given()))]).await;
+        (stage.typed, stage.piped) = (typed, piped);
+        let line = format!("{ACCEPT} --no-wait{option}");
+        assert_eq!(stage.run(&line).await, Exit::Done);
+        assert_eq!(stage.tape.out(), "7\n");
+        let request = &stage.asked("accept_transfer")[0];
+        assert_eq!(
+            (&request["key"], &request["offer"], &request["project"]),
+            (&json!("secret"), &json!("0199"), &json!("blue"))
+        );
+        let asked = stage.tape.err().contains("key of the offer: ");
+        assert_eq!(asked, typed.is_some());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_key_nothing_is_asked() {
+    for (typed, piped, told) in [
+        (None, None, "no terminal to ask for it on"),
+        (Some("\n"), None, "no key was given"),
+        (None, Some(""), "no key was given"),
+    ] {
+        let mut stage = Stage::with([]).await;
+        (stage.typed, stage.piped) = (typed, piped);
+        assert_eq!(stage.run(ACCEPT).await, Exit::Usage);
+        let err = stage.tape.err();
+        assert!(err.contains(told), "{err}");
+        assert!(stage.script.asked.lock().unwrap().is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wrong_key_is_a_refusal() {
+    let wrong = RemoteFailure::nova("WrongKey", "That is not the key; 4 tries are left.");
+    let stage = Stage::with([("accept_transfer", Act::Fail(wrong))]).await;
+    let line = format!("{ACCEPT} --key k");
+    assert_eq!(stage.run(&line).await, Exit::Refused);
+    let err = stage.tape.err();
+    assert!(
+        err.starts_with("drover: That is not the key; 4 tries are left.\n"),
+        "{err}"
+    );
+    assert_eq!(stage.asked("accept_transfer").len(), 1, "tries are few");
+}
+
+#[tokio::test(start_paused = true)]
+async fn offers_are_listed_shown_and_withdrawn() {
+    let mut withdrawn = samples::offer();
+    withdrawn.state = OfferState::Withdrawn;
+    let stage = Stage::with([
+        ("list_transfers", answer(&[samples::offer()])),
+        ("get_transfer", answer(&samples::offer())),
+        ("withdraw_transfer", answer(&withdrawn)),
+    ])
+    .await;
+    let line = "transfer list --project blue --all";
+    assert_eq!(stage.run(line).await, Exit::Done);
+    assert_eq!(
+        stage.asked("list_transfers")[0],
+        json!({"project": "blue", "all": true})
+    );
+    assert_eq!(stage.run("transfer show 0199").await, Exit::Done);
+    assert!(
+        stage
+            .tape
+            .out()
+            .contains("offered     2026-11-23 18:46:51Z by user ann")
+    );
+    assert_eq!(stage.run("transfer withdraw 0199").await, Exit::Done);
+    assert_eq!(
+        stage.last_line(),
+        "offer 01997777-0000-7000-8000-00000000feed of demo-1 is withdrawn"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dry_run_of_an_offer_changes_nothing() {
+    let mut over = samples::offer();
+    over.state = OfferState::Expired;
+    let stage = Stage::with([
+        ("get_instance", answer(&samples::instance("demo-1"))),
+        ("get_project", answer(&samples::project("blue"))),
+        ("get_transfer", answer(&samples::offer())),
+        ("get_transfer", answer(&over)),
+    ])
+    .await;
+    let line = "transfer offer demo-1 --project blue --dry-run";
+    assert_eq!(stage.run(line).await, Exit::Done);
+    assert_eq!(
+        stage.tape.out(),
+        "demo-1 (11111111-2222-4333-8444-555555555555) of project default would be offered to \
+         project blue\n"
+    );
+    let line = "transfer withdraw 0199 --dry-run";
+    assert_eq!(stage.run(line).await, Exit::Done);
+    assert!(
+        stage
+            .last_line()
+            .ends_with("is open; it would be withdrawn")
+    );
+    assert_eq!(stage.run(line).await, Exit::Refused);
+    let err = stage.tape.err();
+    assert!(err.contains("is expired: it cannot be withdrawn"), "{err}");
+    assert!(stage.asked("offer_transfer").is_empty());
+    assert!(stage.asked("withdraw_transfer").is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_project_is_made_and_changed() {
+    let view = samples::project("blue");
+    let stage = Stage::with([
+        ("create_project", answer(&view)),
+        ("set_project", answer(&view)),
+        ("list_projects", answer(&[&view])),
+    ])
+    .await;
+    let line = "project create blue --vcpus 4 --network lan=bridge:br-blue@kvm1";
+    assert_eq!(stage.run(line).await, Exit::Done);
+    assert!(stage.tape.out().contains("instances  2+1/10"));
+    let asked: Project = serde_json::from_value(stage.asked("create_project")[0].clone()).unwrap();
+    assert_eq!((asked.id.as_str(), asked.enabled), ("blue", true));
+    assert_eq!(asked.networks["lan"][0].nodes, [samples::host("kvm1")]);
+    let line = "project set Blue --disable --remove-network lan --memory-mib unlimited";
+    assert_eq!(stage.run(line).await, Exit::Done);
+    let asked = &stage.asked("set_project")[0];
+    assert_eq!(asked["project"], "Blue");
+    let change = &asked["change"];
+    assert_eq!(
+        (
+            &change["enabled"],
+            &change["networks"],
+            &change["memory_mb"]
+        ),
+        (&json!(false), &json!({"lan": []}), &json!(-1))
+    );
+    assert_eq!(change["vcpus"], Value::Null, "what is not said stays");
+    assert_eq!(stage.run("project list").await, Exit::Done);
+}
+
+fn unknown_project() -> Act {
+    Act::Fail(RemoteFailure::nova(
+        "ProjectNotFound",
+        "There is no project.",
+    ))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dry_run_shows_the_project_as_it_would_be() {
+    let view = || answer(&samples::project("blue"));
+    let mut named = samples::project("old");
+    named.created = false;
+    let named = || answer(&named);
+    let stage = Stage::with([
+        ("get_project", view()),
+        ("get_project", view()),
+        ("get_project", named()),
+        ("get_project", unknown_project()),
+        ("get_project", named()),
+        ("get_project", view()),
+    ])
+    .await;
+    let line = "project set blue --vcpus 8 --remove-network wan --dry-run --json";
+    assert_eq!(stage.run(line).await, Exit::Done);
+    let told: ProjectView = serde_json::from_str(&stage.tape.out()).unwrap();
+    let mut expected = samples::project("blue");
+    expected.project.quota.vcpus = Limit::AtMost(8);
+    expected.project.networks.remove("wan");
+    assert_eq!(told, expected);
+
+    let told = async |line: &str| {
+        let before = stage.tape.out().len();
+        let exit = stage.run(line).await;
+        (exit, stage.tape.out()[before..].to_owned())
+    };
+    let (exit, out) = told("project set blue --enable --dry-run").await;
+    assert_eq!(exit, Exit::Done);
+    assert!(
+        out.starts_with("it would be left as it is:\n\nid "),
+        "{out}"
+    );
+    let (exit, _) = told("project set old --enable --dry-run").await;
+    assert_eq!(exit, Exit::Failed, "nobody has made it");
+
+    let (exit, out) = told("project create new --vcpus 3 --dry-run").await;
+    assert_eq!(exit, Exit::Done);
+    assert!(out.starts_with("it would be created:\n"), "{out}");
+    assert!(out.contains("\nvcpus      0/3\n"), "{out}");
+    let (exit, out) = told("project create old --vcpus 9 --dry-run").await;
+    assert_eq!(exit, Exit::Done);
+    assert!(out.contains("\nvcpus      3+1/9\n"), "it has some: {out}");
+    let (exit, _) = told("project create blue --dry-run").await;
+    assert_eq!(exit, Exit::Failed);
+    let err = stage.tape.err();
+    assert!(err.contains("there is a project blue already"), "{err}");
+    for method in ["create_project", "set_project"] {
+        assert!(stage.asked(method).is_empty());
+    }
 }
 
 fn status() -> Value {

@@ -31,7 +31,7 @@ use drover_runtime::logging::{self, LogSettings};
 use crate::{
     args::{Cli, Global, Noun},
     client::Client,
-    command::{Answers, Interrupt, Session, doctor, instance, migration, node},
+    command::{Answers, Interrupt, Session, doctor, instance, migration, node, project, transfer},
     exit::{Exit, Trouble},
     render::screen::Screen,
 };
@@ -89,6 +89,7 @@ async fn work(cli: Cli, screen: &mut Screen) -> Result<Exit, Trouble> {
         screen: std::mem::replace(screen, Screen::standard(cli.global.json)),
         interrupt: interrupt(),
         answers: answers(),
+        input: input(),
     };
     let ended = dispatch(&mut session, cli.noun, source).await;
     let _ = tokio::time::timeout(LEAVE, session.client.close()).await;
@@ -101,6 +102,8 @@ pub async fn dispatch(session: &mut Session, noun: Noun, source: String) -> Resu
         Noun::Node(verb) => node::run(session, verb).await,
         Noun::Instance(verb) => instance::run(session, verb).await,
         Noun::Migration(verb) => migration::run(session, verb).await,
+        Noun::Project(verb) => project::run(session, verb).await,
+        Noun::Transfer(verb) => transfer::run(session, verb).await,
         Noun::Doctor(args) => {
             let setup = doctor::Setup {
                 source,
@@ -130,6 +133,12 @@ fn interrupt() -> Interrupt {
 fn answers() -> Answers {
     let there = io::stdin().is_terminal() && io::stderr().is_terminal();
     there.then(|| Box::new(io::BufReader::new(io::stdin())) as Box<dyn io::BufRead + Send>)
+}
+
+/// What comes in by a pipe or from a file.
+fn input() -> Answers {
+    let piped = !io::stdin().is_terminal();
+    piped.then(|| Box::new(io::BufReader::new(io::stdin())) as Box<dyn io::BufRead + Send>)
 }
 
 fn completions(shell: Shell, screen: &mut Screen) -> Result<Exit, Trouble> {

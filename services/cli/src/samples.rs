@@ -6,15 +6,18 @@ use std::{
 };
 
 use drover_model::{
-    api::conductor::{ConductorStatus, Instance, Node, Plan, PlannedDisk},
+    api::conductor::{
+        ConductorStatus, Instance, Node, Offer, OfferState, Plan, PlannedDisk, ProjectView,
+    },
     check::{CheckCode, CheckFailure, Side},
-    guest::PowerState,
+    guest::{NicAttachment, PowerState},
     ids::HostName,
     migration::{
-        ColdOptions, Decision, Migration, MigrationStatus, Phase, Progress, Requester, StepTiming,
-        Transfer, Way,
+        ColdOptions, Consent, Decision, Migration, MigrationStatus, Phase, Progress,
+        ProjectTransfer, Requester, StepTiming, Transfer, TransferMode, TransferOptions, Way,
     },
     node::{AllocationPolicy, Endpoint, HypervisorReport, Inventory, NodeReport},
+    project::{Limit, Location, NetworkPlace, Project, ProjectUsage, Quota, StoragePlace},
 };
 
 use crate::render::screen::{Manner, Screen};
@@ -25,6 +28,9 @@ pub(crate) const T0: u64 = 1_795_459_611_000;
 pub(crate) const INSTANCE: &str = "11111111-2222-4333-8444-555555555555";
 /// UUID of the migration.
 pub(crate) const MIGRATION: &str = "01997777-0000-7000-8000-00000000abcd";
+
+/// UUID of the offer.
+pub(crate) const OFFER: &str = "01997777-0000-7000-8000-00000000feed";
 
 const MIB: u64 = 1 << 20;
 
@@ -122,6 +128,7 @@ pub(crate) fn migration() -> Migration {
         attempt: 1,
         owner: "ctl".to_owned(),
         requester: Requester::default(),
+        consent: None,
         abort_requested: false,
         force_complete_requested: false,
         ending: None,
@@ -250,6 +257,144 @@ pub(crate) fn finished() -> Migration {
         text: "vda is copied: kvm2 does not see its directory".to_owned(),
     }];
     m
+}
+
+/// Somebody.
+pub(crate) fn user(name: &str) -> Requester {
+    Requester {
+        user_id: Some(name.to_owned()),
+        ..Requester::default()
+    }
+}
+
+/// A transfer to the project blue that was offered and accepted.
+pub(crate) fn handover(mode: TransferMode) -> Migration {
+    let options = TransferOptions {
+        mode,
+        ..TransferOptions::default()
+    };
+    Migration {
+        way: Way::Transfer(ProjectTransfer {
+            project: "blue".parse().unwrap(),
+            options,
+        }),
+        dest_host: Some(host("kvm1")),
+        requester: user("bob"),
+        consent: Some(Consent {
+            offer: Some(OFFER.parse().unwrap()),
+            offered_by: user("ann"),
+            offered_at_ms: T0 - 60_000,
+            accepted_by: user("bob"),
+            accepted_at_ms: T0,
+        }),
+        ..migration()
+    }
+}
+
+/// It, with its disks on their way.
+pub(crate) fn moving(mut m: Migration) -> Migration {
+    m.status = MigrationStatus::Running;
+    m.step = "disks".to_owned();
+    m.updated_at_ms = T0 + 1000;
+    m.version += 1;
+    m.progress = Progress {
+        phase: Phase::Disk,
+        disk: sent(650 * MIB, 1024 * MIB),
+        rate_bytes_s: 90 * MIB,
+        ..Progress::default()
+    };
+    m
+}
+
+/// It, done: the guest is blue's.
+pub(crate) fn handed_over(m: Migration) -> Migration {
+    let mut m = moving(m);
+    m.status = MigrationStatus::Completed;
+    m.progress.phase = Phase::Done;
+    m.progress.disk = sent(1024 * MIB, 1024 * MIB);
+    m.downtime_ms = Some(34);
+    m.updated_at_ms = T0 + 2149;
+    m.finished_at_ms = Some(T0 + 2149);
+    m.version += 1;
+    m.decisions = vec![Decision {
+        at_ms: T0 + 100,
+        text: "lan (br0) becomes blue's lan (br-blue)".to_owned(),
+    }];
+    m
+}
+
+/// An offer to the project blue.
+pub(crate) fn offer() -> Offer {
+    Offer {
+        id: OFFER.parse().unwrap(),
+        instance_uuid: INSTANCE.parse().unwrap(),
+        instance_name: "demo-1".to_owned(),
+        from_project: "default".to_owned(),
+        to_project: Some("blue".parse().unwrap()),
+        state: OfferState::Open,
+        offered_by: user("ann"),
+        created_at_ms: T0,
+        expires_at_ms: T0 + 86_400_000,
+        wrong_keys: 0,
+        migration: None,
+    }
+}
+
+/// A project that has something, and soon more.
+pub(crate) fn project(id: &str) -> ProjectView {
+    let bridge = |name: &str, nodes| NetworkPlace {
+        nodes,
+        attachment: NicAttachment::Bridge {
+            bridge: name.to_owned(),
+        },
+    };
+    let elsewhere = NetworkPlace {
+        nodes: Vec::new(),
+        attachment: NicAttachment::Network {
+            network: "blue".to_owned(),
+        },
+    };
+    let storage = |name, location| StoragePlace {
+        nodes: vec![host(name)],
+        location,
+    };
+    let lan = vec![
+        bridge("br-blue", vec![host("kvm1"), host("kvm2")]),
+        elsewhere,
+    ];
+    let path = "/srv/blue".to_owned();
+    let pool = "blue".to_owned();
+    let project = Project {
+        name: "Blue team".to_owned(),
+        quota: Quota {
+            instances: Limit::AtMost(10),
+            vcpus: Limit::Unlimited,
+            memory_mb: Limit::AtMost(4096),
+            disk_gb: Limit::AtMost(50),
+        },
+        networks: [
+            ("lan".to_owned(), lan),
+            ("wan".to_owned(), vec![bridge("br-wan", Vec::new())]),
+        ]
+        .into(),
+        storage: vec![
+            storage("kvm1", Location::Directory { path }),
+            storage("kvm2", Location::Pool { pool }),
+        ],
+        ..Project::new(id.parse().unwrap())
+    };
+    let usage = |instances, vcpus, memory_mb, disk_bytes| ProjectUsage {
+        instances,
+        vcpus,
+        memory_mb,
+        disk_bytes,
+    };
+    ProjectView {
+        project,
+        created: true,
+        usage: usage(2, 3, 512, 12 << 30),
+        promised: usage(1, 1, 128, 1 << 30),
+    }
 }
 
 /// So much of so much.

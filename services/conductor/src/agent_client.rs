@@ -271,6 +271,42 @@ impl AgentClient {
     ) -> Result<c::GuestLocation> {
         self.act(host, c::method::REVERT_RESIZE, ask).await
     }
+
+    // ---- between projects
+
+    /// What the node has to say before an instance changes hands there.
+    pub async fn check_transfer(
+        &self,
+        host: &HostName,
+        ask: &c::CheckTransfer,
+    ) -> Result<c::TransferFacts> {
+        self.ask(host, c::method::CHECK_TRANSFER, ask).await
+    }
+
+    /// Has the node write down what is to be done.
+    pub async fn prep_transfer(&self, host: &HostName, ask: &c::PrepTransfer) -> Result<()> {
+        self.act(host, c::method::PREP_TRANSFER, ask).await
+    }
+
+    /// Has the node do a part of it, or finds it at it.
+    pub async fn transfer(&self, host: &HostName, ask: &c::TransferWork) -> Result<c::JobState> {
+        self.ask(host, c::method::TRANSFER_INSTANCE, ask).await
+    }
+
+    /// Stops the part under way.
+    pub async fn abort_transfer(&self, host: &HostName, step: c::StepRef) -> Result<()> {
+        self.act(host, c::method::ABORT_TRANSFER, &step).await
+    }
+
+    /// Removes what the instance had of the giver's.
+    pub async fn post_transfer(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        self.act(host, c::method::POST_TRANSFER, &step).await
+    }
+
+    /// Has the node forget a transfer that was taken back.
+    pub async fn rollback_transfer(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        self.act(host, c::method::ROLLBACK_TRANSFER, &step).await
+    }
 }
 
 fn agent_error(host: &HostName, error: &RpcError) -> AgentError {

@@ -4,9 +4,11 @@
 //!
 //! [`request`] judges what the record alone can tell, [`source`] what the
 //! source found, [`destination`] what a candidate found, [`path`] the way
-//! between them. What a cold migration's disks need is in [`cold`].
+//! between them. What a cold migration's disks need is in [`cold`], all of a
+//! transfer to another project in [`transfer`].
 
 pub mod cold;
+pub mod transfer;
 
 use drover_model::{
     api::compute::{CpuVerdict, DestinationFacts, DiskFact, NetworkFact, PathFacts, SourceFacts},
@@ -15,7 +17,7 @@ use drover_model::{
         Disk, DiskSource, Guest, Immovable, ImmovableKind, NicAttachment, PowerState, Presence,
     },
     ids::HostName,
-    migration::{BlockMigration, LiveOptions, Migration, MigrationStatus, Way},
+    migration::{BlockMigration, LiveOptions, Migration, MigrationStatus, TransferMode, Way},
     node::{HypervisorReport, Inventory},
 };
 use drover_store::{claims, instances::InstanceRow, nodes::NodeRow};
@@ -131,17 +133,30 @@ fn state(state: PowerState, way: &Way) -> Option<CheckFailure> {
             format!("it is {state:?}; only a running or paused instance moves live"),
             "start it first, or move it cold",
         ),
-        (Way::Cold(_), P::Running | P::Shutdown | P::Crashed) => None,
-        (Way::Cold(options), P::Paused | P::Suspended) => {
-            match options.force_stop_after_s.is_some() {
-                true => None,
-                false => no(
-                    format!("it is {state:?} and could not obey a request to shut down"),
-                    "let it run on first, or allow it to be stopped hard",
-                ),
-            }
-        }
+        (Way::Transfer(transfer), _) => match transfer.options.mode {
+            TransferMode::Cold => cold_state(state, transfer.options.force_stop_after_s),
+            TransferMode::Live if state == P::Suspended => no(
+                format!("it is {state:?}, and would not notice a new network"),
+                "wake it first, or transfer it with --cold",
+            ),
+            TransferMode::Live => None,
+        },
+        (Way::Cold(options), _) => cold_state(state, options.force_stop_after_s),
     }
+}
+
+/// Whether a guest in that state can be had off.
+fn cold_state(state: PowerState, force_stop_after_s: Option<u64>) -> Option<CheckFailure> {
+    let obeys = !matches!(state, PowerState::Paused | PowerState::Suspended);
+    (!obeys && force_stop_after_s.is_none()).then(|| {
+        let message = format!("it is {state:?} and could not obey a request to shut down");
+        fail(
+            CheckCode::InstanceState,
+            Side::Instance,
+            message.to_lowercase(),
+            "let it run on first, or allow it to be stopped hard",
+        )
+    })
 }
 
 /// What the record can say about a node as source or destination.
@@ -351,6 +366,8 @@ pub fn destination(
     failures.extend(names(guest, facts, host));
     match way {
         Way::Cold(_) => failures.extend(cold::destination(guest, facts, host)),
+        // It has no destination.
+        Way::Transfer(_) => {}
         Way::Live(options) => {
             failures.extend(disks(guest, &facts.disks, options, host));
             failures.extend(ports(facts, host));
@@ -819,3 +836,6 @@ mod cold_tests;
 #[cfg(test)]
 #[path = "checks_tests.rs"]
 mod tests;
+#[cfg(test)]
+#[path = "checks/transfer_tests.rs"]
+mod transfer_tests;

@@ -16,6 +16,7 @@ pub mod notify;
 pub mod placement;
 pub mod survey;
 pub mod task;
+pub mod transfer_survey;
 
 #[cfg(test)]
 mod tests_support;

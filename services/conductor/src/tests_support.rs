@@ -24,6 +24,7 @@ pub(crate) fn migration() -> Migration {
         attempt: 1,
         owner: "ctl".into(),
         requester: Requester::default(),
+        consent: None,
         abort_requested: false,
         force_complete_requested: false,
         ending: None,

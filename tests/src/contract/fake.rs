@@ -8,12 +8,17 @@ use drover_compute::hypervisor::{
     Hypervisor, MigrateSpec,
     fake::{Content, Fabric, FakeDriver, GuestBuilder, Violation},
 };
-use drover_model::{ids::InstanceId, migration::LiveOptions};
+use drover_model::{guest::NicAttachment, ids::InstanceId, migration::LiveOptions};
 
-use super::{MEMORY_MIB, Place, Stage, Wish};
+use super::{MEMORY_MIB, Place, Receiver, Stage, Wish};
 
 const SHARED: &str = "/srv/shared";
 const LOCAL: &str = "/var/lib/libvirt/images";
+/// Where the receiver's disks are: on the file system of the shared ones, and on
+/// another.
+const RECEIVERS: [&str; 2] = ["/srv/shared/receiver", "/srv/receiver"];
+const BRIDGE: &str = "br-receiver";
+const POOL: &str = "receiver";
 const SEED: u64 = 7;
 
 /// Two fake nodes.
@@ -90,9 +95,10 @@ impl Stage for FakeStage {
         } else {
             builder.ignores_shutdown()
         };
+        let data_mib = wish.data_mib as u64;
         let builder = match wish.disk {
-            Some(Place::Shared) => builder.disk(&format!("{SHARED}/{name}.qcow2"), 10),
-            Some(Place::Local) => builder.disk(&format!("{LOCAL}/{name}.qcow2"), 10),
+            Some(Place::Shared) => builder.disk(&format!("{SHARED}/{name}.qcow2"), data_mib),
+            Some(Place::Local) => builder.disk(&format!("{LOCAL}/{name}.qcow2"), data_mib),
             None => builder,
         };
         let id = self.fabric.add_guest("kvm1", builder);
@@ -173,6 +179,36 @@ impl Stage for FakeStage {
             Content::Text(text) => text,
             other => format!("{other:?}"),
         }))
+    }
+
+    async fn receiver(&self) -> Result<Receiver> {
+        for directory in RECEIVERS {
+            self.fabric.make_directory("kvm1", directory);
+        }
+        self.fabric.edit_node("kvm1", |node| {
+            node.bridges.insert(BRIDGE.to_owned());
+            let directory = RECEIVERS[0].to_owned();
+            node.pools.insert(POOL.to_owned(), directory);
+        });
+        let bridge = BRIDGE.to_owned();
+        Ok(Receiver {
+            bridge: NicAttachment::Bridge { bridge },
+            directories: RECEIVERS.map(str::to_owned).into(),
+            pool: POOL.to_owned(),
+        })
+    }
+
+    fn network_in_sight(&self) -> NicAttachment {
+        let bridge = "br-guests".to_owned();
+        NicAttachment::Bridge { bridge }
+    }
+
+    async fn same_disk(&self, one: &str, other: &str) -> Result<bool> {
+        let token = |path| match self.fabric.file("kvm1", path)?.content {
+            Content::Disk { token, .. } => Some(token),
+            _ => None,
+        };
+        Ok(token(one).is_some() && token(one) == token(other))
     }
 
     fn probe_address(&self) -> String {

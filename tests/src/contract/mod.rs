@@ -4,14 +4,15 @@
 //! A [`Stage`] gives a point two drivers and a guest between them: [`fake`] for
 //! the fake driver in virtual time, [`real`] for libvirt on a devstack. The
 //! points are in [`looking`], [`moving`], [`turning`], [`cold`], [`files`],
-//! [`carrying`] and [`away`]; `tests/tests/contract.rs` runs every one of them
-//! on either.
+//! [`carrying`], [`hands`] and [`away`]; `tests/tests/contract.rs` runs every one
+//! of them on either.
 
 pub mod away;
 pub mod carrying;
 pub mod cold;
 pub mod fake;
 pub mod files;
+pub mod hands;
 pub mod looking;
 pub mod moving;
 pub mod real;
@@ -24,7 +25,7 @@ use async_trait::async_trait;
 use drover_compute::hypervisor::{self, Hypervisor, HypervisorError, Job, JobSample, MigrateSpec};
 use drover_model::{
     error::ErrorClass,
-    guest::{PowerState, Presence},
+    guest::{NicAttachment, PowerState, Presence},
     ids::InstanceId,
 };
 use tokio::{
@@ -59,6 +60,10 @@ pub struct Wish {
     pub dirty_mib_s: u64,
     /// It has a system that obeys its power button.
     pub obeys: bool,
+    /// It has a NIC on the guests' bridge for certain.
+    pub nic: bool,
+    /// Data on its disk, MiB.
+    pub data_mib: usize,
 }
 
 impl Default for Wish {
@@ -69,6 +74,8 @@ impl Default for Wish {
             disk: None,
             dirty_mib_s: 0,
             obeys: false,
+            nic: false,
+            data_mib: 1,
         }
     }
 }
@@ -105,6 +112,18 @@ impl Wish {
             ..Self::default()
         }
     }
+}
+
+/// Where a project that gets a's guests has its networks and its disks.
+#[derive(Debug, Clone)]
+pub struct Receiver {
+    /// A bridge of a that no guest is on yet.
+    pub bridge: NicAttachment,
+    /// Directories of a in which no guest's disk is yet; one or more, and on more
+    /// than one file system if that can be had.
+    pub directories: Vec<String>,
+    /// A storage pool of a, which is the first of these directories.
+    pub pool: String,
 }
 
 /// Two nodes and what a point needs of them beyond their drivers.
@@ -149,6 +168,16 @@ pub trait Stage {
 
     /// A fingerprint of a file on a; none if there is none.
     async fn fingerprint(&self, path: &str) -> Result<Option<String>>;
+
+    /// What a project has on a that is to get guests; this stage's alone.
+    async fn receiver(&self) -> Result<Receiver>;
+
+    /// A network that a's driver sees. (Not always one that a's guests can use.)
+    fn network_in_sight(&self) -> NicAttachment;
+
+    /// Whether two files on a hold the same disk. Nothing is said of what its
+    /// guest wrote meanwhile, if the guests of this stage write.
+    async fn same_disk(&self, one: &str, other: &str) -> Result<bool>;
 
     /// Address at which a finds b's probe ports.
     fn probe_address(&self) -> String;

@@ -20,7 +20,7 @@ use drover_compute::hypervisor::{
     libvirt::{LibvirtDriver, LibvirtSettings},
 };
 use drover_model::{
-    guest::{PowerState, Presence},
+    guest::{NicAttachment, PowerState, Presence},
     ids::InstanceId,
     migration::LiveOptions,
 };
@@ -30,7 +30,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{MEMORY_MIB, Place, Stage, Wish, until};
+use super::{MEMORY_MIB, Place, Receiver, Stage, Wish, until};
 
 /// Directory of the devstack's commands; without it there is no real libvirt.
 const DEVSTACK: &str = "DROVER_DEVSTACK";
@@ -40,6 +40,8 @@ const REQUIRED: &str = "DROVER_REQUIRE_REAL";
 const IMAGES: &str = "/var/lib/libvirt/images";
 /// Where a node has the kernel for guests.
 const BOOT: &str = "/var/lib/libvirt/boot";
+/// A node's bridge to the guests' network.
+const BRIDGE: &str = "br-guests";
 /// Longest time for any one command, seconds.
 const COMMAND_S: &str = "30";
 /// Size of the guests' disks.
@@ -82,6 +84,7 @@ pub struct RealStage {
     a: Arc<LibvirtDriver>,
     b: Arc<LibvirtDriver>,
     guests: Mutex<BTreeMap<InstanceId, Wish>>,
+    receiver: Mutex<Option<Receiver>>,
 }
 
 impl RealStage {
@@ -97,6 +100,7 @@ impl RealStage {
             directory,
             proxy,
             guests: Mutex::default(),
+            receiver: Mutex::default(),
         })
     }
 
@@ -134,7 +138,7 @@ impl RealStage {
         let xml = self.directory.join(format!("{id}.xml"));
         std::fs::write(&xml, self.definition(id, wish))?;
         if let Some(place) = wish.disk {
-            self.make_disk(&self.host_path(id, place, NODES[0]))?;
+            self.make_disk(&self.host_path(id, place, NODES[0]), wish.data_mib)?;
         }
         let virsh = |arguments: &[&str]| self.devstack.virsh(NODES[0], arguments);
         let uuid = id.to_string();
@@ -148,9 +152,9 @@ impl RealStage {
     }
 
     /// A disk with something in it that would be missed.
-    fn make_disk(&self, path: &Path) -> Result<()> {
+    fn make_disk(&self, path: &Path, data_mib: usize) -> Result<()> {
         let raw = path.with_extension("raw");
-        let mut content = vec![0_u8; 1 << 20];
+        let mut content = vec![0_u8; data_mib << 20];
         fastrand::fill(&mut content);
         std::fs::write(&raw, content)?;
         let (raw, path) = (raw.to_string_lossy(), path.to_string_lossy());
@@ -171,6 +175,14 @@ impl RealStage {
                 path.display()
             )
         });
+        let nic = match wish.nic {
+            true => format!(
+                "<interface type='bridge'><mac address='{}'/><source bridge='{BRIDGE}'/>\
+                 <model type='virtio'/><rom enabled='no'/></interface>",
+                mac_of(id)
+            ),
+            false => String::new(),
+        };
         // Whoever needs no busy guest gets one without a system: it is there at once.
         let system = match wish.dirty_mib_s {
             0 if !wish.obeys => String::new(),
@@ -186,11 +198,54 @@ impl RealStage {
              <os><type arch='x86_64' machine='pc'>hvm</type>{system}</os>\
              <features><acpi/></features>\
              <cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model></cpu>\
-             <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{disk}\
+             <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{disk}{nic}\
              <controller type='usb' model='none'/><serial type='file'><source path='{}'/></serial>\
              <memballoon model='none'/></devices></domain>",
             self.console(id).display()
         )
+    }
+
+    /// What this stage's receiver has on a, if it is not there yet.
+    fn receive(&self) -> Result<Receiver> {
+        let mut receiver = self
+            .receiver
+            .lock()
+            .map_err(|_| anyhow!("a point panicked"))?;
+        if let Some(receiver) = &*receiver {
+            return Ok(receiver.clone());
+        }
+        let (bridge, pool) = (format!("br-{}", short()), format!("contract-{}", short()));
+        let directory = self.directory.join("receiver");
+        std::fs::create_dir(&directory)?;
+        let directory = directory.to_string_lossy().into_owned();
+        let made = Receiver {
+            bridge: NicAttachment::Bridge {
+                bridge: bridge.clone(),
+            },
+            directories: vec![directory.clone()],
+            pool: pool.clone(),
+        };
+        // Before it exists, so that all of it is cleared.
+        *receiver = Some(made.clone());
+        let link = |arguments: &[&str]| self.devstack.on(NODES[0], arguments);
+        link(&["ip", "link", "add", &bridge, "type", "bridge"])?;
+        link(&["ip", "link", "set", &bridge, "up"])?;
+        let create = ["pool-create-as", &pool, "dir", "--target", &directory];
+        self.devstack.virsh(NODES[0], &create)?;
+        Ok(made)
+    }
+
+    fn clear_receiver(&self) {
+        let Ok(Some(receiver)) = self.receiver.lock().map(|r| r.clone()) else {
+            return;
+        };
+        // What is not there cannot be removed, and need not be.
+        let pool = ["pool-destroy", &receiver.pool];
+        let _ = self.devstack.virsh(NODES[0], &pool);
+        if let NicAttachment::Bridge { bridge } = &receiver.bridge {
+            let remove = ["ip", "link", "delete", bridge];
+            let _ = self.devstack.on(NODES[0], &remove);
+        }
     }
 
     fn clear(&self) {
@@ -208,8 +263,15 @@ impl RealStage {
                 }
             }
         }
+        self.clear_receiver();
         let _ = std::fs::remove_dir_all(&self.directory);
     }
+}
+
+/// A guest's MAC address: of QEMU's range, and its own.
+fn mac_of(id: InstanceId) -> String {
+    let [.., a, b, c] = id.0.into_bytes();
+    format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
 }
 
 impl Drop for RealStage {
@@ -343,6 +405,27 @@ impl Stage for RealStage {
         Ok(Some(format!("{changed:?} {content:?}")))
     }
 
+    async fn receiver(&self) -> Result<Receiver> {
+        tokio::task::block_in_place(|| self.receive())
+    }
+
+    fn network_in_sight(&self) -> NicAttachment {
+        // Drivers see this process's network, where no bridge is for certain.
+        let bridge = "lo".to_owned();
+        NicAttachment::Bridge { bridge }
+    }
+
+    async fn same_disk(&self, one: &str, other: &str) -> Result<bool> {
+        let output = Command::new("timeout")
+            .args([COMMAND_S, "qemu-img", "compare", "-q", "-U", one, other])
+            .output()?;
+        match output.status.code() {
+            Some(0) => Ok(true),
+            Some(1) => Ok(false),
+            _ => bail!("qemu-img compare {one} {other}: {output:?}"),
+        }
+    }
+
     fn probe_address(&self) -> String {
         // Probe ports are this process's own.
         "127.0.0.1".to_owned()
@@ -351,6 +434,7 @@ impl Stage for RealStage {
 
 /// The running devstack.
 struct Devstack {
+    commands: PathBuf,
     run: PathBuf,
     state: PathBuf,
     shared: PathBuf,
@@ -369,6 +453,7 @@ impl Devstack {
             path.with_context(|| format!("devstack/env tells no {name}"))
         };
         Ok(Self {
+            commands: commands.to_owned(),
             run: value("DROVER_DEVSTACK_RUN")?,
             state: value("DROVER_DEVSTACK_STATE")?,
             shared: value("DROVER_SHARED")?,
@@ -384,6 +469,12 @@ impl Devstack {
     fn in_node(&self, node: &str, path: &Path) -> PathBuf {
         let inner = path.strip_prefix("/").unwrap_or(path);
         self.state.join(node).join(inner)
+    }
+
+    /// Runs a command on a node.
+    fn on(&self, node: &str, arguments: &[&str]) -> Result<()> {
+        let on = self.commands.join("on");
+        run_command(&on.to_string_lossy(), &[&[node], arguments].concat())
     }
 
     fn virsh(&self, node: &str, arguments: &[&str]) -> Result<()> {

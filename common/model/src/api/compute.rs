@@ -5,10 +5,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    guest::{Guest, NicAttachment, Presence},
-    ids::{HostName, InstanceId, MigrationId},
-    migration::{ColdOptions, Flavor, LiveOptions, Progress},
+    guest::{BackingImage, Guest, NicAttachment, Presence},
+    ids::{HostName, InstanceId, MigrationId, ProjectId},
+    migration::{ColdOptions, Flavor, LiveOptions, Progress, TransferMode, TransferOptions},
     node::{Endpoint, Inventory},
+    project::Location,
 };
 
 /// Names of the methods, in the order in which a live migration uses them.
@@ -72,6 +73,24 @@ pub mod method {
     /// [`super::RevertResize`] → [`super::GuestLocation`], on the destination:
     /// stops the guest and takes its definition away; the disks stay.
     pub const REVERT_RESIZE: &str = "revert_resize";
+
+    // Between projects, in the order in which a transfer uses them; all on the
+    // node where the instance is and stays.
+
+    /// [`super::CheckTransfer`] → [`super::TransferFacts`]
+    pub const CHECK_TRANSFER: &str = "check_can_transfer_instance";
+    /// [`super::PrepTransfer`] → `null`: writes down what is to be done.
+    pub const PREP_TRANSFER: &str = "prep_transfer";
+    /// [`super::TransferWork`] → [`super::JobState`]: starts a part of the work,
+    /// or finds it started; does not wait.
+    pub const TRANSFER_INSTANCE: &str = "transfer_instance";
+    /// [`super::StepRef`] → `null`: stops the part under way.
+    pub const ABORT_TRANSFER: &str = "abort_transfer";
+    /// [`super::StepRef`] → [`super::CleanUp`]: the instance is the receiver's for
+    /// good; removes what it had of the giver's.
+    pub const POST_TRANSFER: &str = "post_transfer";
+    /// [`super::StepRef`] → [`super::CleanUp`]: forgets a transfer that was taken back.
+    pub const ROLLBACK_TRANSFER: &str = "rollback_transfer";
 }
 
 /// Names a step's subject.
@@ -534,4 +553,165 @@ pub struct RevertResize {
     pub migration: MigrationId,
     /// The instance.
     pub instance: InstanceId,
+}
+
+/// Ask a node about an instance that is to change hands there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckTransfer {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// Networks that are asked after.
+    pub networks: Vec<NicAttachment>,
+    /// Locations that are asked after: the giver's and the receiver's.
+    pub locations: Vec<Location>,
+}
+
+/// What the node found. Facts only: the conductor judges them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TransferFacts {
+    /// The guest as it is now; none if libvirt has no such domain.
+    pub guest: Option<Guest>,
+    /// The guest as it will be after its next start.
+    pub lasting: Option<Guest>,
+    /// Networks that were asked after and are here, and in use.
+    pub networks: Vec<NicAttachment>,
+    /// Locations that were asked after, in that order.
+    pub locations: Vec<LocationFact>,
+    /// Files of the guest's disks.
+    pub files: Vec<FileFact>,
+    /// Those of them that other domains of this node use too.
+    pub shared: Vec<SharedFile>,
+}
+
+/// A location as its node sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocationFact {
+    /// Which.
+    pub location: Location,
+    /// Its directory here, or why there is none.
+    pub directory: Result<String, String>,
+    /// Which file system that is on.
+    pub file_system: String,
+    /// Free room there, bytes.
+    pub free_bytes: u64,
+    /// Names of what is in it and has the name of one of the guest's disks.
+    pub taken: Vec<String>,
+}
+
+/// A file that another domain uses too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedFile {
+    /// Absolute path.
+    pub path: String,
+    /// The other domain's name.
+    pub domain: String,
+}
+
+/// What changes about an instance that changes hands. Made by the conductor,
+/// carried out by the agent as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransferPlan {
+    /// Whether the guest runs on.
+    pub mode: TransferMode,
+    /// Whose it becomes.
+    pub project: ProjectId,
+    /// What people call that project.
+    pub project_name: String,
+    /// NICs that are plugged into something else.
+    pub nics: Vec<NicMove>,
+    /// Disks that go elsewhere.
+    pub disks: Vec<DiskMove>,
+    /// New name, if it gets one.
+    pub name: Option<String>,
+    /// New title, if it gets one.
+    pub title: Option<String>,
+}
+
+/// A NIC that is plugged into something else.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicMove {
+    /// Its MAC address.
+    pub mac: String,
+    /// What it is plugged into before.
+    pub from: NicAttachment,
+    /// And afterwards.
+    pub to: NicAttachment,
+    /// Its MAC address afterwards, if that changes (cold only).
+    pub new_mac: Option<String>,
+}
+
+/// A disk that goes elsewhere on its node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMove {
+    /// Name in the guest (`vda`).
+    pub target: String,
+    /// The file it is before.
+    pub from: String,
+    /// The file it is afterwards. Nothing was there when this was planned.
+    pub to: String,
+    /// Image format; stays.
+    pub format: String,
+    /// Images below it before, nearest first.
+    pub backing: Vec<BackingImage>,
+    /// It takes what is in the images below it along, and has none afterwards.
+    pub flatten: bool,
+    /// Bytes of data to copy, when this was planned.
+    pub data_bytes: u64,
+}
+
+impl DiskMove {
+    /// The way back: as the disk is afterwards, to where it was.
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        Self {
+            from: self.to.clone(),
+            to: self.from.clone(),
+            backing: match self.flatten {
+                true => Vec::new(),
+                false => self.backing.clone(),
+            },
+            ..self.clone()
+        }
+    }
+}
+
+/// Write down what is to be done to an instance that changes hands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepTransfer {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// What.
+    pub plan: TransferPlan,
+    /// How.
+    pub options: TransferOptions,
+}
+
+/// A part of the work of a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TransferPart {
+    /// The guest shuts down (cold).
+    Stop,
+    /// Disks are copied to where they will be. The guest still uses the old ones.
+    Copy,
+    /// Networks, metadata and disks become the receiver's; a cold one is started
+    /// again if it ran.
+    HandOver,
+    /// Everything is as it was before.
+    TakeBack,
+}
+
+/// Do, or go on with, a part of the work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransferWork {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// Which part.
+    pub part: TransferPart,
 }

@@ -1,21 +1,45 @@
 //! Topic `conductor`, namespace `drover` 1.x: what operators, frontends and
 //! agents say to the conductor.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::compute::Outcome;
 use crate::{
     check::CheckFailure,
     guest::PowerState,
-    ids::{HostName, InstanceId, MigrationId},
-    migration::{Migration, MigrationType, Progress, Way},
+    ids::{HostName, InstanceId, MigrationId, OfferId, ProjectId},
+    migration::{Migration, MigrationType, Progress, Requester, TransferOptions, Way},
     node::NodeReport,
+    project::{Limit, NetworkPlace, Project, ProjectUsage, StoragePlace},
 };
 
 /// Names of the methods.
 pub mod method {
     /// [`super::MigrateInstance`] → [`super::MigrateAnswer`]
     pub const MIGRATE_INSTANCE: &str = "migrate_instance";
+    /// [`super::TransferInstance`] → [`super::MigrateAnswer`]: to another project,
+    /// for whoever may speak for both sides.
+    pub const TRANSFER_INSTANCE: &str = "transfer_instance";
+    /// [`super::OfferTransfer`] → [`super::OfferMade`]: the giver's side of a transfer.
+    pub const OFFER_TRANSFER: &str = "offer_transfer";
+    /// [`super::AcceptTransfer`] → [`super::MigrateAnswer`]: the receiver's.
+    pub const ACCEPT_TRANSFER: &str = "accept_transfer";
+    /// [`super::OfferRef`] → [`super::Offer`]
+    pub const WITHDRAW_TRANSFER: &str = "withdraw_transfer";
+    /// [`super::OfferRef`] → [`super::Offer`]
+    pub const GET_TRANSFER: &str = "get_transfer";
+    /// [`super::ListOffers`] → `Vec<`[`super::Offer`]`>`, newest first.
+    pub const LIST_TRANSFERS: &str = "list_transfers";
+    /// [`Project`](crate::project::Project) → [`super::ProjectView`]
+    pub const CREATE_PROJECT: &str = "create_project";
+    /// [`super::SetProject`] → [`super::ProjectView`]
+    pub const SET_PROJECT: &str = "set_project";
+    /// [`super::ProjectRef`] → [`super::ProjectView`]
+    pub const GET_PROJECT: &str = "get_project";
+    /// No arguments → `Vec<`[`super::ProjectView`]`>`, by id.
+    pub const LIST_PROJECTS: &str = "list_projects";
     /// [`super::MigrationRef`] → [`super::Migration`]
     pub const ABORT_MIGRATION: &str = "abort_migration";
     /// [`super::MigrationRef`] → [`super::Migration`]
@@ -78,6 +102,7 @@ impl MigrateInstance {
         let options = match way {
             Way::Live(options) => serde_json::to_value(options),
             Way::Cold(options) => serde_json::to_value(options),
+            Way::Transfer(transfer) => serde_json::to_value(transfer),
         };
         let options = match options {
             Ok(serde_json::Value::Object(options)) => options,
@@ -102,6 +127,7 @@ impl MigrateInstance {
         Ok(match self.migration_type {
             MigrationType::LiveMigration => Way::Live(serde_json::from_value(options)?),
             MigrationType::Migration => Way::Cold(serde_json::from_value(options)?),
+            MigrationType::ProjectTransfer => Way::Transfer(serde_json::from_value(options)?),
         })
     }
 }
@@ -221,6 +247,235 @@ pub struct ListInstances {
     pub host: Option<HostName>,
     /// Only of this project.
     pub project: Option<String>,
+}
+
+/// Move an instance to another project on its node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransferInstance {
+    /// UUID, unique prefix of one (at least 4 characters), or name.
+    pub instance: String,
+    /// Id or unique name of the project that gets it.
+    pub project: String,
+    /// How.
+    #[serde(default)]
+    pub options: TransferOptions,
+    /// Check everything, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Offer an instance to another project.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OfferTransfer {
+    /// UUID, unique prefix of one (at least 4 characters), or name.
+    pub instance: String,
+    /// The one project that may accept; whoever has the key, if it is left out.
+    #[serde(default)]
+    pub project: Option<String>,
+    /// For how long, seconds: a day if it is left out, 30 days at the most.
+    #[serde(default)]
+    pub expires_in_s: Option<u64>,
+}
+
+/// An offer that was made.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferMade {
+    /// The offer.
+    pub offer: Offer,
+    /// What the receiver needs to accept it. It is told this once, and kept nowhere.
+    pub key: String,
+}
+
+impl std::fmt::Debug for OfferMade {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "OfferMade({:?})", self.offer)
+    }
+}
+
+/// Where an offer stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OfferState {
+    /// It can be accepted.
+    Open,
+    /// It was accepted, and the transfer is under way or done. One that fails
+    /// leaves the offer open again.
+    Accepted,
+    /// Its time is over.
+    Expired,
+    /// The giver took it back.
+    Withdrawn,
+    /// Too many wrong keys were tried.
+    Locked,
+    /// The instance is gone, or another project's by now.
+    Void,
+}
+
+impl OfferState {
+    /// The state as a word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Accepted => "accepted",
+            Self::Expired => "expired",
+            Self::Withdrawn => "withdrawn",
+            Self::Locked => "locked",
+            Self::Void => "void",
+        }
+    }
+}
+
+/// An offer of an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Names it.
+    pub id: OfferId,
+    /// What is offered.
+    pub instance_uuid: InstanceId,
+    /// Its name when it was offered.
+    pub instance_name: String,
+    /// Whose it is.
+    pub from_project: String,
+    /// Who alone may accept, if anybody is named.
+    pub to_project: Option<ProjectId>,
+    /// Where it stands.
+    pub state: OfferState,
+    /// Who offered.
+    pub offered_by: Requester,
+    /// When, milliseconds since 1970.
+    pub created_at_ms: u64,
+    /// Until when it can be accepted, milliseconds since 1970.
+    pub expires_at_ms: u64,
+    /// Wrong keys that were tried.
+    pub wrong_keys: u32,
+    /// The transfer that came of it last.
+    pub migration: Option<MigrationId>,
+}
+
+/// Names an offer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OfferRef {
+    /// UUID or unique prefix of one (at least 4 characters).
+    pub offer: String,
+}
+
+/// Which offers to list.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ListOffers {
+    /// Only those by or for this project (id).
+    pub project: Option<String>,
+    /// Also those that can no longer be accepted.
+    pub all: bool,
+}
+
+/// Accept an offer.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AcceptTransfer {
+    /// UUID or unique prefix of one (at least 4 characters).
+    pub offer: String,
+    /// The key that the giver was told.
+    pub key: String,
+    /// Id or unique name of the project that gets the instance.
+    pub project: String,
+    /// How.
+    #[serde(default)]
+    pub options: TransferOptions,
+    /// Check everything, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+impl std::fmt::Debug for AcceptTransfer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AcceptTransfer({} for {})", self.offer, self.project)
+    }
+}
+
+/// Names a project.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectRef {
+    /// Id or unique name.
+    pub project: String,
+}
+
+/// Change a project; what is left out stays.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetProject {
+    /// Id or unique name.
+    pub project: String,
+    /// What changes.
+    #[serde(default)]
+    pub change: ProjectChange,
+}
+
+/// A change of a project; what is left out stays.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProjectChange {
+    /// What people call it.
+    pub name: Option<String>,
+    /// Whether it may get instances.
+    pub enabled: Option<bool>,
+    /// Instances it may have.
+    pub instances: Option<Limit>,
+    /// vCPUs it may have.
+    pub vcpus: Option<Limit>,
+    /// Memory it may have, MB in Nova's sense (MiB).
+    pub memory_mb: Option<Limit>,
+    /// Disks it may have, GB in Nova's sense (GiB).
+    pub disk_gb: Option<Limit>,
+    /// Networks that are new, or said anew; an empty list takes one away.
+    pub networks: BTreeMap<String, Vec<NetworkPlace>>,
+    /// Where disks are, said anew.
+    pub storage: Option<Vec<StoragePlace>>,
+}
+
+impl ProjectChange {
+    /// The project with the change.
+    #[must_use]
+    pub fn applied(&self, project: &Project) -> Project {
+        let mut changed = project.clone();
+        let set = |limit: &mut Limit, new: Option<Limit>| *limit = new.unwrap_or(*limit);
+        if let Some(name) = &self.name {
+            changed.name.clone_from(name);
+        }
+        changed.enabled = self.enabled.unwrap_or(changed.enabled);
+        set(&mut changed.quota.instances, self.instances);
+        set(&mut changed.quota.vcpus, self.vcpus);
+        set(&mut changed.quota.memory_mb, self.memory_mb);
+        set(&mut changed.quota.disk_gb, self.disk_gb);
+        for (network, places) in &self.networks {
+            match places.as_slice() {
+                [] => drop(changed.networks.remove(network)),
+                _ => drop(changed.networks.insert(network.clone(), places.clone())),
+            }
+        }
+        if let Some(storage) = &self.storage {
+            changed.storage.clone_from(storage);
+        }
+        changed
+    }
+}
+
+/// A project as the record has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProjectView {
+    /// The project. One that was never created, and is only named by instances,
+    /// has no limits, and may get none.
+    pub project: Project,
+    /// Whether it was created.
+    pub created: bool,
+    /// What it has, by its instances (invariant 7).
+    pub usage: ProjectUsage,
+    /// What it is about to get, by transfers under way.
+    pub promised: ProjectUsage,
 }
 
 /// Names a node.

@@ -14,7 +14,7 @@ use crate::{
     client::Client,
     exit::{Exit, Trouble},
     render::{
-        clean,
+        clean, describe,
         meter::Meter,
         outcome,
         screen::{Manner, Screen},
@@ -168,7 +168,7 @@ async fn next(
             Ok(_) => silent_since = None,
             Err(trouble) if trouble.may_pass() => {
                 let since = *silent_since.get_or_insert_with(|| {
-                    meter.notice(screen, &waiting(&trouble));
+                    meter.notice(screen, &waiting(&trouble, seen));
                     asked
                 });
                 if since.elapsed() >= SILENCE {
@@ -181,10 +181,11 @@ async fn next(
     }
 }
 
-fn waiting(trouble: &Trouble) -> String {
+fn waiting(trouble: &Trouble, m: &Migration) -> String {
     format!(
-        "drover: {}; the migration goes on without it, still asking",
-        trouble.message
+        "drover: {}; the {} goes on without it, still asking",
+        trouble.message,
+        describe::noun(m)
     )
 }
 
@@ -201,14 +202,14 @@ fn given_up(trouble: Trouble, m: &Migration) -> Trouble {
 }
 
 fn goes_on(what: &str, m: &Migration) -> String {
-    let (name, id) = (clean(&m.instance_name), m.id);
+    let (name, noun, id) = (clean(&m.instance_name), describe::noun(m), m.id);
     let doing = match m.ending {
         None => "",
         Some(Ending::Confirm) => "confirming ",
         Some(Ending::Revert) => "reverting ",
     };
     let text = format!(
-        "drover: {what}: {doing}the migration of {name} goes on\n  \
+        "drover: {what}: {doing}the {noun} of {name} goes on\n  \
          to watch it: `drover migration watch {id}`"
     );
     if m.status.may_become(MigrationStatus::Cancelled) {

@@ -2,7 +2,7 @@
 //! a cold move left open is in [`settle`].
 
 use drover_model::{
-    api::conductor::{ListInstances, MigrateAnswer, MigrateInstance, Plan},
+    api::conductor::{ListInstances, MigrateAnswer, MigrateInstance},
     migration::Flavor,
 };
 use tokio::time::Instant;
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::{
     Session, deadline,
     follow::{self, Goal},
-    heard, left, settle, uncertain,
+    heard, left, settle, show_plan, transfer, uncertain,
 };
 use crate::{
     args::{InstanceVerb, Migrate},
@@ -38,6 +38,7 @@ pub async fn run(session: &mut Session, verb: InstanceVerb) -> Result<Exit, Trou
         InstanceVerb::Migrate(order) => migrate(session, *order).await,
         InstanceVerb::Confirm(order) => settle::confirm(session, order).await,
         InstanceVerb::Revert(order) => settle::revert(session, order).await,
+        InstanceVerb::Transfer(order) => transfer::instance(session, *order).await,
     }
 }
 
@@ -53,7 +54,7 @@ async fn migrate(session: &mut Session, order: Migrate) -> Result<Exit, Trouble>
     };
     let deadline = deadline(order.patience);
     match ask(session, &request, deadline).await? {
-        MigrateAnswer::Plan { plan } => show_plan(session, &plan),
+        MigrateAnswer::Plan { plan } => show_plan(session, &plan, describe::plan),
         MigrateAnswer::Accepted { migration } => {
             follow::go_on(session, *migration, order.change, deadline, Goal::Moved).await
         }
@@ -86,14 +87,5 @@ async fn ask(
     answer.map_err(|trouble| match request.dry_run {
         true => trouble,
         false => uncertain(trouble, "the migration", &request.instance),
-    })
-}
-
-fn show_plan(session: &mut Session, plan: &Plan) -> Result<Exit, Trouble> {
-    session.screen.value(plan, describe::plan)?;
-    Ok(if plan.failures.is_empty() {
-        Exit::Done
-    } else {
-        Exit::Refused
     })
 }

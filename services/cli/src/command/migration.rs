@@ -2,7 +2,7 @@
 
 use drover_model::{
     api::conductor::{ListMigrations, method},
-    migration::{Migration, MigrationStatus},
+    migration::{self, Migration, MigrationStatus},
 };
 
 use super::{
@@ -78,7 +78,10 @@ const FORCE_COMPLETE: Way = Way {
     goal: Goal::Moved,
     would: "would be made to complete, by post-copy if its options allow that, \
             else by pausing the guest until it has moved",
-    fits: |m| m.status == MigrationStatus::Running,
+    fits: |m| {
+        let is_transfer = matches!(m.way, migration::Way::Transfer(_));
+        m.status == MigrationStatus::Running && !is_transfer
+    },
 };
 const RESUME: Way = Way {
     method: method::RESUME_MIGRATION,

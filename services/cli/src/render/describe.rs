@@ -3,8 +3,8 @@
 use drover_model::{
     api::conductor::{Instance, Node, Plan},
     migration::{
-        ColdOptions, EndReason, Ending, LiveOptions, Migration, MigrationStatus, MigrationType,
-        Transfer, Way,
+        ColdOptions, Consent, EndReason, Ending, LiveOptions, Migration, MigrationStatus,
+        MigrationType, ProjectTransfer, Requester, Transfer, TransferMode, Way,
     },
     node::HypervisorReport,
 };
@@ -17,14 +17,14 @@ use super::{
 };
 
 /// Names and values, one pair a line.
-fn facts(pairs: Vec<(&str, String)>) -> String {
+pub(super) fn facts(pairs: Vec<(&str, String)>) -> String {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let line = |(name, value): &(&str, String)| format!("{name:<width$}  {}", clean(value));
     pairs.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// A heading with indented lines under it; nothing if there are none.
-fn section(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
+pub(super) fn section(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
     let body: String = lines
         .into_iter()
         .map(|line| format!("\n  {line}"))
@@ -36,7 +36,7 @@ fn section(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
     }
 }
 
-fn or_nothing<T: ToString>(value: Option<T>) -> String {
+pub(super) fn or_nothing<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| NOTHING_HERE.to_owned(), |value| value.to_string())
 }
 
@@ -160,15 +160,24 @@ pub fn subject(m: &Migration) -> String {
     format!("migration {} of {}", m.id, clean(&m.instance_name))
 }
 
-/// Whether a migration is live or cold, in a word.
+/// What kind a migration is of, in a word.
 pub fn kind(m: &Migration) -> &'static str {
     match m.way.migration_type() {
         MigrationType::LiveMigration => "live",
         MigrationType::Migration => "cold",
+        MigrationType::ProjectTransfer => "transfer",
     }
 }
 
-/// Where a migration leads, as far as that is known.
+/// What to call it in a sentence: a guest that stays on its node migrates nowhere.
+pub fn noun(m: &Migration) -> &'static str {
+    match m.way {
+        Way::Live(_) | Way::Cold(_) => "migration",
+        Way::Transfer(_) => "transfer",
+    }
+}
+
+/// The node a migration leads to, as far as that is known.
 pub fn destination(m: &Migration) -> &str {
     m.dest_host.as_ref().map_or("?", |host| host.as_str())
 }
@@ -197,15 +206,6 @@ fn handle(m: &Migration) -> String {
 
 /// A migration's whole record.
 pub fn migration(m: &Migration) -> String {
-    let chosen = if m.dest_requested {
-        "named by the caller"
-    } else {
-        "chosen by the conductor"
-    };
-    let to = m
-        .dest_host
-        .as_ref()
-        .map(|host| format!("{host} ({chosen})"));
     let mut pairs = vec![
         ("id", m.id.to_string()),
         ("uuid", m.uuid.to_string()),
@@ -214,21 +214,22 @@ pub fn migration(m: &Migration) -> String {
             "instance",
             format!("{} ({})", m.instance_name, m.instance_uuid),
         ),
-        ("project", m.project_id.clone()),
-        ("from", m.source_host.to_string()),
-        ("to", or_nothing(to)),
+    ];
+    pairs.extend(parties(m));
+    pairs.extend([
         ("status", m.status.to_string()),
         ("phase", m.progress.phase.as_str().to_owned()),
         ("step", step(m)),
         ("ended because", or_nothing(m.end_reason.as_ref())),
         downtime(m),
         ("total time", span(m.total_time_ms())),
-    ];
+    ]);
     pairs.extend(moved(m));
+    pairs.push(("options", options(&m.way)));
+    pairs.extend(m.consent.iter().flat_map(consent));
     pairs.extend([
-        ("options", options(&m.way)),
         ("asked", asked(m)),
-        ("requester", requester(m)),
+        ("requester", who(&m.requester)),
         ("conductor", format!("{}, attempt {}", m.owner, m.attempt)),
         ("accepted", moment(m.created_at_ms)),
         ("changed", moment(m.updated_at_ms)),
@@ -266,26 +267,72 @@ pub fn migration(m: &Migration) -> String {
         + &section("warnings", m.warnings.iter().map(|text| clean(text)))
 }
 
-fn downtime(m: &Migration) -> (&'static str, String) {
-    let none = match (m.way.migration_type(), m.status) {
-        (MigrationType::LiveMigration, _) => "not measured",
-        (MigrationType::Migration, status) if status.has_moved() => "none: it was off before",
-        (MigrationType::Migration, _) => NOTHING_HERE,
+/// Whose the guest is and where, and who or where it goes to.
+fn parties(m: &Migration) -> Vec<(&'static str, String)> {
+    if let Way::Transfer(transfer) = &m.way {
+        let receiver = transfer.project.as_str();
+        let change = format!("{} -> {receiver} (giver -> receiver)", m.project_id);
+        return vec![("project", change), ("host", m.source_host.to_string())];
+    }
+    let chosen = if m.dest_requested {
+        "named by the caller"
+    } else {
+        "chosen by the conductor"
     };
-    let name = match m.way {
-        Way::Live(_) => "downtime",
-        Way::Cold(_) => "off for",
+    let to = m.dest_host.as_ref();
+    let to = to.map(|host| format!("{host} ({chosen})"));
+    vec![
+        ("project", m.project_id.clone()),
+        ("from", m.source_host.to_string()),
+        ("to", or_nothing(to)),
+    ]
+}
+
+/// Who agreed to a transfer, and when.
+fn consent(consent: &Consent) -> Vec<(&'static str, String)> {
+    let offer = match consent.offer {
+        Some(offer) => offer.to_string(),
+        None => "none: asked for on behalf of both sides".to_owned(),
+    };
+    let at = |ms, requester| format!("{} by {}", moment(ms), who(requester));
+    let (offered, accepted) = (&consent.offered_by, &consent.accepted_by);
+    vec![
+        ("offer", offer),
+        ("offered", at(consent.offered_at_ms, offered)),
+        ("offer accepted", at(consent.accepted_at_ms, accepted)),
+    ]
+}
+
+/// Whether the guest is stopped for it.
+pub(super) fn is_off_meanwhile(way: &Way) -> bool {
+    match way {
+        Way::Live(_) => false,
+        Way::Cold(_) => true,
+        Way::Transfer(transfer) => transfer.options.mode == TransferMode::Cold,
+    }
+}
+
+fn downtime(m: &Migration) -> (&'static str, String) {
+    let name = match &m.way {
+        way if is_off_meanwhile(way) => "off for",
+        Way::Transfer(_) => "network cut",
+        _ => "downtime",
+    };
+    let none = match m.status {
+        _ if !is_off_meanwhile(&m.way) => "not measured",
+        status if status.has_moved() => "none: it was off before",
+        _ => NOTHING_HERE,
     };
     (name, m.downtime_ms.map_or_else(|| none.to_owned(), span))
 }
 
-/// What is carried: of a cold one, memory is not.
+/// What is carried: of any but a live migration, memory is not.
 fn moved(m: &Migration) -> Vec<(&'static str, String)> {
     let p = &m.progress;
     let disk = ("disk", transfer(&p.disk));
     match m.way {
         Way::Live(_) => vec![("memory", transfer(&p.memory)), disk],
-        Way::Cold(_) => vec![disk],
+        Way::Cold(_) | Way::Transfer(_) => vec![disk],
     }
 }
 
@@ -348,8 +395,8 @@ fn asked(m: &Migration) -> String {
     }
 }
 
-fn requester(m: &Migration) -> String {
-    let r = &m.requester;
+/// Who asked, as far as that is known.
+pub(super) fn who(r: &Requester) -> String {
     let known = [
         ("user", &r.user_id),
         ("project", &r.project_id),
@@ -370,6 +417,7 @@ fn options(way: &Way) -> String {
     let words = match way {
         Way::Live(options) => live_options(options),
         Way::Cold(options) => cold_options(options),
+        Way::Transfer(transfer) => transfer_options(transfer),
     };
     if words.is_empty() {
         NOTHING_HERE.to_owned()
@@ -418,6 +466,23 @@ fn cold_options(o: &ColdOptions) -> Vec<String> {
     words
 }
 
+fn transfer_options(transfer: &ProjectTransfer) -> Vec<String> {
+    let o = &transfer.options;
+    let mode = match o.mode {
+        TransferMode::Live => "live",
+        TransferMode::Cold => "cold",
+    };
+    let mut words = vec![mode.to_owned()];
+    let networks = o.networks.iter();
+    words.extend(networks.map(|(old, new)| format!("network {old} -> {new}")));
+    words.extend(o.keep_disk.then(|| "disks stay where they are".to_owned()));
+    words.extend(o.new_mac.then(|| "new MAC addresses".to_owned()));
+    words.extend(o.name.as_ref().map(|name| format!("renamed to {name}")));
+    words.extend(o.title.as_ref().map(|title| format!("titled {title}")));
+    words.extend(cold_options(&o.as_cold()));
+    words
+}
+
 fn at_most(mib_s: u64) -> String {
     format!("at most {mib_s} MiB/s")
 }
@@ -426,33 +491,53 @@ fn given_up_after(seconds: u64) -> String {
     format!("given up after {seconds} s without progress")
 }
 
-/// What a dry run found.
+/// What a dry run of a migration found.
 pub fn plan(plan: &Plan) -> String {
-    let to = or_nothing(plan.dest_host.as_ref());
-    let copied: u64 = plan.copied_disks.iter().map(|d| d.allocated_bytes).sum();
     let mut pairs = vec![
-        (
-            "instance",
-            format!("{} ({})", plan.instance_name, plan.instance_uuid),
-        ),
+        planned_instance(plan),
         ("from", plan.source_host.to_string()),
-        ("to", to),
+        ("to", or_nothing(plan.dest_host.as_ref())),
     ];
     // A guest that is off leaves its memory behind.
     pairs.extend((plan.memory_mib > 0).then(|| ("memory", mib(plan.memory_mib))));
-    pairs.push((
-        "disks to copy",
-        format!("{} ({})", plan.copied_disks.len(), bytes(copied)),
-    ));
-    let disks = plan.copied_disks.iter();
-    let disks = disks.map(|d| format!("{}  {}", clean(&d.target), bytes(d.allocated_bytes)));
+    planned(plan, pairs, "disks to copy", "would be accepted".to_owned())
+}
+
+/// What a dry run of a transfer to a project found, as the caller names it.
+pub fn transfer_plan(plan: &Plan, project: &str) -> String {
+    let host = &plan.source_host;
+    let pairs = vec![
+        planned_instance(plan),
+        ("receiver", project.to_owned()),
+        ("host", host.to_string()),
+    ];
+    let accepted = format!("would be transferred to {project} on {host}");
+    planned(plan, pairs, "disks to move", accepted)
+}
+
+fn planned_instance(plan: &Plan) -> (&'static str, String) {
+    let instance = format!("{} ({})", plan.instance_name, plan.instance_uuid);
+    ("instance", instance)
+}
+
+fn planned(
+    plan: &Plan,
+    mut pairs: Vec<(&str, String)>,
+    disks: &'static str,
+    accepted: String,
+) -> String {
+    let carried: u64 = plan.copied_disks.iter().map(|d| d.allocated_bytes).sum();
+    let number = plan.copied_disks.len();
+    pairs.push((disks, format!("{number} ({})", bytes(carried))));
     let verdict = match plan.failures.len() {
-        0 => "would be accepted".to_owned(),
+        0 => accepted,
         n => format!("would be refused: {}", failed(n)),
     };
     pairs.push(("verdict", verdict));
+    let each = plan.copied_disks.iter();
+    let each = each.map(|d| format!("{}  {}", clean(&d.target), bytes(d.allocated_bytes)));
     facts(pairs)
-        + &section("disks to copy", disks)
+        + &section(disks, each)
         + &section("decisions", plan.decisions.iter().map(|text| clean(text)))
         + &section("failed checks", failures(&plan.failures))
 }

@@ -1,6 +1,6 @@
 //! Texts as an operator reads them.
 
-use drover_model::migration::Flavor;
+use drover_model::migration::{Flavor, TransferOptions};
 
 use super::*;
 use crate::samples;
@@ -158,6 +158,102 @@ fn a_plan_without_memory_to_send_does_not_speak_of_it() {
     let mut sample = samples::plan();
     sample.memory_mib = 0;
     assert!(!plan(&sample).contains("memory"), "{}", plan(&sample));
+}
+
+#[test]
+fn a_plan_of_a_transfer_looks_so() {
+    let mut sample = samples::plan();
+    sample.dest_host = Some(sample.source_host.clone());
+    sample.memory_mib = 0;
+    sample.decisions = vec!["lan (br0) becomes blue's lan (br-blue)".to_owned()];
+    let expected = "\
+instance       demo-1 (11111111-2222-4333-8444-555555555555)
+receiver       blue
+host           kvm1
+disks to move  1 (600 MiB)
+verdict        would be transferred to blue on kvm1
+
+disks to move
+  vda  600 MiB
+
+decisions
+  lan (br0) becomes blue's lan (br-blue)";
+    let text = transfer_plan(&sample, "blue");
+    assert_eq!(text, expected, "\n{text}");
+    sample.failures = samples::checks();
+    let text = transfer_plan(&sample, "blue");
+    assert!(
+        text.contains("verdict        would be refused: 2 checks failed"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_whole_record_of_a_transfer_looks_so() {
+    let mut m = samples::handed_over(samples::handover(TransferMode::Live));
+    let expected = "\
+id              7
+uuid            01997777-0000-7000-8000-00000000abcd
+type            project-transfer
+instance        demo-1 (11111111-2222-4333-8444-555555555555)
+project         default -> blue (giver -> receiver)
+host            kvm1
+status          completed
+phase           done
+step            disks
+ended because   -
+network cut     34 ms
+total time      2.1 s
+disk            1 GiB, 1 GiB sent, 0 B remaining
+options         live
+offer           01997777-0000-7000-8000-00000000feed
+offered         2026-11-23 18:45:51Z by user ann
+offer accepted  2026-11-23 18:46:51Z by user bob
+asked           -
+requester       user bob
+conductor       ctl, attempt 1
+accepted        2026-11-23 18:46:51Z
+changed         2026-11-23 18:46:53Z
+ended           2026-11-23 18:46:53Z
+
+decisions
+    +100 ms  lan (br0) becomes blue's lan (br-blue)";
+    assert_eq!(migration(&m), expected, "\n{}", migration(&m));
+    if let Some(consent) = &mut m.consent {
+        consent.offer = None;
+    }
+    let text = migration(&m);
+    assert!(
+        text.contains("none: asked for on behalf of both sides"),
+        "{text}"
+    );
+}
+
+#[test]
+fn all_options_of_a_transfer_are_told() {
+    let mut m = samples::handed_over(samples::handover(TransferMode::Cold));
+    if let Way::Transfer(transfer) = &mut m.way {
+        transfer.options = TransferOptions {
+            networks: [("br0".to_owned(), "lan".to_owned())].into(),
+            keep_disk: true,
+            new_mac: true,
+            name: Some("new\x1b[2J".to_owned()),
+            title: Some("T".to_owned()),
+            shutdown_timeout_s: Some(90),
+            force_stop_after_s: Some(120),
+            bandwidth_mib_s: Some(100),
+            progress_timeout_s: Some(60),
+            ..transfer.options.clone()
+        };
+    }
+    let text = migration(&m);
+    let expected = "cold, network br0 -> lan, disks stay where they are, new MAC addresses, \
+                    renamed to new[2J, titled T, 90 s to shut down in, stopped hard after 120 s, \
+                    at most 100 MiB/s, given up after 60 s without progress";
+    assert!(text.contains(expected), "{text}");
+    assert!(text.contains("\noff for         34 ms\n"), "{text}");
+    m.downtime_ms = None;
+    assert!(migration(&m).contains("none: it was off before"));
 }
 
 #[test]

@@ -8,6 +8,12 @@
 //! | `instance list`, `instance show` | array of `Instance`, `Instance` |
 //! | `instance migrate` | `Migration` as last seen; `Plan` for a dry run |
 //! | `instance confirm`, `instance revert` | `Migration` as last seen, with `--keep-changes` that of the way back; as it is, for a dry run |
+//! | `instance transfer`, `transfer accept` | `Migration` as last seen; `Plan` for a dry run |
+//! | `transfer offer` | `OfferMade`, the only place the key is in; `Instance`, for a dry run |
+//! | `transfer list`, `transfer show` | array of `Offer`, `Offer` |
+//! | `transfer withdraw` | `Offer` as it is afterwards, or as it is, for a dry run |
+//! | `project list`, `project show` | array of `ProjectView`, `ProjectView` |
+//! | `project create`, `project set` | `ProjectView` as it is afterwards, or as it would be, for a dry run |
 //! | `migration list`, `migration show` | array of `Migration`, `Migration` |
 //! | `migration watch` | one `Migration` a line, at each change |
 //! | `migration abort`, `force-complete`, `resume` | `Migration` as last seen |

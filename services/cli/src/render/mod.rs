@@ -4,8 +4,10 @@
 pub mod describe;
 pub mod json;
 pub mod meter;
+pub mod offer;
 pub mod outcome;
 pub mod progress;
+pub mod project;
 pub mod screen;
 pub mod table;
 pub mod units;

@@ -3,12 +3,12 @@
 
 use drover_model::{
     check::CheckFailure,
-    migration::{EndReason, Migration, MigrationStatus, MigrationType, Phase},
+    migration::{EndReason, Migration, MigrationStatus, Phase, Way},
 };
 
 use super::{
     clean,
-    describe::{choices, destination},
+    describe::{choices, destination, is_off_meanwhile},
     units::span,
 };
 use crate::exit::Trouble;
@@ -79,9 +79,9 @@ fn end_line(m: &Migration) -> String {
     let total = span(m.total_time_ms());
     match m.status {
         MigrationStatus::Completed | MigrationStatus::Finished => format!(
-            "{}: {name} is on {}; {}, total {total}",
+            "{}: {name} is {}; {}, total {total}",
             m.status,
-            destination(m),
+            there(m),
             downtime(m)
         ),
         MigrationStatus::Confirmed => format!(
@@ -98,35 +98,62 @@ fn end_line(m: &Migration) -> String {
             why(m),
             m.id
         ),
-        status if m.progress.phase >= Phase::PostCopy && m.progress.phase < Phase::Done => format!(
+        status if is_between(m) => format!(
             "{status} after {name} began to change sides: {}; total {total}\n  \
              what to do: `drover instance show {}` tells where it is now",
             why(m),
             m.instance_uuid
         ),
         status => format!(
-            "{status}: {name} stays on {}; {}{}, total {total}",
-            m.source_host,
+            "{status}: {name} stays {}; {}{}, total {total}",
+            here(m),
             why(m),
-            was_off(m)
+            disturbance(m)
         ),
     }
 }
 
-/// How long the guest stood still or was off.
-fn downtime(m: &Migration) -> String {
-    match (m.way.migration_type(), m.downtime_ms) {
-        (MigrationType::LiveMigration, Some(ms)) => format!("downtime {}", span(ms)),
-        (MigrationType::LiveMigration, None) => "downtime not measured".to_owned(),
-        (MigrationType::Migration, Some(ms)) => format!("it was off for {}", span(ms)),
-        (MigrationType::Migration, None) => "off as before".to_owned(),
+/// Where it led.
+fn there(m: &Migration) -> String {
+    match &m.way {
+        Way::Live(_) | Way::Cold(_) => format!("on {}", destination(m)),
+        Way::Transfer(transfer) => format!("in project {}", clean(transfer.project.as_str())),
     }
 }
 
-/// That a guest which did not move was stopped all the same.
-fn was_off(m: &Migration) -> String {
-    match m.way.migration_type() {
-        MigrationType::Migration if m.downtime_ms.is_some() => format!(", {}", downtime(m)),
+/// Where it began.
+fn here(m: &Migration) -> String {
+    match m.way {
+        Way::Live(_) | Way::Cold(_) => format!("on {}", m.source_host),
+        Way::Transfer(_) => format!("in project {}", clean(&m.project_id)),
+    }
+}
+
+/// Whether it ended while the guest changed sides. A transfer that fails is
+/// undone, however far it was.
+fn is_between(m: &Migration) -> bool {
+    let is_migration = !matches!(m.way, Way::Transfer(_));
+    is_migration && (Phase::PostCopy..Phase::Done).contains(&m.progress.phase)
+}
+
+/// How long the guest stood still, was off, or had no network.
+fn downtime(m: &Migration) -> String {
+    match (m.downtime_ms, is_off_meanwhile(&m.way), &m.way) {
+        (Some(ms), true, _) => format!("it was off for {}", span(ms)),
+        (None, true, _) => "off as before".to_owned(),
+        (Some(ms), false, Way::Transfer(_)) => format!("network cut {}", span(ms)),
+        (None, false, Way::Transfer(_)) => "no network cut measured".to_owned(),
+        (Some(ms), false, _) => format!("downtime {}", span(ms)),
+        (None, false, _) => "downtime not measured".to_owned(),
+    }
+}
+
+/// That a guest which did not move was stopped, or lost its network, all the same.
+fn disturbance(m: &Migration) -> String {
+    match m.way {
+        Way::Cold(_) | Way::Transfer(_) if m.downtime_ms.is_some() => {
+            format!(", {}", downtime(m))
+        }
         _ => String::new(),
     }
 }
@@ -149,6 +176,8 @@ fn why(m: &Migration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use drover_model::migration::TransferMode;
+
     use super::*;
     use crate::{exit::Exit, samples};
 
@@ -214,6 +243,33 @@ finished: demo-1 is on kvm2; it was off for 14.3 s, total 21.5 s
         assert_eq!(
             end(&m),
             "cancelled: demo-1 stays on kvm1; aborted on request, it was off for 5.0 s, total 9.0 s"
+        );
+    }
+
+    #[test]
+    fn a_transfer_tells_whose_the_guest_is() {
+        let mut m = samples::handed_over(samples::handover(TransferMode::Live));
+        assert_eq!(
+            end(&m),
+            "completed: demo-1 is in project blue; network cut 34 ms, total 2.1 s"
+        );
+        m.downtime_ms = None;
+        assert!(end(&m).contains("; no network cut measured, total"));
+        let mut m = samples::handed_over(samples::handover(TransferMode::Cold));
+        assert!(
+            end(&m).contains("; it was off for 34 ms, total"),
+            "{}",
+            end(&m)
+        );
+        m.status = MigrationStatus::Failed;
+        m.progress.phase = Phase::Finishing;
+        m.end_reason = Some(EndReason::Failed {
+            message: "the disk is full".to_owned(),
+        });
+        assert_eq!(
+            end(&m),
+            "failed: demo-1 stays in project default; the disk is full, it was off for 34 ms, \
+             total 2.1 s"
         );
     }
 

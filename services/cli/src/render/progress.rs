@@ -4,7 +4,7 @@
 //! and a note when it does not converge, stand beside it.
 
 use drover_model::migration::{
-    Migration, MigrationStatus, MigrationType, Phase, Progress, Transfer,
+    Migration, MigrationStatus, MigrationType, Phase, Progress, Transfer, Way,
 };
 
 use super::{
@@ -93,7 +93,7 @@ impl Shown {
         }
         let is_live = m.way.migration_type() == MigrationType::LiveMigration;
         let most = match m.progress.phase {
-            // The guest is off, and all is there: no bytes are counted any more.
+            // All is there: no bytes are counted any more.
             Phase::SwitchOver | Phase::Finishing if !is_live => return 99,
             // How much memory there is shows only once its turn has come; until
             // then the disks are half of the whole.
@@ -160,7 +160,6 @@ pub fn line(migration: &Migration, shown: &Shown) -> String {
 }
 
 fn heading(m: &Migration) -> String {
-    let to = destination(m);
     let word = m.progress.phase.as_str();
     let is_said = m.status.as_str().contains(word);
     let phase = if m.status.rests() || m.progress.phase == Phase::Done || is_said {
@@ -169,7 +168,19 @@ fn heading(m: &Migration) -> String {
         format!(" ({word})")
     };
     let name = clean(&m.instance_name);
-    format!("{name}  {} -> {to}  {}{phase}", m.source_host, m.status)
+    format!("{name}  {}  {}{phase}", path(m), m.status)
+}
+
+/// From where to where, or from whom to whom.
+fn path(m: &Migration) -> String {
+    let from = &m.source_host;
+    match &m.way {
+        Way::Live(_) | Way::Cold(_) => format!("{from} -> {}", destination(m)),
+        Way::Transfer(transfer) => {
+            let (giver, receiver) = (clean(&m.project_id), clean(transfer.project.as_str()));
+            format!("{giver} -> {receiver} on {from}")
+        }
+    }
 }
 
 /// The last sample, while there is more to come.
@@ -213,7 +224,7 @@ fn outlook(m: &Migration) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use drover_model::migration::Phase;
+    use drover_model::migration::{Phase, TransferMode};
     use proptest::prelude::*;
 
     use super::*;
@@ -273,6 +284,27 @@ mod tests {
             "  disk   [########################] 1/1 GiB",
         ];
         assert_eq!(bars(&m, &shown), expected);
+    }
+
+    #[test]
+    fn a_transfer_looks_so() {
+        let mut m = samples::moving(samples::handover(TransferMode::Live));
+        let mut shown = Shown::of(&m);
+        let expected = [
+            "demo-1  default -> blue on kvm1  running (disk)  63 %",
+            "  disk   [###############.........] 0.6/1 GiB  90 MiB/s",
+        ];
+        assert_eq!(bars(&m, &shown), expected);
+        m.progress.phase = Phase::Finishing;
+        m.progress.rate_bytes_s = 0;
+        shown.take(&m);
+        let text = line(&m, &shown);
+        assert_eq!(
+            text,
+            "  1.0 s  demo-1  default -> blue on kvm1  running (finishing), 99 %, disk 0.6/1 GiB"
+        );
+        shown.take(&samples::handed_over(m));
+        assert_eq!(shown.percent, 100);
     }
 
     #[test]
@@ -342,7 +374,9 @@ mod tests {
     fn record() -> impl Strategy<Value = Migration> {
         let status = prop::sample::select(MigrationStatus::ALL);
         let eta = prop::option::of(any::<u64>());
-        let of = prop::sample::select(vec![samples::migration(), samples::cold()]);
+        let transfer_of = samples::handover(TransferMode::Live);
+        let of = vec![samples::migration(), samples::cold(), transfer_of];
+        let of = prop::sample::select(of);
         (transfer(), transfer(), status, eta, of).prop_map(|(memory, disk, status, eta_ms, of)| {
             let mut m = samples::running(of);
             m.progress.memory = memory;

@@ -5,7 +5,7 @@ use comfy_table::{Table, presets::NOTHING};
 use drover_model::{
     api::conductor::{Instance, Node},
     guest::PowerState,
-    migration::{Migration, MigrationStatus, Phase},
+    migration::{Migration, MigrationStatus, Phase, Way},
     node::HypervisorReport,
 };
 
@@ -134,14 +134,13 @@ fn migration_row(m: &Migration) -> Vec<String> {
     let over = m.status.rests();
     let running = |text: Option<String>| text.filter(|_| !over).unwrap_or_else(nothing);
     let measured = m.downtime_ms.map(span);
+    let (from, to) = ends(m);
     vec![
         m.id.to_string(),
         m.instance_name.clone(),
         kind(m).to_owned(),
-        m.source_host.to_string(),
-        m.dest_host
-            .as_ref()
-            .map_or_else(nothing, ToString::to_string),
+        from,
+        to,
         m.status.to_string(),
         running(phase(m)),
         shown.percent.to_string(),
@@ -154,6 +153,21 @@ fn migration_row(m: &Migration) -> Vec<String> {
         moment(m.created_at_ms),
         reason(m).unwrap_or_else(nothing),
     ]
+}
+
+/// From where to where; a transfer leads from project to project.
+fn ends(m: &Migration) -> (String, String) {
+    let to = m.dest_host.as_ref();
+    match &m.way {
+        Way::Live(_) | Way::Cold(_) => (
+            m.source_host.to_string(),
+            to.map_or_else(nothing, ToString::to_string),
+        ),
+        Way::Transfer(transfer) => (
+            format!("project {}", m.project_id),
+            format!("project {}", transfer.project),
+        ),
+    }
 }
 
 /// The phase; none once the move is done, whatever is still made of it.
@@ -180,12 +194,14 @@ fn reason(m: &Migration) -> Option<String> {
     }
 }
 
-fn nothing() -> String {
+pub(super) fn nothing() -> String {
     NOTHING_HERE.to_owned()
 }
 
 #[cfg(test)]
 mod tests {
+    use drover_model::migration::TransferMode;
+
     use super::*;
     use crate::samples;
 
@@ -236,5 +252,15 @@ ID  INSTANCE  KIND  FROM  TO    STATUS     PHASE     %    MOVED        RATE     
 7   demo-1    live  kvm1  kvm2  completed  -         100  1.1/1.1 GiB  -         -        -      212 ms    2.1 s   2026-11-23 18:46:51Z  -";
         assert_eq!(table, expected, "\n{table}");
         assert_eq!(migrations(&[]), "no migrations");
+    }
+
+    #[test]
+    fn a_transfer_leads_from_project_to_project() {
+        let m = samples::handed_over(samples::handover(TransferMode::Live));
+        let expected = "\
+ID  INSTANCE  KIND      FROM             TO            STATUS     PHASE  %    MOVED    RATE  DIRTY  ETA  DOWNTIME  TIME   ACCEPTED              REASON
+7   demo-1    transfer  project default  project blue  completed  -      100  1/1 GiB  -     -      -    34 ms     2.1 s  2026-11-23 18:46:51Z  -";
+        let table = migrations(&[m]);
+        assert_eq!(table, expected, "\n{table}");
     }
 }

@@ -17,6 +17,21 @@ pub fn share(moved: u64, total: u64) -> String {
     format!("{moved}/{total} {}", UNITS[unit])
 }
 
+/// What there is and is about to come, of what there may be, in one unit:
+/// `0.5+0.1/4 GiB`, `512 MiB/-` where there may be any.
+pub fn bytes_of(has: u64, soon: u64, most: Option<u64>) -> String {
+    let unit = unit_of(has.saturating_add(soon).max(most.unwrap_or(0)));
+    let soon = match soon {
+        0 => String::new(),
+        soon => format!("+{}", in_unit(soon, unit)),
+    };
+    let (has, name) = (in_unit(has, unit), UNITS[unit]);
+    match most {
+        Some(most) => format!("{has}{soon}/{} {name}", in_unit(most, unit)),
+        None => format!("{has}{soon} {name}/-"),
+    }
+}
+
 /// Bytes per second.
 pub fn rate(bytes_s: u64) -> String {
     format!("{}/s", bytes(bytes_s))
@@ -97,6 +112,9 @@ mod tests {
         assert_eq!(share(310 << 20, 512 << 20), "310/512 MiB");
         assert_eq!(share(1 << 20, 2 << 30), "0/2 GiB");
         assert_eq!(rate(1 << 20), "1 MiB/s");
+        assert_eq!(bytes_of(0, 0, None), "0 B/-");
+        assert_eq!(bytes_of(0, 0, Some(4 << 30)), "0/4 GiB");
+        assert_eq!(bytes_of(300 << 20, 100 << 20, Some(0)), "300+100/0 MiB");
     }
 
     #[test]

@@ -12,9 +12,9 @@ use async_trait::async_trait;
 use drover_model::api::{
     NAMESPACE, VERSION,
     compute::{
-        AgentStatus, CheckDestination, CheckPath, CheckSource, FinishResize, FinishRevertResize,
-        GuestLocation, LiveMigration, PostLiveMigration, PreLiveMigration, PrepResize,
-        ResizeInstance, RevertResize, StepRef, method,
+        AgentStatus, CheckDestination, CheckPath, CheckSource, CheckTransfer, FinishResize,
+        FinishRevertResize, GuestLocation, LiveMigration, PostLiveMigration, PreLiveMigration,
+        PrepResize, PrepTransfer, ResizeInstance, RevertResize, StepRef, TransferWork, method,
     },
     fault::Fault,
 };
@@ -55,6 +55,12 @@ const METHODS: &[&str] = &[
     method::CONFIRM_AT_DESTINATION,
     method::CONFIRM_RESIZE,
     method::REVERT_RESIZE,
+    method::CHECK_TRANSFER,
+    method::PREP_TRANSFER,
+    method::TRANSFER_INSTANCE,
+    method::ABORT_TRANSFER,
+    method::POST_TRANSFER,
+    method::ROLLBACK_TRANSFER,
 ];
 
 /// Drover's own steps.
@@ -155,6 +161,9 @@ impl Steps {
             | method::FINISH_RESIZE
             | method::FINISH_REVERT_RESIZE
             | method::REVERT_RESIZE => self.serve_cold(request).await,
+            method::CHECK_TRANSFER | method::PREP_TRANSFER | method::TRANSFER_INSTANCE => {
+                self.serve_transfer(request).await
+            }
             _ => self.serve_by_reference(request).await,
         }
     }
@@ -192,6 +201,29 @@ impl Steps {
         }
     }
 
+    /// Steps of a transfer that need more than the name of their subject.
+    async fn serve_transfer(&self, request: &Request) -> Result<Value, RemoteFailure> {
+        use Command as C;
+        let actors = &self.registry;
+        match request.method() {
+            method::CHECK_TRANSFER => {
+                let step: CheckTransfer = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::CheckTransfer(step, to)).await)
+            }
+            method::PREP_TRANSFER => {
+                let step: Box<PrepTransfer> = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::PrepTransfer(step, to)).await)
+            }
+            _ => {
+                let step: TransferWork = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::Transfer(step, to)).await)
+            }
+        }
+    }
+
     /// Steps that need nothing but the name of their subject.
     async fn serve_by_reference(&self, request: &Request) -> Result<Value, RemoteFailure> {
         use Command as C;
@@ -221,6 +253,11 @@ impl Steps {
                 answer(actors.ask(id, |to| C::ConfirmAtDestination(step, to)).await)
             }
             method::CONFIRM_RESIZE => answer(actors.ask(id, |to| C::ConfirmResize(step, to)).await),
+            method::ABORT_TRANSFER => answer(actors.ask(id, |to| C::AbortTransfer(step, to)).await),
+            method::POST_TRANSFER => answer(actors.ask(id, |to| C::PostTransfer(step, to)).await),
+            method::ROLLBACK_TRANSFER => {
+                answer(actors.ask(id, |to| C::RollbackTransfer(step, to)).await)
+            }
             other => {
                 let message = format!("'{other}' is listed and not served");
                 Err(faults::exception(Fault::bug(message)))

@@ -8,6 +8,7 @@
 mod cold;
 pub mod fake;
 pub mod libvirt;
+mod transfer;
 
 use async_trait::async_trait;
 use drover_model::{
@@ -21,6 +22,7 @@ use drover_model::{
 use tokio::sync::broadcast;
 
 pub use cold::{ColdDriver, Definition, Incoming, Overlay, SendError, SendSpec, Sent};
+pub use transfer::{Mirror, Standing, TransferDriver};
 
 /// Result of a driver call.
 pub type Result<T> = std::result::Result<T, HypervisorError>;
@@ -179,7 +181,7 @@ pub struct JobSample {
 
 /// A node's hypervisor. Calls never block the runtime. All are safe to repeat.
 #[async_trait]
-pub trait Hypervisor: ColdDriver {
+pub trait Hypervisor: ColdDriver + TransferDriver {
     /// What the node has.
     async fn inventory(&self) -> Result<Inventory>;
 

@@ -1,14 +1,17 @@
 //! What the journal's files say.
 
 use drover_model::{
-    api::compute::{CarriedFile, ColdPart, FileRole, Frozen, LiveMigration, Mark, Outcome},
+    api::compute::{
+        CarriedFile, ColdPart, FileRole, Frozen, LiveMigration, Mark, Outcome, TransferPart,
+        TransferPlan,
+    },
     guest::Disk,
     ids::InstanceId,
-    migration::{Decision, Progress},
+    migration::{Decision, Progress, TransferOptions},
 };
 use serde::{Deserialize, Serialize};
 
-use crate::hypervisor::{Definition, Overlay};
+use crate::hypervisor::{Definition, Overlay, Standing};
 
 /// What this node does for a migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,6 +25,8 @@ pub enum Record {
     Leaving(Box<LeavingRecord>),
     /// It takes the guest, shut off.
     Coming(Box<ComingRecord>),
+    /// The guest stays and changes hands.
+    Transfer(Box<TransferRecord>),
 }
 
 impl Record {
@@ -32,6 +37,7 @@ impl Record {
             Self::Destination(record) => record.instance,
             Self::Leaving(record) => record.instance,
             Self::Coming(record) => record.instance,
+            Self::Transfer(record) => record.instance,
         }
     }
 }
@@ -194,6 +200,28 @@ impl From<&ComingFile> for CarriedFile {
             over: file.over.clone(),
         }
     }
+}
+
+/// A transfer to another project on this node. Nothing was at the places where
+/// its plan puts disks when this was written: what is there now is the transfer's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TransferRecord {
+    /// The instance.
+    pub instance: InstanceId,
+    /// What changes.
+    pub plan: TransferPlan,
+    /// How.
+    pub options: TransferOptions,
+    /// Whether the guest ran when it began, and so is to run in the end.
+    pub was_running: bool,
+    /// Its lasting definition before.
+    pub definition: Definition,
+    /// Its NICs and metadata before, if it runs on.
+    pub standing: Option<Standing>,
+    /// Parts that were begun.
+    pub begun: Vec<TransferPart>,
+    /// Parts that are done.
+    pub done: Vec<TransferPart>,
 }
 
 /// Marks that were left, or were about to be.

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use drover_model::{
     api::{
         compute::{
-            CheckDestination, CheckPath, CheckSource, CleanUp, ColdPart, DestinationFacts,
-            FinishResize, FinishRevertResize, GuestLocation, Inbox, JobState, LiveMigration,
-            PathFacts, PostLiveMigration, PreLiveMigration, PrepResize, ResizeInstance,
-            RevertResize, SourceFacts, StepRef,
+            CheckDestination, CheckPath, CheckSource, CheckTransfer, CleanUp, ColdPart,
+            DestinationFacts, FinishResize, FinishRevertResize, GuestLocation, Inbox, JobState,
+            LiveMigration, PathFacts, PostLiveMigration, PreLiveMigration, PrepResize,
+            PrepTransfer, ResizeInstance, RevertResize, SourceFacts, StepRef, TransferFacts,
+            TransferPart, TransferWork,
         },
         fault::Fault,
     },
@@ -23,6 +24,7 @@ use super::{
     orders::Order,
     registry::{Finished, Registry},
     sending::{MonitorDied, Sending},
+    transfer::Transferring,
 };
 use crate::{
     journal::{ComingRecord, DestinationRecord, Ended, MarksRecord, Record, SourceRecord},
@@ -56,6 +58,12 @@ pub(crate) enum Command {
     ConfirmAtDestination(StepRef, Reply<CleanUp>),
     ConfirmResize(StepRef, Reply<CleanUp>),
     RevertResize(RevertResize, Reply<GuestLocation>),
+    CheckTransfer(CheckTransfer, Reply<TransferFacts>),
+    PrepTransfer(Box<PrepTransfer>, Reply<()>),
+    Transfer(TransferWork, Reply<JobState>),
+    AbortTransfer(StepRef, Reply<()>),
+    PostTransfer(StepRef, Reply<CleanUp>),
+    RollbackTransfer(StepRef, Reply<CleanUp>),
     /// Another migration wants the instance.
     StepAside(InstanceId, Reply<()>),
 }
@@ -74,6 +82,8 @@ pub(super) enum Stage {
     Leaving(Box<Leaving>),
     /// The guest is coming, shut off.
     Coming(Box<ComingRecord>),
+    /// The guest changes hands here.
+    Transferring(Box<Transferring>),
 }
 
 /// See the module.
@@ -90,6 +100,7 @@ enum Happening {
     Step(Command),
     Sent(Result<Box<SourceRecord>, MonitorDied>),
     Worked(ColdPart, Ended),
+    Transferred(TransferPart, Ended),
     MarksAreDue,
 }
 
@@ -122,6 +133,7 @@ impl Actor {
             Record::Destination(record) => Stage::Arriving(record),
             Record::Leaving(record) => Stage::Leaving(Box::new(Leaving::resume(record))),
             Record::Coming(record) => Stage::Coming(record),
+            Record::Transfer(record) => Stage::Transferring(Box::new(Transferring::resume(record))),
             Record::Source(record) if record.ended.is_some() => Stage::Ended(record),
             Record::Source(record) => {
                 Counters::add(&registry.node().counters.transfers_attached);
@@ -157,6 +169,7 @@ impl Actor {
                 Some(Happening::Sent(Ok(record))) => self.sent(record).await,
                 Some(Happening::Sent(Err(MonitorDied))) => self.watch_again(),
                 Some(Happening::Worked(part, ended)) => self.worked(part, ended).await,
+                Some(Happening::Transferred(part, ended)) => self.transferred(part, ended).await,
                 Some(Happening::MarksAreDue) => self.remove_marks().await,
                 None => return,
             }
@@ -257,6 +270,40 @@ impl Actor {
                 let done = self.step_aside(instance).await;
                 self.answer(to, done);
             }
+            other => self.serve_transfer(other).await,
+        }
+    }
+
+    /// Steps of a transfer to another project.
+    async fn serve_transfer(&mut self, command: Command) {
+        use Command as C;
+        match command {
+            C::CheckTransfer(step, to) => {
+                let facts = self.check_transfer(step).await;
+                self.answer(to, facts);
+            }
+            C::PrepTransfer(step, to) => {
+                let done = self.prep_transfer(*step).await;
+                self.answer(to, done);
+            }
+            C::Transfer(step, to) => {
+                let job = self.transfer_instance(step).await;
+                self.answer(to, job);
+            }
+            C::AbortTransfer(step, to) => {
+                let done = self.abort_transfer(step).await;
+                self.answer(to, done);
+            }
+            C::PostTransfer(step, to) => {
+                let clean_up = self.post_transfer(step).await;
+                self.answer(to, clean_up);
+            }
+            C::RollbackTransfer(step, to) => {
+                let clean_up = self.rollback_transfer(step).await;
+                self.answer(to, clean_up);
+            }
+            // Every other command is served above.
+            _ => {}
         }
     }
 
@@ -292,6 +339,10 @@ async fn over(stage: &mut Stage) -> Happening {
         Stage::Leaving(leaving) => {
             let (part, ended) = leaving.over().await;
             Happening::Worked(part, ended)
+        }
+        Stage::Transferring(transferring) => {
+            let (part, ended) = transferring.over().await;
+            Happening::Transferred(part, ended)
         }
         _ => std::future::pending().await,
     }

@@ -16,7 +16,8 @@
 //! * [`sending`]: a transfer under way; [`monitor`]: the task beside it, with its
 //!   [`orders`] and its [`voice`]; what it decides by is pure: [`policy`],
 //!   [`progress`], [`outcome`].
-//! * [`cold`]: the same for guests that are off while they move.
+//! * [`cold`]: the same for guests that are off while they move. [`transfer`]: for
+//!   guests that stay and change hands. [`work`]: what takes long in either.
 
 mod actor;
 mod cold;
@@ -31,9 +32,11 @@ mod registry;
 mod sending;
 mod shared;
 mod source;
+mod transfer;
 mod voice;
 mod waiting;
 pub mod words;
+mod work;
 
 pub(crate) use actor::Command;
 pub(crate) use registry::Registry;

@@ -72,6 +72,7 @@ impl Actor {
             Stage::Arriving(record) => record.instance,
             Stage::Leaving(leaving) => leaving.record.instance,
             Stage::Coming(record) => record.instance,
+            Stage::Transferring(transferring) => transferring.record.instance,
         };
         match own == step.instance {
             true => Ok(()),
@@ -105,8 +106,12 @@ impl Actor {
 
     async fn is_over_for(&self, instance: InstanceId) -> Result<bool, Fault> {
         let settled = match &self.stage {
-            // A cold one ends when it is confirmed or reverted.
-            Stage::Idle | Stage::Sending(_) | Stage::Leaving(_) | Stage::Coming(_) => false,
+            // A cold one ends when it is confirmed or reverted, a transfer when it is tidied.
+            Stage::Idle
+            | Stage::Sending(_)
+            | Stage::Leaving(_)
+            | Stage::Coming(_)
+            | Stage::Transferring(_) => false,
             Stage::Ended(record) => !has_moved(&job_of(record)),
             Stage::Arriving(record) => record.prepared,
         };

@@ -47,6 +47,7 @@ fn task_state(m: &Migration) -> Option<&'static str> {
     use MigrationStatus as S;
     match (&m.way, m.status) {
         (Way::Live(_), _) => Some("migrating"),
+        (Way::Transfer(_), _) => Some("transferring"),
         (Way::Cold(_), S::Finished) => None,
         (Way::Cold(_), S::Reverting) => Some("resize_reverting"),
         (Way::Cold(_), S::Confirming) => Some("resize_confirming"),

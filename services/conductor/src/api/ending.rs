@@ -68,7 +68,7 @@ impl DroverEndpoint {
         let instance = self.instance(&confirmed.instance_uuid.to_string()).await?;
         let options = match &confirmed.way {
             Way::Cold(options) => options.clone(),
-            Way::Live(_) => ColdOptions::default(),
+            Way::Live(_) | Way::Transfer(_) => ColdOptions::default(),
         };
         let wanted = Wanted {
             instance,
@@ -77,6 +77,7 @@ impl DroverEndpoint {
                 flavor: None,
                 ..options
             }),
+            consent: None,
         };
         self.admit(request, wanted).await
     }

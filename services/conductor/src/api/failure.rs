@@ -3,6 +3,7 @@
 //! keyword argument `checks`.
 
 use drover_model::{
+    api::conductor::Offer,
     check::{CheckCode, CheckFailure},
     migration::Migration,
 };
@@ -27,11 +28,16 @@ pub(crate) fn store_failure(error: &StoreError) -> RemoteFailure {
                 Some("instance") => "InstanceNotFound",
                 Some("node") => "ComputeHostNotFound",
                 Some("migration" | "unfinished") => "MigrationNotFound",
+                Some("project") => "ProjectNotFound",
+                Some("offer") => "OfferNotFound",
                 _ => "NotFound",
             };
             nova(class, format!("There is no {what}."), 404)
         }
-        StoreError::Ambiguous(text) => nova("Invalid", text.clone(), 400),
+        StoreError::Ambiguous(text) | StoreError::Invalid(text) => {
+            nova("Invalid", text.clone(), 400)
+        }
+        StoreError::Exists(what) => nova("ProjectExists", format!("There is {what} already."), 409),
         other => {
             error!(error = %Chain(other), "the record failed");
             RemoteFailure::runtime_error(Chain(other).to_string())
@@ -54,6 +60,36 @@ pub(crate) fn wrong_state(m: &Migration, what: &str) -> RemoteFailure {
         .with_kwarg("instance_uuid", m.instance_uuid.to_string())
         .with_kwarg("state", m.status.as_str())
         .with_kwarg("method", what)
+}
+
+/// An offer cannot be accepted, or made.
+pub(crate) fn offer_not_open(offer: &Offer, why: &str) -> RemoteFailure {
+    let message = format!(
+        "Offer {} of {} is {}: {why}.",
+        offer.id,
+        offer.instance_name,
+        offer.state.as_str()
+    );
+    nova("OfferNotOpen", message, 409)
+        .with_kwarg("offer", offer.id.to_string())
+        .with_kwarg("state", offer.state.as_str())
+}
+
+/// The key is another one.
+pub(crate) fn wrong_key(offer: &Offer, left: u32) -> RemoteFailure {
+    let message = match left {
+        0 => format!(
+            "That is not the key of offer {}, which is locked now.",
+            offer.id
+        ),
+        left => format!(
+            "That is not the key of offer {}; it is locked after {left} more wrong ones.",
+            offer.id
+        ),
+    };
+    nova("WrongKey", message, 403)
+        .with_kwarg("offer", offer.id.to_string())
+        .with_kwarg("tries_left", left)
 }
 
 /// Checks said no.
@@ -82,6 +118,7 @@ fn class_of(code: CheckCode) -> &'static str {
         CheckCode::UnknownHost => "ComputeHostNotFound",
         CheckCode::HostDown => "ComputeServiceUnavailable",
         CheckCode::NoValidHost => "NoValidHost",
+        CheckCode::Quota => "OverQuota",
         _ => "MigrationPreCheckError",
     }
 }

@@ -9,14 +9,14 @@ use drover_model::{
     api::conductor::{MigrateAnswer, MigrateInstance, Plan, PlannedDisk},
     check::{CheckFailure, Side},
     ids::{HostName, MigrationId},
-    migration::{EndReason, Migration, MigrationStatus, Progress, Requester, Way},
+    migration::{Consent, EndReason, Migration, MigrationStatus, Progress, Requester, Way},
 };
 use drover_rpc::{RemoteFailure, Request, RequestContext};
 use drover_store::{Store, instances::InstanceRow, migrations::Admitted};
 use tracing::info;
 
 use super::{
-    DroverEndpoint,
+    DroverEndpoint, failure,
     failure::{refused, store_failure},
 };
 use crate::{
@@ -32,6 +32,8 @@ pub(crate) struct Wanted {
     pub host: Option<HostName>,
     /// How.
     pub way: Way,
+    /// Of a transfer to another project, who agreed to it.
+    pub consent: Option<Consent>,
 }
 
 impl DroverEndpoint {
@@ -43,10 +45,15 @@ impl DroverEndpoint {
         let way = ask.way().map_err(|e| {
             RemoteFailure::value_error(format!("options of a {}: {e}", ask.migration_type))
         })?;
+        if let Way::Transfer(_) = way {
+            let words = "a project-transfer is asked for with transfer_instance";
+            return Err(RemoteFailure::value_error(words));
+        }
         let wanted = Wanted {
             instance: self.instance(&ask.instance).await?,
             host: ask.host.clone(),
             way,
+            consent: None,
         };
         if ask.dry_run {
             let plan = self.plan(&wanted).await?;
@@ -95,6 +102,9 @@ impl DroverEndpoint {
                 let busy = checks::request(&wanted.instance, &wanted.way, Some(&active));
                 Err(self.refuse(request, &wanted, migration, busy).await)
             }
+            Admitted::OfferTaken(offer) => {
+                Err(failure::offer_not_open(&offer, "somebody else was faster"))
+            }
         }
     }
 
@@ -112,6 +122,11 @@ impl DroverEndpoint {
             .iter()
             .find(|m| m.instance_uuid == wanted.instance.id);
         let mut failures = checks::request(&wanted.instance, &wanted.way, active);
+        if let Way::Transfer(transfer) = &wanted.way {
+            let record = self.survey(&wanted.instance, transfer).record().await;
+            failures.extend(record.map_err(|e| store_failure(&e))?);
+            return Ok(failures);
+        }
         let row = found(store.node(&wanted.instance.host).await)?;
         failures.extend(checks::node(
             &wanted.instance.host,
@@ -161,12 +176,17 @@ impl DroverEndpoint {
                 info!(migration = m.id, instance = %m.instance_uuid, "refused");
                 refused(&checks, Some(&m))
             }
+            // Nothing is taken by what is refused.
+            Ok(Admitted::OfferTaken(_)) => refused(&checks, None),
             Err(error) => store_failure(&error),
         }
     }
 
     /// Every check, and what would be done.
-    async fn plan(&self, wanted: &Wanted) -> Result<Plan, RemoteFailure> {
+    pub(super) async fn plan(&self, wanted: &Wanted) -> Result<Plan, RemoteFailure> {
+        if let Way::Transfer(transfer) = &wanted.way {
+            return self.plan_transfer(wanted, transfer).await;
+        }
         let store = &self.context.store;
         let survey = Survey {
             store,
@@ -254,7 +274,7 @@ fn plan_of(wanted: &Wanted, chosen: Option<&Chosen>, failures: Vec<CheckFailure>
         copied_disks: copied,
         memory_mib: match wanted.way {
             Way::Live(_) => wanted.instance.memory_mib,
-            Way::Cold(_) => 0,
+            Way::Cold(_) | Way::Transfer(_) => 0,
         },
         decisions,
     }
@@ -270,7 +290,6 @@ fn carried(chosen: &Chosen) -> Vec<PlannedDisk> {
 }
 
 fn new_record(wanted: &Wanted, context: &RequestContext, owner: &str, now_ms: u64) -> Migration {
-    let text = |value: Option<&str>| value.map(ToOwned::to_owned);
     Migration {
         id: 0,
         uuid: MigrationId::generate(),
@@ -286,11 +305,8 @@ fn new_record(wanted: &Wanted, context: &RequestContext, owner: &str, now_ms: u6
         step_started_at_ms: now_ms,
         attempt: 1,
         owner: owner.to_owned(),
-        requester: Requester {
-            request_id: text(context.request_id()),
-            user_id: text(context.user_id()),
-            project_id: text(context.project_id()),
-        },
+        requester: requester(context),
+        consent: wanted.consent.clone(),
         abort_requested: false,
         force_complete_requested: false,
         ending: None,
@@ -306,6 +322,16 @@ fn new_record(wanted: &Wanted, context: &RequestContext, owner: &str, now_ms: u6
         finished_at_ms: None,
         deadline_at_ms: None,
         version: 0,
+    }
+}
+
+/// Who asks, by the request's context.
+pub(super) fn requester(context: &RequestContext) -> Requester {
+    let text = |value: Option<&str>| value.map(ToOwned::to_owned);
+    Requester {
+        request_id: text(context.request_id()),
+        user_id: text(context.user_id()),
+        project_id: text(context.project_id()),
     }
 }
 

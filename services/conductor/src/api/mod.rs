@@ -10,6 +10,8 @@ mod ending;
 pub mod failure;
 pub mod migrate;
 mod nova;
+mod project;
+mod transfer;
 mod wait;
 
 use std::sync::Arc;
@@ -67,6 +69,16 @@ impl Endpoint for DroverEndpoint {
     fn methods(&self) -> &[&str] {
         &[
             method::MIGRATE_INSTANCE,
+            method::TRANSFER_INSTANCE,
+            method::OFFER_TRANSFER,
+            method::ACCEPT_TRANSFER,
+            method::WITHDRAW_TRANSFER,
+            method::GET_TRANSFER,
+            method::LIST_TRANSFERS,
+            method::CREATE_PROJECT,
+            method::SET_PROJECT,
+            method::GET_PROJECT,
+            method::LIST_PROJECTS,
             method::ABORT_MIGRATION,
             method::FORCE_COMPLETE_MIGRATION,
             method::CONFIRM_MIGRATION,
@@ -116,9 +128,7 @@ impl Endpoint for DroverEndpoint {
             method::GET_STATUS => to_value(&self.status()),
             method::REPORT_STATE => self.report_state(&request.args()?).await,
             method::MIGRATION_PROGRESS => self.migration_progress(request.args()?).await,
-            other => Err(RemoteFailure::runtime_error(format!(
-                "{other} is listed and not served"
-            ))),
+            _ => self.handle_projects(&request).await,
         }
     }
 }
@@ -132,6 +142,31 @@ impl DroverEndpoint {
             notifier,
             stats,
             waits: Semaphore::new(wait::MAX_WAITS),
+        }
+    }
+
+    /// Projects, and what goes between them.
+    async fn handle_projects(&self, request: &Request) -> Answer {
+        match request.method() {
+            method::TRANSFER_INSTANCE => {
+                to_value(&self.transfer_instance(request, &request.args()?).await?)
+            }
+            method::OFFER_TRANSFER => {
+                to_value(&self.offer_transfer(request, &request.args()?).await?)
+            }
+            method::ACCEPT_TRANSFER => {
+                to_value(&self.accept_transfer(request, &request.args()?).await?)
+            }
+            method::WITHDRAW_TRANSFER => to_value(&self.withdraw_transfer(&request.args()?).await?),
+            method::GET_TRANSFER => to_value(&self.get_transfer(&request.args()?).await?),
+            method::LIST_TRANSFERS => to_value(&self.list_transfers(&request.args()?).await?),
+            method::CREATE_PROJECT => to_value(&self.create_project(&request.args()?).await?),
+            method::SET_PROJECT => to_value(&self.set_project(&request.args()?).await?),
+            method::GET_PROJECT => to_value(&self.get_project(&request.args()?).await?),
+            method::LIST_PROJECTS => to_value(&self.list_projects().await?),
+            other => Err(RemoteFailure::runtime_error(format!(
+                "{other} is listed and not served"
+            ))),
         }
     }
 
@@ -183,7 +218,8 @@ impl DroverEndpoint {
         let mut wrong = false;
         let migration = self
             .change(found.uuid, |m| {
-                wrong = m.status != MigrationStatus::Running || past_return(m);
+                let steered = matches!(m.way, Way::Live(_)) && m.status == MigrationStatus::Running;
+                wrong = !steered || past_return(m);
                 !wrong && !std::mem::replace(&mut m.force_complete_requested, true)
             })
             .await?;
@@ -387,6 +423,7 @@ impl DroverEndpoint {
             let event_type = match migration.way {
                 Way::Live(_) => "instance.live_migration.progress",
                 Way::Cold(_) => "instance.resize.progress",
+                Way::Transfer(_) => "instance.transfer.progress",
             };
             let mut n = notification(&migration, event_type, "INFO");
             n.payload["progress"] = to_value(&migration.progress)?;
@@ -431,7 +468,7 @@ fn past_return(m: &Migration) -> bool {
     m.status == MigrationStatus::RunningPostCopy
         || m.status.rests()
         || m.ending.is_some()
-        || matches!(m.step.as_str(), "finish" | "settle" | "tidy")
+        || matches!(m.step.as_str(), "finish" | "hand_over" | "settle" | "tidy")
 }
 
 fn counters(snapshot: &impl Serialize) -> std::collections::BTreeMap<String, u64> {

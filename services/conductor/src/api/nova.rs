@@ -109,6 +109,7 @@ impl ComputeTaskEndpoint {
             instance: self.drover.instance(&id.to_string()).await?,
             host: ask.scheduler_hint.and_then(|hint| hint.host),
             way: live(ask.block_migration),
+            consent: None,
         };
         self.drover.admit(request, wanted).await.map(|_| ())
     }
@@ -136,6 +137,7 @@ impl ComputeTaskEndpoint {
             instance,
             host,
             way,
+            consent: None,
         };
         self.drover.admit(request, wanted).await.map(|_| ())
     }

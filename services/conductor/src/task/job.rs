@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use drover_model::{
-    api::compute::{CleanUp, GuestLocation, Inbox, StepRef},
+    api::compute::{CleanUp, GuestLocation, Inbox, StepRef, TransferPlan},
     check::CheckFailure,
     error::ErrorClass,
     ids::HostName,
@@ -33,6 +33,10 @@ pub struct Data {
     pub chosen: Option<Chosen>,
     /// Where the destination takes files (cold).
     pub inbox: Option<Inbox>,
+    /// What changes about a guest that changes hands.
+    pub transfer: Option<TransferPlan>,
+    /// Whether it ran when it was looked at.
+    pub ran: bool,
     /// When the guest was off, milliseconds since 1970 (cold).
     pub stopped_at_ms: Option<u64>,
     /// Measured downtime, ms.
@@ -53,6 +57,11 @@ impl Data {
         if !warnings.is_empty() {
             self.warnings.insert(step.to_owned(), warnings);
         }
+    }
+
+    pub(super) fn transfer(&self) -> Result<&TransferPlan, StepError> {
+        let missing = || StepError::new(ErrorClass::Bug, "no plan was journalled");
+        self.transfer.as_ref().ok_or_else(missing)
     }
 
     pub(super) fn chosen(&self) -> Result<&Chosen, StepError> {

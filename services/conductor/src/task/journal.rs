@@ -196,7 +196,7 @@ fn learn(m: &mut Migration, step: &str, data: &Data, now_ms: u64) {
     }
     m.warnings
         .extend(data.warnings.get(step).into_iter().flatten().cloned());
-    if m.status == S::Accepted && data.chosen.is_some() {
+    if m.status == S::Accepted && (data.chosen.is_some() || data.transfer.is_some()) {
         // From accepted to queued cannot fail.
         let _ = m.become_status(S::Queued);
     }

@@ -3,6 +3,7 @@
 //! * [`live_migrate`]: a running guest to another node.
 //! * [`cold_migrate`]: a guest to another node, off while it moves; then
 //!   [`confirm`] or [`revert`].
+//! * [`transfer`]: a guest to another project on its node.
 //!
 //! [`journal`] turns their events into the record and the notifications; what
 //! all their steps use is in [`job`]; [`runner`] drives them, finds them again
@@ -15,6 +16,7 @@ pub mod journal;
 pub mod live_migrate;
 pub mod revert;
 pub mod runner;
+pub mod transfer;
 
 use drover_model::migration::{EndReason, Migration, MigrationStatus};
 

@@ -38,6 +38,7 @@ use super::{
     journal::{RecordJournal, Recorded},
     live_migrate::LiveMigrate,
     revert::Revert,
+    transfer::Transfer,
 };
 use crate::{app::Context, survey::hypervisor_is_up};
 
@@ -168,6 +169,9 @@ impl Runner {
             (None, Way::Cold(options)) => {
                 self.drive(&ColdMigrate::new(job, options), lease, key)
                     .await
+            }
+            (None, Way::Transfer(wanted)) => {
+                self.drive(&Transfer::new(job, wanted), lease, key).await
             }
         }
     }
@@ -396,6 +400,7 @@ impl Runner {
             (Some(Ending::Revert), _) => Revert::new(job).settle().await,
             // The record itself: if it cannot be written, nor can this be put off.
             (None, Way::Cold(_)) => Ok(()),
+            (None, Way::Transfer(wanted)) => Transfer::new(job, wanted).tidy().await,
         }
     }
 }

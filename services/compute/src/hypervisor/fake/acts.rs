@@ -1,7 +1,7 @@
 //! What callers do to guests and migrations, each act carried out at one
 //! moment, with libvirt's rules for what it refuses.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use drover_model::{
     guest::{Guest, PowerState, Presence},
@@ -28,7 +28,7 @@ impl World {
         Ok(match self.journey_at(host, id) {
             Some(journey) if journey.from == *host => Job::Migration(journey.sample()),
             Some(journey) => Job::Migration(journey.sample_incoming()),
-            None => domain.other_job.clone().map_or(Job::None, Job::Other),
+            None => domain.job_besides().map_or(Job::None, Job::Other),
         })
     }
 
@@ -223,6 +223,7 @@ impl World {
             tokens,
             completed: None,
             other_job: None,
+            mirrors: BTreeMap::new(),
             left_by_script: false,
             goes_off_at: None,
         };

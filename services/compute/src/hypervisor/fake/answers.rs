@@ -49,7 +49,7 @@ impl World {
         guest.active_job = match self.journey_at(host, id) {
             Some(journey) if journey.from == *host => Some("migration out".to_owned()),
             Some(_) => Some("migration in".to_owned()),
-            None => domain.other_job.clone(),
+            None => domain.job_besides(),
         };
         for disk in &mut guest.disks {
             let file = disk.local_path().and_then(|p| self.storage.file(host, p));

@@ -159,6 +159,7 @@ impl World {
         domain.incoming = false;
         domain.whole = true;
         domain.left_by_script = false;
+        domain.mirrors.clear();
         if !domain.guest.persistent && !domain.defined_before {
             self.node_mut(host).domains.remove(&id);
         }

@@ -2,6 +2,8 @@
 //! description as JSON. What its disks ought to hold is not in it, but in the
 //! guest's [`super::node::Nature`], which no node can change.
 
+use std::collections::BTreeMap;
+
 use drover_model::{
     guest::{Guest, PowerState, Presence},
     ids::{HostName, InstanceId},
@@ -92,6 +94,7 @@ impl World {
             tokens: nature.map(|n| n.tokens.clone()).unwrap_or_default(),
             completed: None,
             other_job: None,
+            mirrors: BTreeMap::new(),
             left_by_script: false,
             goes_off_at: None,
         }

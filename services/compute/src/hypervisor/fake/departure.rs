@@ -1,6 +1,8 @@
 //! A migration's begin: all that libvirt and QEMU check by themselves before
 //! the first byte is sent, with libvirt's rules for what they refuse.
 
+use std::collections::BTreeMap;
+
 use drover_model::{
     guest::{Guest, PowerState, Presence},
     ids::HostName,
@@ -62,6 +64,9 @@ impl World {
         }
         if let Some(job) = &domain.other_job {
             return wrong_state(format!("domain has a job of its own: {job}"));
+        }
+        if !domain.mirrors.is_empty() {
+            return wrong_state("domain has active block job");
         }
         if domain.incoming || !domain.state.is_active() {
             return wrong_state("domain is not running");
@@ -219,6 +224,7 @@ impl World {
             memory: Memory::at(std::time::Duration::ZERO),
             completed: None,
             other_job: None,
+            mirrors: BTreeMap::new(),
             left_by_script: false,
             goes_off_at: None,
             guest: Guest {

@@ -446,6 +446,12 @@ impl Fabric {
             .map(|(name, _)| name)
     }
 
+    /// A guest as a node has it, whether its libvirtd answers or not.
+    pub fn guest(&self, node: &str, id: InstanceId) -> Option<Guest> {
+        let node = host(node);
+        self.with(|world, _| world.describe(&node, id))
+    }
+
     /// The counter in the memory of a guest's copy: how long it has run.
     pub fn counter(&self, node: &str, id: InstanceId) -> Option<Duration> {
         let node = host(node);
@@ -490,7 +496,7 @@ impl Fabric {
     /// What lies about and belongs to nobody, in words: copies that wait for a
     /// migration that is over, definitions and old copies of guests that are
     /// active elsewhere, second definitions of those that are off, marks, files
-    /// that no domain uses, open inboxes. Empty after every migration that was
+    /// that no domain uses, disks that are being copied, open inboxes. Empty after every migration that was
     /// tidied up (confirmed or reverted, if it was a cold one).
     pub fn leftovers(&self) -> Vec<String> {
         self.with(|world, _| world.leftovers())

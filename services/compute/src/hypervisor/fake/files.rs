@@ -13,6 +13,7 @@ use super::{
     super::{HypervisorError, Result},
     answers::TPM_STATE,
     machine,
+    node::Domain,
     storage::{Content, EMPTY_IMAGE_BYTES, File, directory_of, is_device},
     world::World,
 };
@@ -124,7 +125,8 @@ impl World {
 
     fn check_unused(&self, host: &HostName, path: &str) -> Result<()> {
         let mut domains = self.node(host).domains.values();
-        match domains.find(|d| uses(&d.guest, path)) {
+        let copies_to = |d: &Domain| d.mirrors.values().any(|job| job.to == path);
+        match domains.find(|d| uses(&d.guest, path) || copies_to(d)) {
             Some(user) => left_alone(path, &format!("{} uses it", user.guest.name)),
             None => Ok(()),
         }

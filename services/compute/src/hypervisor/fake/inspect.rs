@@ -102,6 +102,7 @@ impl World {
         match domain.state {
             _ if domain.incoming => Some("waiting copy"),
             _ if domain.left_by_script => Some("old copy"),
+            _ if !domain.mirrors.is_empty() => Some("disk being copied"),
             PowerState::Shutdown | PowerState::Crashed if lives_elsewhere => Some("definition"),
             PowerState::Shutdown | PowerState::Crashed
                 if self.hosts_where(id, |_| true).len() > 1 =>

@@ -32,11 +32,16 @@ mod departure;
 mod fabric;
 mod files;
 mod guest_builder;
+mod handing;
+mod hands;
+#[cfg(test)]
+mod hands_tests;
 mod inbox;
 mod inspect;
 mod journey;
 pub mod ledger;
 mod machine;
+mod mirrors;
 mod node;
 mod overlays;
 mod power;

@@ -16,6 +16,7 @@ use uuid::Uuid;
 use super::{
     super::JobSample,
     inbox::{Inbox, Process},
+    mirrors::MirrorJob,
     script::{CallScript, SendScript},
     transfer::MemoryLoad,
 };
@@ -78,6 +79,11 @@ pub struct NodeSpec {
     pub networks: BTreeSet<String>,
     /// Interfaces of the host.
     pub interfaces: BTreeSet<String>,
+    /// libvirt's storage pools: the directory of each, by name.
+    pub pools: BTreeMap<String, String>,
+    /// What it copies from file to file, bytes per second. With 0, copies that
+    /// begin from then on stand still.
+    pub disk_bytes_s: u64,
 }
 
 impl Default for NodeSpec {
@@ -106,6 +112,8 @@ impl Default for NodeSpec {
             bridges: set(&[BRIDGE]),
             networks: set(&["default"]),
             interfaces: set(&["eth0"]),
+            pools: BTreeMap::new(),
+            disk_bytes_s: 500 << 20,
         }
     }
 }
@@ -222,6 +230,8 @@ pub(super) struct Domain {
     pub(super) completed: Option<JobSample>,
     /// Another job that libvirt runs on it.
     pub(super) other_job: Option<String>,
+    /// Disks that its QEMU copies to other files, by target.
+    pub(super) mirrors: BTreeMap<String, MirrorJob>,
     /// A script left this old copy behind: the checker knows.
     pub(super) left_by_script: bool,
     /// It was asked to shut down, obeys, and is off then.
@@ -236,6 +246,13 @@ impl Domain {
         } else {
             Presence::Present(self.state)
         }
+    }
+
+    /// What libvirt does to it besides migrations, in words.
+    pub(super) fn job_besides(&self) -> Option<String> {
+        let copied = self.mirrors.keys().next();
+        let copying = copied.map(|target| format!("block job (copy) on {target}"));
+        self.other_job.clone().or(copying)
     }
 
     /// Whether its vCPUs run.

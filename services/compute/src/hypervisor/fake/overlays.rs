@@ -83,7 +83,12 @@ impl World {
         Ok(())
     }
 
-    fn disk_path(&self, host: &HostName, id: InstanceId, target: &str) -> Result<String> {
+    pub(super) fn disk_path(
+        &self,
+        host: &HostName,
+        id: InstanceId,
+        target: &str,
+    ) -> Result<String> {
         let domain = self.domain(host, id);
         let domain = domain.ok_or(HypervisorError::NoSuchGuest(id))?;
         let disk = domain.guest.disks.iter().find(|d| d.target == target);
@@ -92,7 +97,7 @@ impl World {
     }
 
     /// Has a disk be another file, over other images.
-    fn plug(
+    pub(super) fn plug(
         &mut self,
         host: &HostName,
         id: InstanceId,

@@ -83,6 +83,26 @@ pub enum Call {
     StopReceiving,
     /// `send`
     Send,
+    /// `networks_present`
+    NetworksPresent,
+    /// `location_facts`
+    LocationFacts,
+    /// `other_users`
+    OtherUsers,
+    /// `standing`
+    Standing,
+    /// `hand_over`
+    HandOver,
+    /// `hand_back`
+    HandBack,
+    /// `mirror_disk`
+    MirrorDisk,
+    /// `pivot_disk`
+    PivotDisk,
+    /// `abandon_mirror`
+    AbandonMirror,
+    /// `place_disk`
+    PlaceDisk,
 }
 
 impl Call {
@@ -97,6 +117,7 @@ impl Call {
                 | Self::Receive
                 | Self::StopReceiving
                 | Self::Send
+                | Self::PlaceDisk
         )
     }
 }

@@ -75,7 +75,8 @@ fn token(text: &str) -> Result<Token> {
 }
 
 impl LibvirtDriver {
-    fn places(&self) -> Places {
+    /// Where the node keeps images.
+    pub(super) fn places(&self) -> Places {
         let own = std::iter::once(&self.settings.instances_path);
         Places(
             own.chain(&self.settings.image_paths)

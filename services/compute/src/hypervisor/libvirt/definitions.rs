@@ -59,10 +59,15 @@ pub(super) fn give(
     };
     let text = sized.map_err(HypervisorError::from)?;
     let id = xml::domain_id(&text).map_err(HypervisorError::from)?;
-    if let Some(domain) = guests::find(connect, id)?
-        && domain.is_active()?
-    {
-        return Err(HypervisorError::WrongState("the guest is active here".to_owned()).into());
+    if let Some(domain) = guests::find(connect, id)? {
+        if domain.is_active()? {
+            return Err(HypervisorError::WrongState("the guest is active here".to_owned()).into());
+        }
+        // libvirt takes a definition of another name for another domain's.
+        let name = xml::domain_name(&text).map_err(HypervisorError::from)?;
+        if domain.name()? != name {
+            domain.rename(&name, 0)?;
+        }
     }
     let domain = connect.define_domain_xml_flags(&text, 0)?;
     for text in &definition.snapshots {

@@ -173,22 +173,26 @@ fn cpu_verdict(connect: &Connect, guest: &Guest) -> CallResult<CpuVerdict> {
 fn networks(connect: &Connect, guest: &Guest) -> CallResult<Vec<NetworkFact>> {
     let mut facts = Vec::new();
     for nic in &guest.nics {
-        let present = match &nic.attachment {
-            NicAttachment::Bridge { bridge } => interface_is_up(bridge)?,
-            NicAttachment::Direct { device } => interface_is_up(device)?,
-            NicAttachment::Network { network } => is_active_network(connect, network)?,
-            NicAttachment::User => true,
-            // Nothing is needed for a NIC that is plugged into nothing; how any
-            // other kind is wired up here cannot be told.
-            NicAttachment::Other { kind } => kind == "null",
-        };
         facts.push(NetworkFact {
             mac: nic.mac.clone(),
             attachment: nic.attachment.clone(),
-            present,
+            present: is_present(connect, &nic.attachment)?,
         });
     }
     Ok(facts)
+}
+
+/// Whether a NIC could be plugged into that here.
+pub(super) fn is_present(connect: &Connect, attachment: &NicAttachment) -> CallResult<bool> {
+    Ok(match attachment {
+        NicAttachment::Bridge { bridge } => interface_is_up(bridge)?,
+        NicAttachment::Direct { device } => interface_is_up(device)?,
+        NicAttachment::Network { network } => is_active_network(connect, network)?,
+        NicAttachment::User => true,
+        // Nothing is needed for a NIC that is plugged into nothing; how any
+        // other kind is wired up here cannot be told.
+        NicAttachment::Other { kind } => kind == "null",
+    })
 }
 
 fn interface_is_up(name: &str) -> Result<bool> {

@@ -1,6 +1,6 @@
 //! Every call into C that the `virt` crate lacks, or makes in a way that leaks
 //! or panics: jobs, post-copy, migration with typed parameters, events, the
-//! close callback, CPU comparison, and three questions to the operating
+//! close callback, block jobs, CPU comparison, and what is asked of the operating
 //! system. This file alone holds `unsafe` code; what it offers is safe.
 #![allow(unsafe_code)]
 
@@ -237,6 +237,40 @@ pub(super) fn block_pivot(domain: &Domain, disk: &CStr) -> VirtResult<()> {
     let flags = sys::VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT;
     // SAFETY: all pointers stay valid for the call.
     checked(unsafe { sys::virDomainBlockJobAbort(domain.as_ptr(), disk.as_ptr(), flags) }).map(drop)
+}
+
+/// Ends such a merge or copy: the guest goes on with the image it has.
+pub(super) fn block_abort(domain: &Domain, disk: &CStr) -> VirtResult<()> {
+    // SAFETY: all pointers stay valid for the call.
+    checked(unsafe { sys::virDomainBlockJobAbort(domain.as_ptr(), disk.as_ptr(), 0) }).map(drop)
+}
+
+/// Begins to copy a disk to the file of `target` (a `<disk>`), with the guest
+/// running. `flags` are `VIR_DOMAIN_BLOCK_COPY_…`; no bandwidth is no limit.
+pub(super) fn block_copy(
+    domain: &Domain,
+    disk: &CStr,
+    target: &CStr,
+    bandwidth_bytes_s: Option<u64>,
+    flags: c_uint,
+) -> VirtResult<()> {
+    let mut array = ParamArray::new();
+    if let Some(bandwidth) = bandwidth_bytes_s {
+        let name = sys::VIR_DOMAIN_BLOCK_COPY_BANDWIDTH;
+        array.add(name, &Param::ULong(bandwidth))?;
+    }
+    // SAFETY: all pointers stay valid for the call, which copies what it keeps.
+    checked(unsafe {
+        sys::virDomainBlockCopy(
+            domain.as_ptr(),
+            disk.as_ptr(),
+            target.as_ptr(),
+            array.items,
+            array.count,
+            flags,
+        )
+    })
+    .map(drop)
 }
 
 /// What a CPU is compared with: an emulator of the node and how it would run.
@@ -541,6 +575,29 @@ pub(super) fn is_locked_by_qemu(image: &File) -> std::io::Result<bool> {
         return Err(std::io::Error::last_os_error());
     }
     Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
+}
+
+/// Has a child process killed when the thread that starts it ends: of this
+/// process, however that dies.
+pub(super) fn die_with_parent(command: &mut tokio::process::Command) {
+    let parent = std::process::id();
+    let prepare = move || {
+        // SAFETY: between fork and exec; both calls are async-signal-safe and
+        // touch no memory.
+        let parent_now = unsafe {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            libc::getppid()
+        };
+        // It died before that was asked for.
+        if parent_now.unsigned_abs() != parent {
+            return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        Ok(())
+    };
+    // SAFETY: the closure allocates nothing and takes no lock.
+    unsafe { command.pre_exec(prepare) };
 }
 
 /// Whether the node has a network interface of that name, and it is up.

@@ -214,16 +214,23 @@ fn disk_bytes(guest: &Guest) -> u64 {
     disks.fold(0, |sum, disk| sum.saturating_add(disk.virtual_bytes))
 }
 
-/// Files and devices that any domain of this node uses, by its running or its
-/// lasting definition.
-pub(super) struct InUse {
+/// Files and devices that domains of this node use, by their running or their
+/// lasting definitions.
+pub(super) struct InUse(Vec<User>);
+
+/// What one domain uses.
+pub(super) struct User {
+    /// Which.
+    pub(super) id: InstanceId,
+    /// Its name.
+    pub(super) name: String,
     paths: Vec<String>,
     /// Images whose headers may name further ones: path and format.
     tops: Vec<(String, String)>,
 }
 
-impl InUse {
-    /// All of them, with what lies under images of guests that are off. What
+impl User {
+    /// All of it, with what lies under images of a guest that is off. What
     /// cannot be followed is no file that Drover would remove.
     pub(super) fn paths(self) -> Vec<String> {
         let mut paths = self.paths;
@@ -237,21 +244,37 @@ impl InUse {
     }
 }
 
+impl InUse {
+    /// All that they use.
+    pub(super) fn paths(self) -> Vec<String> {
+        self.0.into_iter().flat_map(User::paths).collect()
+    }
+
+    /// One by one.
+    pub(super) fn users(self) -> Vec<User> {
+        self.0
+    }
+}
+
 /// Asks libvirt for it.
 pub(super) fn storage_in_use(connect: &Connect) -> CallResult<InUse> {
-    let mut used = InUse {
-        paths: Vec::new(),
-        tops: Vec::new(),
-    };
+    let mut users = Vec::new();
     for domain in connect.list_all_domains(0)? {
+        let mut user = User {
+            id: InstanceId(domain.uuid()?),
+            name: domain.name()?,
+            paths: Vec::new(),
+            tops: Vec::new(),
+        };
         for flags in [0, sys::VIR_DOMAIN_XML_INACTIVE] {
             let Some(text) = errors::absent_is_none(domain.xml_desc(flags))? else {
                 continue;
             };
             let storage = xml::storage(&text).map_err(HypervisorError::from)?;
-            used.paths.extend(storage.paths);
-            used.tops.extend(storage.tops);
+            user.paths.extend(storage.paths);
+            user.tops.extend(storage.tops);
         }
+        users.push(user);
     }
-    Ok(used)
+    Ok(InUse(users))
 }

@@ -36,6 +36,7 @@ mod overlays;
 mod settings;
 mod standing;
 mod storage;
+mod transfer;
 mod xml;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};

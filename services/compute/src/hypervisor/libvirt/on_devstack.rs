@@ -1,7 +1,9 @@
 //! What only a real libvirtd shows: killed, frozen, killed in mid-migration,
-//! and images copied over a chain. Runs on the devstack whose directory is in
+//! images copied over a chain, and guests that change hands. Runs on the devstack whose directory is in
 //! `DROVER_DEVSTACK`; without one it says `SKIPPED`, and fails if
 //! `DROVER_REQUIRE_REAL=1`.
+
+mod transfer;
 
 use std::{
     path::{Path, PathBuf},
@@ -69,6 +71,7 @@ impl Stack {
             keepalive_interval_s: 1,
             keepalive_count: 2,
             reconnect_max_ms: 500,
+            image_paths: vec![self.shared.display().to_string()],
             ..LibvirtSettings::default()
         };
         LibvirtDriver::start(settings).unwrap()

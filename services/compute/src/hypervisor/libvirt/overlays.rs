@@ -116,7 +116,8 @@ pub(super) fn thaw(connect: &Connect, id: InstanceId, overlays: &[Overlay]) -> C
     Ok(Thaw::Done)
 }
 
-fn text(text: &str) -> std::result::Result<CString, HypervisorError> {
+/// A disk's name or path as C takes it.
+pub(super) fn text(text: &str) -> std::result::Result<CString, HypervisorError> {
     CString::new(text).map_err(|e| HypervisorError::Failed(format!("a disk's name: {e}")))
 }
 

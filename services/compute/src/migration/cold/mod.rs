@@ -11,8 +11,7 @@
 //!                                                                          rollback_resize ────────► (nothing left)
 //! ```
 //!
-//! * [`source`] and [`destination`]: the steps. [`work`]: a part of the source's
-//!   work that takes long, beside its actor. [`files`]: names and lists.
+//! * [`source`] and [`destination`]: the steps. [`files`]: names and lists.
 //!
 //! A guest is started only with the conductor's word that it runs nowhere else
 //! (invariant 1). What is set aside is renamed and has no definition, so that
@@ -21,6 +20,5 @@
 mod destination;
 pub(super) mod files;
 mod source;
-pub(super) mod work;
 
 pub(super) use source::Leaving;

@@ -21,9 +21,9 @@ use super::{
     super::{
         actor::{Actor, Stage},
         registry::Finished,
+        work::{Task, Work},
     },
     files,
-    work::{Task, Work},
 };
 use crate::{
     faults::hypervisor as fault,
@@ -41,7 +41,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// A guest that is leaving, as its actor holds it.
 pub(in super::super) struct Leaving {
     pub(in super::super) record: Box<LeavingRecord>,
-    pub(in super::super) work: Option<Work>,
+    pub(in super::super) work: Option<Work<ColdPart>>,
     /// How the last part ended, in this life of the agent.
     last: Option<(ColdPart, Ended)>,
 }

@@ -90,6 +90,13 @@ pub(in super::super) fn below(
     Ok(chain)
 }
 
+/// Whether a qcow2 image names the one below it by a path from its own
+/// directory: at another place it would name another one.
+pub(in super::super) fn leads_by_its_place(image: &Path) -> std::io::Result<bool> {
+    let backing = read_header(image)?.backing;
+    Ok(backing.is_some_and(|(name, _)| !name.starts_with('/')))
+}
+
 /// The plain absolute path that a header's text stands for.
 fn resolve(name: &str, above: &Path) -> Option<PathBuf> {
     // QEMU takes a colon before the first slash for a protocol.

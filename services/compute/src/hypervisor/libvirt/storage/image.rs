@@ -70,7 +70,7 @@ pub(in super::super) fn recipe(disk: &Disk) -> Result<Recipe> {
     })
 }
 
-fn check_backing(image: &BackingImage) -> Result<()> {
+pub(super) fn check_backing(image: &BackingImage) -> Result<()> {
     checked(&image.path)?;
     let letters = |c: char| c.is_ascii_alphanumeric() || c == '-';
     if image.format.is_empty() || !image.format.chars().all(letters) {
@@ -89,6 +89,13 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
+    /// The file, for another process to write.
+    pub(super) fn handle(&self) -> Result<File> {
+        let file = self.file.as_ref().ok_or_else(bug)?;
+        file.try_clone()
+            .map_err(|e| failed("opening", &self.path, &e))
+    }
+
     /// It is to stay, and belongs to the user QEMU runs as.
     pub(super) fn keep(mut self, owner: Option<(u32, u32)>) -> Result<()> {
         let file = self.file.as_ref().ok_or_else(bug)?;
@@ -208,10 +215,12 @@ fn give_to(file: &File, owner: Option<(u32, u32)>, path: &Path) {
 /// What tells a file from all others on this node, by whatever name.
 type Identity = (u64, u64);
 
-/// Removes an image, unless one of `used` is that file or a QEMU has it open.
+/// Removes an image, unless one of `used` is that file or a QEMU has it open. A
+/// name may go if `used` names the file by another one.
 pub(in super::super) fn remove(path: &str, used: &[String]) -> Result<()> {
     let path = checked(path)?;
-    if unused(&path, used)?.is_none() {
+    let is_spare = open(&path)?.is_some_and(|file| is_spare_name(&path, &file, used));
+    if !is_spare && unused(&path, used)?.is_none() {
         return Ok(());
     }
     std::fs::remove_file(&path).map_err(|e| failed("removing", &path, &e))?;
@@ -219,36 +228,62 @@ pub(in super::super) fn remove(path: &str, used: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// Whether a file that domains use has a further name here, by which none does.
+fn is_spare_name(path: &Path, file: &File, used: &[String]) -> bool {
+    let Ok(metadata) = file.metadata() else {
+        return false;
+    };
+    let own = Some((metadata.dev(), metadata.ino()));
+    let mut names = used.iter().filter(|name| identity(name) == own).peekable();
+    let real = std::fs::canonicalize(path).ok();
+    let is_other = |name: &String| {
+        let other = std::fs::canonicalize(name).ok();
+        real.is_some() && other.is_some() && real != other
+    };
+    // A file with one name alone is that one, wherever it is mounted.
+    metadata.nlink() > 1 && names.peek().is_some() && names.all(is_other)
+}
+
 /// A plain file that nobody on this node uses, opened; none if there is none.
 ///
 /// # Errors
 /// `WrongState` if one of `used` is that file, or a QEMU has it open.
 pub(super) fn unused(path: &Path, used: &[String]) -> Result<Option<File>> {
+    let Some(file) = open(path)? else {
+        return Ok(None);
+    };
+    if is_among(path, used) {
+        return Err(left_alone(path, "a domain of this node uses it"));
+    }
+    if ffi::is_locked_by_qemu(&file).map_err(|e| failed("looking for locks on", path, &e))? {
+        return Err(left_alone(path, "a QEMU has it open"));
+    }
+    Ok(Some(file))
+}
+
+fn left_alone(path: &Path, why: &str) -> HypervisorError {
+    let shown = path.display();
+    HypervisorError::WrongState(format!("{shown} is left alone: {why}"))
+}
+
+/// A plain file, opened; none if there is none.
+///
+/// # Errors
+/// `WrongState` if something else is there.
+pub(super) fn open(path: &Path) -> Result<Option<File>> {
     let metadata = match std::fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed("looking at", path, &error)),
     };
-    let refuse = |why: &str| {
-        let shown = path.display();
-        Err(HypervisorError::WrongState(format!(
-            "{shown} is left alone: {why}"
-        )))
-    };
     if !metadata.is_file() {
-        return refuse("it is no plain file");
-    }
-    if is_among(path, used) {
-        return refuse("a domain of this node uses it");
+        return Err(left_alone(path, "it is no plain file"));
     }
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)
         .map_err(|e| failed("opening", path, &e))?;
-    if ffi::is_locked_by_qemu(&file).map_err(|e| failed("looking for locks on", path, &e))? {
-        return refuse("a QEMU has it open");
-    }
     Ok(Some(file))
 }
 
@@ -257,6 +292,11 @@ pub(super) fn is_among(path: &Path, used: &[String]) -> bool {
     let own = path.to_str().and_then(identity);
     used.iter()
         .any(|other| Path::new(other) == path || (own.is_some() && identity(other) == own))
+}
+
+/// The same of a path as it is written.
+pub(in super::super) fn names_one_of(path: &str, used: &[String]) -> bool {
+    is_among(Path::new(path), used)
 }
 
 fn identity(path: &str) -> Option<Identity> {

@@ -9,6 +9,7 @@ pub(super) mod chain;
 pub(super) mod files;
 pub(super) mod image;
 pub(super) mod marks;
+pub(super) mod place;
 pub(super) mod sizes;
 
 use std::{

@@ -26,6 +26,11 @@ fn attachment(interface: &Element) -> NicAttachment {
     let kind = attribute(interface, "type").unwrap_or_default();
     let source = interface.get_child("source");
     let from_source = |name| source.and_then(|s| owned(s, name));
+    // A running one on a libvirt network has the type of what that came down to.
+    let of_network = from_source("network").filter(|_| matches!(kind, "bridge" | "direct"));
+    if let Some(network) = of_network {
+        return NicAttachment::Network { network };
+    }
     let known = match kind {
         "bridge" => from_source("bridge").map(|bridge| NicAttachment::Bridge { bridge }),
         "network" => from_source("network").map(|network| NicAttachment::Network { network }),

@@ -4,6 +4,9 @@
 mod devices;
 mod disks;
 pub(super) mod flavor;
+pub(super) mod handover;
+pub(super) mod owner;
+pub(super) mod rewire;
 #[cfg(test)]
 mod tests;
 
@@ -138,6 +141,12 @@ pub(super) fn guest(xml: &str, outside: Outside) -> Result<Guest> {
 /// Whose definition it is.
 pub(super) fn domain_id(xml: &str) -> Result<InstanceId> {
     uuid(&parse(xml, "domain")?)
+}
+
+/// The domain's name.
+pub(super) fn domain_name(xml: &str) -> Result<String> {
+    let domain = parse(xml, "domain")?;
+    text(&domain, "name").ok_or(XmlError::Missing("<name>"))
 }
 
 /// Path of the file with the firmware's variables, if the guest has one.

@@ -267,6 +267,8 @@ fn interfaces_and_what_they_are_plugged_into() {
         "<interface type='bridge'><mac address='52:54:00:AB:CD:01'/><source bridge='br0'/></interface>
          <interface type='network'><mac address='52:54:00:00:00:02'/>
            <source network='default' portid='x' bridge='virbr0'/></interface>
+         <interface type='bridge'><mac address='52:54:00:00:00:06'/>
+           <source network='lan' portid='x' bridge='br1'/></interface>
          <interface type='direct'><mac address='52:54:00:00:00:03'/><source dev='eth1' mode='bridge'/></interface>
          <interface type='user'><mac address='52:54:00:00:00:04'/></interface>
          <interface type='vhostuser'><mac address='52:54:00:00:00:05'/></interface>
@@ -285,6 +287,9 @@ fn interfaces_and_what_they_are_plugged_into() {
             },
             NicAttachment::Network {
                 network: "default".to_owned()
+            },
+            NicAttachment::Network {
+                network: "lan".to_owned()
             },
             NicAttachment::Direct {
                 device: "eth1".to_owned()

@@ -129,14 +129,14 @@ fn used_files_are_not_removed_by_any_name() {
     let path = place.path().join("a.img");
     std::fs::write(&path, "bytes").unwrap();
     let name = path.display().to_string();
-    let link = place.path().join("hard.img");
-    std::fs::hard_link(&path, &link).unwrap();
+    let link = place.path().join("link.img");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
     remove(&name, std::slice::from_ref(&name)).unwrap_err();
     remove(&name, &[link.display().to_string()]).unwrap_err();
     assert!(path.exists());
     remove(&name, &["/other".to_owned()]).unwrap();
     remove(&name, &[]).unwrap();
-    assert!(!path.exists() && link.exists());
+    assert!(!path.exists());
 }
 
 #[test]
@@ -192,4 +192,26 @@ impl Drop for Held {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+#[test]
+fn a_name_goes_that_is_not_the_one_a_domain_uses() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| place.path().join(name).display().to_string();
+    std::fs::write(at("old"), "bytes").unwrap();
+    std::os::unix::fs::symlink(at("old"), at("to-old")).unwrap();
+    for used in ["old", "to-old"] {
+        assert!(remove(&at("old"), &[at(used)]).is_err(), "its only name");
+    }
+    std::fs::hard_link(at("old"), at("new")).unwrap();
+    for used in [
+        vec![at("old")],
+        vec![at("to-old")],
+        vec![at("new"), at("old")],
+    ] {
+        assert!(remove(&at("old"), &used).is_err(), "{used:?}");
+    }
+    remove(&at("old"), &[at("new")]).unwrap();
+    assert!(!Path::new(&at("old")).exists());
+    assert_eq!(std::fs::read_to_string(at("new")).unwrap(), "bytes");
 }

@@ -1,11 +1,12 @@
-//! A part of the source's work that takes long, beside its actor: the guest
-//! shuts down, or files are sent. It may be cancelled at any moment, and done
-//! again from the beginning: what was reached before is found.
+//! A part of a cold migration's or a transfer's work that takes long, beside its
+//! actor: the guest shuts down, files are sent, a guest changes hands. It may be
+//! cancelled at any moment, and done again from the beginning: what was reached
+//! before is found.
 
 use std::{sync::Arc, time::Duration};
 
 use drover_model::{
-    api::compute::{ColdPart, JobState, Outcome},
+    api::compute::{JobState, Outcome},
     guest::{PowerState, Presence},
     ids::{InstanceId, MigrationId},
     migration::{ColdOptions, Phase, Progress, Transfer},
@@ -18,7 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::super::voice::Voice;
+use super::{transfer, voice::Voice};
 use crate::{
     hypervisor::{Event, HypervisorError, SendError, SendSpec, Sent},
     journal::Ended,
@@ -32,12 +33,12 @@ const ASK_AGAIN: Duration = Duration::from_secs(15);
 /// Time between two looks at a guest that shuts down; events come sooner.
 const LOOK: Duration = Duration::from_millis(500);
 /// Pause while libvirt is away.
-const AWAY: Duration = Duration::from_secs(1);
+pub(super) const AWAY: Duration = Duration::from_secs(1);
 /// How long libvirt may be away before the part is given up.
-const LONGEST_AWAY: Duration = Duration::from_secs(60);
+pub(super) const LONGEST_AWAY: Duration = Duration::from_secs(60);
 
 /// What is to be done.
-pub(in super::super) enum Task {
+pub(super) enum Task {
     /// Have the guest shut down.
     Stop {
         /// How long that may take, and what may be done about it.
@@ -56,23 +57,25 @@ pub(in super::super) enum Task {
         /// Bytes to carry in all parts.
         total_bytes: u64,
     },
+    /// A part of a transfer to another project.
+    Transfer(transfer::Task),
 }
 
-/// Work under way, as its actor holds it.
-pub(in super::super) struct Work {
-    pub(in super::super) part: ColdPart,
+/// Work on a part under way, as its actor holds it.
+pub(super) struct Work<P> {
+    pub(super) part: P,
     view: watch::Receiver<JobState>,
     cancel: CancellationToken,
     handle: JoinHandle<Option<Ended>>,
 }
 
-impl Work {
+impl<P> Work<P> {
     /// Begins.
-    pub(in super::super) fn begin(
+    pub(super) fn begin(
         node: &Arc<Node>,
         migration: MigrationId,
         instance: InstanceId,
-        part: ColdPart,
+        part: P,
         task: Task,
     ) -> Self {
         let (shown, view) = watch::channel(JobState::Running {
@@ -97,17 +100,17 @@ impl Work {
     }
 
     /// Where it stands.
-    pub(in super::super) fn job(&self) -> JobState {
+    pub(super) fn job(&self) -> JobState {
         self.view.borrow().clone()
     }
 
     /// Has it end soon.
-    pub(in super::super) fn cancel(&self) {
+    pub(super) fn cancel(&self) {
         self.cancel.cancel();
     }
 
     /// How it ended. May be dropped and asked again.
-    pub(in super::super) async fn over(&mut self) -> Ended {
+    pub(super) async fn over(&mut self) -> Ended {
         match (&mut self.handle).await {
             Ok(Some(ended)) => ended,
             // Stopped with the agent, or died of a mistake of its own.
@@ -121,12 +124,13 @@ impl Work {
     }
 }
 
-struct Worker {
-    node: Arc<Node>,
-    instance: InstanceId,
-    cancel: CancellationToken,
-    voice: Voice,
-    progress: Progress,
+/// Who does it.
+pub(super) struct Worker {
+    pub(super) node: Arc<Node>,
+    pub(super) instance: InstanceId,
+    pub(super) cancel: CancellationToken,
+    pub(super) voice: Voice,
+    pub(super) progress: Progress,
     begun: Instant,
 }
 
@@ -146,6 +150,7 @@ impl Worker {
                 self.progress.phase = phase;
                 self.send(spec, before_bytes, total_bytes).await
             }
+            Task::Transfer(task) => self.transfer(task).await,
         };
         self.progress.elapsed_ms = millis(self.begun.elapsed());
         self.progress.eta_ms = None;
@@ -296,11 +301,17 @@ impl Worker {
     }
 
     fn show_sent(&mut self, sent: Sent, before_bytes: u64, total_bytes: u64) {
+        let processed = before_bytes.saturating_add(sent.done_bytes);
+        let total = total_bytes.max(before_bytes.saturating_add(sent.total_bytes));
+        self.show_bytes(processed, total);
+    }
+
+    /// Shows how far disks are.
+    pub(super) fn show_bytes(&mut self, processed: u64, total: u64) {
         let elapsed_ms = millis(self.begun.elapsed());
         let passed = elapsed_ms.saturating_sub(self.progress.elapsed_ms);
         let before = self.progress.disk.processed_bytes;
-        let processed = before_bytes.saturating_add(sent.done_bytes).max(before);
-        let total = total_bytes.max(before_bytes.saturating_add(sent.total_bytes));
+        let processed = processed.max(before);
         // Too short a time tells no rate.
         if passed >= 100 {
             let now = processed.saturating_sub(before).saturating_mul(1000) / passed;
@@ -320,20 +331,23 @@ impl Worker {
     }
 }
 
-fn done() -> Outcome {
+/// It went well.
+pub(super) fn done() -> Outcome {
     Outcome::Moved {
         downtime_ms: None,
         total_ms: None,
     }
 }
 
-fn failed(message: &str) -> Outcome {
+/// It did not, for this reason.
+pub(super) fn failed(message: &str) -> Outcome {
     Outcome::Failed {
         message: message.to_owned(),
     }
 }
 
-fn millis(time: Duration) -> u64 {
+/// Milliseconds of a time.
+pub(super) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 

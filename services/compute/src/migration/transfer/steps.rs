@@ -1,0 +1,341 @@
+//! The node's steps of a transfer: what is looked at, what is written down, the
+//! parts of the work, and the end.
+
+use std::path::Path;
+
+use drover_model::{
+    api::{
+        compute::{
+            CheckTransfer, CleanUp, JobState, Outcome, PrepTransfer, StepRef, TransferFacts,
+            TransferPart, TransferWork,
+        },
+        fault::Fault,
+    },
+    guest::{Guest, Presence},
+    migration::TransferMode,
+};
+use tracing::{info, warn};
+
+use super::{
+    super::{
+        actor::{Actor, Stage},
+        registry::Finished,
+        work::{self, Work},
+    },
+    work::Task,
+};
+use crate::{
+    faults::hypervisor as fault,
+    journal::{Ended, Record, TransferRecord},
+    node::Counters,
+};
+
+/// A guest that changes hands, as its actor holds it.
+pub(in super::super) struct Transferring {
+    pub(in super::super) record: Box<TransferRecord>,
+    work: Option<Work<TransferPart>>,
+    /// How the last part ended, in this life of the agent.
+    last: Option<(TransferPart, Ended)>,
+}
+
+impl Transferring {
+    /// As the journal has it.
+    pub(in super::super) fn resume(record: Box<TransferRecord>) -> Self {
+        Self {
+            record,
+            work: None,
+            last: None,
+        }
+    }
+
+    /// The end of the part under way; for ever silent if none is.
+    pub(in super::super) async fn over(&mut self) -> (TransferPart, Ended) {
+        match &mut self.work {
+            Some(work) => {
+                let ended = work.over().await;
+                (work.part, ended)
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Actor {
+    /// What the conductor has to know before it plans.
+    pub(in super::super) async fn check_transfer(
+        &mut self,
+        step: CheckTransfer,
+    ) -> Result<TransferFacts, Fault> {
+        self.registry.make_way(self.step(step.instance)).await?;
+        let hypervisor = self.node.hypervisor.clone();
+        let asked = tokio::try_join!(
+            hypervisor.guest(step.instance),
+            hypervisor.lasting_guest(step.instance),
+            hypervisor.networks_present(&step.networks)
+        );
+        let (guest, lasting, networks) = asked.map_err(fault)?;
+        let paths = paths_of(guest.iter().chain(&lasting));
+        let names = paths.iter().filter_map(|path| Path::new(path).file_name());
+        let names: Vec<String> = names
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect();
+        let asked = tokio::try_join!(
+            hypervisor.location_facts(&step.locations, &names),
+            hypervisor.file_facts(&paths),
+            hypervisor.other_users(step.instance, &paths)
+        );
+        let (locations, files, shared) = asked.map_err(fault)?;
+        Ok(TransferFacts {
+            guest,
+            lasting,
+            networks,
+            locations,
+            files,
+            shared,
+        })
+    }
+
+    /// Writes down what is to be done, and what was before.
+    pub(in super::super) async fn prep_transfer(
+        &mut self,
+        step: PrepTransfer,
+    ) -> Result<(), Fault> {
+        let reference = self.step(step.instance);
+        self.same_instance(reference)?;
+        match &self.stage {
+            Stage::Idle => {}
+            Stage::Transferring(t) if t.record.plan == step.plan => return Ok(()),
+            _ => {
+                return Err(Fault::refused(
+                    "this node does something else for this migration",
+                ));
+            }
+        }
+        if self.registry.finished(self.migration).is_some() {
+            return Err(Fault::refused("this migration is over here"));
+        }
+        let problems = step.options.problems();
+        if !problems.is_empty() {
+            return Err(Fault::refused(problems.join("; ")));
+        }
+        self.registry.hold(reference).await?;
+        match self.write_down(step).await {
+            Ok(record) => {
+                info!(migration = %self.migration, instance = %record.instance,
+                    project = %record.plan.project, "the guest is to change hands");
+                Counters::add(&self.node.counters.transfers_started);
+                self.stage = Stage::Transferring(Box::new(Transferring::resume(record)));
+                Ok(())
+            }
+            Err(fault) => {
+                self.registry.release(reference, None);
+                Err(fault)
+            }
+        }
+    }
+
+    async fn write_down(&self, step: PrepTransfer) -> Result<Box<TransferRecord>, Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        let Presence::Present(state) = presence else {
+            let message = format!("the guest is not on this node ({presence:?})");
+            return Err(Fault::refused(message));
+        };
+        let is_live = step.plan.mode == TransferMode::Live;
+        if is_live && !state.is_active() {
+            return Err(Fault::refused("the guest is off by now: ask again"));
+        }
+        let places: Vec<String> = step.plan.disks.iter().map(|d| d.to.clone()).collect();
+        let facts = hypervisor.file_facts(&places).await.map_err(fault)?;
+        if let Some(there) = facts.iter().find(|fact| fact.exists) {
+            let message = format!(
+                "{} is there already: nothing is written over it",
+                there.path
+            );
+            return Err(Fault::refused(message));
+        }
+        let definition = hypervisor.definition(step.instance).await.map_err(fault)?;
+        let definition =
+            definition.ok_or_else(|| Fault::refused("the guest is no longer defined here"))?;
+        let standing = match is_live {
+            true => Some(hypervisor.standing(step.instance).await.map_err(fault)?),
+            false => None,
+        };
+        let record = Box::new(TransferRecord {
+            instance: step.instance,
+            plan: step.plan,
+            options: step.options,
+            was_running: state.is_active(),
+            definition,
+            standing,
+            begun: Vec::new(),
+            done: Vec::new(),
+        });
+        self.write_transfer(&record).await?;
+        Ok(record)
+    }
+
+    async fn write_transfer(&self, record: &TransferRecord) -> Result<(), Fault> {
+        let entry = Record::Transfer(Box::new(record.clone()));
+        let stored = self.node.journal.migrations.store(self.migration, &entry);
+        Ok(stored.await?)
+    }
+
+    /// Does a part of the work, or says how it goes.
+    pub(in super::super) async fn transfer_instance(
+        &mut self,
+        step: TransferWork,
+    ) -> Result<JobState, Fault> {
+        let reference = self.step(step.instance);
+        self.same_instance(reference)?;
+        let Stage::Transferring(transferring) = &mut self.stage else {
+            return match step.part {
+                // It was taken back, and forgotten, before.
+                TransferPart::TakeBack => Ok(nothing_left()),
+                _ => Err(Fault::refused("this node has not been told of it")),
+            };
+        };
+        if let Some(work) = &transferring.work {
+            return match work.part == step.part {
+                true => Ok(work.job()),
+                false => Err(Fault::not_now("another part of it is still under way")),
+            };
+        }
+        if let Some((_, ended)) = transferring.last.as_ref().filter(|(p, _)| *p == step.part) {
+            let ended = ended.clone();
+            if step.part == TransferPart::TakeBack && ended.outcome != work::done() {
+                // Told once: whoever asks again wants it tried again.
+                transferring.last = None;
+            }
+            return Ok(ended.into());
+        }
+        self.begin_transfer_part(step.part).await
+    }
+
+    async fn begin_transfer_part(&mut self, part: TransferPart) -> Result<JobState, Fault> {
+        let mut record = self.transferring()?.clone();
+        if record.begun.contains(&TransferPart::TakeBack) && part != TransferPart::TakeBack {
+            return Err(Fault::refused("it is being taken back"));
+        }
+        if !record.begun.contains(&part) {
+            record.begun.push(part);
+            self.write_transfer(&record).await?;
+        }
+        let task = match part {
+            TransferPart::Stop => work::Task::Stop {
+                options: record.options.as_cold(),
+                disk: drover_model::migration::Transfer::default(),
+            },
+            _ => work::Task::Transfer(Task {
+                part,
+                record: Box::new(record.clone()),
+            }),
+        };
+        let work = Work::begin(&self.node, self.migration, record.instance, part, task);
+        let job = work.job();
+        self.stage = Stage::Transferring(Box::new(Transferring {
+            record: Box::new(record),
+            work: Some(work),
+            last: None,
+        }));
+        Ok(job)
+    }
+
+    fn transferring(&self) -> Result<&TransferRecord, Fault> {
+        match &self.stage {
+            Stage::Transferring(transferring) => Ok(&transferring.record),
+            _ => Err(Fault::refused("no transfer is under way here")),
+        }
+    }
+
+    /// A part is over.
+    pub(in super::super) async fn transferred(&mut self, part: TransferPart, ended: Ended) {
+        let Stage::Transferring(transferring) = &mut self.stage else {
+            return;
+        };
+        transferring.work = None;
+        transferring.last = Some((part, ended.clone()));
+        let record = &mut transferring.record;
+        if matches!(ended.outcome, Outcome::Moved { .. }) && !record.done.contains(&part) {
+            record.done.push(part);
+            let record = record.clone();
+            if let Err(e) = self.write_transfer(&record).await {
+                // Asked again after a restart, the part finds it done.
+                warn!(migration = %self.migration, error = %e, "the journal lacks the end of a part");
+            }
+        }
+    }
+
+    /// Has the part under way end, and waits for that; what is short is let end.
+    pub(in super::super) async fn abort_transfer(&mut self, step: StepRef) -> Result<(), Fault> {
+        self.same_instance(step)?;
+        if let Stage::Transferring(transferring) = &mut self.stage
+            && let Some(work) = &transferring.work
+            && matches!(work.part, TransferPart::Stop | TransferPart::Copy)
+        {
+            work.cancel();
+            let (part, ended) = transferring.over().await;
+            self.transferred(part, ended).await;
+        }
+        Ok(())
+    }
+
+    /// The guest is the receiver's for good: its old disks go.
+    pub(in super::super) async fn post_transfer(
+        &mut self,
+        step: StepRef,
+    ) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        if matches!(self.stage, Stage::Idle) {
+            return Ok(self.remembered());
+        }
+        let record = self.transferring()?.clone();
+        let begun = |part| record.begun.contains(&part);
+        if !begun(TransferPart::HandOver) || begun(TransferPart::TakeBack) {
+            return Err(Fault::refused("the guest was not handed over here"));
+        }
+        let mut clean_up = CleanUp::default();
+        for disk in &record.plan.disks {
+            self.remove_disk(&disk.from, &mut clean_up).await?;
+        }
+        self.forget_if_clean(step, clean_up).await
+    }
+
+    /// Forgets a transfer that was taken back.
+    pub(in super::super) async fn rollback_transfer(
+        &mut self,
+        step: StepRef,
+    ) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        if matches!(self.stage, Stage::Idle) {
+            // Whatever of it is still on its way here comes too late.
+            self.registry.release(step, Some(Finished::default()));
+            return Ok(CleanUp::default());
+        }
+        let record = self.transferring()?;
+        if !record.begun.is_empty() && !record.done.contains(&TransferPart::TakeBack) {
+            return Err(Fault::refused("the transfer was not taken back here"));
+        }
+        self.forget(step, Finished::default()).await?;
+        Ok(CleanUp::default())
+    }
+}
+
+/// Files of a guest, by its running and its lasting definition, that it writes.
+fn paths_of<'a>(guests: impl Iterator<Item = &'a Guest>) -> Vec<String> {
+    let disks = guests.flat_map(|guest| guest.disks.iter());
+    let mut paths: Vec<String> = disks
+        .filter(|disk| !disk.read_only)
+        .filter_map(|disk| disk.local_path().map(str::to_owned))
+        .collect();
+    paths.sort();
+    paths.dedup();
+    paths
+}
+
+fn nothing_left() -> JobState {
+    JobState::Ended {
+        outcome: work::done(),
+        progress: Box::default(),
+    }
+}

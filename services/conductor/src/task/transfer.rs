@@ -1,0 +1,314 @@
+//! A transfer to another project as a saga: the guest stays on its node and
+//! changes hands, running (live) or off meanwhile (cold).
+//!
+//! | step | does | undo |
+//! |---|---|---|
+//! | `check` | every check, the plan; promises the receiver's quota | give the promise back |
+//! | `prepare` | node: writes down the plan and what was before | node: all is as it was; forgets |
+//! | `stop` | cold: the guest shuts down | (undone with `prepare`) |
+//! | `copy` | disks are copied to the receiver's storage, the guest still on the old ones | node: stops copying |
+//! | `hand_over` | networks, metadata, then disks are the receiver's; a cold one is started | (undone with `prepare`) |
+//! | — | *point of no return: the node says that all of it is done* | |
+//! | `settle` | record: the instance is the receiver's, and counts there | |
+//! | `tidy` | node: removes the old disks | |
+//!
+//! Why in this order: what takes long and may fail (checks, copying) comes while
+//! nothing has changed for anybody. Handing over is short, and of it the disks
+//! come last: a network is given back in a moment, a disk that was written to
+//! has to be copied. The record follows the node, never the other way round.
+
+use async_trait::async_trait;
+use drover_model::{
+    api::compute::{JobState, Outcome, PrepTransfer, TransferPart, TransferWork},
+    error::ErrorClass,
+    migration::{EndReason, Migration, MigrationStatus as S, Phase, ProjectTransfer, TransferMode},
+};
+use drover_saga::{Saga, StepError};
+
+use super::{
+    job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, patient, repeatable, store_error},
+    journal::{Recorded, Told},
+};
+use crate::{checks::transfer as checks, transfer_survey::TransferSurvey};
+
+/// The steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Check, plan, promise quota.
+    Check,
+    /// Have the node write it down.
+    Prepare,
+    /// Have the guest shut down.
+    Stop,
+    /// Copy disks.
+    Copy,
+    /// Make everything the receiver's.
+    HandOver,
+    /// Have the record follow.
+    Settle,
+    /// Remove what is left of the giver's.
+    Tidy,
+}
+
+/// One transfer under way.
+pub struct Transfer {
+    job: Job,
+    wanted: ProjectTransfer,
+}
+
+#[async_trait]
+impl Saga for Transfer {
+    type Step = Step;
+    type Data = Data;
+
+    const STEPS: &'static [Step] = &[
+        Step::Check,
+        Step::Prepare,
+        Step::Stop,
+        Step::Copy,
+        Step::HandOver,
+        Step::Settle,
+        Step::Tidy,
+    ];
+    const COMMIT: Step = Step::HandOver;
+
+    fn name(step: Step) -> &'static str {
+        match step {
+            Step::Check => "check",
+            Step::Prepare => "prepare",
+            Step::Stop => "stop",
+            Step::Copy => "copy",
+            Step::HandOver => "hand_over",
+            Step::Settle => "settle",
+            Step::Tidy => "tidy",
+        }
+    }
+
+    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
+        match step {
+            Step::Check => self.check(data).await,
+            Step::Prepare => self.prepare(data).await,
+            Step::Stop => self.stop(data).await,
+            Step::Copy => self.copy(data).await,
+            Step::HandOver => self.hand_over(data).await,
+            Step::Settle => self.settle(data).await,
+            Step::Tidy => self.tidy().await,
+        }
+    }
+
+    async fn undo(&self, step: Step, _: &Data) -> Result<(), StepError> {
+        let (host, reference) = (self.job.source(), self.job.step());
+        let agents = self.job.agents();
+        match step {
+            Step::Check => {
+                let released = self.job.store().release_quota(self.job.migration.uuid);
+                released.await.map_err(|e| store_error(&e))
+            }
+            Step::Prepare => self.take_back().await,
+            Step::Stop | Step::Copy => {
+                let aborted = agents.abort_transfer(host, reference).await;
+                aborted.map_err(agent_error)
+            }
+            Step::HandOver | Step::Settle | Step::Tidy => Ok(()),
+        }
+    }
+
+    async fn interrupted(&self) -> StepError {
+        self.job.interrupted().await
+    }
+
+    fn interruptible(step: Step) -> bool {
+        // Short, and better ended than left half done.
+        step != Step::HandOver
+    }
+}
+
+impl Recorded for Transfer {
+    fn status_during(step: Step) -> Option<S> {
+        match step {
+            Step::Check => Some(S::Accepted),
+            Step::Prepare => Some(S::Preparing),
+            Step::Stop => Some(S::Running),
+            Step::Copy | Step::HandOver | Step::Settle | Step::Tidy => None,
+        }
+    }
+
+    fn phase_during(step: Step) -> Phase {
+        match step {
+            Step::Check => Phase::Checking,
+            Step::Prepare => Phase::Preparing,
+            // A live one has nothing to stop.
+            Step::Stop => Phase::Preparing,
+            Step::Copy => Phase::Disk,
+            Step::HandOver | Step::Settle | Step::Tidy => Phase::Finishing,
+        }
+    }
+
+    fn told_at_start(step: Step) -> Option<Told> {
+        (step == Step::Prepare).then(|| Told::info("instance.transfer.start"))
+    }
+
+    fn told_at_success(_: Step) -> Option<Told> {
+        None
+    }
+
+    fn told_at_failure() -> Told {
+        Told::error("instance.transfer.error")
+    }
+
+    fn told_at_end(status: S) -> Vec<Told> {
+        match status {
+            S::Completed => vec![Told::info("instance.transfer.end")],
+            _ => Vec::new(),
+        }
+    }
+
+    fn status_after(_: &Migration) -> S {
+        S::Completed
+    }
+}
+
+impl Transfer {
+    /// The saga of a transfer on the record.
+    pub(super) fn new(job: Job, wanted: ProjectTransfer) -> Self {
+        Self { job, wanted }
+    }
+
+    async fn check(&self, data: &mut Data) -> Result<(), StepError> {
+        let m = &self.job.migration;
+        let uuid = m.instance_uuid.to_string();
+        let instance = self.job.store().find_instance(&uuid).await;
+        let instance = instance.map_err(|e| store_error(&e))?;
+        let survey = TransferSurvey {
+            store: self.job.store(),
+            agents: self.job.agents(),
+            live: self.job.context.liveness(),
+            migration: m.uuid,
+            instance: &instance,
+            transfer: &self.wanted,
+        };
+        let examined = survey.examine().await.map_err(|e| store_error(&e))?;
+        let refused = |checks| Err(ended(EndReason::Refused { checks }));
+        let (Some(plan), Some(guest)) = (examined.plan, examined.guest) else {
+            return refused(examined.failures);
+        };
+        if !examined.failures.is_empty() {
+            return refused(examined.failures);
+        }
+        let wanted = checks::usage_of(&instance);
+        let project = &self.wanted.project;
+        let claimed = self.job.store().claim_quota(m.uuid, project, wanted).await;
+        if let Err(short) = claimed.map_err(|e| store_error(&e))? {
+            return refused(TransferSurvey::quota(project, &short));
+        }
+        for text in examined.words {
+            data.decide(Self::name(Step::Check), text);
+        }
+        data.ran = guest.power_state.is_active();
+        data.transfer = Some(plan);
+        Ok(())
+    }
+
+    async fn prepare(&self, data: &Data) -> Result<(), StepError> {
+        let ask = PrepTransfer {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            plan: data.transfer()?.clone(),
+            options: self.wanted.options.clone(),
+        };
+        let prepared = self.job.agents().prep_transfer(self.job.source(), &ask);
+        prepared.await.map_err(repeatable)
+    }
+
+    async fn stop(&self, data: &mut Data) -> Result<(), StepError> {
+        if !data.ran || data.transfer()?.mode == TransferMode::Live {
+            return Ok(());
+        }
+        self.work(TransferPart::Stop).await?;
+        data.stopped_at_ms = Some(self.job.context.clock.now_ms());
+        Ok(())
+    }
+
+    async fn copy(&self, data: &Data) -> Result<(), StepError> {
+        match data.transfer()?.disks.is_empty() {
+            true => Ok(()),
+            false => self.work(TransferPart::Copy).await.map(drop),
+        }
+    }
+
+    async fn hand_over(&self, data: &mut Data) -> Result<(), StepError> {
+        let network_cut_ms = self.work(TransferPart::HandOver).await?;
+        let now_ms = self.job.context.clock.now_ms();
+        data.downtime_ms = match data.transfer()?.mode {
+            TransferMode::Live => network_cut_ms,
+            TransferMode::Cold => data.stopped_at_ms.map(|at| now_ms.saturating_sub(at)),
+        };
+        Ok(())
+    }
+
+    async fn settle(&self, data: &Data) -> Result<(), StepError> {
+        let m = &self.job.migration;
+        let now_ms = self.job.context.clock.now_ms();
+        let name = data.transfer()?.name.as_deref();
+        let project = &self.wanted.project;
+        let settled = self
+            .job
+            .store()
+            .hand_over(m.uuid, m.instance_uuid, project, name, now_ms);
+        settled.await.map_err(|e| store_error(&e))
+    }
+
+    /// Removes what the instance had of the giver's.
+    pub(super) async fn tidy(&self) -> Result<(), StepError> {
+        let (host, step) = (self.job.source(), self.job.step());
+        let tidied = self.job.agents().post_transfer(host, step).await;
+        all_clean(tidied.map_err(agent_error)?)
+    }
+
+    /// Has the node do a part, or finds it at it, and waits for its end. Says
+    /// for how long the guest was cut off, where that is known.
+    async fn work(&self, part: TransferPart) -> Result<Option<u64>, StepError> {
+        match self.ended(part).await? {
+            Outcome::Moved { downtime_ms, .. } => Ok(downtime_ms),
+            Outcome::Failed { message } => Err(ended(EndReason::Failed { message })),
+            Outcome::Aborted => Err(ended(EndReason::Aborted)),
+            Outcome::Stalled { message } => Err(ended(EndReason::Stalled { message })),
+        }
+    }
+
+    async fn ended(&self, part: TransferPart) -> Result<Outcome, StepError> {
+        let ask = TransferWork {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            part,
+        };
+        let mut changes = self.job.store().changes();
+        loop {
+            let job = self.job.agents().transfer(self.job.source(), &ask).await;
+            match job.map_err(patient)? {
+                JobState::Ended { outcome, .. } => return Ok(outcome),
+                JobState::Running { .. } | JobState::Unknown => {}
+            }
+            tokio::select! {
+                () = self.job.changed(&mut changes) => {}
+                () = tokio::time::sleep(ASK_AFTER) => {}
+            }
+        }
+    }
+
+    /// The node makes everything be as it was, and forgets.
+    async fn take_back(&self) -> Result<(), StepError> {
+        let (host, step) = (self.job.source(), self.job.step());
+        match self.ended(TransferPart::TakeBack).await? {
+            Outcome::Moved { .. } => {}
+            Outcome::Failed { message } | Outcome::Stalled { message } => {
+                return Err(StepError::new(ErrorClass::Retryable, message));
+            }
+            Outcome::Aborted => {
+                return Err(StepError::new(ErrorClass::Retryable, "it was stopped"));
+            }
+        }
+        let forgotten = self.job.agents().rollback_transfer(host, step).await;
+        all_clean(forgotten.map_err(agent_error)?)
+    }
+}

@@ -192,21 +192,9 @@ async fn killed_everywhere(who: &str, dead_for: Duration, mode: TransferMode) {
         let id = guest(&cloud, web()).await;
         let m = transfer(&cloud, id, mode).await.expect("it is accepted");
         let at_version = m.version + turn;
-        let m = cloud
-            .until(m.uuid, "there", |m| {
-                m.version >= at_version || m.status.rests()
-            })
-            .await;
+        let m = cloud.until_version(m.uuid, at_version).await;
         let over = m.status.rests();
-        match who {
-            "conductor" => cloud.kill_conductor(),
-            agent => cloud.kill_agent(agent),
-        }
-        tokio::time::sleep(dead_for).await;
-        match who {
-            "conductor" => cloud.start_conductor().await,
-            agent => cloud.start_agent(agent).await,
-        }
+        cloud.kill_and_start(who, dead_for).await;
         let m = cloud.end(m.uuid).await;
         // Before anything was touched, an absence that lasts is a reason to fail.
         let gave_up = dead_for == LONG && m.status == S::Failed;
@@ -253,11 +241,7 @@ async fn it_is_aborted_at_every_turn() {
             let cloud = cloud(at_version).await;
             let id = guest(&cloud, web()).await;
             let m = transfer(&cloud, id, mode).await.expect("it is accepted");
-            let m = cloud
-                .until(m.uuid, "there", |m| {
-                    m.version >= at_version || m.status.rests()
-                })
-                .await;
+            let m = cloud.until_version(m.uuid, at_version).await;
             let over = m.status.rests();
             let taken = cloud.abort(m.uuid).await;
             assert!(!over || taken.is_err(), "what is over is not aborted");
@@ -348,11 +332,7 @@ async fn libvirtd_dies_at_every_turn() {
             let cloud = cloud(at_version).await;
             let id = guest(&cloud, web()).await;
             let m = transfer(&cloud, id, mode).await.expect("it is accepted");
-            let m = cloud
-                .until(m.uuid, "there", |m| {
-                    m.version >= at_version || m.status.rests()
-                })
-                .await;
+            let m = cloud.until_version(m.uuid, at_version).await;
             let over = m.status.rests();
             cloud.fabric.libvirtd_dies("kvm1");
             tokio::time::sleep(SHORT).await;
@@ -375,9 +355,7 @@ async fn the_guest_goes_off_by_itself() {
         let id = guest(&cloud, web()).await;
         let m = transfer(&cloud, id, TransferMode::Live).await;
         let m = cloud
-            .until(m.expect("it is accepted").uuid, "there", |m| {
-                m.version >= at_version || m.status.rests()
-            })
+            .until_version(m.expect("it is accepted").uuid, at_version)
             .await;
         let over = m.status.rests();
         cloud.fabric.shut_down_guest(id);

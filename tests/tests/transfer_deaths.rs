@@ -15,7 +15,7 @@ use drover_model::{
     },
     guest::{Guest, NicAttachment, PowerState},
     ids::InstanceId,
-    migration::{Migration, MigrationStatus as S, TransferMode, TransferOptions},
+    migration::{LiveOptions, Migration, MigrationStatus as S, TransferMode, TransferOptions},
     project::{Limit, Location, NetworkPlace, Project, Quota, StoragePlace},
 };
 use drover_rpc::RpcError;
@@ -376,16 +376,36 @@ async fn a_transfer_and_a_migration_do_not_meet() {
     let m = transfer(&cloud, id, TransferMode::Live)
         .await
         .expect("it is accepted");
-    let live = cloud.migrate(
-        id,
-        Some("kvm2"),
-        drover_model::migration::LiveOptions::default(),
-    );
+    let live = cloud.migrate(id, Some("kvm2"), LiveOptions::default());
     let refused = live.await.expect_err("one is enough");
     let words = refused.failure().map_or("", |f| &f.message);
     assert!(words.contains("project-transfer"), "{words}");
     let m = cloud.end(m.uuid).await;
     check(&cloud, &m, true).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_transfer_and_a_migration_at_once_one_wins() {
+    for seed in 0..16 {
+        let cloud = cloud(seed).await;
+        let id = guest(&cloud, web()).await;
+        let move_it = || cloud.migrate(id, Some("kvm2"), LiveOptions::default());
+        let give_it = || transfer(&cloud, id, TransferMode::Live);
+        let (given, moved) = match seed % 2 {
+            0 => tokio::join!(give_it(), move_it()),
+            _ => {
+                let (moved, given) = tokio::join!(move_it(), give_it());
+                (given, moved)
+            }
+        };
+        assert!(given.is_ok() != moved.is_ok(), "{given:?} {moved:?}");
+        let (loser, winner) = match (given, moved) {
+            (Err(loser), _) => (loser, "live-migration"),
+            (Ok(_), other) => (other.expect_err("one lost"), "project-transfer"),
+        };
+        let words = loser.failure().map_or("", |f| &f.message);
+        assert!(words.contains(winner), "{words}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

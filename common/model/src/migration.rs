@@ -246,9 +246,9 @@ pub enum Phase {
     /// Waiting to begin.
     #[default]
     Waiting,
-    /// Both nodes are asked.
+    /// The nodes are asked.
     Checking,
-    /// The destination is made ready.
+    /// What it goes to is made ready.
     Preparing,
     /// Disks are copied while the guest runs on, before a cold move.
     PreCopy,
@@ -456,7 +456,7 @@ pub struct Migration {
     /// Last sample.
     pub progress: Progress,
     /// How long the guest stood still, measured by the hypervisor, ms; of a cold
-    /// one, how long it was off.
+    /// one, how long it was off; of a live transfer, how long its network was cut.
     pub downtime_ms: Option<u64>,
     /// When it was accepted, milliseconds since 1970.
     pub created_at_ms: u64,

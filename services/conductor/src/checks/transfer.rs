@@ -478,7 +478,10 @@ impl Planner<'_> {
     fn receivers_directory(&mut self, guest: &Guest, giver: Option<&str>) -> Option<String> {
         let receiver = self.hands.receiver;
         let Some(location) = receiver.storage_on(self.hands.host) else {
-            let mut paths = guest.disks.iter().filter_map(Disk::local_path);
+            let mut paths = guest.disks.iter().flat_map(|disk| {
+                let below = disk.backing.iter().map(|image| image.path.as_str());
+                disk.local_path().into_iter().chain(below)
+            });
             if let Some(path) = paths.find(|path| is_within(path, giver)) {
                 let message = format!(
                     "{path} lies in the giver's storage, and project {} has none on {}",
@@ -540,8 +543,14 @@ impl Planner<'_> {
             }
         };
         let directory = receiver?;
+        let givers = |path: &str| is_within(path, giver) && !is_within(path, Some(directory));
+        let below = disk.backing.iter();
+        let flatten = below.clone().any(|image| givers(&image.path));
         if is_within(path, Some(directory)) {
-            return None;
+            return match flatten {
+                true => not_copyable(self, "what is below it lies in the giver's storage"),
+                false => None,
+            };
         }
         if disk.read_only {
             return match is_within(path, giver) {
@@ -569,8 +578,6 @@ impl Planner<'_> {
             let remedy = "move it out of the way, or rename the guest's disk";
             self.fail(CheckCode::DiskExists, Side::Source, message, remedy);
         }
-        let below = disk.backing.iter();
-        let flatten = below.clone().any(|image| is_within(&image.path, giver));
         let below_bytes: u64 = below.map(|image| image.allocated_bytes).sum();
         self.words.push(format!(
             "disk {target} goes from {path} to {to}{}",

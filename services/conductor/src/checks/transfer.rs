@@ -10,7 +10,7 @@ use drover_model::{
     guest::{Disk, DiskSource, Guest, Immovable, ImmovableKind, Nic, NicAttachment},
     ids::{HostName, MigrationId, ProjectId},
     migration::{ProjectTransfer, TransferMode, TransferOptions},
-    project::{Location, Project, ProjectUsage},
+    project::{Location, Project, ProjectUsage, QuotaShortfall},
 };
 use drover_store::instances::InstanceRow;
 
@@ -97,9 +97,10 @@ pub fn receiver(
 }
 
 /// What the receiver may not have more of.
-pub fn quota(project: &ProjectId, short: &[(String, u64, u64)]) -> Vec<CheckFailure> {
-    let failures = short.iter().map(|(resource, sum, limit)| {
-        let option = match resource.as_str() {
+pub fn quota(project: &ProjectId, short: &[QuotaShortfall]) -> Vec<CheckFailure> {
+    let failures = short.iter().map(|short| {
+        let (resource, sum, limit) = (short.resource, short.would_be, short.limit);
+        let option = match resource {
             "memory_mb" => "memory-mib",
             "disk_gb" => "disk-gib",
             other => other,

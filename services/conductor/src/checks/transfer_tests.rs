@@ -437,11 +437,7 @@ fn each_resource_of_a_quota_is_told() {
     };
     let wanted = usage_of(&instance());
     let short = quota_of.shortfalls(&ProjectUsage::default(), &wanted);
-    let plain: Vec<_> = short
-        .into_iter()
-        .map(|(what, sum, most)| (what.to_owned(), sum, most))
-        .collect();
-    let failures = quota(&"beta".parse().unwrap(), &plain);
+    let failures = quota(&"beta".parse().unwrap(), &short);
     assert_eq!(codes(&failures), [CheckCode::Quota, CheckCode::Quota]);
     assert!(failures[1].remedy.contains("--memory-mib"), "{failures:?}");
 }

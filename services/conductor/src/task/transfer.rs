@@ -199,7 +199,7 @@ impl Transfer {
         let project = &self.wanted.project;
         let claimed = self.job.store().claim_quota(m.uuid, project, wanted).await;
         if let Err(short) = claimed.map_err(|e| store_error(&e))? {
-            return refused(TransferSurvey::quota(project, &short));
+            return refused(checks::quota(project, &short));
         }
         for text in examined.words {
             data.decide(Self::name(Step::Check), text);

@@ -369,6 +369,77 @@ async fn the_guest_goes_off_by_itself() {
     }
 }
 
+/// While the conductor is away somebody starts the guest and has it shut down
+/// again: what it wrote meanwhile is not lost with the old disk.
+#[tokio::test(start_paused = true)]
+async fn what_is_written_between_copy_and_hand_over_is_kept() {
+    for at_version in 1.. {
+        let mut cloud = cloud(at_version).await;
+        let id = guest(&cloud, web()).await;
+        let m = transfer(&cloud, id, TransferMode::Cold).await;
+        let m = m.expect("it is accepted");
+        let m = cloud.until_version(m.uuid, at_version).await;
+        let over = m.status.rests();
+        cloud.kill_conductor();
+        if cloud.fabric.running_on(id).is_none() {
+            cloud.fabric.start_guest("kvm1", id);
+            tokio::time::sleep(SHORT).await;
+            cloud.fabric.shut_down_guest(id);
+        }
+        cloud.start_conductor().await;
+        let m = cloud.end(m.uuid).await;
+        let runs = cloud.fabric.running_on(id).is_some();
+        check(&cloud, &m, runs).await;
+        if over {
+            break;
+        }
+    }
+}
+
+/// Two disks of one name on their way to one directory: one gets there, the other
+/// stays where it is, and neither is lost.
+#[tokio::test(start_paused = true)]
+async fn two_disks_of_one_name_do_not_meet() {
+    for mode in MODES {
+        let cloud = cloud(13).await;
+        let set = drover_model::api::conductor::SetProject {
+            project: "beta".to_owned(),
+            change: drover_model::api::conductor::ProjectChange {
+                instances: Some(Limit::Unlimited),
+                ..Default::default()
+            },
+        };
+        let set: Result<ProjectView, _> = cloud.call(method::SET_PROJECT, &set).await;
+        set.expect("it is set");
+        let mut ids = Vec::new();
+        for name in ["a", "b"] {
+            let directory = format!("/projects/alpha/{name}");
+            cloud.fabric.make_directory("kvm1", &directory);
+            let builder = GuestBuilder::new(name)
+                .project("alpha")
+                .nics(&[bridge("alpha")])
+                .disk(&format!("{directory}/disk"), 64);
+            ids.push(guest(&cloud, builder).await);
+        }
+        let (a, b) = tokio::join!(
+            transfer(&cloud, ids[0], mode),
+            transfer(&cloud, ids[1], mode)
+        );
+        let mut completed = 0;
+        for m in [a, b].into_iter().flatten() {
+            let m = cloud.end(m.uuid).await;
+            completed += u32::from(m.status == S::Completed);
+        }
+        assert_eq!(completed, 1, "{mode:?}");
+        for id in ids {
+            assert!(cloud.fabric.running_on(id).is_some());
+        }
+        if let Err(found) = cloud.fabric.check_invariants() {
+            panic!("{mode:?}: {found:?}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_transfer_and_a_migration_do_not_meet() {
     let cloud = cloud(8).await;

@@ -254,6 +254,26 @@ impl Cloud {
         }
     }
 
+    /// Waits until a migration's record has reached a version, or rests.
+    pub async fn until_version(&self, id: MigrationId, version: u64) -> Migration {
+        let there = |m: &Migration| m.version >= version || m.status.rests();
+        self.until(id, "there", there).await
+    }
+
+    /// Kills one process (`conductor`, or the agent of a node), and starts it
+    /// again after a while.
+    pub async fn kill_and_start(&mut self, who: &str, dead_for: Duration) {
+        match who {
+            "conductor" => self.kill_conductor(),
+            agent => self.kill_agent(agent),
+        }
+        tokio::time::sleep(dead_for).await;
+        match who {
+            "conductor" => self.start_conductor().await,
+            agent => self.start_agent(agent).await,
+        }
+    }
+
     /// Waits for the end of a migration.
     pub async fn end(&self, id: MigrationId) -> Migration {
         self.until(id, "at its end", |m| m.status.is_final()).await

@@ -142,21 +142,9 @@ async fn killed_everywhere(who: &str, dead_for: Duration, during: During) {
             };
         }
         let at_version = m.version + turn;
-        let m = cloud
-            .until(m.uuid, "there", |m| {
-                m.version >= at_version || m.status.rests()
-            })
-            .await;
+        let m = cloud.until_version(m.uuid, at_version).await;
         let over = m.status.rests();
-        match who {
-            "conductor" => cloud.kill_conductor(),
-            agent => cloud.kill_agent(agent),
-        }
-        tokio::time::sleep(dead_for).await;
-        match who {
-            "conductor" => cloud.start_conductor().await,
-            agent => cloud.start_agent(agent).await,
-        }
+        cloud.kill_and_start(who, dead_for).await;
         let m = rest(&cloud, &m).await;
         let expected = match during {
             During::Move { .. } => S::Finished,
@@ -222,11 +210,7 @@ async fn it_is_aborted_at_every_turn() {
             let cloud = Cloud::start(at_version).await;
             let id = guest(&cloud, web()).await;
             let m = started(&cloud, id, &cold(pre_copy)).await;
-            let m = cloud
-                .until(m.uuid, "there", |m| {
-                    m.version >= at_version || m.status.rests()
-                })
-                .await;
+            let m = cloud.until_version(m.uuid, at_version).await;
             let over = m.status.rests();
             let taken = cloud.abort(m.uuid).await;
             assert!(!over || taken.is_err(), "what is finished is not aborted");

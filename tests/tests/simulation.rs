@@ -94,21 +94,9 @@ async fn killed_everywhere(who: &str, dead_for: Duration) {
         let mut cloud = Cloud::start(at_version).await;
         let id = guest(&cloud).await;
         let m = started(&cloud, id).await;
-        let m = cloud
-            .until(m.uuid, "there", |m| {
-                m.version >= at_version || m.status.is_final()
-            })
-            .await;
+        let m = cloud.until_version(m.uuid, at_version).await;
         let over = m.status.is_final();
-        match who {
-            "conductor" => cloud.kill_conductor(),
-            agent => cloud.kill_agent(agent),
-        }
-        tokio::time::sleep(dead_for).await;
-        match who {
-            "conductor" => cloud.start_conductor().await,
-            agent => cloud.start_agent(agent).await,
-        }
+        cloud.kill_and_start(who, dead_for).await;
         let m = cloud.end(m.uuid).await;
         assert_eq!(
             m.status,
@@ -170,11 +158,7 @@ async fn an_abort_is_taken_in_every_state_before_the_switch_over() {
         let cloud = Cloud::start(at_version).await;
         let id = guest(&cloud).await;
         let m = started(&cloud, id).await;
-        let m = cloud
-            .until(m.uuid, "there", |m| {
-                m.version >= at_version || m.status.is_final()
-            })
-            .await;
+        let m = cloud.until_version(m.uuid, at_version).await;
         if m.status.is_final() {
             assert!(
                 cancelled > 5,

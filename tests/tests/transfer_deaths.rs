@@ -15,7 +15,7 @@ use drover_model::{
     },
     guest::{Guest, NicAttachment, PowerState},
     ids::InstanceId,
-    migration::{Migration, MigrationStatus as S, TransferMode, TransferOptions},
+    migration::{LiveOptions, Migration, MigrationStatus as S, TransferMode, TransferOptions},
     project::{Limit, Location, NetworkPlace, Project, Quota, StoragePlace},
 };
 use drover_rpc::RpcError;
@@ -192,21 +192,9 @@ async fn killed_everywhere(who: &str, dead_for: Duration, mode: TransferMode) {
         let id = guest(&cloud, web()).await;
         let m = transfer(&cloud, id, mode).await.expect("it is accepted");
         let at_version = m.version + turn;
-        let m = cloud
-            .until(m.uuid, "there", |m| {
-                m.version >= at_version || m.status.rests()
-            })
-            .await;
+        let m = cloud.until_version(m.uuid, at_version).await;
         let over = m.status.rests();
-        match who {
-            "conductor" => cloud.kill_conductor(),
-            agent => cloud.kill_agent(agent),
-        }
-        tokio::time::sleep(dead_for).await;
-        match who {
-            "conductor" => cloud.start_conductor().await,
-            agent => cloud.start_agent(agent).await,
-        }
+        cloud.kill_and_start(who, dead_for).await;
         let m = cloud.end(m.uuid).await;
         // Before anything was touched, an absence that lasts is a reason to fail.
         let gave_up = dead_for == LONG && m.status == S::Failed;
@@ -253,11 +241,7 @@ async fn it_is_aborted_at_every_turn() {
             let cloud = cloud(at_version).await;
             let id = guest(&cloud, web()).await;
             let m = transfer(&cloud, id, mode).await.expect("it is accepted");
-            let m = cloud
-                .until(m.uuid, "there", |m| {
-                    m.version >= at_version || m.status.rests()
-                })
-                .await;
+            let m = cloud.until_version(m.uuid, at_version).await;
             let over = m.status.rests();
             let taken = cloud.abort(m.uuid).await;
             assert!(!over || taken.is_err(), "what is over is not aborted");
@@ -348,11 +332,7 @@ async fn libvirtd_dies_at_every_turn() {
             let cloud = cloud(at_version).await;
             let id = guest(&cloud, web()).await;
             let m = transfer(&cloud, id, mode).await.expect("it is accepted");
-            let m = cloud
-                .until(m.uuid, "there", |m| {
-                    m.version >= at_version || m.status.rests()
-                })
-                .await;
+            let m = cloud.until_version(m.uuid, at_version).await;
             let over = m.status.rests();
             cloud.fabric.libvirtd_dies("kvm1");
             tokio::time::sleep(SHORT).await;
@@ -375,9 +355,7 @@ async fn the_guest_goes_off_by_itself() {
         let id = guest(&cloud, web()).await;
         let m = transfer(&cloud, id, TransferMode::Live).await;
         let m = cloud
-            .until(m.expect("it is accepted").uuid, "there", |m| {
-                m.version >= at_version || m.status.rests()
-            })
+            .until_version(m.expect("it is accepted").uuid, at_version)
             .await;
         let over = m.status.rests();
         cloud.fabric.shut_down_guest(id);
@@ -391,6 +369,78 @@ async fn the_guest_goes_off_by_itself() {
     }
 }
 
+/// Somebody starts the guest after its disks were copied, and has it shut down
+/// again: what it wrote meanwhile is not lost with the old disk.
+#[tokio::test(start_paused = true)]
+async fn what_is_written_between_copy_and_hand_over_is_kept() {
+    let cloud = cloud(14).await;
+    let id = guest(&cloud, web()).await;
+    // Looked at when it is checked, and again when it is handed over: slowly.
+    let look = |time| {
+        cloud
+            .fabric
+            .on_call("kvm1", Call::LastingGuest, 1, Effect::SlowBefore(time))
+    };
+    look(Duration::ZERO);
+    look(Duration::from_secs(10));
+    let m = transfer(&cloud, id, TransferMode::Cold).await;
+    let m = m.expect("it is accepted");
+    cloud
+        .until(m.uuid, "handed over", |m| m.step == "hand_over")
+        .await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    cloud.fabric.start_guest("kvm1", id);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    cloud.fabric.shut_down_guest(id);
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    check(&cloud, &m, true).await;
+}
+
+/// Two disks of one name on their way to one directory: one gets there, the other
+/// stays where it is, and neither is lost.
+#[tokio::test(start_paused = true)]
+async fn two_disks_of_one_name_do_not_meet() {
+    for mode in MODES {
+        let cloud = cloud(13).await;
+        let set = drover_model::api::conductor::SetProject {
+            project: "beta".to_owned(),
+            change: drover_model::api::conductor::ProjectChange {
+                instances: Some(Limit::Unlimited),
+                ..Default::default()
+            },
+        };
+        let set: Result<ProjectView, _> = cloud.call(method::SET_PROJECT, &set).await;
+        set.expect("it is set");
+        let mut ids = Vec::new();
+        for name in ["a", "b"] {
+            let directory = format!("/projects/alpha/{name}");
+            cloud.fabric.make_directory("kvm1", &directory);
+            let builder = GuestBuilder::new(name)
+                .project("alpha")
+                .nics(&[bridge("alpha")])
+                .disk(&format!("{directory}/disk"), 64);
+            ids.push(guest(&cloud, builder).await);
+        }
+        let (a, b) = tokio::join!(
+            transfer(&cloud, ids[0], mode),
+            transfer(&cloud, ids[1], mode)
+        );
+        let mut completed = 0;
+        for m in [a, b].into_iter().flatten() {
+            let m = cloud.end(m.uuid).await;
+            completed += u32::from(m.status == S::Completed);
+        }
+        assert_eq!(completed, 1, "{mode:?}");
+        for id in ids {
+            assert!(cloud.fabric.running_on(id).is_some());
+        }
+        if let Err(found) = cloud.fabric.check_invariants() {
+            panic!("{mode:?}: {found:?}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_transfer_and_a_migration_do_not_meet() {
     let cloud = cloud(8).await;
@@ -398,16 +448,36 @@ async fn a_transfer_and_a_migration_do_not_meet() {
     let m = transfer(&cloud, id, TransferMode::Live)
         .await
         .expect("it is accepted");
-    let live = cloud.migrate(
-        id,
-        Some("kvm2"),
-        drover_model::migration::LiveOptions::default(),
-    );
+    let live = cloud.migrate(id, Some("kvm2"), LiveOptions::default());
     let refused = live.await.expect_err("one is enough");
     let words = refused.failure().map_or("", |f| &f.message);
     assert!(words.contains("project-transfer"), "{words}");
     let m = cloud.end(m.uuid).await;
     check(&cloud, &m, true).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_transfer_and_a_migration_at_once_one_wins() {
+    for seed in 0..16 {
+        let cloud = cloud(seed).await;
+        let id = guest(&cloud, web()).await;
+        let move_it = || cloud.migrate(id, Some("kvm2"), LiveOptions::default());
+        let give_it = || transfer(&cloud, id, TransferMode::Live);
+        let (given, moved) = match seed % 2 {
+            0 => tokio::join!(give_it(), move_it()),
+            _ => {
+                let (moved, given) = tokio::join!(move_it(), give_it());
+                (given, moved)
+            }
+        };
+        assert!(given.is_ok() != moved.is_ok(), "{given:?} {moved:?}");
+        let (loser, winner) = match (given, moved) {
+            (Err(loser), _) => (loser, "live-migration"),
+            (Ok(_), other) => (other.expect_err("one lost"), "project-transfer"),
+        };
+        let words = loser.failure().map_or("", |f| &f.message);
+        assert!(words.contains(winner), "{words}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

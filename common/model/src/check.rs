@@ -119,7 +119,8 @@ codes! {
     DiskNotCopyable => "disk_not_copyable",
     /// A base image is missing at the destination.
     BackingImage => "backing_image",
-    /// A bridge or network is missing at the destination.
+    /// A bridge or network is missing at the destination, or the receiver has
+    /// none that fits.
     Network => "network",
     /// A device of the host.
     HostDevice => "host_device",
@@ -133,7 +134,8 @@ codes! {
     Snapshots => "snapshots",
     /// The destination has a domain with this UUID.
     UuidTaken => "uuid_taken",
-    /// The destination has another domain with this name.
+    /// The destination has another domain with this name, or the receiving
+    /// project an instance.
     NameTaken => "name_taken",
     /// Options that exclude each other or that a side cannot do.
     Options => "options",

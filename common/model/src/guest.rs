@@ -220,6 +220,9 @@ pub struct Nic {
     pub mac: String,
     /// What it is plugged into.
     pub attachment: NicAttachment,
+    /// What its port has of its own there (VLAN, port group, port profile), in words.
+    #[serde(default)]
+    pub port: Option<String>,
 }
 
 /// What a network interface is plugged into on its node.

@@ -16,13 +16,20 @@
 //! A cold one that is *finished* rests: the guest is on the destination, the
 //! source keeps its copy aside, and somebody has to confirm or to revert.
 
-use std::{collections::BTreeMap, fmt};
+mod options;
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use options::{
+    BlockMigration, ColdOptions, Flavor, LiveOptions, ProjectTransfer, TransferMode,
+    TransferOptions, Way,
+};
+
 use crate::{
     check::CheckFailure,
-    ids::{HostName, InstanceId, MigrationId, OfferId, ProjectId},
+    ids::{HostName, InstanceId, MigrationId, OfferId},
 };
 
 /// What kind of move.
@@ -211,249 +218,6 @@ impl fmt::Display for MigrationStatus {
     }
 }
 
-/// Whether disks are copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum BlockMigration {
-    /// Copy what proves not to be shared.
-    #[default]
-    Auto,
-    /// Copy; refuse if a disk is shared.
-    Yes,
-    /// Never copy; refuse if a disk is not shared.
-    No,
-}
-
-/// How a live migration is to be done. `None` leaves it to the settings.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LiveOptions {
-    /// Whether disks are copied.
-    pub block_migration: BlockMigration,
-    /// Let the guest run on the destination before all its memory is there, if
-    /// it does not converge otherwise or on `force-complete`.
-    pub post_copy: bool,
-    /// Slow a guest that writes faster than the link carries.
-    pub auto_converge: bool,
-    /// Streams for memory, 2 to 255.
-    pub parallel_connections: Option<u32>,
-    /// Upper limit for memory and for each disk, MiB/s.
-    pub bandwidth_mib_s: Option<u64>,
-    /// How long the guest may stand still at switch-over at the most, ms.
-    pub max_downtime_ms: Option<u64>,
-    /// Give up when nothing has got nearer to the end for so long, seconds.
-    pub progress_timeout_s: Option<u64>,
-}
-
-impl LiveOptions {
-    /// What is wrong with these options in themselves; empty if nothing is.
-    pub fn problems(&self) -> Vec<String> {
-        let connections = self.parallel_connections.map(u64::from);
-        out_of_bounds(&[
-            ("parallel_connections", connections, 2, 255),
-            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
-            // QEMU's own limit is 2000 s; a guest that stands still for longer than
-            // a minute is not migrated live.
-            ("max_downtime_ms", self.max_downtime_ms, 1, 60_000),
-            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
-        ])
-    }
-}
-
-/// How a cold migration is to be done. `None` leaves it to the settings.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ColdOptions {
-    /// How long the guest may take to shut down when asked to, seconds.
-    pub shutdown_timeout_s: Option<u64>,
-    /// Stop the guest hard if it has not shut down after so long, seconds. The
-    /// caller's permission: without it no guest is ever stopped hard.
-    pub force_stop_after_s: Option<u64>,
-    /// Copy disks while the guest still runs, then only what changed.
-    pub pre_copy: bool,
-    /// Upper limit for disks, MiB/s.
-    pub bandwidth_mib_s: Option<u64>,
-    /// Give up when nothing has got nearer to the end for so long, seconds.
-    pub progress_timeout_s: Option<u64>,
-    /// New size of the guest on the destination (Nova's *resize*).
-    pub flavor: Option<Flavor>,
-}
-
-impl ColdOptions {
-    /// What is wrong with these options in themselves; empty if nothing is.
-    pub fn problems(&self) -> Vec<String> {
-        let flavor = self.flavor.unwrap_or(Flavor {
-            vcpus: 1,
-            memory_mb: 1,
-        });
-        out_of_bounds(&[
-            ("shutdown_timeout_s", self.shutdown_timeout_s, 1, 86_400),
-            ("force_stop_after_s", self.force_stop_after_s, 0, 86_400),
-            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
-            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
-            ("flavor.vcpus", Some(flavor.vcpus.into()), 1, 4096),
-            ("flavor.memory_mb", Some(flavor.memory_mb), 1, 1 << 30),
-        ])
-    }
-}
-
-/// How an instance changes hands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TransferMode {
-    /// The guest runs on. One that is off stays off.
-    #[default]
-    Live,
-    /// The guest is shut down, and started again as the receiver's.
-    Cold,
-}
-
-/// How a transfer to another project is to be done. `None` leaves it to the settings.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct TransferOptions {
-    /// Whether the guest runs on.
-    pub mode: TransferMode,
-    /// Which network of the receiver's takes the place of one that the guest is
-    /// on. The old one is named by the giver's logical name, by what it is on
-    /// the node (bridge, libvirt network), or by the MAC address of the NIC.
-    pub networks: BTreeMap<String, String>,
-    /// Leave disks where they are.
-    pub keep_disk: bool,
-    /// Give every NIC a new MAC address (cold only).
-    pub new_mac: bool,
-    /// New name (cold only: libvirt renames no running domain).
-    pub name: Option<String>,
-    /// New title.
-    pub title: Option<String>,
-    /// How long the guest may take to shut down when asked to, seconds (cold).
-    pub shutdown_timeout_s: Option<u64>,
-    /// Stop the guest hard if it has not shut down after so long, seconds
-    /// (cold). Without it no guest is ever stopped hard.
-    pub force_stop_after_s: Option<u64>,
-    /// Upper limit for each disk, MiB/s.
-    pub bandwidth_mib_s: Option<u64>,
-    /// Give up when nothing has got nearer to the end for so long, seconds.
-    pub progress_timeout_s: Option<u64>,
-}
-
-impl TransferOptions {
-    /// What is wrong with these options in themselves; empty if nothing is.
-    pub fn problems(&self) -> Vec<String> {
-        /// Networks that are named at the most.
-        const MOST_NETWORKS: usize = 64;
-        let mut problems = out_of_bounds(&[
-            ("shutdown_timeout_s", self.shutdown_timeout_s, 1, 86_400),
-            ("force_stop_after_s", self.force_stop_after_s, 0, 86_400),
-            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
-            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
-        ]);
-        if self.networks.len() > MOST_NETWORKS {
-            problems.push(format!("at most {MOST_NETWORKS} networks are mapped"));
-        }
-        let is_name = |text: &str| {
-            (1..=255).contains(&text.chars().count()) && !text.chars().any(char::is_control)
-        };
-        if self
-            .name
-            .as_deref()
-            .is_some_and(|n| !is_name(n) || n.contains('/'))
-        {
-            problems.push("name is 1 to 255 characters without '/'".to_owned());
-        }
-        if self.title.as_deref().is_some_and(|t| !is_name(t)) {
-            problems.push("title is one line of 1 to 255 characters".to_owned());
-        }
-        problems
-    }
-
-    /// What the rules of a cold migration need of it.
-    pub fn as_cold(&self) -> ColdOptions {
-        ColdOptions {
-            shutdown_timeout_s: self.shutdown_timeout_s,
-            force_stop_after_s: self.force_stop_after_s,
-            bandwidth_mib_s: self.bandwidth_mib_s,
-            progress_timeout_s: self.progress_timeout_s,
-            ..ColdOptions::default()
-        }
-    }
-}
-
-/// A transfer to another project: which, and how.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProjectTransfer {
-    /// Who gets the instance.
-    pub project: ProjectId,
-    /// How.
-    #[serde(flatten)]
-    pub options: TransferOptions,
-}
-
-/// Who agreed to a transfer, and when. An administrator may be both sides.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Consent {
-    /// The offer that was accepted; none if both sides asked at once.
-    pub offer: Option<OfferId>,
-    /// Who offered.
-    pub offered_by: Requester,
-    /// When, milliseconds since 1970.
-    pub offered_at_ms: u64,
-    /// Who accepted.
-    pub accepted_by: Requester,
-    /// When, milliseconds since 1970.
-    pub accepted_at_ms: u64,
-}
-
-/// The size of a guest, as Nova's flavors name it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Flavor {
-    /// vCPUs.
-    pub vcpus: u32,
-    /// Memory, MB in Nova's sense (MiB).
-    pub memory_mb: u64,
-}
-
-/// The kind of a migration with what may be wished of that kind.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "migration_type", content = "options")]
-pub enum Way {
-    /// The guest runs on while it moves.
-    #[serde(rename = "live-migration")]
-    Live(LiveOptions),
-    /// The guest is off while it moves.
-    #[serde(rename = "migration")]
-    Cold(ColdOptions),
-    /// The guest stays on its node and changes hands.
-    #[serde(rename = "project-transfer")]
-    Transfer(ProjectTransfer),
-}
-
-impl Way {
-    /// The kind alone.
-    pub fn migration_type(&self) -> MigrationType {
-        match self {
-            Self::Live(_) => MigrationType::LiveMigration,
-            Self::Cold(_) => MigrationType::Migration,
-            Self::Transfer(_) => MigrationType::ProjectTransfer,
-        }
-    }
-
-    /// What is wrong with the options in themselves; empty if nothing is.
-    pub fn problems(&self) -> Vec<String> {
-        match self {
-            Self::Live(options) => options.problems(),
-            Self::Cold(options) => options.problems(),
-            Self::Transfer(transfer) => transfer.options.problems(),
-        }
-    }
-}
-
-impl Default for Way {
-    fn default() -> Self {
-        Self::Live(LiveOptions::default())
-    }
-}
-
 /// What became of a cold migration after it had finished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -462,14 +226,6 @@ pub enum Ending {
     Confirm,
     /// The guest goes back to the source's copy.
     Revert,
-}
-
-fn out_of_bounds(values: &[(&str, Option<u64>, u64, u64)]) -> Vec<String> {
-    let broken = values.iter().filter_map(|(name, value, low, high)| {
-        let v = value.filter(|v| !(low..=high).contains(&v))?;
-        Some(format!("{name} is {v}; it may be {low} to {high}"))
-    });
-    broken.collect()
 }
 
 /// Bytes of one kind on their way.
@@ -490,9 +246,9 @@ pub enum Phase {
     /// Waiting to begin.
     #[default]
     Waiting,
-    /// Both nodes are asked.
+    /// The nodes are asked.
     Checking,
-    /// The destination is made ready.
+    /// What it goes to is made ready.
     Preparing,
     /// Disks are copied while the guest runs on, before a cold move.
     PreCopy,
@@ -627,6 +383,21 @@ pub struct Requester {
     pub project_id: Option<String>,
 }
 
+/// Who agreed to a transfer, and when. An administrator may be both sides.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Consent {
+    /// The offer that was accepted; none if both sides asked at once.
+    pub offer: Option<OfferId>,
+    /// Who offered.
+    pub offered_by: Requester,
+    /// When, milliseconds since 1970.
+    pub offered_at_ms: u64,
+    /// Who accepted.
+    pub accepted_by: Requester,
+    /// When, milliseconds since 1970.
+    pub accepted_at_ms: u64,
+}
+
 /// The record of a migration. Kept for ever.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Migration {
@@ -685,7 +456,7 @@ pub struct Migration {
     /// Last sample.
     pub progress: Progress,
     /// How long the guest stood still, measured by the hypervisor, ms; of a cold
-    /// one, how long it was off.
+    /// one, how long it was off; of a live transfer, how long its network was cut.
     pub downtime_ms: Option<u64>,
     /// When it was accepted, milliseconds since 1970.
     pub created_at_ms: u64,
@@ -733,7 +504,6 @@ impl Migration {
 #[cfg(test)]
 mod tests {
     use super::MigrationStatus as S;
-    use super::*;
 
     #[test]
     fn every_status_reads_back() {
@@ -776,18 +546,5 @@ mod tests {
             !S::Accepted.may_become(S::Completed),
             "nothing was observed"
         );
-    }
-
-    #[test]
-    fn options_out_of_bounds_are_named() {
-        assert!(LiveOptions::default().problems().is_empty());
-        let bad = LiveOptions {
-            parallel_connections: Some(1),
-            max_downtime_ms: Some(0),
-            ..Default::default()
-        };
-        let problems = bad.problems();
-        assert_eq!(problems.len(), 2);
-        assert!(problems[0].contains("parallel_connections is 1"));
     }
 }

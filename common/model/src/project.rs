@@ -110,13 +110,8 @@ impl ProjectUsage {
 }
 
 impl Quota {
-    /// What a project that uses `used` may not have of `wanted`: of what, how
-    /// much there would be, and how much there may be.
-    pub fn shortfalls(
-        &self,
-        used: &ProjectUsage,
-        wanted: &ProjectUsage,
-    ) -> Vec<(&'static str, u64, u64)> {
+    /// What a project that uses `used` may not have of `wanted`.
+    pub fn shortfalls(&self, used: &ProjectUsage, wanted: &ProjectUsage) -> Vec<QuotaShortfall> {
         let sum = used.plus(*wanted);
         let all = [
             ("instances", self.instances, sum.instances, wanted.instances),
@@ -124,14 +119,31 @@ impl Quota {
             ("memory_mb", self.memory_mb, sum.memory_mb, wanted.memory_mb),
             ("disk_gb", self.disk_gb, sum.disk_gb(), wanted.disk_bytes),
         ];
-        let broken = all.into_iter().filter_map(|(what, limit, sum, wanted)| {
-            let Limit::AtMost(most) = limit else {
-                return None;
-            };
-            (wanted > 0 && limit.is_exceeded_by(sum)).then_some((what, sum, most))
-        });
+        let broken = all
+            .into_iter()
+            .filter_map(|(resource, limit, would_be, wanted)| {
+                let Limit::AtMost(most) = limit else {
+                    return None;
+                };
+                (wanted > 0 && limit.is_exceeded_by(would_be)).then_some(QuotaShortfall {
+                    resource,
+                    would_be,
+                    limit: most,
+                })
+            });
         broken.collect()
     }
+}
+
+/// Something that a project may not have more of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuotaShortfall {
+    /// Of what, as [`Quota`] names it.
+    pub resource: &'static str,
+    /// How much it would have.
+    pub would_be: u64,
+    /// How much it may have.
+    pub limit: u64,
 }
 
 /// What a logical network is on a group of nodes.
@@ -419,7 +431,11 @@ mod tests {
             disk_bytes: 1,
         };
         let short = quota.shortfalls(&used, &guest);
-        assert_eq!(short, [("vcpus", 6, 4), ("disk_gb", 2, 1)]);
+        let short = short.iter().map(|s| (s.resource, s.would_be, s.limit));
+        assert_eq!(
+            short.collect::<Vec<_>>(),
+            [("vcpus", 6, 4), ("disk_gb", 2, 1)]
+        );
         assert!(quota.shortfalls(&nothing, &guest).is_empty());
     }
 

@@ -296,6 +296,14 @@ pub(crate) async fn handed_over(
     .bind(signed(now_ms))
     .execute(&mut **tx)
     .await?;
+    // What its old owner offered, and nobody took, is for ever void.
+    sqlx::query(
+        "UPDATE offers SET withdrawn = 1 WHERE instance_uuid = $1 AND (migration_uuid IS NULL \
+         OR migration_uuid IN (SELECT uuid FROM migrations WHERE status IN ('failed', 'cancelled')))",
+    )
+    .bind(id.to_string())
+    .execute(&mut **tx)
+    .await?;
     Ok(())
 }
 

@@ -7,24 +7,13 @@ use std::collections::BTreeMap;
 use drover_model::{
     api::conductor::{ProjectChange, ProjectView},
     ids::{InstanceId, MigrationId, ProjectId},
-    project::{Project, ProjectUsage},
+    project::{Project, ProjectUsage, QuotaShortfall},
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
     Result, Store, StoreError, from_json, instances, instances::shown, signed, to_json, unsigned,
 };
-
-/// Something a project may not have as much of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct QuotaShortfall {
-    /// Of what, as the quota calls it.
-    pub resource: &'static str,
-    /// How much there would be.
-    pub would_be: u64,
-    /// How much there may be.
-    pub limit: u64,
-}
 
 /// What a project has, and what it is promised.
 #[derive(Debug, Clone, Copy, Default)]
@@ -191,13 +180,7 @@ impl Store {
         let Totals { usage, promised } = all.remove(project.as_str()).unwrap_or_default();
         let short = quota.shortfalls(&usage.plus(promised), &wanted);
         if !short.is_empty() {
-            let short = short.into_iter();
-            let short = short.map(|(resource, would_be, limit)| QuotaShortfall {
-                resource,
-                would_be,
-                limit,
-            });
-            return Ok(Err(short.collect()));
+            return Ok(Err(short));
         }
         release(&mut tx, migration).await?;
         insert(&mut tx, migration, project, wanted).await?;

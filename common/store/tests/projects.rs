@@ -16,13 +16,12 @@ use drover_model::{
         Consent, Migration, MigrationStatus, ProjectTransfer, Requester, TransferOptions, Way,
     },
     node::InstanceReport,
-    project::{Limit, Location, Project, ProjectUsage, StoragePlace},
+    project::{Limit, Location, Project, ProjectUsage, QuotaShortfall, StoragePlace},
 };
 use drover_store::{
     Store, StoreError,
     migrations::Admitted,
     offers::{KeyTried, MAX_WRONG_KEYS, NewOffer, OfferKey},
-    projects::QuotaShortfall,
 };
 use sqlx::{
     AnyPool, Row,

@@ -1197,7 +1197,7 @@ until     2026-11-24 18:46:51Z
 key       correct-horse
 
 The key is shown this once and kept nowhere. With it the receiver takes the instance:
-  `drover transfer accept 01997777-0000-7000-8000-00000000feed --project P`
+  `drover transfer accept 01997777-0000-7000-8000-00000000feed --project blue --live` (or --cold)
 ";
     assert_eq!(stage.tape.out(), expected);
     assert_eq!(

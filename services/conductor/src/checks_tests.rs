@@ -74,6 +74,7 @@ pub(super) fn guest() -> Guest {
             attachment: NicAttachment::Bridge {
                 bridge: "br0".into(),
             },
+            port: None,
         }],
         immovable: vec![],
         files: vec![],

@@ -6,13 +6,11 @@ use drover_model::{
     api::compute::{CheckTransfer, TransferPlan},
     check::{CheckFailure, Side},
     guest::Guest,
-    ids::{MigrationId, ProjectId},
+    ids::MigrationId,
     migration::ProjectTransfer,
     project::Project,
 };
-use drover_store::{
-    Store, StoreError, instances::InstanceRow, nodes::NodeRow, projects::QuotaShortfall,
-};
+use drover_store::{Store, StoreError, instances::InstanceRow, nodes::NodeRow};
 
 use crate::{
     agent_client::AgentClient,
@@ -121,14 +119,6 @@ impl TransferSurvey<'_> {
         Ok(examined)
     }
 
-    /// Failures that stand for a quota that does not reach.
-    pub fn quota(project: &ProjectId, short: &[QuotaShortfall]) -> Vec<CheckFailure> {
-        let plain = short
-            .iter()
-            .map(|s| (s.resource.to_owned(), s.would_be, s.limit));
-        transfer::quota(project, &plain.collect::<Vec<_>>())
-    }
-
     /// What the receiver's quota has against it, not counting what this very
     /// transfer was promised before.
     async fn quota_left(&self, project: &Project) -> drover_store::Result<Vec<CheckFailure>> {
@@ -144,11 +134,7 @@ impl TransferSurvey<'_> {
         let short = project
             .quota
             .shortfalls(&used, &transfer::usage_of(self.instance));
-        let plain: Vec<_> = short
-            .into_iter()
-            .map(|(what, sum, most)| (what.to_owned(), sum, most))
-            .collect();
-        Ok(transfer::quota(&project.id, &plain))
+        Ok(transfer::quota(&project.id, &short))
     }
 
     async fn project(&self, id: &str) -> drover_store::Result<Option<Project>> {

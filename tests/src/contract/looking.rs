@@ -280,7 +280,12 @@ pub async fn an_unfit_destination_says_where(stage: &dyn Stage) -> Result<()> {
         let bridge = "br-none".to_owned();
         let mac = "52:54:00:00:00:09".to_owned();
         let attachment = NicAttachment::Bridge { bridge };
-        g.nics = vec![Nic { mac, attachment }];
+        let port = None;
+        g.nics = vec![Nic {
+            mac,
+            attachment,
+            port,
+        }];
     });
     let networks = ask(&*b, &guest).await?.networks;
     ensure!(networks.len() == 1 && !networks[0].present, "{networks:?}");

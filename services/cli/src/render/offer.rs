@@ -1,7 +1,10 @@
 //! Offers of instances to other projects: as a table, whole, and as they are
 //! told to the giver.
 
-use drover_model::api::conductor::{Offer, OfferMade};
+use drover_model::{
+    api::conductor::{Offer, OfferMade},
+    ids::ProjectId,
+};
 
 use super::{
     clean,
@@ -80,9 +83,10 @@ pub fn made(made: &OfferMade) -> String {
         ("until", moment(o.expires_at_ms)),
         ("key", made.key.clone()),
     ]);
+    let to = o.to_project.as_ref().map_or("P", ProjectId::as_str);
     format!(
         "{told}\n\nThe key is shown this once and kept nowhere. With it the receiver takes the \
-         instance:\n  `drover transfer accept {} --project P`",
+         instance:\n  `drover transfer accept {} --project {to} --live` (or --cold)",
         o.id
     )
 }

@@ -106,6 +106,10 @@ pub trait TransferDriver: Send + Sync + 'static {
     /// else a copy. Begins anew if something is there. The old one stays.
     async fn place_disk(&self, disk: &DiskMove, bandwidth_bytes_s: Option<u64>) -> Result<()>;
 
+    /// Whether what is at a disk's new place has all that the old one has: it is
+    /// the same file, or nothing was written to the old one since it was copied.
+    async fn is_placed(&self, disk: &DiskMove) -> Result<bool>;
+
     /// The definition of a guest that is off as it is to be for the receiver.
     fn transferred(&self, definition: &Definition, plan: &TransferPlan) -> Result<Definition>;
 }

@@ -212,6 +212,8 @@ pub struct TransferRecord {
     pub plan: TransferPlan,
     /// How.
     pub options: TransferOptions,
+    /// Whether the places of its disks are taken by files of its own.
+    pub reserved: bool,
     /// Whether the guest ran when it began, and so is to run in the end.
     pub was_running: bool,
     /// Its lasting definition before.

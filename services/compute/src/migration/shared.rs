@@ -97,21 +97,23 @@ impl Actor {
             Stage::Ended(record) => Some(job_of(record)),
             _ => None,
         };
-        let finished = Finished {
-            job,
-            clean_up: CleanUp::default(),
-        };
+        let mut clean_up = CleanUp::default();
+        if let Stage::Transferring(transferring) = &self.stage {
+            // For whoever asks again: they are still there.
+            let left = transferring.record.plan.disks.iter();
+            let left = left.map(|disk| format!("{} is left over: remove it", disk.from));
+            clean_up.warnings = left.collect();
+        }
+        let finished = Finished { job, clean_up };
         self.forget(self.step(instance), finished).await
     }
 
     async fn is_over_for(&self, instance: InstanceId) -> Result<bool, Fault> {
         let settled = match &self.stage {
-            // A cold one ends when it is confirmed or reverted, a transfer when it is tidied.
-            Stage::Idle
-            | Stage::Sending(_)
-            | Stage::Leaving(_)
-            | Stage::Coming(_)
-            | Stage::Transferring(_) => false,
+            // A cold one ends when it is confirmed or reverted.
+            Stage::Idle | Stage::Sending(_) | Stage::Leaving(_) | Stage::Coming(_) => false,
+            // Only old files are left of it.
+            Stage::Transferring(transferring) => return Ok(transferring.is_handed_over()),
             Stage::Ended(record) => !has_moved(&job_of(record)),
             Stage::Arriving(record) => record.prepared,
         };

@@ -16,7 +16,7 @@ use drover_model::{
         OfferTransfer, Plan, PlannedDisk, TransferInstance,
     },
     ids::{MigrationId, ProjectId},
-    migration::{Consent, ProjectTransfer, Way},
+    migration::{Consent, EndReason, Migration, ProjectTransfer, Way},
 };
 use drover_rpc::{RemoteFailure, Request};
 use drover_store::{
@@ -174,13 +174,14 @@ impl DroverEndpoint {
     async fn answered_before(
         &self,
         request: &Request,
-    ) -> Result<Option<Box<drover_model::migration::Migration>>, RemoteFailure> {
+    ) -> Result<Option<Box<Migration>>, RemoteFailure> {
         let Some(unique_id) = request.unique_id() else {
             return Ok(None);
         };
         let found = self.context.store.requested(unique_id).await;
         let found = found.map_err(|e| store_failure(&e))?;
-        Ok(found.filter(|m| !m.status.is_final()).map(Box::new))
+        let refused = |m: &Migration| matches!(m.end_reason, Some(EndReason::Refused { .. }));
+        Ok(found.filter(|m| !refused(m)).map(Box::new))
     }
 
     /// The offer, if it can be accepted by that project with that key.

@@ -10,7 +10,7 @@ use drover_model::{
     guest::{Disk, DiskSource, Guest, Immovable, ImmovableKind, Nic, NicAttachment},
     ids::{HostName, MigrationId, ProjectId},
     migration::{ProjectTransfer, TransferMode, TransferOptions},
-    project::{Location, Project, ProjectUsage},
+    project::{Location, Project, ProjectUsage, QuotaShortfall},
 };
 use drover_store::instances::InstanceRow;
 
@@ -97,9 +97,10 @@ pub fn receiver(
 }
 
 /// What the receiver may not have more of.
-pub fn quota(project: &ProjectId, short: &[(String, u64, u64)]) -> Vec<CheckFailure> {
-    let failures = short.iter().map(|(resource, sum, limit)| {
-        let option = match resource.as_str() {
+pub fn quota(project: &ProjectId, short: &[QuotaShortfall]) -> Vec<CheckFailure> {
+    let failures = short.iter().map(|short| {
+        let (resource, sum, limit) = (short.resource, short.would_be, short.limit);
+        let option = match resource {
             "memory_mb" => "memory-mib",
             "disk_gb" => "disk-gib",
             other => other,
@@ -164,7 +165,7 @@ pub fn judge(hands: Hands<'_>, facts: &TransferFacts) -> Judged {
     };
     planner.guest(running, lasting);
     let nics = planner.nics(running, lasting);
-    let disks = planner.disks(subject);
+    let disks = planner.disks(subject, lasting);
     planner.room(&disks);
     let plan = TransferPlan {
         mode: planner.mode,
@@ -288,6 +289,9 @@ impl Planner<'_> {
         };
         let mut used = BTreeSet::new();
         let mut moves: Vec<NicMove> = Vec::new();
+        if self.mode == TransferMode::Live {
+            self.plugged_in_half(running, lasting);
+        }
         for nic in subjects {
             if moves.iter().any(|m| m.mac == nic.mac) {
                 let message = format!(
@@ -324,8 +328,30 @@ impl Planner<'_> {
             });
         }
         self.unused(&used);
-        moves.retain(|m| m.from != m.to || m.new_mac.is_some());
+        // Written anew, it keeps nothing of its old port.
+        let has_port = |mac: &str| {
+            lasting
+                .nics
+                .iter()
+                .any(|n| n.mac == mac && n.port.is_some())
+        };
+        moves.retain(|m| m.from != m.to || m.new_mac.is_some() || has_port(&m.mac));
         moves
+    }
+
+    /// A NIC that only one of the two has could not be handed over in both.
+    fn plugged_in_half(&mut self, running: &Guest, lasting: &Guest) {
+        let has = |guest: &Guest, mac: &str| guest.nics.iter().any(|nic| nic.mac == mac);
+        let half = both(running, lasting, |g| &g.nics)
+            .into_iter()
+            .filter(|nic| !has(running, &nic.mac) || !has(lasting, &nic.mac));
+        let macs: Vec<&str> = half.map(|nic| nic.mac.as_str()).collect();
+        for mac in macs {
+            let message =
+                format!("NIC {mac} is in only one of the running guest and its next start");
+            let remedy = "plug it in, or take it out, in both ('--live --config')";
+            self.fail(CheckCode::Network, Side::Instance, message, remedy);
+        }
     }
 
     /// What a NIC is to be plugged into: what it is in already, where it stays.
@@ -336,6 +362,16 @@ impl Planner<'_> {
             NicAttachment::Other { kind } => {
                 let message = format!("NIC {} is of type {kind}: it cannot be re-plugged", nic.mac);
                 let remedy = "take it from the guest first";
+                self.fail(CheckCode::Network, Side::Instance, message, remedy);
+                return None;
+            }
+            _ if nic.port.is_some() && self.mode == TransferMode::Live => {
+                let port = nic.port.as_deref().unwrap_or_default();
+                let message = format!(
+                    "NIC {} has {port} of its own: libvirt re-plugs none such while it runs",
+                    nic.mac
+                );
+                let remedy = "transfer it with --cold";
                 self.fail(CheckCode::Network, Side::Instance, message, remedy);
                 return None;
             }
@@ -445,7 +481,7 @@ impl Planner<'_> {
         self.location(project)?.directory.as_deref().ok()
     }
 
-    fn disks(&mut self, guest: &Guest) -> Vec<DiskMove> {
+    fn disks(&mut self, guest: &Guest, lasting: &Guest) -> Vec<DiskMove> {
         let giver = self.directory(self.hands.giver).map(str::to_owned);
         let giver = giver.as_deref();
         for shared in &self.facts.shared {
@@ -458,8 +494,10 @@ impl Planner<'_> {
                 .push("disks stay where they are, as asked".to_owned());
             return Vec::new();
         }
-        for file in &guest.files {
-            if is_within(&file.path, giver) {
+        let place = self.directory(Some(self.hands.receiver)).map(str::to_owned);
+        // What lies beside its disks is told of the lasting guest alone.
+        for file in &lasting.files {
+            if is_givers(&file.path, giver, place.as_deref()) {
                 let message = format!("{} lies in the giver's storage", file.path);
                 let remedy = "move it by hand, with the guest off";
                 self.fail(CheckCode::ImmovableDevice, Side::Instance, message, remedy);
@@ -478,7 +516,10 @@ impl Planner<'_> {
     fn receivers_directory(&mut self, guest: &Guest, giver: Option<&str>) -> Option<String> {
         let receiver = self.hands.receiver;
         let Some(location) = receiver.storage_on(self.hands.host) else {
-            let mut paths = guest.disks.iter().filter_map(Disk::local_path);
+            let mut paths = guest.disks.iter().flat_map(|disk| {
+                let below = disk.backing.iter().map(|image| image.path.as_str());
+                disk.local_path().into_iter().chain(below)
+            });
             if let Some(path) = paths.find(|path| is_within(path, giver)) {
                 let message = format!(
                     "{path} lies in the giver's storage, and project {} has none on {}",
@@ -540,11 +581,17 @@ impl Planner<'_> {
             }
         };
         let directory = receiver?;
-        if is_within(path, Some(directory)) {
-            return None;
+        let givers = |path: &str| is_givers(path, giver, Some(directory));
+        let below = disk.backing.iter();
+        let flatten = below.clone().any(|image| givers(&image.path));
+        if is_within(path, Some(directory)) && !givers(path) {
+            return match flatten {
+                true => not_copyable(self, "what is below it lies in the giver's storage"),
+                false => None,
+            };
         }
         if disk.read_only {
-            return match is_within(path, giver) {
+            return match givers(path) {
                 true => not_copyable(
                     self,
                     &format!("{path} is the giver's, and is only read: eject it"),
@@ -569,9 +616,12 @@ impl Planner<'_> {
             let remedy = "move it out of the way, or rename the guest's disk";
             self.fail(CheckCode::DiskExists, Side::Source, message, remedy);
         }
-        let below = disk.backing.iter();
-        let flatten = below.clone().any(|image| is_within(&image.path, giver));
-        let below_bytes: u64 = below.map(|image| image.allocated_bytes).sum();
+        // The running definition does not tell how large they are.
+        let lasting = self.facts.lasting.iter().flat_map(|guest| &guest.disks);
+        let measured = lasting
+            .filter(|d| d.target == *target)
+            .flat_map(|d| &d.backing);
+        let below_bytes: u64 = measured.map(|image| image.allocated_bytes).sum();
         self.words.push(format!(
             "disk {target} goes from {path} to {to}{}",
             if flatten {
@@ -638,6 +688,13 @@ fn is_within(path: &str, directory: Option<&str>) -> bool {
         let rest = path.strip_prefix(directory.trim_end_matches('/'));
         rest.is_some_and(|rest| rest.starts_with('/'))
     })
+}
+
+/// Whether a path lies in the giver's directory, and not in a receiver's within it.
+fn is_givers(path: &str, giver: Option<&str>, receiver: Option<&str>) -> bool {
+    let receivers =
+        is_within(path, receiver) && giver.map_or(0, str::len) <= receiver.map_or(0, str::len);
+    is_within(path, giver) && !receivers
 }
 
 fn words(attachment: &NicAttachment) -> String {

@@ -51,6 +51,7 @@ fn alphas() -> Guest {
     guest.nics = vec![Nic {
         mac: MAC.to_owned(),
         attachment: bridge("br-alpha"),
+        port: None,
     }];
     guest.disks = vec![disk("vda", &format!("{GIVERS}/vm1.qcow2"))];
     guest
@@ -279,13 +280,11 @@ fn what_belongs_to_the_giver_is_named_one_by_one() {
         assert_eq!(failing(has), [code]);
     }
     let nvram = |case: &mut Case| {
-        case.guests(|g| {
-            g.files = vec![GuestFile {
-                path: format!("{GIVERS}/vars.fd"),
-                kind: GuestFileKind::Nvram,
-                allocated_bytes: 1,
-            }];
-        });
+        case.facts.lasting.as_mut().unwrap().files = vec![GuestFile {
+            path: format!("{GIVERS}/vars.fd"),
+            kind: GuestFileKind::Nvram,
+            allocated_bytes: 1,
+        }];
     };
     assert_eq!(failing(nvram), [CheckCode::ImmovableDevice]);
     let snapshots = |case: &mut Case| case.guests(|g| g.snapshots.push("s1".to_owned()));
@@ -437,11 +436,41 @@ fn each_resource_of_a_quota_is_told() {
     };
     let wanted = usage_of(&instance());
     let short = quota_of.shortfalls(&ProjectUsage::default(), &wanted);
-    let plain: Vec<_> = short
-        .into_iter()
-        .map(|(what, sum, most)| (what.to_owned(), sum, most))
-        .collect();
-    let failures = quota(&"beta".parse().unwrap(), &plain);
+    let failures = quota(&"beta".parse().unwrap(), &short);
     assert_eq!(codes(&failures), [CheckCode::Quota, CheckCode::Quota]);
     assert!(failures[1].remedy.contains("--memory-mib"), "{failures:?}");
+}
+
+#[test]
+fn what_a_port_has_of_its_own_is_not_kept() {
+    let tagged = |case: &mut Case| {
+        case.guests(|g| g.nics[0].port = Some("VLAN 7".to_owned()));
+    };
+    assert_eq!(failing(tagged), [CheckCode::Network]);
+    // On the same bridge for both, it is written anew all the same.
+    let plan = planned(|case| {
+        tagged(case);
+        case.options.mode = TransferMode::Cold;
+        case.guests(|g| g.nics[0].attachment = bridge("br-beta"));
+    });
+    assert_eq!(plan.nics.len(), 1);
+    assert_eq!(plan.nics[0].to, bridge("br-beta"));
+}
+
+#[test]
+fn a_nic_is_in_both_definitions() {
+    let only_now = |case: &mut Case| case.facts.lasting.as_mut().unwrap().nics.clear();
+    assert_eq!(failing(only_now), [CheckCode::Network]);
+}
+
+#[test]
+fn a_directory_within_anothers_is_told_apart() {
+    let within = |case: &mut Case| {
+        case.receiver.storage[0].location = Location::Directory {
+            path: "/projects".to_owned(),
+        };
+        case.facts.locations[1] = location_fact("/projects");
+    };
+    // The giver's lies within the receiver's: what is in there is the giver's.
+    assert_eq!(planned(within).disks[0].to, "/projects/vm1.qcow2");
 }

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 
 use async_trait::async_trait;
 use drover_model::migration::{
-    Decision, EndReason, IllegalTransition, Migration, MigrationStatus as S, Phase, StepTiming,
+    Decision, EndReason, IllegalTransition, Migration, MigrationStatus as S, Phase, StepTiming, Way,
 };
 use drover_saga::{Event, Journal, JournalError, Saga, StepError};
 use drover_store::{Store, migrations::Lease, outbox::Notification, sagas::SagaKey};
@@ -262,6 +262,11 @@ fn payload(m: &Migration) -> Value {
         "instance_uuid": m.instance_uuid,
         "instance_name": m.instance_name,
         "project_id": m.project_id,
+        "dest_project_id": match &m.way {
+            Way::Transfer(transfer) => Some(&transfer.project),
+            Way::Live(_) | Way::Cold(_) => None,
+        },
+        "consent": m.consent,
         "migration_id": m.id,
         "migration_uuid": m.uuid,
         "migration_type": m.way.migration_type(),

@@ -5,7 +5,7 @@
 //! |---|---|---|
 //! | `check` | every check, the plan; promises the receiver's quota | give the promise back |
 //! | `prepare` | node: writes down the plan and what was before | node: all is as it was; forgets |
-//! | `stop` | cold: the guest shuts down | (undone with `prepare`) |
+//! | `stop` | cold: the guest shuts down | node: stops asking it (started again with `prepare`'s) |
 //! | `copy` | disks are copied to the receiver's storage, the guest still on the old ones | node: stops copying |
 //! | `hand_over` | networks, metadata, then disks are the receiver's; a cold one is started | (undone with `prepare`) |
 //! | — | *point of no return: the node says that all of it is done* | |
@@ -199,7 +199,7 @@ impl Transfer {
         let project = &self.wanted.project;
         let claimed = self.job.store().claim_quota(m.uuid, project, wanted).await;
         if let Err(short) = claimed.map_err(|e| store_error(&e))? {
-            return refused(TransferSurvey::quota(project, &short));
+            return refused(checks::quota(project, &short));
         }
         for text in examined.words {
             data.decide(Self::name(Step::Check), text);

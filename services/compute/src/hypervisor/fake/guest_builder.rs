@@ -187,6 +187,7 @@ impl GuestBuilder {
             .map(|(i, attachment)| Nic {
                 mac: format!("52:54:00:00:00:{i:02x}"),
                 attachment: attachment.clone(),
+                port: None,
             })
             .collect();
         self
@@ -265,6 +266,7 @@ fn plain_guest(name: &str) -> Guest {
             attachment: NicAttachment::Bridge {
                 bridge: super::node::BRIDGE.to_owned(),
             },
+            port: None,
         }],
         immovable: Vec::new(),
         files: Vec::new(),

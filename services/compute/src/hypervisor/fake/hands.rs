@@ -109,6 +109,19 @@ impl TransferDriver for FakeDriver {
         leave(effect, self.place(disk, bandwidth_bytes_s).await).await
     }
 
+    async fn is_placed(&self, disk: &DiskMove) -> Result<bool> {
+        self.fabric.with(|world, _| {
+            let content = |path| {
+                world
+                    .storage
+                    .file(&self.host, path)
+                    .map(|f| f.content.clone())
+            };
+            let old = content(&disk.from);
+            Ok(old.is_some() && old == content(&disk.to))
+        })
+    }
+
     fn transferred(&self, definition: &Definition, plan: &TransferPlan) -> Result<Definition> {
         handing::transferred(definition, plan)
     }

@@ -65,6 +65,9 @@ pub(super) fn whole(connect: &Connect, id: InstanceId) -> CallResult<Option<Gues
     };
     let (mut guest, presence) = found?;
     note_snapshots(&domain, &mut guest)?;
+    if domain.has_managed_save(0)? {
+        guest.active_job = Some("a state saved with 'virsh managedsave' waits for it".to_owned());
+    }
     if presence.is_active() || presence == Presence::Incoming {
         let job = jobs::words(&domain)?;
         guest.active_job = job.or(guest.active_job);
@@ -107,6 +110,9 @@ pub(super) fn lasting(connect: &Connect, id: InstanceId) -> CallResult<Option<La
     };
     let mut guest = xml::guest(&text, outside).map_err(HypervisorError::from)?;
     note_snapshots(&domain, &mut guest)?;
+    if domain.has_managed_save(0)? {
+        guest.active_job = Some("a state saved with 'virsh managedsave' waits for it".to_owned());
+    }
     if presence.is_active() || presence == Presence::Incoming {
         guest.active_job = jobs::words(&domain)?.or(now.active_job.take());
     }

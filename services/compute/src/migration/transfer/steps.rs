@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     faults::hypervisor as fault,
+    hypervisor::HypervisorError,
     journal::{Ended, Record, TransferRecord},
     node::Counters,
 };
@@ -46,6 +47,13 @@ impl Transferring {
             work: None,
             last: None,
         }
+    }
+
+    /// Whether nothing but tidying is left to do.
+    pub(in super::super) fn is_handed_over(&self) -> bool {
+        let record = &self.record;
+        record.done.contains(&TransferPart::HandOver)
+            && !record.begun.contains(&TransferPart::TakeBack)
     }
 
     /// The end of the part under way; for ever silent if none is.
@@ -104,7 +112,10 @@ impl Actor {
         self.same_instance(reference)?;
         match &self.stage {
             Stage::Idle => {}
-            Stage::Transferring(t) if t.record.plan == step.plan => return Ok(()),
+            Stage::Transferring(t) if t.record.plan == step.plan => {
+                let record = t.record.clone();
+                return self.take_places(record, false).await;
+            }
             _ => {
                 return Err(Fault::refused(
                     "this node does something else for this migration",
@@ -124,8 +135,8 @@ impl Actor {
                 info!(migration = %self.migration, instance = %record.instance,
                     project = %record.plan.project, "the guest is to change hands");
                 Counters::add(&self.node.counters.transfers_started);
-                self.stage = Stage::Transferring(Box::new(Transferring::resume(record)));
-                Ok(())
+                self.stage = Stage::Transferring(Box::new(Transferring::resume(record.clone())));
+                self.take_places(record, true).await
             }
             Err(fault) => {
                 self.registry.release(reference, None);
@@ -165,6 +176,7 @@ impl Actor {
             instance: step.instance,
             plan: step.plan,
             options: step.options,
+            reserved: false,
             was_running: state.is_active(),
             definition,
             standing,
@@ -173,6 +185,60 @@ impl Actor {
         });
         self.write_transfer(&record).await?;
         Ok(record)
+    }
+
+    /// Puts an empty file wherever a disk will be, so that nobody else takes the
+    /// place. One that is there is somebody else's, unless an attempt before may
+    /// have made it: then it is empty.
+    async fn take_places(
+        &mut self,
+        mut record: Box<TransferRecord>,
+        first: bool,
+    ) -> Result<(), Fault> {
+        if record.reserved {
+            return Ok(());
+        }
+        let hypervisor = self.node.hypervisor.clone();
+        let mut made = Vec::new();
+        for disk in &record.plan.disks {
+            match hypervisor.reserve_file(&disk.to, false).await {
+                Ok(()) => made.push(&disk.to),
+                Err(HypervisorError::Exists(path)) if first => {
+                    for path in made {
+                        hypervisor.remove_disk(path).await.map_err(fault)?;
+                    }
+                    let step = self.step(record.instance);
+                    self.forget(step, Finished::default()).await?;
+                    return Err(fault(HypervisorError::Exists(path)));
+                }
+                Err(HypervisorError::Exists(_)) if self.is_empty(&disk.to).await? => {}
+                Err(error) => return Err(fault(error)),
+            }
+        }
+        record.reserved = true;
+        self.write_transfer(&record).await?;
+        if let Stage::Transferring(transferring) = &mut self.stage {
+            transferring.record = record;
+        }
+        Ok(())
+    }
+
+    async fn is_empty(&self, path: &str) -> Result<bool, Fault> {
+        let paths = [path.to_owned()];
+        let facts = self.node.hypervisor.file_facts(&paths).await;
+        let facts = facts.map_err(fault)?;
+        Ok(facts.iter().all(|fact| fact.length_bytes == 0))
+    }
+
+    /// Removes what was reserved of a transfer that went no further.
+    async fn give_places_up(&self, record: &TransferRecord) -> Result<(), Fault> {
+        for disk in &record.plan.disks {
+            if self.is_empty(&disk.to).await? {
+                let removed = self.node.hypervisor.remove_disk(&disk.to).await;
+                removed.map_err(fault)?;
+            }
+        }
+        Ok(())
     }
 
     async fn write_transfer(&self, record: &TransferRecord) -> Result<(), Fault> {
@@ -188,6 +254,14 @@ impl Actor {
     ) -> Result<JobState, Fault> {
         let reference = self.step(step.instance);
         self.same_instance(reference)?;
+        if let Stage::Transferring(t) = &self.stage
+            && step.part == TransferPart::TakeBack
+            && !t.record.reserved
+        {
+            let record = t.record.clone();
+            self.give_places_up(&record).await?;
+            return Ok(nothing_left());
+        }
         let Stage::Transferring(transferring) = &mut self.stage else {
             return match step.part {
                 // It was taken back, and forgotten, before.
@@ -216,6 +290,10 @@ impl Actor {
         let mut record = self.transferring()?.clone();
         if record.begun.contains(&TransferPart::TakeBack) && part != TransferPart::TakeBack {
             return Err(Fault::refused("it is being taken back"));
+        }
+        if record.done.contains(&part) && part != TransferPart::TakeBack {
+            // What became of the guest since is its owner's doing.
+            return Ok(nothing_left());
         }
         if !record.begun.contains(&part) {
             record.begun.push(part);

@@ -59,7 +59,9 @@ impl Worker {
             if began.elapsed() > LONGEST_AWAY {
                 away_since = None;
             }
-            if away_since.get_or_insert(began).elapsed() >= LONGEST_AWAY {
+            // Half of it may be done: only libvirt can tell, however long that takes.
+            let may_give_up = task.part == TransferPart::Copy;
+            if may_give_up && away_since.get_or_insert(began).elapsed() >= LONGEST_AWAY {
                 return failed(&error.to_string());
             }
             self.progress.note = Some(format!("waiting for this node's libvirt: {error}"));
@@ -96,10 +98,16 @@ impl Worker {
         let timeout =
             Duration::from_secs(timeout_s.unwrap_or(self.node.settings.progress_timeout_s));
         let (mut best, mut since) = (0, Instant::now());
+        let mut begun = Vec::new();
         loop {
             let (mut ready, mut so_far, mut in_all) = (true, 0_u64, 0_u64);
             for disk in moves {
-                match self.mirror_one(record, disk).await? {
+                let mirror = match begun.contains(&&disk.target) {
+                    false => self.mirror_one(record, disk).await?,
+                    true => self.mirror_on(record, disk).await?,
+                };
+                begun.push(&disk.target);
+                match mirror {
                     Mirror::Copying {
                         done_bytes,
                         total_bytes,
@@ -135,6 +143,24 @@ impl Worker {
         }
     }
 
+    /// A copy that was seen under way and is no longer has failed.
+    async fn mirror_on(
+        &self,
+        record: &TransferRecord,
+        disk: &DiskMove,
+    ) -> Result<Mirror, HypervisorError> {
+        let limit = bandwidth(record);
+        let hypervisor = &self.node.hypervisor;
+        let mirror = hypervisor.mirror_disk(self.instance, disk, limit).await;
+        mirror.map_err(|error| match error {
+            HypervisorError::Exists(path) => HypervisorError::Failed(format!(
+                "copying {} to {path} broke off: is there room, and what does libvirt's log say?",
+                disk.target
+            )),
+            other => other,
+        })
+    }
+
     /// What an attempt that broke off left there is the transfer's own.
     async fn mirror_one(
         &self,
@@ -156,8 +182,9 @@ impl Worker {
     /// Puts every disk of a guest that is off at its new place too.
     async fn place_all(&mut self, record: &TransferRecord) -> Attempt {
         let presence = self.node.hypervisor.presence(self.instance).await?;
-        if presence.is_active() {
-            return Ok(failed("the guest runs: its disks cannot be moved"));
+        if !is_off(presence) {
+            let words = format!("the guest is not off on this node ({presence:?})");
+            return Ok(failed(&words));
         }
         let in_all = record.plan.disks.iter().map(|d| d.data_bytes).sum();
         let mut so_far = 0_u64;
@@ -216,12 +243,21 @@ impl Worker {
                 _ => failed("the guest runs: it cannot change hands"),
             });
         }
-        let definition = hypervisor.transferred(&record.definition, &record.plan)?;
-        if record.plan.name.is_some() {
-            // libvirt takes no other name for what it has.
-            hypervisor.withdraw(self.instance).await?;
+        if !is_off(presence) {
+            let words = format!("the guest is no longer on this node ({presence:?})");
+            return Ok(failed(&words));
         }
-        hypervisor.define(&definition, None).await?;
+        let lasting = hypervisor.lasting_guest(self.instance).await?;
+        if !lasting.is_some_and(|guest| is_receivers(&guest, record)) {
+            for disk in &record.plan.disks {
+                // Somebody may have started the guest since its disks were copied.
+                if !hypervisor.is_placed(disk).await? {
+                    hypervisor.place_disk(disk, bandwidth(record)).await?;
+                }
+            }
+            let definition = hypervisor.transferred(&record.definition, &record.plan)?;
+            hypervisor.define(&definition, None).await?;
+        }
         if !record.was_running {
             return Ok(done());
         }
@@ -240,11 +276,10 @@ impl Worker {
     /// Makes everything be as it was.
     async fn take_back(&mut self, record: &TransferRecord) -> Attempt {
         let presence = self.node.hypervisor.presence(self.instance).await?;
-        let handed = record.begun.contains(&TransferPart::HandOver);
-        if presence == Presence::Absent && !(handed && record.plan.name.is_some()) {
+        if presence == Presence::Absent {
             // Somebody took it away: nothing is left to give back. What it may
             // have written to last is not removed.
-            if !handed {
+            if !record.begun.contains(&TransferPart::HandOver) {
                 self.remove_new(record).await?;
             }
             self.voice
@@ -328,27 +363,19 @@ impl Worker {
         let node = self.node.clone();
         let hypervisor = &node.hypervisor;
         let handed = record.begun.contains(&TransferPart::HandOver);
-        match presence {
-            Presence::Present(_) => {}
-            // Between two names.
-            Presence::Absent => {}
-            other => {
-                let words = format!("the guest is not on this node ({other:?})");
-                return Err(HypervisorError::Failed(words));
-            }
+        if !is_off(presence) {
+            let words = format!("the guest is not off on this node ({presence:?})");
+            return Err(HypervisorError::WrongState(words));
         }
         if handed {
             let lasting = hypervisor.lasting_guest(self.instance).await?;
             for disk in &record.plan.disks {
                 let path = lasting.as_ref().and_then(|g| path_of(g, &disk.target));
-                if path.as_deref() == Some(&disk.to) {
-                    // It may have run on it.
-                    let back = disk.reversed();
+                let back = disk.reversed();
+                // It may have run on it.
+                if path.as_deref() == Some(&disk.to) && !hypervisor.is_placed(&back).await? {
                     hypervisor.place_disk(&back, bandwidth(record)).await?;
                 }
-            }
-            if record.plan.name.is_some() {
-                hypervisor.withdraw(self.instance).await?;
             }
             hypervisor.define(&record.definition, None).await?;
         }
@@ -366,6 +393,10 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+fn is_off(presence: Presence) -> bool {
+    matches!(presence, Presence::Present(state) if !state.is_active())
 }
 
 fn bandwidth(record: &TransferRecord) -> Option<u64> {

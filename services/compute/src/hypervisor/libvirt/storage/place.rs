@@ -101,6 +101,18 @@ pub(in super::super) fn link(
     Ok(Placed::Linked { leads_astray })
 }
 
+/// Whether the new place has all that the old one has.
+pub(in super::super) fn is_placed(disk: &DiskMove) -> Result<bool> {
+    let [from, to] = [checked(&disk.from)?, checked(&disk.to)?];
+    let Ok(there) = std::fs::symlink_metadata(&to) else {
+        return Ok(false);
+    };
+    let old = std::fs::symlink_metadata(&from).map_err(|e| failed("looking at", &from, &e))?;
+    let same = (there.dev(), there.ino()) == (old.dev(), old.ino());
+    let written = |m: &std::fs::Metadata| (m.mtime(), m.mtime_nsec());
+    Ok(same || (there.len() > 0 && written(&old) <= written(&there)))
+}
+
 /// What is below it must be what was planned with: all of it is read as that.
 fn check_chain(disk: &DiskMove, places: &chain::Places) -> Result<()> {
     let below = chain::below(&disk.from, &disk.format, places).map_err(HypervisorError::Failed)?;

@@ -20,7 +20,8 @@ use virt::{connect::Connect, domain::Domain, sys};
 use xmltree::Element;
 
 use super::{
-    LibvirtDriver, blocking::Effect, destination, errors::CallResult, guests, xml, xml::handover,
+    LibvirtDriver, blocking::Effect, destination, errors::CallResult, guests, storage, xml,
+    xml::handover,
 };
 use crate::hypervisor::{Definition, HypervisorError, Mirror, Result, Standing, TransferDriver};
 
@@ -183,6 +184,12 @@ impl TransferDriver for LibvirtDriver {
 
     async fn place_disk(&self, disk: &DiskMove, bandwidth_bytes_s: Option<u64>) -> Result<()> {
         place::disk(self, disk, bandwidth_bytes_s).await
+    }
+
+    async fn is_placed(&self, disk: &DiskMove) -> Result<bool> {
+        let disk = disk.clone();
+        let look = move || storage::place::is_placed(&disk);
+        self.calls.files(Effect::Read, look).await
     }
 
     fn transferred(&self, definition: &Definition, plan: &TransferPlan) -> Result<Definition> {

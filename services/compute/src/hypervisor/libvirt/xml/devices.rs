@@ -11,8 +11,20 @@ pub(super) fn nics(devices: &Element) -> Vec<Nic> {
         .map(|interface| Nic {
             mac: mac(interface),
             attachment: attachment(interface),
+            port: port(interface),
         })
         .collect()
+}
+
+/// What sets its port apart from others of the same network.
+fn port(interface: &Element) -> Option<String> {
+    let tag = descend(interface, &["vlan", "tag"]).and_then(|t| attribute(t, "id"));
+    let source = interface.get_child("source");
+    let group = source.and_then(|s| attribute(s, "portgroup"));
+    let profile = interface.get_child("virtualport");
+    tag.map(|id| format!("VLAN {id}"))
+        .or_else(|| group.map(|name| format!("port group {name}")))
+        .or_else(|| profile.map(|_| "a port profile".to_owned()))
 }
 
 fn mac(interface: &Element) -> String {

@@ -52,20 +52,28 @@ pub struct Examined {
 impl TransferSurvey<'_> {
     /// What the record alone has against it.
     pub async fn record(&self) -> drover_store::Result<Vec<CheckFailure>> {
-        let receiver = self.project(self.transfer.project.as_str()).await?;
+        let receiver = self.receiver().await?;
+        let node = self.node().await?;
+        self.against(receiver.as_ref(), node.as_ref()).await
+    }
+
+    async fn against(
+        &self,
+        receiver: Option<&Project>,
+        node: Option<&NodeRow>,
+    ) -> drover_store::Result<Vec<CheckFailure>> {
         let host = &self.instance.host;
         let project = self.transfer.project.as_str();
         let mut others = self.store.instances(None, Some(project)).await?;
         others.extend(self.store.instances(Some(host), None).await?);
-        let node = self.node().await?;
-        let mut failures = checks::node(host, node.as_ref(), Side::Source, self.live);
+        let mut failures = checks::node(host, node, Side::Source, self.live);
         failures.extend(transfer::receiver(
             self.instance,
             self.transfer,
-            receiver.as_ref(),
+            receiver,
             &others,
         ));
-        if let Some(project) = &receiver {
+        if let Some(project) = receiver {
             failures.extend(self.quota_left(project).await?);
         }
         Ok(failures)
@@ -73,16 +81,15 @@ impl TransferSurvey<'_> {
 
     /// Every check, and the plan.
     pub async fn examine(&self) -> drover_store::Result<Examined> {
+        let receiver = self.receiver().await?;
+        let node = self.node().await?;
         let mut examined = Examined {
             guest: None,
             plan: None,
             words: Vec::new(),
-            failures: self.record().await?,
+            failures: self.against(receiver.as_ref(), node.as_ref()).await?,
         };
-        let receiver = self.project(self.transfer.project.as_str()).await?;
-        let node_is_up = self
-            .node()
-            .await?
+        let node_is_up = node
             .is_some_and(|node| self.live.is_up(&node) && crate::survey::hypervisor_is_up(&node));
         let (Some(receiver), true) = (receiver, node_is_up) else {
             return Ok(examined);
@@ -135,6 +142,10 @@ impl TransferSurvey<'_> {
             .quota
             .shortfalls(&used, &transfer::usage_of(self.instance));
         Ok(transfer::quota(&project.id, &short))
+    }
+
+    async fn receiver(&self) -> drover_store::Result<Option<Project>> {
+        self.project(self.transfer.project.as_str()).await
     }
 
     async fn project(&self, id: &str) -> drover_store::Result<Option<Project>> {

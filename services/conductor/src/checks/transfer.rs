@@ -388,10 +388,8 @@ impl Planner<'_> {
         }
         let (receiver, host) = (self.hands.receiver, self.hands.host);
         let names = self.names_of(nic);
-        let asked = self.hands.options.networks.iter();
-        let mut asked = asked.filter(|(old, _)| names.iter().any(|n| n.eq_ignore_ascii_case(old)));
         let networks = receiver.networks_on(host);
-        let found = match asked.next() {
+        let found = match wished(self.hands.options, &names) {
             Some((old, new)) => {
                 used.insert(old.clone());
                 networks.get(new.as_str()).copied()
@@ -434,9 +432,7 @@ impl Planner<'_> {
         let networks = receiver.networks_on(self.hands.host);
         let there: Vec<&str> = networks.into_keys().collect();
         let old = names.first().map_or("", String::as_str);
-        let asked = self.hands.options.networks.iter();
-        let mut asked = asked.filter(|(old, _)| names.iter().any(|n| n.eq_ignore_ascii_case(old)));
-        let message = match asked.next() {
+        let message = match wished(self.hands.options, names) {
             Some((_, new)) => format!(
                 "project {} has no network {new} on {}",
                 receiver.id, self.hands.host
@@ -666,6 +662,12 @@ impl Planner<'_> {
             self.fail(CheckCode::DiskSpace, Side::Source, message, remedy);
         }
     }
+}
+
+/// Which network is wished for one that is called so.
+fn wished<'a>(options: &'a TransferOptions, names: &[String]) -> Option<(&'a String, &'a String)> {
+    let mut wishes = options.networks.iter();
+    wishes.find(|(old, _)| names.iter().any(|name| name.eq_ignore_ascii_case(old)))
 }
 
 /// What two descriptions of a guest have, each thing once.

@@ -40,6 +40,18 @@ uuid_id!(
     OfferId
 );
 
+uuid_id!(
+    /// An operation on nodes: a drain, an evacuation, ….
+    OperationId
+);
+
+impl OperationId {
+    /// A new id, ordered by time of making.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
 impl OfferId {
     /// A new id, ordered by time of making.
     pub fn generate() -> Self {

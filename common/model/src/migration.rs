@@ -10,6 +10,11 @@
 //! accepted ─► queued ─► pre-migrating ─► migrating ─► post-migrating ─► finished ─┬─► confirming ─► confirmed
 //!    └──────────┴─────────────┴──────────────┴──────────────┴─► failed │ cancelled └─► reverting ─► reverted
 //!                                                                                          └─► finished
+//!
+//! evacuation
+//! accepted ─► pre-migrating ─► done ─► completed
+//!    └──────────────┴───────────┴─► failed (cancelled only before done)
+//!
 //!  any unfinished state ─► stuck ─► (resume) the state it came from
 //! ```
 //!
@@ -23,13 +28,13 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use options::{
-    BlockMigration, ColdOptions, Flavor, LiveOptions, ProjectTransfer, TransferMode,
-    TransferOptions, Way,
+    BlockMigration, ColdOptions, Evacuation, Flavor, LiveOptions, ProjectTransfer, ProofOfDeath,
+    TransferMode, TransferOptions, Way,
 };
 
 use crate::{
     check::CheckFailure,
-    ids::{HostName, InstanceId, MigrationId, OfferId},
+    ids::{HostName, InstanceId, MigrationId, OfferId, OperationId},
 };
 
 /// What kind of move.
@@ -44,6 +49,9 @@ pub enum MigrationType {
     /// The guest stays on its node and changes hands.
     #[serde(rename = "project-transfer")]
     ProjectTransfer,
+    /// The guest's node is dead, and it is started elsewhere.
+    #[serde(rename = "evacuation")]
+    Evacuation,
 }
 
 impl fmt::Display for MigrationType {
@@ -52,6 +60,7 @@ impl fmt::Display for MigrationType {
             Self::LiveMigration => "live-migration",
             Self::Migration => "migration",
             Self::ProjectTransfer => "project-transfer",
+            Self::Evacuation => "evacuation",
         })
     }
 }
@@ -98,6 +107,9 @@ pub enum MigrationStatus {
     /// The guest is on the source again.
     #[serde(rename = "reverted")]
     Reverted,
+    /// Started elsewhere, after its node had died; not yet seen to run.
+    #[serde(rename = "done")]
+    Done,
     /// Seen running on the destination.
     #[serde(rename = "completed")]
     Completed,
@@ -128,6 +140,7 @@ impl MigrationStatus {
         Self::Confirmed,
         Self::Reverting,
         Self::Reverted,
+        Self::Done,
         Self::Completed,
         Self::Failed,
         Self::Cancelled,
@@ -150,6 +163,7 @@ impl MigrationStatus {
             Self::Confirmed => "confirmed",
             Self::Reverting => "reverting",
             Self::Reverted => "reverted",
+            Self::Done => "done",
             Self::Completed => "completed",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
@@ -197,7 +211,11 @@ impl MigrationStatus {
             (S::Stuck, S::Confirmed | S::Reverted) => true,
             (_, S::Failed) => true,
             // After the switch to post-copy there is nothing left to cancel.
-            (from, S::Cancelled) => from != S::RunningPostCopy,
+            // Nor once a guest was started whose node is dead.
+            (from, S::Cancelled) => !matches!(from, S::RunningPostCopy | S::Done),
+            (S::Accepted, S::PreMigrating)
+            | (S::PreMigrating, S::Done)
+            | (S::Done, S::Completed) => true,
             // A migration may prove complete from wherever the record was left.
             (S::Preparing | S::Running | S::RunningPostCopy | S::Stuck, S::Completed) => true,
             (S::Accepted, S::Queued) => true,
@@ -435,6 +453,9 @@ pub struct Migration {
     /// Of a project transfer, who agreed to it.
     #[serde(default)]
     pub consent: Option<Consent>,
+    /// The operation it is part of.
+    #[serde(default)]
+    pub operation: Option<OperationId>,
     /// Whether an abort was asked for.
     pub abort_requested: bool,
     /// Whether a force-complete was asked for.
@@ -512,7 +533,7 @@ mod tests {
             let json = serde_json::to_string(status).unwrap();
             assert_eq!(json, format!("\"{status}\""));
         }
-        assert_eq!(S::parse("done"), None);
+        assert_eq!(S::parse("over"), None);
     }
 
     #[test]

@@ -154,4 +154,38 @@ pub struct InstanceReport {
     pub disk_bytes: u64,
     /// A migration this node's agent is carrying out for it.
     pub migration: Option<MigrationId>,
+    /// What it has been wished for it where nodes are emptied.
+    #[serde(default)]
+    pub wishes: Wishes,
+    /// What it used so far; none while it is off, or if libvirt cannot say.
+    #[serde(default)]
+    pub usage: Option<GuestUsage>,
+    /// Changes whenever its lasting definition does. Whoever keeps definitions
+    /// asks for one anew when this is another.
+    #[serde(default)]
+    pub definition_digest: Option<String>,
+    /// Whether libvirt starts it by itself when the node starts, asking nobody.
+    #[serde(default)]
+    pub autostart: bool,
+}
+
+/// What an instance's metadata says of its place among others
+/// (`<drover:priority>`, `<drover:anti_affinity>`).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Wishes {
+    /// Higher is moved, and started elsewhere, before lower; 0 if nothing is said.
+    pub priority: i32,
+    /// Groups no two of which shall be on one node.
+    pub anti_affinity: Vec<String>,
+}
+
+/// What a guest has used, as counters and levels: rates follow from two reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestUsage {
+    /// CPU time since it was started here, ns.
+    pub cpu_time_ns: u64,
+    /// Memory of the node that it holds now, MiB.
+    pub memory_rss_mib: u64,
 }

@@ -4,21 +4,28 @@
 //! [`nodes`] and [`instances`] keep what agents report; [`migrations`] what is
 //! done and by whom; [`claims`] what is promised on a destination; [`projects`]
 //! who may have how much; [`offers`] what is offered to other projects;
-//! [`sagas`] the journals; [`outbox`] notifications on their way out. What
+//! [`operations`] what is done with whole nodes; [`definitions`] what is kept for
+//! the day on which one is dead; [`sagas`] the journals; [`outbox`] notifications
+//! on their way out. What
 //! belongs together is committed together.
 
 pub mod claims;
+pub mod definitions;
 pub mod instances;
 pub mod migrations;
 pub mod nodes;
 pub mod offers;
+pub mod operations;
 pub mod outbox;
 pub mod projects;
 pub mod sagas;
 
 use std::{str::FromStr, time::Duration};
 
-use drover_model::{error::ErrorClass, ids::MigrationId};
+use drover_model::{
+    error::ErrorClass,
+    ids::{MigrationId, OperationId},
+};
 use sqlx::{
     Any, AnyConnection, AnyPool, Connection, Transaction,
     any::{AnyPoolOptions, install_default_drivers},
@@ -113,6 +120,7 @@ pub struct Store {
     pool: AnyPool,
     kind: Kind,
     changes: broadcast::Sender<MigrationId>,
+    operation_changes: broadcast::Sender<OperationId>,
     hold_clock: bool,
 }
 
@@ -174,10 +182,12 @@ impl Store {
             .await
             .map_err(|e| open(e.to_string(), "it may be of a newer Drover; use that one"))?;
         let (changes, _) = broadcast::channel(CHANGES_BUFFERED);
+        let (operation_changes, _) = broadcast::channel(CHANGES_BUFFERED);
         Ok(Self {
             pool,
             kind,
             changes,
+            operation_changes,
             hold_clock,
         })
     }
@@ -190,6 +200,15 @@ impl Store {
     /// Ids of migrations whose record changes through this process from now on.
     pub fn changes(&self) -> broadcast::Receiver<MigrationId> {
         self.changes.subscribe()
+    }
+
+    /// The same of operations.
+    pub fn operation_changes(&self) -> broadcast::Receiver<OperationId> {
+        self.operation_changes.subscribe()
+    }
+
+    pub(crate) fn operation_changed(&self, id: OperationId) {
+        let _ = self.operation_changes.send(id);
     }
 
     pub(crate) fn changed(&self, id: MigrationId) {
@@ -280,6 +299,11 @@ fn schema() -> Migrator {
             2,
             "projects",
             include_str!("../migrations/0002_projects.sql"),
+        ),
+        change(
+            3,
+            "operations",
+            include_str!("../migrations/0003_operations.sql"),
         ),
     ])
 }

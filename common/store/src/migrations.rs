@@ -6,7 +6,7 @@ use drover_model::{
         conductor::{ListMigrations, Offer, OfferState},
     },
     ids::{InstanceId, MigrationId},
-    migration::Migration,
+    migration::{Migration, Way},
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
@@ -364,8 +364,8 @@ async fn insert(
 ) -> Result<()> {
     sqlx::query(
         "INSERT INTO migrations (uuid, id, instance_uuid, status, active, source_host, dest_host, \
-         owner, epoch, lease_until_ms, version, record, migration_type) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10, $11, $12)",
+         owner, epoch, lease_until_ms, version, record, migration_type, operation_uuid, old_copy) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10, $11, $12, $13, $14)",
     )
     .bind(m.uuid.to_string())
     .bind(m.id)
@@ -379,6 +379,8 @@ async fn insert(
     .bind(signed(m.version))
     .bind(to_json("a migration", m)?)
     .bind(m.way.migration_type().to_string())
+    .bind(m.operation.map(|id| id.to_string()))
+    .bind(i64::from(matches!(m.way, Way::Evacuation(_))))
     .execute(&mut **tx)
     .await?;
     Ok(())
@@ -434,7 +436,7 @@ pub(crate) fn uuid_pattern(text: &str) -> Option<String> {
     fits.then(|| format!("{}%", text.to_ascii_lowercase()))
 }
 
-fn record(row: &AnyRow) -> Result<Migration> {
+pub(crate) fn record(row: &AnyRow) -> Result<Migration> {
     let mut migration: Migration = from_json("a migration", row.try_get("record")?)?;
     migration.version = unsigned(row.try_get("version")?);
     Ok(migration)

@@ -16,6 +16,8 @@ pub struct NodeRow {
     pub enabled: bool,
     /// Why it is not.
     pub disabled_reason: Option<String>,
+    /// Whether an operator declared it down, whatever it says.
+    pub forced_down: bool,
 }
 
 /// What became of a report.
@@ -106,6 +108,18 @@ impl Store {
         self.steady(query.execute(&self.pool)).await?;
         self.node(host).await
     }
+
+    /// Declares a node down, or takes that back.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the database failed.
+    pub async fn force_down(&self, host: &HostName, forced_down: bool) -> Result<NodeRow> {
+        let query = sqlx::query("UPDATE nodes SET forced_down = $2 WHERE host = $1")
+            .bind(host.as_str())
+            .bind(i64::from(forced_down));
+        self.steady(query.execute(&self.pool)).await?;
+        self.node(host).await
+    }
 }
 
 fn node(row: &AnyRow) -> Result<NodeRow> {
@@ -114,5 +128,6 @@ fn node(row: &AnyRow) -> Result<NodeRow> {
         heard_at_ms: unsigned(row.try_get("heard_at_ms")?),
         enabled: row.try_get::<i64, _>("enabled")? != 0,
         disabled_reason: row.try_get("disabled_reason")?,
+        forced_down: row.try_get::<i64, _>("forced_down")? != 0,
     })
 }

@@ -32,9 +32,10 @@ pub struct Liveness {
 }
 
 impl Liveness {
-    /// Whether a node was heard from recently.
+    /// Whether a node was heard from recently, and nobody declared it down.
     pub fn is_up(&self, node: &NodeRow) -> bool {
-        self.now_ms.saturating_sub(node.heard_at_ms) <= self.down_after_ms
+        let heard = self.now_ms.saturating_sub(node.heard_at_ms) <= self.down_after_ms;
+        heard && !node.forced_down
     }
 }
 
@@ -142,6 +143,8 @@ fn state(state: PowerState, way: &Way) -> Option<CheckFailure> {
             TransferMode::Live => None,
         },
         (Way::Cold(options), _) => cold_state(state, options.force_stop_after_s),
+        // Whatever its node said of it last, it runs there no more.
+        (Way::Evacuation(_), _) => None,
     }
 }
 
@@ -176,7 +179,14 @@ pub fn node(
     };
     let mut failures = Vec::new();
     let silent_ms = live.now_ms.saturating_sub(row.heard_at_ms);
-    if !live.is_up(row) {
+    if row.forced_down {
+        failures.push(fail(
+            CheckCode::HostDown,
+            side,
+            format!("{host} was declared down by an operator"),
+            format!("when it is well again, 'drover node force-down {host} --unset'"),
+        ));
+    } else if !live.is_up(row) {
         failures.push(fail(
             CheckCode::HostDown,
             side,
@@ -368,6 +378,8 @@ pub fn destination(
         Way::Cold(_) => failures.extend(cold::destination(guest, facts, host)),
         // It has no destination.
         Way::Transfer(_) => {}
+        // What it needs of one is judged apart.
+        Way::Evacuation(_) => {}
         Way::Live(options) => {
             failures.extend(disks(guest, &facts.disks, options, host));
             failures.extend(ports(facts, host));

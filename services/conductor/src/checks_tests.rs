@@ -166,6 +166,7 @@ fn node_row(name: &str) -> NodeRow {
         heard_at_ms: 999_000,
         enabled: true,
         disabled_reason: None,
+        forced_down: false,
     }
 }
 

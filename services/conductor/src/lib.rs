@@ -4,7 +4,8 @@
 //! The way of a request: [`api`] decodes and admits it, the record is
 //! committed, the request acknowledged, and [`task::runner`] drives the saga in
 //! [`task`], which asks agents through [`agent_client`]. What decides is pure:
-//! [`checks`], [`placement`]. [`app`] puts it all together.
+//! [`checks`], [`placement`], [`plan`]. What is done with whole nodes is in
+//! [`operation`]. [`app`] puts it all together.
 
 pub mod agent_client;
 pub mod api;
@@ -13,7 +14,9 @@ pub mod checks;
 pub mod clock;
 pub mod config;
 pub mod notify;
+pub mod operation;
 pub mod placement;
+pub mod plan;
 pub mod survey;
 pub mod task;
 pub mod transfer_survey;

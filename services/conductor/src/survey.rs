@@ -247,7 +247,7 @@ impl Size {
     fn of(vcpus: u32, memory_mib: u64, way: &Way) -> Self {
         let flavor = match way {
             Way::Cold(options) => options.flavor,
-            Way::Live(_) | Way::Transfer(_) => None,
+            Way::Live(_) | Way::Transfer(_) | Way::Evacuation(_) => None,
         };
         let (vcpus, memory_mib) = flavor.map_or((vcpus, memory_mib), |f| (f.vcpus, f.memory_mb));
         Self {
@@ -279,7 +279,7 @@ fn choose(
     let copied = checks::copied(guest, &facts.disks);
     let mut files = match way {
         Way::Cold(_) => checks::cold::carried(guest, facts),
-        Way::Live(_) | Way::Transfer(_) => Vec::new(),
+        Way::Live(_) | Way::Transfer(_) | Way::Evacuation(_) => Vec::new(),
     };
     if let Way::Cold(options) = way
         && options.pre_copy
@@ -288,7 +288,9 @@ fn choose(
         files.extend(checks::cold::deltas(guest, &files, migration));
     }
     let disk_bytes = match way {
-        Way::Live(_) | Way::Transfer(_) => copied.iter().map(|d| d.allocated_bytes).sum(),
+        Way::Live(_) | Way::Transfer(_) | Way::Evacuation(_) => {
+            copied.iter().map(|d| d.allocated_bytes).sum()
+        }
         Way::Cold(_) => {
             let made = files.iter().filter(|f| !f.present);
             made.map(|f| f.data_bytes).sum()

@@ -25,6 +25,7 @@ pub(crate) fn migration() -> Migration {
         owner: "ctl".into(),
         requester: Requester::default(),
         consent: None,
+        operation: None,
         abort_requested: false,
         force_complete_requested: false,
         ending: None,

@@ -2,10 +2,15 @@
 //! the conductor asks of an agent. Each is idempotent and keyed by the
 //! migration's UUID; asked twice, it answers with what is there.
 
+mod evacuation;
 mod transfer;
 
 use serde::{Deserialize, Serialize};
 
+pub use evacuation::{
+    CheckEvacuation, DirtyRate, EvacuationFacts, InstanceOnNode, KeptDefinition, ProbeAddress,
+    ProbeAnswer, RebuildInstance, StorageIdentity,
+};
 pub use transfer::{
     CheckTransfer, DiskMove, LocationFact, NicMove, PrepTransfer, SharedFile, TransferFacts,
     TransferPart, TransferPlan, TransferWork,
@@ -97,6 +102,28 @@ pub mod method {
     pub const POST_TRANSFER: &str = "post_transfer";
     /// [`super::StepRef`] → [`super::CleanUp`]: forgets a transfer that was taken back.
     pub const ROLLBACK_TRANSFER: &str = "rollback_transfer";
+
+    // Of dead nodes, and of those that may be.
+
+    /// [`super::InstanceOnNode`] → [`super::KeptDefinition`], while the node lives.
+    pub const GET_DEFINITION: &str = "get_instance_definition";
+    /// [`super::InstanceOnNode`] → [`super::DirtyRate`]: measures for a second.
+    pub const MEASURE_DIRTY_RATE: &str = "measure_dirty_rate";
+    /// [`super::ProbeAddress`] → [`super::ProbeAnswer`]
+    pub const PROBE_ADDRESS: &str = "probe_address";
+    /// [`super::CheckEvacuation`] → [`super::EvacuationFacts`], on the new home.
+    pub const CHECK_EVACUATION: &str = "check_can_rebuild_instance";
+    /// [`super::RebuildInstance`] → `null`, on the new home: defined, not started.
+    pub const PREP_REBUILD: &str = "prep_rebuild_instance";
+    /// [`super::StepRef`] → [`super::GuestLocation`], on the new home: starts what
+    /// was defined; started already, it is that.
+    pub const REBUILD: &str = "rebuild_instance";
+    /// [`super::StepRef`] → [`super::CleanUp`], on the new home: the guest was seen
+    /// to run; the evacuation is forgotten here.
+    pub const POST_REBUILD: &str = "post_rebuild_instance";
+    /// [`super::StepRef`] → [`super::CleanUp`], on the new home, only when the guest
+    /// does not run there: takes the definition back.
+    pub const ROLLBACK_REBUILD: &str = "rollback_rebuild_instance";
 }
 
 /// Names a step's subject.

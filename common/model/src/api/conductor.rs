@@ -1,9 +1,17 @@
 //! Topic `conductor`, namespace `drover` 1.x: what operators, frontends and
 //! agents say to the conductor.
 
+mod operation;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+
+pub use operation::{
+    Automation, BalanceNodes, DrainNode, EvacuateNode, Evacuated, EvacuatedAnswer,
+    EvacuatedRemoved, ForceDown, ListEvacuated, ListOperations, OperationAnswer, OperationRef,
+    OperationView, RestoreNode, SetAutomation, WaitOperation,
+};
 
 use super::compute::Outcome;
 use crate::{
@@ -68,6 +76,31 @@ pub mod method {
     pub const LIST_NODES: &str = "list_nodes";
     /// [`super::SetNode`] → [`super::Node`]
     pub const SET_NODE: &str = "set_node";
+    /// [`super::ForceDown`] → [`super::Node`]
+    pub const FORCE_DOWN: &str = "force_down_node";
+    /// [`super::DrainNode`] → [`super::OperationAnswer`]
+    pub const DRAIN_NODE: &str = "drain_node";
+    /// [`super::RestoreNode`] → [`super::OperationAnswer`]
+    pub const RESTORE_NODE: &str = "restore_node";
+    /// [`super::EvacuateNode`] → [`super::OperationAnswer`]
+    pub const EVACUATE_NODE: &str = "evacuate_node";
+    /// [`super::BalanceNodes`] → [`super::OperationAnswer`]
+    pub const BALANCE_NODES: &str = "balance_nodes";
+    /// [`super::OperationRef`] → [`super::OperationView`]
+    pub const GET_OPERATION: &str = "get_operation";
+    /// [`super::WaitOperation`] → [`super::OperationView`]
+    pub const WAIT_OPERATION: &str = "wait_operation";
+    /// [`super::ListOperations`] → `Vec<`[`Operation`](crate::operation::Operation)`>`, newest first.
+    pub const LIST_OPERATIONS: &str = "list_operations";
+    /// [`super::OperationRef`] → [`super::OperationView`]: no more guests begin, and
+    /// those on their way are called back. Asked twice it is one cancel.
+    pub const CANCEL_OPERATION: &str = "cancel_operation";
+    /// [`super::SetAutomation`] → [`super::Automation`]; without a change, how it is.
+    pub const SET_AUTOMATION: &str = "set_automation";
+    /// [`super::ListEvacuated`] → [`super::EvacuatedAnswer`], for agents.
+    pub const LIST_EVACUATED: &str = "list_evacuated";
+    /// [`super::EvacuatedRemoved`] → `null`, for agents.
+    pub const EVACUATED_REMOVED: &str = "evacuated_removed";
     /// No arguments → [`super::ConductorStatus`]
     pub const GET_STATUS: &str = "get_status";
     /// [`super::NodeReport`], cast by agents.
@@ -103,6 +136,7 @@ impl MigrateInstance {
             Way::Live(options) => serde_json::to_value(options),
             Way::Cold(options) => serde_json::to_value(options),
             Way::Transfer(transfer) => serde_json::to_value(transfer),
+            Way::Evacuation(evacuation) => serde_json::to_value(evacuation),
         };
         let options = match options {
             Ok(serde_json::Value::Object(options)) => options,
@@ -128,6 +162,7 @@ impl MigrateInstance {
             MigrationType::LiveMigration => Way::Live(serde_json::from_value(options)?),
             MigrationType::Migration => Way::Cold(serde_json::from_value(options)?),
             MigrationType::ProjectTransfer => Way::Transfer(serde_json::from_value(options)?),
+            MigrationType::Evacuation => Way::Evacuation(serde_json::from_value(options)?),
         })
     }
 }
@@ -539,8 +574,11 @@ pub struct Node {
     pub enabled: bool,
     /// Why not.
     pub disabled_reason: Option<String>,
-    /// Heard from recently.
+    /// Heard from recently, and not declared down.
     pub up: bool,
+    /// Declared down by an operator.
+    #[serde(default)]
+    pub forced_down: bool,
     /// When it was last heard from by the conductor's clock, milliseconds since 1970.
     pub heard_at_ms: u64,
     /// How long ago that was, ms.

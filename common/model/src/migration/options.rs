@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::MigrationType;
-use crate::ids::ProjectId;
+use crate::ids::{HostName, OperationId, ProjectId};
 
 /// Whether disks are copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -186,6 +186,38 @@ pub struct ProjectTransfer {
     pub options: TransferOptions,
 }
 
+/// What proves that the node of an evacuated guest is dead (invariant 1).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "by", rename_all = "snake_case")]
+pub enum ProofOfDeath {
+    /// Its fencing agent said *off*.
+    Fence {
+        /// Which agent.
+        agent: String,
+        /// When, milliseconds since 1970.
+        at_ms: u64,
+    },
+    /// An operator answers for it.
+    Operator {
+        /// Who, as the request's context names them.
+        user: Option<String>,
+        /// When, milliseconds since 1970.
+        at_ms: u64,
+    },
+}
+
+/// An evacuation: of which operation, and by what right.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evacuation {
+    /// The operation that collected the evidence.
+    pub operation: OperationId,
+    /// What it came to.
+    pub proof: ProofOfDeath,
+    /// Only to these nodes; to any if it is empty.
+    #[serde(default)]
+    pub to: Vec<HostName>,
+}
+
 /// The size of a guest, as Nova's flavors name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flavor {
@@ -208,6 +240,9 @@ pub enum Way {
     /// The guest stays on its node and changes hands.
     #[serde(rename = "project-transfer")]
     Transfer(ProjectTransfer),
+    /// The guest's node is dead; it is started elsewhere.
+    #[serde(rename = "evacuation")]
+    Evacuation(Evacuation),
 }
 
 impl Way {
@@ -217,6 +252,7 @@ impl Way {
             Self::Live(_) => MigrationType::LiveMigration,
             Self::Cold(_) => MigrationType::Migration,
             Self::Transfer(_) => MigrationType::ProjectTransfer,
+            Self::Evacuation(_) => MigrationType::Evacuation,
         }
     }
 
@@ -226,6 +262,7 @@ impl Way {
             Self::Live(options) => options.problems(),
             Self::Cold(options) => options.problems(),
             Self::Transfer(transfer) => transfer.options.problems(),
+            Self::Evacuation(_) => Vec::new(),
         }
     }
 }

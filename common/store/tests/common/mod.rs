@@ -76,6 +76,10 @@ pub(crate) fn listed(n: u128) -> InstanceReport {
         memory_mib: 1024,
         disk_bytes: 1 << 30,
         migration: None,
+        wishes: drover_model::node::Wishes::default(),
+        usage: None,
+        definition_digest: None,
+        autostart: false,
     }
 }
 
@@ -132,6 +136,7 @@ pub(crate) fn migration(n: u128, instance: u128) -> Migration {
         owner: "ctl".into(),
         requester: Requester::default(),
         consent: None,
+        operation: None,
         abort_requested: false,
         force_complete_requested: false,
         ending: None,

@@ -166,6 +166,7 @@ pub fn kind(m: &Migration) -> &'static str {
         MigrationType::LiveMigration => "live",
         MigrationType::Migration => "cold",
         MigrationType::ProjectTransfer => "transfer",
+        MigrationType::Evacuation => "evacuation",
     }
 }
 
@@ -174,6 +175,7 @@ pub fn noun(m: &Migration) -> &'static str {
     match m.way {
         Way::Live(_) | Way::Cold(_) => "migration",
         Way::Transfer(_) => "transfer",
+        Way::Evacuation(_) => "evacuation",
     }
 }
 
@@ -307,7 +309,7 @@ fn consent(consent: &Consent) -> Vec<(&'static str, String)> {
 pub(super) fn is_off_meanwhile(way: &Way) -> bool {
     match way {
         Way::Live(_) => false,
-        Way::Cold(_) => true,
+        Way::Cold(_) | Way::Evacuation(_) => true,
         Way::Transfer(transfer) => transfer.options.mode == TransferMode::Cold,
     }
 }
@@ -333,6 +335,7 @@ fn moved(m: &Migration) -> Vec<(&'static str, String)> {
     match m.way {
         Way::Live(_) => vec![("memory", transfer(&p.memory)), disk],
         Way::Cold(_) | Way::Transfer(_) => vec![disk],
+        Way::Evacuation(_) => Vec::new(),
     }
 }
 
@@ -418,6 +421,7 @@ fn options(way: &Way) -> String {
         Way::Live(options) => live_options(options),
         Way::Cold(options) => cold_options(options),
         Way::Transfer(transfer) => transfer_options(transfer),
+        Way::Evacuation(_) => Vec::new(),
     };
     if words.is_empty() {
         NOTHING_HERE.to_owned()

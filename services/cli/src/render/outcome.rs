@@ -116,7 +116,7 @@ fn end_line(m: &Migration) -> String {
 /// Where it led.
 fn there(m: &Migration) -> String {
     match &m.way {
-        Way::Live(_) | Way::Cold(_) => format!("on {}", destination(m)),
+        Way::Live(_) | Way::Cold(_) | Way::Evacuation(_) => format!("on {}", destination(m)),
         Way::Transfer(transfer) => format!("in project {}", clean(transfer.project.as_str())),
     }
 }
@@ -124,7 +124,7 @@ fn there(m: &Migration) -> String {
 /// Where it began.
 fn here(m: &Migration) -> String {
     match m.way {
-        Way::Live(_) | Way::Cold(_) => format!("on {}", m.source_host),
+        Way::Live(_) | Way::Cold(_) | Way::Evacuation(_) => format!("on {}", m.source_host),
         Way::Transfer(_) => format!("in project {}", clean(&m.project_id)),
     }
 }

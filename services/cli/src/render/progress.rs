@@ -175,7 +175,7 @@ fn heading(m: &Migration) -> String {
 fn path(m: &Migration) -> String {
     let from = &m.source_host;
     match &m.way {
-        Way::Live(_) | Way::Cold(_) => format!("{from} -> {}", destination(m)),
+        Way::Live(_) | Way::Cold(_) | Way::Evacuation(_) => format!("{from} -> {}", destination(m)),
         Way::Transfer(transfer) => {
             let (giver, receiver) = (clean(&m.project_id), clean(transfer.project.as_str()));
             format!("{giver} -> {receiver} on {from}")

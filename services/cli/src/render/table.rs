@@ -159,7 +159,7 @@ fn migration_row(m: &Migration) -> Vec<String> {
 fn ends(m: &Migration) -> (String, String) {
     let to = m.dest_host.as_ref();
     match &m.way {
-        Way::Live(_) | Way::Cold(_) => (
+        Way::Live(_) | Way::Cold(_) | Way::Evacuation(_) => (
             m.source_host.to_string(),
             to.map_or_else(nothing, ToString::to_string),
         ),

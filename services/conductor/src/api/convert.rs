@@ -48,6 +48,9 @@ fn task_state(m: &Migration) -> Option<&'static str> {
     match (&m.way, m.status) {
         (Way::Live(_), _) => Some("migrating"),
         (Way::Transfer(_), _) => Some("transferring"),
+        // Nova's words while it evacuates.
+        (Way::Evacuation(_), S::Done) => Some("rebuild_spawning"),
+        (Way::Evacuation(_), _) => Some("rebuilding"),
         (Way::Cold(_), S::Finished) => None,
         (Way::Cold(_), S::Reverting) => Some("resize_reverting"),
         (Way::Cold(_), S::Confirming) => Some("resize_confirming"),
@@ -66,6 +69,7 @@ pub(crate) fn node(row: &NodeRow, usage: &Usage, live: Liveness) -> Node {
         enabled: row.enabled,
         disabled_reason: row.disabled_reason.clone(),
         up: live.is_up(row),
+        forced_down: row.forced_down,
         heard_at_ms: row.heard_at_ms,
         report_age_ms: age_ms,
         clock_offset_ms: i64::try_from(report.clock_ms).unwrap_or(i64::MAX)

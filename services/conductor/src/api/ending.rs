@@ -68,7 +68,7 @@ impl DroverEndpoint {
         let instance = self.instance(&confirmed.instance_uuid.to_string()).await?;
         let options = match &confirmed.way {
             Way::Cold(options) => options.clone(),
-            Way::Live(_) | Way::Transfer(_) => ColdOptions::default(),
+            Way::Live(_) | Way::Transfer(_) | Way::Evacuation(_) => ColdOptions::default(),
         };
         let wanted = Wanted {
             instance,
@@ -78,6 +78,7 @@ impl DroverEndpoint {
                 ..options
             }),
             consent: None,
+            operation: None,
         };
         self.admit(request, wanted).await
     }

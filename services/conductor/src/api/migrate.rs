@@ -8,7 +8,7 @@
 use drover_model::{
     api::conductor::{MigrateAnswer, MigrateInstance, Plan, PlannedDisk},
     check::{CheckFailure, Side},
-    ids::{HostName, MigrationId},
+    ids::{HostName, MigrationId, OperationId},
     migration::{Consent, EndReason, Migration, MigrationStatus, Progress, Requester, Way},
 };
 use drover_rpc::{RemoteFailure, Request, RequestContext};
@@ -34,6 +34,8 @@ pub(crate) struct Wanted {
     pub way: Way,
     /// Of a transfer to another project, who agreed to it.
     pub consent: Option<Consent>,
+    /// The operation it is part of.
+    pub operation: Option<OperationId>,
 }
 
 impl DroverEndpoint {
@@ -45,8 +47,12 @@ impl DroverEndpoint {
         let way = ask.way().map_err(|e| {
             RemoteFailure::value_error(format!("options of a {}: {e}", ask.migration_type))
         })?;
-        if let Way::Transfer(_) = way {
-            let words = "a project-transfer is asked for with transfer_instance";
+        let instead = match way {
+            Way::Transfer(_) => Some("a project-transfer is asked for with transfer_instance"),
+            Way::Evacuation(_) => Some("an evacuation is asked for with evacuate_node"),
+            Way::Live(_) | Way::Cold(_) => None,
+        };
+        if let Some(words) = instead {
             return Err(RemoteFailure::value_error(words));
         }
         let wanted = Wanted {
@@ -54,6 +60,7 @@ impl DroverEndpoint {
             host: ask.host.clone(),
             way,
             consent: None,
+            operation: None,
         };
         if ask.dry_run {
             let plan = self.plan(&wanted).await?;
@@ -274,7 +281,7 @@ fn plan_of(wanted: &Wanted, chosen: Option<&Chosen>, failures: Vec<CheckFailure>
         copied_disks: copied,
         memory_mib: match wanted.way {
             Way::Live(_) => wanted.instance.memory_mib,
-            Way::Cold(_) | Way::Transfer(_) => 0,
+            Way::Cold(_) | Way::Transfer(_) | Way::Evacuation(_) => 0,
         },
         decisions,
     }
@@ -307,6 +314,7 @@ fn new_record(wanted: &Wanted, context: &RequestContext, owner: &str, now_ms: u6
         owner: owner.to_owned(),
         requester: requester(context),
         consent: wanted.consent.clone(),
+        operation: wanted.operation,
         abort_requested: false,
         force_complete_requested: false,
         ending: None,

@@ -424,6 +424,7 @@ impl DroverEndpoint {
                 Way::Live(_) => "instance.live_migration.progress",
                 Way::Cold(_) => "instance.resize.progress",
                 Way::Transfer(_) => "instance.transfer.progress",
+                Way::Evacuation(_) => "instance.rebuild.progress",
             };
             let mut n = notification(&migration, event_type, "INFO");
             n.payload["progress"] = to_value(&migration.progress)?;

@@ -110,6 +110,7 @@ impl ComputeTaskEndpoint {
             host: ask.scheduler_hint.and_then(|hint| hint.host),
             way: live(ask.block_migration),
             consent: None,
+            operation: None,
         };
         self.drover.admit(request, wanted).await.map(|_| ())
     }
@@ -138,6 +139,7 @@ impl ComputeTaskEndpoint {
             host,
             way,
             consent: None,
+            operation: None,
         };
         self.drover.admit(request, wanted).await.map(|_| ())
     }

@@ -286,6 +286,7 @@ fn wanted(instance: InstanceRow, transfer: ProjectTransfer, consent: Consent) ->
         instance,
         way: Way::Transfer(transfer),
         consent: Some(consent),
+        operation: None,
     }
 }
 

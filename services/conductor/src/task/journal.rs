@@ -264,7 +264,7 @@ fn payload(m: &Migration) -> Value {
         "project_id": m.project_id,
         "dest_project_id": match &m.way {
             Way::Transfer(transfer) => Some(&transfer.project),
-            Way::Live(_) | Way::Cold(_) => None,
+            Way::Live(_) | Way::Cold(_) | Way::Evacuation(_) => None,
         },
         "consent": m.consent,
         "migration_id": m.id,

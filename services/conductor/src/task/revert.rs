@@ -69,7 +69,7 @@ impl Revert {
         let here = self.job.locate(self.job.source()).await?;
         let flavor = match &self.job.migration.way {
             Way::Cold(options) => options.flavor,
-            Way::Live(_) | Way::Transfer(_) => None,
+            Way::Live(_) | Way::Transfer(_) | Way::Evacuation(_) => None,
         };
         let ask = FinishResize {
             migration: self.job.migration.uuid,

@@ -173,6 +173,9 @@ impl Runner {
             (None, Way::Transfer(wanted)) => {
                 self.drive(&Transfer::new(job, wanted), lease, key).await
             }
+            (None, Way::Evacuation(_)) => {
+                Err(JournalError::Illegal("evacuations are not driven yet".to_owned()).into())
+            }
         }
     }
 
@@ -401,6 +404,7 @@ impl Runner {
             // The record itself: if it cannot be written, nor can this be put off.
             (None, Way::Cold(_)) => Ok(()),
             (None, Way::Transfer(wanted)) => Transfer::new(job, wanted).tidy().await,
+            (None, Way::Evacuation(_)) => Ok(()),
         }
     }
 }

@@ -207,5 +207,9 @@ fn report(domain: &Domain) -> InstanceReport {
         memory_mib: guest.memory_mib,
         disk_bytes: guest.disks.iter().map(|d| d.virtual_bytes).sum(),
         migration: None,
+        wishes: drover_model::node::Wishes::default(),
+        usage: None,
+        definition_digest: None,
+        autostart: false,
     }
 }

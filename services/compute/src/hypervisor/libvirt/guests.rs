@@ -210,6 +210,10 @@ pub(super) fn measured(guests: Vec<(Guest, Presence)>) -> Vec<InstanceReport> {
             vcpus: guest.vcpus,
             memory_mib: guest.memory_mib,
             migration: None,
+            wishes: drover_model::node::Wishes::default(),
+            usage: None,
+            definition_digest: None,
+            autostart: false,
         }
     };
     guests.into_iter().map(report).collect()

@@ -1,0 +1,200 @@
+//! What goes to and from the conductor about operations on nodes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    check::CheckFailure,
+    ids::{HostName, InstanceId, MigrationId},
+    migration::Migration,
+    operation::{
+        BalanceOptions, DrainOptions, EvacuateOptions, Evidence, Operation, OperationPlan,
+        RestoreOptions,
+    },
+};
+
+/// Empty a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainNode {
+    /// Which, and how.
+    #[serde(flatten)]
+    pub options: DrainOptions,
+    /// Plan everything, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Open a node again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreNode {
+    /// Which, and what comes back.
+    #[serde(flatten)]
+    pub options: RestoreOptions,
+    /// Plan everything, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Start elsewhere what ran on a dead node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EvacuateNode {
+    /// Which, and how.
+    #[serde(flatten)]
+    pub options: EvacuateOptions,
+    /// Collect evidence and plan, change nothing: the node is not fenced.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Spread load.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct BalanceNodes {
+    /// How.
+    #[serde(flatten)]
+    pub options: BalanceOptions,
+    /// Plan everything, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What came of asking for an operation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum OperationAnswer {
+    /// It is on its way. Asked for what is under way already, that.
+    Accepted {
+        /// Its record.
+        operation: Box<Operation>,
+    },
+    /// It was a dry run.
+    Plan {
+        /// What would be done.
+        plan: Box<OperationPlan>,
+        /// What stands in the way of all of it; it would be accepted if there
+        /// is nothing.
+        failures: Vec<CheckFailure>,
+        /// Of an evacuation, what is known of the node.
+        #[serde(default)]
+        evidence: Option<Box<Evidence>>,
+    },
+}
+
+/// Names an operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OperationRef {
+    /// Integer id, UUID, or unique prefix of one.
+    pub operation: String,
+}
+
+/// Wait until an operation's record, or a migration of it, has changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WaitOperation {
+    /// Integer id, UUID, or unique prefix of one.
+    pub operation: String,
+    /// Version the caller has seen.
+    #[serde(default)]
+    pub seen_version: u64,
+    /// Answer after so long even if nothing changed, milliseconds; at most 30 s.
+    #[serde(default)]
+    pub timeout_ms: u64,
+}
+
+/// An operation, and its migrations that are under way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OperationView {
+    /// The operation.
+    pub operation: Operation,
+    /// Migrations of it that are under way, in the order of its guests.
+    pub migrations: Vec<Migration>,
+}
+
+/// Which operations to list.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ListOperations {
+    /// Only on this node.
+    pub host: Option<HostName>,
+    /// Only of this kind (`drain`, `restore`, `evacuate`, `balance`).
+    pub kind: Option<String>,
+    /// Only unfinished ones.
+    pub active: bool,
+    /// At most so many (default 100, at most 1000).
+    pub limit: Option<u32>,
+}
+
+/// Declare a node down without waiting for its silence, or take that back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForceDown {
+    /// Its host name.
+    pub host: HostName,
+    /// Whether it is to count as down, whatever it says.
+    #[serde(default = "yes")]
+    pub forced_down: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What the conductor does by itself, and whether it may now. The settings say
+/// whether it does at all; this switches it off for a maintenance window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SetAutomation {
+    /// Evacuate dead nodes; `None` leaves it.
+    pub evacuate: Option<bool>,
+    /// Balance load; `None` leaves it.
+    pub balance: Option<bool>,
+}
+
+/// What the conductor does by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Automation {
+    /// `off`, `on`, or `paused` (on by the settings, switched off for now).
+    pub evacuate: String,
+    /// `off`, `shadow`, `on`, or `paused`.
+    pub balance: String,
+}
+
+/// An agent asks what of its node lives elsewhere by now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListEvacuated {
+    /// Its node.
+    pub host: HostName,
+}
+
+/// An instance that was evacuated from a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evacuated {
+    /// Which.
+    pub instance: InstanceId,
+    /// The evacuation.
+    pub migration: MigrationId,
+    /// Generation it has, or is to have, elsewhere. A copy of a lower one must
+    /// not run.
+    pub generation: u64,
+    /// Where it lives now; none while its evacuation is not at its end.
+    pub host: Option<HostName>,
+    /// Its new home was asked just now, and has it: the old copy may go.
+    pub confirmed: bool,
+}
+
+/// Everything that an agent must know before anything runs on its node.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct EvacuatedAnswer {
+    /// Instances that were evacuated from it, or are being so.
+    pub instances: Vec<Evacuated>,
+}
+
+/// An agent tells that it removed the old copy of an evacuated instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvacuatedRemoved {
+    /// Its node.
+    pub host: HostName,
+    /// The evacuation.
+    pub migration: MigrationId,
+}

@@ -1,0 +1,473 @@
+//! Operations on nodes: their records, who drives them, and whose turn it is to
+//! send. Like migrations, each is one row whose JSON is the truth; `version`
+//! keeps two writers from losing each other's changes, `epoch` shuts out a
+//! conductor whose operation was taken over.
+
+use drover_model::{
+    api::conductor::ListOperations,
+    ids::{MigrationId, OperationId},
+    migration::Migration,
+    operation::Operation,
+};
+use sqlx::{Any, Row, Transaction, any::AnyRow};
+
+use crate::{
+    Result, Store, StoreError, corrupt, from_json, instances::shown, migrations, signed, to_json,
+    unsigned,
+};
+
+/// Subject of an operation that is about all nodes.
+const ALL_NODES: &str = "*";
+
+/// What became of asking for an operation.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Begun {
+    /// It is on the record.
+    New(Box<Operation>),
+    /// The same request came before; this is what it made.
+    Repeated(Box<Operation>),
+    /// Another operation has the node (or all of them).
+    Busy(Box<Operation>),
+}
+
+/// The right to drive an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OperationLease {
+    /// Which.
+    pub operation: OperationId,
+    /// How often it changed hands.
+    pub epoch: i64,
+}
+
+/// Most transfers at one time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TurnLimits {
+    /// From one node.
+    pub outbound: u32,
+    /// To one node.
+    pub inbound: u32,
+    /// In all.
+    pub cluster: u32,
+}
+
+/// Whether a migration may send now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Turn {
+    /// It may, and is counted until it ends its turn.
+    Go,
+    /// Not yet.
+    Wait {
+        /// For what, in words.
+        why: String,
+    },
+}
+
+impl Store {
+    /// Puts a new operation on the record with the request that asked for it, in
+    /// one commit. Its `id` and `version` are given here.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn begin_operation(
+        &self,
+        new: &Operation,
+        unique_id: Option<&str>,
+        lease_until_ms: u64,
+    ) -> Result<Begun> {
+        let begun = self
+            .steady(self.begin_inner(new, unique_id, lease_until_ms))
+            .await?;
+        if let Begun::New(operation) = &begun {
+            self.operation_changed(operation.uuid);
+        }
+        Ok(begun)
+    }
+
+    async fn begin_inner(
+        &self,
+        new: &Operation,
+        unique_id: Option<&str>,
+        lease_until_ms: u64,
+    ) -> Result<Begun> {
+        let mut tx = self.begin().await?;
+        if let Some(unique_id) = unique_id {
+            let row = sqlx::query(
+                "SELECT o.version, o.record FROM operations o \
+                 JOIN requests r ON r.migration_uuid = o.uuid WHERE r.unique_id = $1",
+            )
+            .bind(unique_id)
+            .fetch_optional(&mut *tx)
+            .await?;
+            if let Some(row) = row {
+                return Ok(Begun::Repeated(Box::new(record(&row)?)));
+            }
+        }
+        let subject = new.task.host().map_or(ALL_NODES, |host| host.as_str());
+        if !new.status.is_final() {
+            let row = sqlx::query(
+                "SELECT version, record FROM operations WHERE subject = $1 AND active = 1",
+            )
+            .bind(subject)
+            .fetch_optional(&mut *tx)
+            .await?;
+            if let Some(row) = row {
+                return Ok(Begun::Busy(Box::new(record(&row)?)));
+            }
+        }
+        let row = sqlx::query("SELECT COALESCE(MAX(id), 0) + 1 AS next FROM operations")
+            .fetch_one(&mut *tx)
+            .await?;
+        let mut operation = new.clone();
+        operation.id = row.try_get("next")?;
+        operation.version = 1;
+        sqlx::query(
+            "INSERT INTO operations (uuid, id, kind, subject, active, owner, epoch, \
+             lease_until_ms, version, record) VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8)",
+        )
+        .bind(operation.uuid.to_string())
+        .bind(operation.id)
+        .bind(operation.task.kind())
+        .bind(subject)
+        .bind(i64::from(!operation.status.is_final()))
+        .bind(&operation.owner)
+        .bind(signed(lease_until_ms))
+        .bind(to_json("an operation", &operation)?)
+        .execute(&mut *tx)
+        .await?;
+        if let Some(unique_id) = unique_id {
+            sqlx::query(
+                "INSERT INTO requests (unique_id, migration_uuid, at_ms) VALUES ($1, $2, $3)",
+            )
+            .bind(unique_id)
+            .bind(operation.uuid.to_string())
+            .bind(signed(operation.created_at_ms))
+            .execute(&mut *tx)
+            .await?;
+        }
+        tx.commit().await?;
+        Ok(Begun::New(Box::new(operation)))
+    }
+
+    /// The lease of an operation that this process has just begun.
+    pub fn first_operation_lease(operation: OperationId) -> OperationLease {
+        OperationLease {
+            operation,
+            epoch: 1,
+        }
+    }
+
+    /// An operation by its id.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the database failed.
+    pub async fn operation(&self, id: OperationId) -> Result<Operation> {
+        let query = sqlx::query("SELECT version, record FROM operations WHERE uuid = $1")
+            .bind(id.to_string());
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        record(&row.ok_or_else(|| StoreError::NotFound(format!("operation {id}")))?)
+    }
+
+    /// The operation of an integer id, a UUID, or a unique prefix of one.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Ambiguous`], or the database failed.
+    pub async fn find_operation(&self, reference: &str) -> Result<Operation> {
+        let number = reference.parse::<i64>().ok();
+        let query = sqlx::query(
+            "SELECT version, record FROM operations WHERE id = $1 OR uuid LIKE $2 \
+             ORDER BY CASE WHEN id = $1 THEN 0 ELSE 1 END LIMIT 2",
+        )
+        .bind(number.unwrap_or(-1))
+        .bind(migrations::uuid_pattern(reference).unwrap_or_default());
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
+        match found.as_slice() {
+            [] => Err(StoreError::NotFound(format!(
+                "operation '{}'",
+                shown(reference)
+            ))),
+            [operation] => Ok(operation.clone()),
+            [operation, ..] if Some(operation.id) == number => Ok(operation.clone()),
+            _ => Err(StoreError::Ambiguous(format!(
+                "'{}' fits several operations; give more of the UUID or the integer id",
+                shown(reference)
+            ))),
+        }
+    }
+
+    /// Operations, newest first.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn operations(&self, filter: &ListOperations) -> Result<Vec<Operation>> {
+        let query = sqlx::query(
+            "SELECT version, record FROM operations \
+             WHERE (CAST($1 AS TEXT) IS NULL OR subject = $1) \
+             AND (CAST($2 AS TEXT) IS NULL OR kind = $2) \
+             AND ($3 = 0 OR active = 1) ORDER BY id DESC LIMIT $4",
+        )
+        .bind(filter.host.as_ref().map(|host| host.as_str()))
+        .bind(filter.kind.as_deref())
+        .bind(i64::from(filter.active))
+        .bind(i64::from(filter.limit.unwrap_or(100).clamp(1, 1000)));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter().map(record).collect()
+    }
+
+    /// Changes an operation's record in one commit. `change` says whether there
+    /// is anything to write; it may be called again if somebody else was faster.
+    /// With a lease, only its holder writes.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::Illegal`] for a status that cannot
+    /// follow, or a lease that is no longer the newest; or the database failed.
+    pub async fn update_operation(
+        &self,
+        id: OperationId,
+        lease: Option<OperationLease>,
+        mut change: impl FnMut(&mut Operation) -> bool + Send,
+    ) -> Result<Operation> {
+        for _ in 0..20 {
+            match self
+                .steady(self.try_update_operation(id, lease, &mut change))
+                .await
+            {
+                Err(StoreError::Conflict(_)) => {}
+                other => return other,
+            }
+        }
+        Err(StoreError::Conflict(format!("operation {id}")))
+    }
+
+    async fn try_update_operation(
+        &self,
+        id: OperationId,
+        lease: Option<OperationLease>,
+        change: &mut (impl FnMut(&mut Operation) -> bool + Send),
+    ) -> Result<Operation> {
+        let mut tx = self.begin().await?;
+        let row = sqlx::query("SELECT version, record, epoch FROM operations WHERE uuid = $1")
+            .bind(id.to_string())
+            .fetch_optional(&mut *tx)
+            .await?;
+        let row = row.ok_or_else(|| StoreError::NotFound(format!("operation {id}")))?;
+        let epoch: i64 = row.try_get("epoch")?;
+        if lease.is_some_and(|lease| lease.epoch != epoch) {
+            return Err(StoreError::Illegal(format!(
+                "another conductor goes on with operation {id}"
+            )));
+        }
+        let before = record(&row)?;
+        let mut after = before.clone();
+        if !change(&mut after) {
+            return Ok(before);
+        }
+        if !before.status.may_become(after.status) {
+            return Err(StoreError::Illegal(format!(
+                "operation {} is {} and cannot become {}",
+                before.id, before.status, after.status
+            )));
+        }
+        after.version = before.version + 1;
+        write(&mut tx, &before, &after).await?;
+        tx.commit().await?;
+        self.operation_changed(id);
+        Ok(after)
+    }
+
+    /// Takes up unfinished operations that are this owner's from an earlier life,
+    /// or whose owner's lease has run out; each gets a new epoch.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn adopt_operations(
+        &self,
+        owner: &str,
+        own_too: bool,
+        now_ms: u64,
+        lease_until_ms: u64,
+    ) -> Result<Vec<OperationLease>> {
+        let query = sqlx::query(
+            "UPDATE operations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
+             WHERE active = 1 AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) \
+             RETURNING uuid, epoch",
+        )
+        .bind(owner)
+        .bind(signed(lease_until_ms))
+        .bind(i64::from(own_too))
+        .bind(signed(now_ms));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter()
+            .map(|row| {
+                let uuid: String = row.try_get("uuid")?;
+                Ok(OperationLease {
+                    operation: uuid.parse().map_err(|e| corrupt("an operation", &e))?,
+                    epoch: row.try_get("epoch")?,
+                })
+            })
+            .collect()
+    }
+
+    /// Puts off the end of all leases that an owner has on operations.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn renew_operation_leases(&self, owner: &str, lease_until_ms: u64) -> Result<()> {
+        let query = sqlx::query(
+            "UPDATE operations SET lease_until_ms = $2 WHERE owner = $1 AND active = 1",
+        )
+        .bind(owner)
+        .bind(signed(lease_until_ms));
+        self.steady(query.execute(&self.pool)).await?;
+        Ok(())
+    }
+
+    /// Migrations of an operation, oldest first.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn migrations_of(&self, operation: OperationId) -> Result<Vec<Migration>> {
+        let query = sqlx::query(
+            "SELECT version, record FROM migrations WHERE operation_uuid = $1 ORDER BY id",
+        )
+        .bind(operation.to_string());
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter().map(migrations::record).collect()
+    }
+
+    /// Every unfinished migration, oldest first.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn active_migrations(&self) -> Result<Vec<Migration>> {
+        let query =
+            sqlx::query("SELECT version, record FROM migrations WHERE active = 1 ORDER BY id");
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter().map(migrations::record).collect()
+    }
+
+    /// Lets a migration send if neither of its nodes, nor all of them together,
+    /// send as much as they may already. Asked again it keeps its turn.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the database failed.
+    pub async fn take_turn(&self, migration: MigrationId, limits: TurnLimits) -> Result<Turn> {
+        self.steady(self.take_turn_inner(migration, limits)).await
+    }
+
+    async fn take_turn_inner(&self, migration: MigrationId, limits: TurnLimits) -> Result<Turn> {
+        let mut tx = self.begin().await?;
+        sqlx::query("UPDATE switches SET is_on = 0 WHERE name = 'turns'")
+            .execute(&mut *tx)
+            .await?;
+        let row =
+            sqlx::query("SELECT sending, source_host, dest_host FROM migrations WHERE uuid = $1")
+                .bind(migration.to_string())
+                .fetch_optional(&mut *tx)
+                .await?;
+        let row = row.ok_or_else(|| StoreError::NotFound(format!("migration {migration}")))?;
+        if row.try_get::<i64, _>("sending")? != 0 {
+            return Ok(Turn::Go);
+        }
+        let source: String = row.try_get("source_host")?;
+        let dest: Option<String> = row.try_get("dest_host")?;
+        let dest = dest.unwrap_or_default();
+        let row = sqlx::query(
+            "SELECT COUNT(*) AS cluster, \
+             CAST(COALESCE(SUM(CASE WHEN source_host = $1 THEN 1 ELSE 0 END), 0) AS BIGINT) AS outbound, \
+             CAST(COALESCE(SUM(CASE WHEN dest_host = $2 THEN 1 ELSE 0 END), 0) AS BIGINT) AS inbound \
+             FROM migrations WHERE active = 1 AND sending = 1",
+        )
+        .bind(&source)
+        .bind(&dest)
+        .fetch_one(&mut *tx)
+        .await?;
+        let full = |column: &str, limit: u32| -> Result<Option<i64>> {
+            let count: i64 = row.try_get(column)?;
+            Ok((count >= i64::from(limit)).then_some(count))
+        };
+        let why = if let Some(n) = full("outbound", limits.outbound)? {
+            Some(format!("{source} sends {n} already"))
+        } else if let Some(n) = full("inbound", limits.inbound)? {
+            Some(format!("{dest} receives {n} already"))
+        } else {
+            full("cluster", limits.cluster)?.map(|n| format!("{n} are being sent in all already"))
+        };
+        if let Some(why) = why {
+            return Ok(Turn::Wait { why });
+        }
+        sqlx::query("UPDATE migrations SET sending = 1 WHERE uuid = $1")
+            .bind(migration.to_string())
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        Ok(Turn::Go)
+    }
+
+    /// Gives a turn back; one that was never taken is no error. Whoever waits is
+    /// told.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn end_turn(&self, migration: MigrationId) -> Result<()> {
+        let query = sqlx::query("UPDATE migrations SET sending = 0 WHERE uuid = $1")
+            .bind(migration.to_string());
+        self.steady(query.execute(&self.pool)).await?;
+        self.changed(migration);
+        Ok(())
+    }
+
+    /// Whether something that the conductor does by itself may be done now.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn is_switched_on(&self, name: &str) -> Result<bool> {
+        let query = sqlx::query("SELECT is_on FROM switches WHERE name = $1").bind(name);
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let is_on = row.map(|row| row.try_get::<i64, _>("is_on")).transpose()?;
+        Ok(is_on.is_none_or(|is_on| is_on != 0))
+    }
+
+    /// Switches it.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn switch(&self, name: &str, is_on: bool) -> Result<()> {
+        let query = sqlx::query(
+            "INSERT INTO switches (name, is_on) VALUES ($1, $2) \
+             ON CONFLICT (name) DO UPDATE SET is_on = excluded.is_on",
+        )
+        .bind(name)
+        .bind(i64::from(is_on));
+        self.steady(query.execute(&self.pool)).await?;
+        Ok(())
+    }
+}
+
+async fn write(
+    tx: &mut Transaction<'static, Any>,
+    before: &Operation,
+    after: &Operation,
+) -> Result<()> {
+    let done = sqlx::query(
+        "UPDATE operations SET active = $2, version = $3, record = $4 \
+         WHERE uuid = $1 AND version = $5",
+    )
+    .bind(after.uuid.to_string())
+    .bind(i64::from(!after.status.is_final()))
+    .bind(signed(after.version))
+    .bind(to_json("an operation", after)?)
+    .bind(signed(before.version))
+    .execute(&mut **tx)
+    .await?;
+    match done.rows_affected() {
+        1 => Ok(()),
+        _ => Err(StoreError::Conflict(format!("operation {}", after.id))),
+    }
+}
+
+fn record(row: &AnyRow) -> Result<Operation> {
+    let mut operation: Operation = from_json("an operation", row.try_get("record")?)?;
+    operation.version = unsigned(row.try_get("version")?);
+    Ok(operation)
+}

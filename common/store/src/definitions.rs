@@ -122,8 +122,8 @@ impl Store {
             let evacuated = Evacuated {
                 instance: migration.instance_uuid,
                 migration: migration.uuid,
-                // The row follows the new home's report; until then it is the old one's.
-                generation,
+                // Until it is over the row has what the old copy has.
+                generation: generation + u64::from(!over),
                 host: migration.dest_host.clone().filter(|_| over),
                 confirmed: false,
             };

@@ -63,6 +63,8 @@ macro_rules! codes {
 codes! {
     /// Its state does not allow this move.
     InstanceState => "instance_state",
+    /// Another operation has the node.
+    HostBusy => "host_busy",
     /// Another operation has it.
     InstanceBusy => "instance_busy",
     /// The source's libvirt no longer has it, or never had.

@@ -15,8 +15,10 @@ use crate::{
     api::{ComputeTaskEndpoint, DroverEndpoint},
     checks::Liveness,
     clock::Clock,
-    config::ConductorSettings,
+    config::{BalanceSettings, ConductorSettings},
     notify,
+    operation::load::Loads,
+    plan::{Costs, schedule::Limits},
     task::runner::Runner,
 };
 
@@ -41,6 +43,14 @@ pub struct Context {
     /// How long after it finished a cold migration is confirmed by itself, ms;
     /// 0 is never.
     pub confirm_window_ms: u64,
+    /// Most moves at one time.
+    pub limits: Limits,
+    /// What a move costs.
+    pub costs: Costs,
+    /// How load is balanced.
+    pub balance: BalanceSettings,
+    /// What guests use.
+    pub loads: Loads,
 }
 
 impl Context {
@@ -93,6 +103,10 @@ impl Conductor {
             clock,
             down_after_ms: settings.service_down_time_s * 1000,
             confirm_window_ms: settings.resize_confirm_window_s * 1000,
+            limits: settings.limits(),
+            costs: Costs::default(),
+            balance: settings.balance(),
+            loads: Loads::new(settings.balance_duration_s * 1000),
         };
         let slots = settings.max_concurrent_migrations;
         let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);

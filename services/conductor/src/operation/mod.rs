@@ -7,3 +7,4 @@
 //! [`evidence`] and a [`fence`] first.
 
 pub mod evacuation;
+pub mod load;

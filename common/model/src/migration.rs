@@ -520,7 +520,10 @@ impl Migration {
         self.status == MigrationStatus::RunningPostCopy
             || self.status.rests()
             || self.ending.is_some()
-            || matches!(self.step.as_str(), "finish" | "hand_over" | "settle" | "tidy")
+            || matches!(
+                self.step.as_str(),
+                "finish" | "hand_over" | "settle" | "tidy"
+            )
     }
 
     /// Time from acceptance to the end (or to the last change), ms.

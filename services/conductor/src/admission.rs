@@ -14,10 +14,7 @@ use drover_model::{
     },
 };
 use drover_store::{
-    Store, StoreError,
-    instances::InstanceRow,
-    migrations::Admitted,
-    nodes::NodeRow,
+    Store, StoreError, instances::InstanceRow, migrations::Admitted, nodes::NodeRow,
 };
 use tracing::info;
 
@@ -121,7 +118,12 @@ impl Admission<'_> {
         // The node of an evacuated guest is dead: the operation has the proof.
         if !matches!(wanted.way, Way::Evacuation(_)) {
             let row = found(store.node(&instance.host).await)?;
-            failures.extend(checks::node(&instance.host, row.as_ref(), Side::Source, live));
+            failures.extend(checks::node(
+                &instance.host,
+                row.as_ref(),
+                Side::Source,
+                live,
+            ));
         }
         if let Some(host) = &wanted.host {
             failures.extend(checks::same_host(&instance.host, host));

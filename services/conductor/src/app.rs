@@ -17,7 +17,7 @@ use crate::{
     clock::Clock,
     config::{BalanceSettings, ConductorSettings},
     notify,
-    operation::load::Loads,
+    operation::{balancer, load::Loads, runner::OperationRunner},
     plan::{Costs, schedule::Limits},
     task::runner::Runner,
 };
@@ -79,6 +79,7 @@ pub struct Conductor {
     server: RpcServer,
     client: RpcClient,
     runner: Runner,
+    operations: OperationRunner,
     stop: CancellationToken,
 }
 
@@ -114,10 +115,12 @@ impl Conductor {
         let notifier = Notifier::new(transport.clone(), messaging, format!("conductor.{name}"));
         tokio::spawn(notify::publish(store, notifier.clone(), stop.clone()));
         runner.recover().await?;
+        let operations = OperationRunner::new(context.clone(), runner.clone());
+        operations.recover().await?;
         let drover = Arc::new(DroverEndpoint::new(
             context,
-            runner.clone(),
-            notifier,
+            (runner.clone(), operations.clone()),
+            notifier.clone(),
             transport.stats().clone(),
         ));
         let server = RpcServer::builder(transport, messaging, CONDUCTOR_TOPIC, name)
@@ -129,11 +132,15 @@ impl Conductor {
         let keeper = runner.clone();
         let keeper_stop = stop.clone();
         tokio::spawn(async move { keeper.keep(keeper_stop).await });
+        let (keeper, keeper_stop) = (operations.clone(), stop.clone());
+        tokio::spawn(async move { keeper.keep(keeper_stop).await });
+        tokio::spawn(balancer::keep(operations.clone(), notifier, stop.clone()));
         info!(conductor = name, "serves");
         Ok(Self {
             server,
             client,
             runner,
+            operations,
             stop,
         })
     }
@@ -142,6 +149,7 @@ impl Conductor {
     pub async fn stop(self) {
         self.stop.cancel();
         self.server.stop(STOP_GRACE).await;
+        self.operations.stop();
         self.runner.stop();
         self.client.close().await;
     }
@@ -149,6 +157,7 @@ impl Conductor {
     /// Ends at once, as if the process had died. For tests.
     pub fn kill(self) {
         self.stop.cancel();
+        self.operations.stop();
         self.runner.stop();
     }
 }

@@ -173,7 +173,12 @@ impl ConductorSettings {
             ),
             ("balance_duration_s", self.balance_duration_s, 1, 86_400),
             ("balance_interval_s", self.balance_interval_s, 1, 86_400),
-            ("balance_cool_down_s", self.balance_cool_down_s, 0, 2_592_000),
+            (
+                "balance_cool_down_s",
+                self.balance_cool_down_s,
+                0,
+                2_592_000,
+            ),
             ("balance_max_moves", self.balance_max_moves.into(), 1, 1000),
         ]
     }

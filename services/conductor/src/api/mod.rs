@@ -10,6 +10,7 @@ mod ending;
 pub mod failure;
 pub mod migrate;
 mod nova;
+mod operation;
 mod project;
 mod transfer;
 mod wait;
@@ -41,6 +42,7 @@ pub use nova::ComputeTaskEndpoint;
 use crate::{
     api::failure::{store_failure, to_value},
     app::Context,
+    operation::runner::OperationRunner,
     task::{
         journal::notification,
         runner::{Aborting, Runner},
@@ -54,6 +56,7 @@ pub(crate) type Answer = Result<Value, RemoteFailure>;
 pub struct DroverEndpoint {
     pub(crate) context: Context,
     pub(crate) runner: Runner,
+    pub(crate) operations: OperationRunner,
     notifier: Notifier,
     stats: Arc<RpcStats>,
     waits: Semaphore,
@@ -95,6 +98,15 @@ impl Endpoint for DroverEndpoint {
             method::GET_NODE,
             method::LIST_NODES,
             method::SET_NODE,
+            method::DRAIN_NODE,
+            method::RESTORE_NODE,
+            method::EVACUATE_NODE,
+            method::BALANCE_NODES,
+            method::GET_OPERATION,
+            method::WAIT_OPERATION,
+            method::LIST_OPERATIONS,
+            method::CANCEL_OPERATION,
+            method::SET_AUTOMATION,
             method::GET_STATUS,
             method::REPORT_STATE,
             method::MIGRATION_PROGRESS,
@@ -131,17 +143,23 @@ impl Endpoint for DroverEndpoint {
             method::GET_STATUS => to_value(&self.status()),
             method::REPORT_STATE => self.report_state(&request.args()?).await,
             method::MIGRATION_PROGRESS => self.migration_progress(request.args()?).await,
-            _ => self.handle_projects(&request).await,
+            _ => self.handle_operations(&request).await,
         }
     }
 }
 
 impl DroverEndpoint {
     /// The endpoint of a conductor.
-    pub fn new(context: Context, runner: Runner, notifier: Notifier, stats: Arc<RpcStats>) -> Self {
+    pub fn new(
+        context: Context,
+        (runner, operations): (Runner, OperationRunner),
+        notifier: Notifier,
+        stats: Arc<RpcStats>,
+    ) -> Self {
         Self {
             context,
             runner,
+            operations,
             notifier,
             stats,
             waits: Semaphore::new(wait::MAX_WAITS),

@@ -95,7 +95,11 @@ impl Book {
 
     fn take_in(&mut self, report: &NodeReport, instance: &InstanceReport) {
         let Some(usage) = instance.usage else {
-            if self.guests.get(&instance.id).is_some_and(|t| t.host == report.host) {
+            if self
+                .guests
+                .get(&instance.id)
+                .is_some_and(|t| t.host == report.host)
+            {
                 self.guests.remove(&instance.id);
             }
             return;
@@ -229,7 +233,11 @@ mod tests {
 
     /// A guest that keeps `cpus` busy, reported every five seconds.
     fn run(book: &mut Book, host: &str, from_s: u64, to_s: u64, cpus: f64) {
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss
+        )]
         for s in (from_s..=to_s).step_by(5) {
             let cpu_ns = ((s - from_s) as f64 * cpus * SECOND_NS as f64) as u64;
             book.feed(&report(host, s * 1000, Some((cpu_ns, 512))));
@@ -242,7 +250,11 @@ mod tests {
         run(&mut book, "kvm1", 0, 295, 1.5);
         assert_eq!(book.load(id()), None, "not for long enough");
         run(&mut book, "kvm1", 300, 300, 0.0);
-        assert_eq!(book.load(id()), None, "its counter fell: it was started again");
+        assert_eq!(
+            book.load(id()),
+            None,
+            "its counter fell: it was started again"
+        );
         run(&mut book, "kvm1", 305, 905, 1.5);
         let load = book.load(id()).unwrap();
         assert!((load.cpus - 1.5).abs() < 0.01, "{load:?}");
@@ -258,7 +270,10 @@ mod tests {
             book.feed(&report("kvm1", s * 1000, Some((cpu_ns(s), 100))));
         }
         let load = book.load(id()).unwrap();
-        assert!((load.cpus - 1.0).abs() < 0.01, "idle before, busy for the window: {load:?}");
+        assert!(
+            (load.cpus - 1.0).abs() < 0.01,
+            "idle before, busy for the window: {load:?}"
+        );
     }
 
     #[test]

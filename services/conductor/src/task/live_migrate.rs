@@ -257,7 +257,9 @@ impl LiveMigrate {
         let mut noted = None;
         loop {
             let mut given_back = store.turns();
-            let turn = store.take_turn(id, turn_limits(self.job.context.limits)).await;
+            let turn = store
+                .take_turn(id, turn_limits(self.job.context.limits))
+                .await;
             let why = match turn.map_err(|e| store_error(&e))? {
                 Turn::Go => None,
                 Turn::Wait { why } => Some(format!("waits for its turn: {why}")),

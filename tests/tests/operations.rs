@@ -80,10 +80,8 @@ async fn check(cloud: &Cloud, operation: &Operation) {
         panic!("{violations:?}\n{operation:#?}");
     }
     for item in &operation.items {
-        let row = cloud
-            .store
-            .find_instance(&item.planned.instance.to_string());
-        let row = row.await.unwrap();
+let id = item.planned.instance.to_string();
+        let row = cloud.store.find_instance(&id).await.unwrap();
         assert_eq!(
             cloud.fabric.running_on(row.id),
             Some(row.host.clone()),

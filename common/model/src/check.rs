@@ -153,6 +153,8 @@ codes! {
     Storage => "storage",
     /// Another guest uses a disk too.
     DiskInUse => "disk_in_use",
+    /// A guest of the same anti-affinity group is there, or on its way.
+    AntiAffinity => "anti_affinity",
 }
 
 impl fmt::Display for CheckCode {

@@ -96,7 +96,7 @@ fn cluster(nodes: usize, guests: usize) -> Result<World> {
         let (vcpus, memory_mib) = (random.u32(1..5), random.u64(1..9) << 10);
         node.usage.used.vcpus += u64::from(vcpus);
         node.usage.used.memory_mib += memory_mib;
-        let busy = if on % 10 == 0 { 3.0 } else { 1.0 };
+        let busy = if on.is_multiple_of(10) { 3.0 } else { 1.0 };
         world.guests.push(GuestView {
             id: InstanceId(Uuid::from_u128(n as u128 + 1)),
             name: format!("vm{n}"),
@@ -107,7 +107,8 @@ fn cluster(nodes: usize, guests: usize) -> Result<World> {
             disk_bytes: 20 << 30,
             runs: true,
             priority: random.i32(0..3),
-            anti_affinity: (n % 20 == 0)
+            anti_affinity: n
+                .is_multiple_of(20)
                 .then(|| format!("group{}", n / 200))
                 .into_iter()
                 .collect(),

@@ -53,6 +53,7 @@ impl Autostart {
         let (id, before) = tokio::join!(boot_id(&node.settings.boot_id_file), read(&file));
         let boot = match (id, before) {
             (Some(id), Some(before)) if id == before.id => before,
+            (None, Some(before)) => before,
             (Some(id), Some(_)) => {
                 info!(
                     "the node booted: guests that wish it are started once the conductor was asked"

@@ -227,8 +227,8 @@ impl Actor {
 }
 
 fn is_same(storage: &[StorageFact], path: &str) -> bool {
-    let facts = storage.iter().filter(|fact| fact.path == path);
-    facts.last().is_some_and(|fact| fact.same.is_ok())
+    let fact = storage.iter().find(|fact| fact.path == path);
+    fact.is_some_and(|fact| fact.same.is_ok())
 }
 
 /// Files other than disks that are not the same here, and why.

@@ -15,7 +15,7 @@ use drover_model::{
             JobState, LiveMigration, Outcome, PathFacts, PreLiveMigration, SourceFacts, StepRef,
             method,
         },
-        conductor::MigrationReport,
+        conductor::{EvacuatedAnswer, MigrationReport},
         fault::Fault,
     },
     guest::{Guest, Presence},
@@ -67,6 +67,7 @@ impl World {
         let broker = MemoryBroker::default();
         let heard = Arc::new(Heard::default());
         *heard.listed.lock().unwrap() = json!([]);
+        *heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer::default());
         let transport = broker.transport("ctl");
         let settings = MessagingSettings::default();
         let conductor = RpcServer::builder(transport.clone(), &settings, CONDUCTOR_TOPIC, "ctl")

@@ -232,7 +232,7 @@ impl World {
             mirrors: BTreeMap::new(),
             left_by_script: false,
             goes_off_at: None,
-            autostart: autostart,
+            autostart,
             cpu: CpuTime::default(),
         };
         self.node_mut(host).domains.insert(id, domain);

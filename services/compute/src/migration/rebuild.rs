@@ -147,8 +147,10 @@ impl Actor {
     pub(super) async fn rebuild(&mut self, step: StepRef) -> Result<GuestLocation, Fault> {
         self.same_instance(step)?;
         let Stage::Rebuilding(record) = &self.stage else {
-            if self.registry.finished(self.migration).is_some() {
-                return self.location(step.instance).await;
+            let location = self.location(step.instance).await?;
+            // Kept here already, and asked for again.
+            if self.registry.finished(self.migration).is_some() && location.presence.is_active() {
+                return Ok(location);
             }
             let message = "nothing was defined on this node for this migration";
             return Err(Fault::refused(message));

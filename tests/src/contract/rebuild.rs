@@ -190,11 +190,15 @@ pub async fn a_shared_disk_is_the_same_elsewhere(stage: &dyn Stage) -> Result<()
     Ok(())
 }
 
-/// A disk on a directory of its node is not, not even beside a file of its name.
+/// A disk on a directory of its node is not, not even where a file of its name is.
+/// (Where the drivers see such a directory.)
 ///
 /// # Errors
 /// The point is broken.
 pub async fn a_local_disk_is_not_the_same_elsewhere(stage: &dyn Stage) -> Result<()> {
+    if stage.local_directory().is_none() {
+        return Ok(());
+    }
     let id = stage.guest(on_disk(Shutdown, Place::Local)).await?;
     let kept = stage.a().kept_definition(id).await?;
     let own = stage.a().storage_facts(&kept.identities).await?;

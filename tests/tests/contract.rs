@@ -129,6 +129,17 @@ contract! {
         a_placed_disk_goes_back,
         nothing_is_placed_from_nowhere,
     }
+    rebuild {
+        usage_grows_while_a_guest_is_active,
+        wishes_are_told,
+        a_digest_changes_with_the_definition_alone,
+        a_kept_definition_starts_elsewhere,
+        a_guest_is_rebuilt_once,
+        a_shared_disk_is_the_same_elsewhere,
+        a_local_disk_is_not_the_same_elsewhere,
+        a_dirty_rate_is_measured,
+        autostart_is_taken_over,
+    }
     away {
         away_is_an_error_and_never_an_empty_answer,
         back_again_everything_works,

@@ -89,7 +89,12 @@ impl Stage for FakeStage {
             .state(wish.state)
             .memory_mib(MEMORY_MIB)
             .working_set_mib(32)
-            .dirty_mib_s(wish.dirty_mib_s);
+            .dirty_mib_s(wish.dirty_mib_s)
+            .priority(wish.priority);
+        let builder = match wish.group {
+            Some(group) => builder.anti_affinity(group),
+            None => builder,
+        };
         let builder = if wish.obeys {
             builder
         } else {
@@ -196,6 +201,11 @@ impl Stage for FakeStage {
             directories: RECEIVERS.map(str::to_owned).into(),
             pool: POOL.to_owned(),
         })
+    }
+
+    async fn set_autostart(&self, id: InstanceId) -> Result<()> {
+        self.fabric.set_autostart("kvm1", id, true);
+        Ok(())
     }
 
     fn network_in_sight(&self) -> NicAttachment {

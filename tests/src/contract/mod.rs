@@ -4,7 +4,7 @@
 //! A [`Stage`] gives a point two drivers and a guest between them: [`fake`] for
 //! the fake driver in virtual time, [`real`] for libvirt on a devstack. The
 //! points are in [`looking`], [`moving`], [`turning`], [`cold`], [`files`],
-//! [`carrying`], [`hands`] and [`away`]; `tests/tests/contract.rs` runs every one
+//! [`carrying`], [`hands`], [`rebuild`] and [`away`]; `tests/tests/contract.rs` runs every one
 //! of them on either.
 
 pub mod away;
@@ -16,6 +16,7 @@ pub mod hands;
 pub mod looking;
 pub mod moving;
 pub mod real;
+pub mod rebuild;
 pub mod turning;
 
 use std::{sync::Arc, time::Duration};
@@ -64,6 +65,10 @@ pub struct Wish {
     pub nic: bool,
     /// Data on its disk, MiB.
     pub data_mib: usize,
+    /// Its priority where nodes are emptied.
+    pub priority: i32,
+    /// A group no two of which shall be on one node.
+    pub group: Option<&'static str>,
 }
 
 impl Default for Wish {
@@ -76,6 +81,8 @@ impl Default for Wish {
             obeys: false,
             nic: false,
             data_mib: 1,
+            priority: 0,
+            group: None,
         }
     }
 }
@@ -171,6 +178,9 @@ pub trait Stage {
 
     /// What a project has on a that is to get guests; this stage's alone.
     async fn receiver(&self) -> Result<Receiver>;
+
+    /// Has a's hypervisor start a guest when its node boots.
+    async fn set_autostart(&self, id: InstanceId) -> Result<()>;
 
     /// A network that a's driver sees. (Not always one that a's guests can use.)
     fn network_in_sight(&self) -> NicAttachment;

@@ -20,6 +20,7 @@ use drover_compute::hypervisor::{
     libvirt::{LibvirtDriver, LibvirtSettings},
 };
 use drover_model::{
+    METADATA_NAMESPACE,
     guest::{NicAttachment, PowerState, Presence},
     ids::InstanceId,
     migration::LiveOptions,
@@ -192,8 +193,19 @@ impl RealStage {
                  drover.mem_mib=32 drover.dirty_mib_s={rate} drover.disk_hz=0</cmdline>"
             ),
         };
+        let group = wish.group.map_or_else(String::new, |group| {
+            format!("<drover:anti_affinity>{group}</drover:anti_affinity>")
+        });
+        let metadata = match (wish.priority, wish.group) {
+            (0, None) => String::new(),
+            (priority, _) => format!(
+                "<metadata><drover:instance xmlns:drover='{METADATA_NAMESPACE}'>\
+                 <drover:priority>{priority}</drover:priority>{group}\
+                 </drover:instance></metadata>"
+            ),
+        };
         format!(
-            "<domain type='qemu'><name>contract-{id}</name><uuid>{id}</uuid>\
+            "<domain type='qemu'><name>contract-{id}</name><uuid>{id}</uuid>{metadata}\
              <memory unit='MiB'>{MEMORY_MIB}</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='pc'>hvm</type>{system}</os>\
              <features><acpi/></features>\
@@ -407,6 +419,11 @@ impl Stage for RealStage {
 
     async fn receiver(&self) -> Result<Receiver> {
         tokio::task::block_in_place(|| self.receive())
+    }
+
+    async fn set_autostart(&self, id: InstanceId) -> Result<()> {
+        self.devstack
+            .virsh(NODES[0], &["autostart", &id.to_string()])
     }
 
     fn network_in_sight(&self) -> NicAttachment {

@@ -15,7 +15,7 @@ use drover_model::{
             JobState, LiveMigration, Outcome, PathFacts, PreLiveMigration, SourceFacts, StepRef,
             method,
         },
-        conductor::MigrationReport,
+        conductor::{EvacuatedAnswer, MigrationReport},
         fault::Fault,
     },
     guest::{Guest, Presence},
@@ -67,6 +67,7 @@ impl World {
         let broker = MemoryBroker::default();
         let heard = Arc::new(Heard::default());
         *heard.listed.lock().unwrap() = json!([]);
+        *heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer::default());
         let transport = broker.transport("ctl");
         let settings = MessagingSettings::default();
         let conductor = RpcServer::builder(transport.clone(), &settings, CONDUCTOR_TOPIC, "ctl")
@@ -106,6 +107,8 @@ impl World {
             report_interval_s: 5,
             max_downtime_ms: 500,
             progress_timeout_s: 30,
+            guard_autostart: true,
+            boot_id_file: self.state.path().join(format!("{node}.boot")),
         };
         let began = self.began;
         let clock = move || 1_700_000_000_000 + u64::try_from(began.elapsed().as_millis()).unwrap();

@@ -4,7 +4,11 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use drover_model::{
-    api::{NAMESPACE, conductor::MigrationReport},
+    api::{
+        NAMESPACE,
+        conductor::{EvacuatedAnswer, EvacuatedRemoved, MigrationReport},
+    },
+    ids::MigrationId,
     node::NodeReport,
 };
 use drover_rpc::{Endpoint, RemoteFailure, Request};
@@ -19,6 +23,10 @@ pub(crate) struct Heard {
     pub(crate) wishes: Mutex<Vec<(String, Value)>>,
     /// What `list_migrations` answers.
     pub(crate) listed: Mutex<Value>,
+    /// What `list_evacuated` answers; an error, if none.
+    pub(crate) evacuated: Mutex<Option<EvacuatedAnswer>>,
+    /// Evacuations of which it was told that the old copy is gone.
+    pub(crate) removed: Mutex<Vec<MigrationId>>,
 }
 
 pub(crate) struct Listener(pub(crate) Arc<Heard>);
@@ -36,6 +44,8 @@ impl Endpoint for Listener {
             "abort_migration",
             "force_complete_migration",
             "list_migrations",
+            "list_evacuated",
+            "evacuated_removed",
         ]
     }
 
@@ -45,6 +55,15 @@ impl Endpoint for Listener {
             "migration_progress" => {
                 let report = (Instant::now(), request.args()?);
                 self.0.migrations.lock().unwrap().push(report);
+            }
+            "list_evacuated" => {
+                let answer = self.0.evacuated.lock().unwrap().clone();
+                let answer = answer.ok_or_else(|| RemoteFailure::runtime_error("not yet"))?;
+                return Ok(serde_json::to_value(answer).unwrap());
+            }
+            "evacuated_removed" => {
+                let told: EvacuatedRemoved = request.args()?;
+                self.0.removed.lock().unwrap().push(told.migration);
             }
             "list_migrations" => return Ok(self.0.listed.lock().unwrap().clone()),
             other => {

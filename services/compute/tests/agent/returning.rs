@@ -1,0 +1,205 @@
+//! A node comes back after its guests were evacuated, or not: nothing runs twice,
+//! and nothing is removed that has no other home.
+
+use drover_compute::hypervisor::fake::GuestBuilder;
+use drover_model::{
+    api::{
+        compute::{PrepResize, method},
+        conductor::{Evacuated, EvacuatedAnswer},
+    },
+    guest::{PowerState, Presence},
+    ids::{InstanceId, MigrationId},
+};
+
+use crate::{harness::*, rebuild::SHARED};
+
+const RUNNING: Presence = Presence::Present(PowerState::Running);
+const OFF: Presence = Presence::Present(PowerState::Shutdown);
+
+async fn cloud() -> World {
+    let mut world = World::without_agents().await;
+    world.fabric.share_directory(SHARED, &[A, B], 1 << 40);
+    boot(&world, "first");
+    world.start(A).await;
+    pause(1000).await;
+    world
+}
+
+/// From now on the node is in that boot.
+fn boot(world: &World, id: &str) {
+    std::fs::write(world.state_dir(A).with_extension("boot"), id).unwrap();
+}
+
+fn guest(name: &str) -> GuestBuilder {
+    GuestBuilder::new(name).disk(&format!("{SHARED}/{name}.qcow2"), 10)
+}
+
+/// The conductor says so of a guest from now on.
+fn evacuated(world: &World, instance: InstanceId, confirmed: bool) -> MigrationId {
+    let migration = MigrationId::generate();
+    *world.heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer {
+        instances: vec![Evacuated {
+            instance,
+            migration,
+            generation: 1,
+            host: confirmed.then(|| host(B)),
+            confirmed,
+        }],
+    });
+    migration
+}
+
+fn on_a(world: &World, instance: InstanceId) -> Presence {
+    let places = world.fabric.whereabouts(instance);
+    let here = places.into_iter().find(|(name, _)| *name == host(A));
+    here.map_or(Presence::Absent, |(_, presence)| presence)
+}
+
+fn removed(world: &World) -> Vec<MigrationId> {
+    world.heard.removed.lock().unwrap().clone()
+}
+
+/// The node's agent dies and its power goes; then both are back.
+async fn return_of(world: &mut World) {
+    world.fabric.power_on(A);
+    boot(world, "second");
+    world.start(A).await;
+    pause(5_000).await;
+}
+
+fn dies(world: &mut World) {
+    world.kill(A);
+    world.fabric.power_off(A);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_lives_elsewhere_is_removed_and_its_disks_stay() {
+    let mut world = cloud().await;
+    let id = world.fabric.add_guest(A, guest("web").autostart());
+    pause(40_000).await;
+    dies(&mut world);
+    let migration = evacuated(&world, id, true);
+    return_of(&mut world).await;
+    assert_eq!(on_a(&world, id), Presence::Absent);
+    assert!(world.fabric.file(A, "/shared/web.qcow2").is_some());
+    assert_eq!(removed(&world), [migration]);
+    world.fabric.check_invariants().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_no_confirmed_home_stays_off_until_it_has() {
+    let mut world = cloud().await;
+    let id = world.fabric.add_guest(A, guest("web").autostart());
+    pause(40_000).await;
+    dies(&mut world);
+    evacuated(&world, id, false);
+    return_of(&mut world).await;
+    pause(120_000).await;
+    assert_eq!(on_a(&world, id), OFF, "neither started nor removed");
+    assert_eq!(removed(&world), []);
+    let migration = evacuated(&world, id, true);
+    pause(40_000).await;
+    assert_eq!(on_a(&world, id), Presence::Absent);
+    assert_eq!(removed(&world), [migration]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_evacuation_that_is_given_up_lets_the_guest_start() {
+    let mut world = cloud().await;
+    let id = world.fabric.add_guest(A, guest("web").autostart());
+    let other = world.fabric.add_guest(A, guest("plain"));
+    pause(40_000).await;
+    dies(&mut world);
+    evacuated(&world, id, false);
+    return_of(&mut world).await;
+    assert_eq!(on_a(&world, id), OFF);
+    *world.heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer::default());
+    pause(40_000).await;
+    assert_eq!(on_a(&world, id), RUNNING);
+    assert_eq!(on_a(&world, other), OFF, "it never wished to be started");
+    world.fabric.check_invariants().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_starts_and_no_step_is_served_before_the_conductor_answers() {
+    let mut world = cloud().await;
+    let id = world.fabric.add_guest(A, guest("web").autostart());
+    pause(40_000).await;
+    dies(&mut world);
+    *world.heard.evacuated.lock().unwrap() = None;
+    return_of(&mut world).await;
+    pause(60_000).await;
+    assert_eq!(on_a(&world, id), OFF);
+    let step = PrepResize {
+        migration: MigrationId::generate(),
+        instance: id,
+        files: Vec::new(),
+    };
+    let refused = world.call::<()>(A, method::PREP_RESIZE, &step).await;
+    let refused = refused.unwrap_err();
+    assert!(refused.message.contains("evacuated"), "{refused}");
+    *world.heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer::default());
+    pause(40_000).await;
+    assert_eq!(on_a(&world, id), RUNNING);
+}
+
+#[tokio::test(start_paused = true)]
+async fn started_at_boot_once_and_not_after_every_start_of_the_agent() {
+    let mut world = cloud().await;
+    let id = world.fabric.add_guest(A, guest("web").autostart());
+    pause(40_000).await;
+    dies(&mut world);
+    return_of(&mut world).await;
+    assert_eq!(on_a(&world, id), RUNNING);
+    world.fabric.shut_down_guest(id);
+    world.restart(A).await;
+    pause(60_000).await;
+    assert_eq!(on_a(&world, id), OFF, "somebody shut it down");
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_active_copies_the_older_is_stopped_if_the_other_is_confirmed() {
+    for confirmed in [false, true] {
+        let mut world = cloud().await;
+        let id = world.fabric.add_guest(A, guest("web"));
+        world.kill(A);
+        let migration = evacuated(&world, id, confirmed);
+        world.start(A).await;
+        pause(5_000).await;
+        if confirmed {
+            assert_eq!(on_a(&world, id), Presence::Absent);
+            assert_eq!(removed(&world), [migration]);
+        } else {
+            assert_eq!(on_a(&world, id), RUNNING, "unknown is not absent");
+            assert_eq!(removed(&world), []);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_new_copy_itself_is_left_alone_wherever_it_is() {
+    let mut world = cloud().await;
+    let moved_back = guest("web").with(|guest| guest.generation = 1);
+    let id = world.fabric.add_guest(A, moved_back);
+    world.kill(A);
+    let migration = evacuated(&world, id, true);
+    world.start(A).await;
+    pause(5_000).await;
+    assert_eq!(on_a(&world, id), RUNNING);
+    assert_eq!(removed(&world), [migration]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_is_asked_again_when_libvirt_is_back() {
+    let world = cloud().await;
+    let id = world
+        .fabric
+        .add_guest(A, guest("web").state(PowerState::Shutdown));
+    let migration = evacuated(&world, id, true);
+    pause(120_000).await;
+    assert_eq!(on_a(&world, id), OFF, "nothing asks without a reason");
+    world.fabric.restart_libvirtd(A);
+    pause(5_000).await;
+    assert_eq!(on_a(&world, id), Presence::Absent);
+    assert_eq!(removed(&world), [migration]);
+}

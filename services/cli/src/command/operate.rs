@@ -190,8 +190,8 @@ pub async fn automation(
     };
     let now = session.client.set_automation(&request).await?;
     session.screen.value(&now, |now| {
-        let would = order.dry_run.then_some(wished).unwrap_or_default();
-        automated(now, &would)
+        let left = SetAutomation::default();
+        automated(now, if order.dry_run { &wished } else { &left })
     })?;
     Ok(Exit::Done)
 }

@@ -27,7 +27,7 @@ pub fn text(o: &Operation) -> String {
             .map(|line| format!("  {line}")),
     );
     let cold = o.items.iter().filter(|item| moved_cold(item));
-    let cold = cold.map(|item| confirmable(item)).collect::<Vec<_>>();
+    let cold = cold.map(confirmable).collect::<Vec<_>>();
     if !cold.is_empty() {
         lines.push("to be confirmed, or taken back with `drover instance revert`:".to_owned());
         lines.extend(some(cold));

@@ -191,7 +191,9 @@ fn options(task: &Task) -> String {
             words.extend((!o.only.is_empty()).then(|| format!("only {only}")));
             let off = o.confirmed_off.then(|| "confirmed to be off".to_owned());
             words.extend(off);
-            let lost = o.despite_many_lost.then_some("although many nodes are lost");
+            let lost = o
+                .despite_many_lost
+                .then_some("although many nodes are lost");
             words.extend(lost.map(str::to_owned));
         }
         Task::Balance(o) => {

@@ -1,6 +1,8 @@
 //! The command line: nouns, verbs, options, and nothing of what they do. Those
-//! of projects and of transfers between them are in [`project`] and [`transfer`].
+//! of projects and of transfers between them are in [`project`] and [`transfer`],
+//! those that empty, open and balance nodes in [`operation`].
 
+pub mod operation;
 pub mod project;
 pub mod transfer;
 
@@ -61,6 +63,9 @@ pub enum Noun {
     /// Moves, running and past
     #[command(subcommand)]
     Migration(MigrationVerb),
+    /// Drains, restores, evacuations and balances of nodes, running and past
+    #[command(subcommand)]
+    Operation(operation::OperationVerb),
     /// Who owns guests, how much each may have, and where its guests live
     #[command(subcommand)]
     Project(project::ProjectVerb),
@@ -105,6 +110,18 @@ pub enum NodeVerb {
         #[command(flatten)]
         change: Change,
     },
+    /// Empty a node: it is disabled, and its guests move to others
+    Drain(Box<operation::Drain>),
+    /// Open a node again, and bring back what its last drain took away
+    Restore(operation::Restore),
+    /// Start elsewhere what ran on a node that is dead
+    Evacuate(operation::Evacuate),
+    /// Declare a node down without waiting for its silence
+    ForceDown(operation::ForceDown),
+    /// Move guests from nodes that are loaded more than others
+    Balance(operation::Balance),
+    /// What the conductor does by itself; pause it for a maintenance window
+    Automation(operation::SetAutomation),
 }
 
 /// What can be done with instances.

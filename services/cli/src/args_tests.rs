@@ -8,7 +8,7 @@ use drover_model::{
 };
 use serde_json::json;
 
-use super::{project::ProjectVerb, *};
+use super::{operation::OperationVerb, project::ProjectVerb, *};
 
 fn parse(line: &str) -> Result<Cli, clap::Error> {
     Cli::try_parse_from(std::iter::once("drover").chain(line.split_whitespace()))
@@ -33,6 +33,20 @@ fn every_verb_parses() {
         "node show kvm1 --json",
         "node disable kvm1 --reason disks --dry-run",
         "node enable kvm1 --no-wait",
+        "node drain kvm1",
+        "node drain kvm1 --mixed --to kvm2,kvm3 --max-parallel 2 --reason disks --dry-run --json",
+        "node drain kvm1 --cold --force-stop-after 2m --no-wait --timeout 1h",
+        "node restore kvm1 --none",
+        "node restore kvm1 --only vm1 --only vm2 --live --max-parallel 2 --dry-run",
+        "node evacuate kvm1 --to kvm2 --only vm1,vm2 --i-confirm-host-is-off --despite-many-lost",
+        "node force-down kvm1 --unset --dry-run",
+        "node balance --threshold 10 --max-moves 5 --max-parallel 2 --dry-run",
+        "node automation --evacuate off --balance on",
+        "operation list --host kvm1 --kind drain --active --limit 5",
+        "operation show 4 --json",
+        "operation watch 4 --timeout 5m",
+        "operation cancel 4 --no-wait",
+        "operation cancel 4 --dry-run",
         "instance list --host kvm1 --project p",
         "instance show demo",
         "instance migrate demo --live",
@@ -318,6 +332,111 @@ fn what_cannot_be_of_a_project_is_named() {
     assert_eq!(both, Err("network lan is both set and removed".to_owned()));
 }
 
+fn node(line: &str) -> NodeVerb {
+    match parse(&format!("node {line}")).unwrap().noun {
+        Noun::Node(verb) => verb,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn drain(options: &str) -> Result<serde_json::Value, String> {
+    match node(&format!("drain kvm1 {options}")) {
+        NodeVerb::Drain(order) => {
+            let options = order.options()?;
+            Ok(serde_json::to_value(options).unwrap())
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_drain_is_as_it_is_said() {
+    let all = drain(
+        "--mixed --to kvm2,kvm3 --to kvm4 --max-parallel 2 --reason disks --post-copy \
+         --bandwidth 100 --progress-timeout 1m --shutdown-timeout 2m --force-stop-after 3m",
+    )
+    .unwrap();
+    assert_eq!(all["mode"], "mixed");
+    assert_eq!(all["to"], json!(["kvm2", "kvm3", "kvm4"]));
+    assert_eq!(
+        (&all["max_parallel"], &all["reason"]),
+        (&json!(2), &json!("disks"))
+    );
+    assert_eq!(all["live"]["post_copy"], true);
+    assert_eq!(all["cold"]["force_stop_after_s"], 180);
+    for way in ["live", "cold"] {
+        assert_eq!(all[way]["bandwidth_mib_s"], 100, "{way}");
+        assert_eq!(all[way]["progress_timeout_s"], 60, "{way}");
+    }
+    let none = drain("").unwrap();
+    assert_eq!((&none["mode"], &none["to"]), (&json!("live"), &json!([])));
+}
+
+#[test]
+fn no_guest_is_stopped_by_a_drain_that_does_not_say_so() {
+    for option in ["--force-stop-after 9", "--shutdown-timeout 9", "--pre-copy"] {
+        let words = drain(option).expect_err(option);
+        assert!(
+            words.ends_with("is of no use without --cold or --mixed"),
+            "{words}"
+        );
+        assert!(drain(&format!("--mixed {option}")).is_ok());
+    }
+    let words = drain("--to kvm2,kvm1").unwrap_err();
+    assert_eq!(words, "kvm1 cannot be emptied to kvm1 itself");
+    assert!(
+        drain("--parallel 1")
+            .unwrap_err()
+            .contains("parallel_connections is 1")
+    );
+}
+
+#[test]
+fn what_comes_back_is_as_it_is_said() {
+    let cases = [
+        ("", json!("all")),
+        ("--all", json!("all")),
+        ("--none", json!("none")),
+        ("--only a,b --only c", json!({"only": ["a", "b", "c"]})),
+    ];
+    for (options, returning) in cases {
+        let NodeVerb::Restore(order) = node(&format!("restore kvm1 {options}")) else {
+            panic!("{options}");
+        };
+        let options = serde_json::to_value(order.options()).unwrap();
+        assert_eq!(options["returning"], returning);
+        assert_eq!(options["mode"], "live");
+    }
+}
+
+#[test]
+fn an_evacuation_confirms_nothing_by_itself() {
+    for (options, confirmed, despite) in [
+        ("", false, false),
+        ("--i-confirm-host-is-off", true, false),
+        ("--despite-many-lost", false, true),
+    ] {
+        let NodeVerb::Evacuate(order) = node(&format!("evacuate kvm1 {options}")) else {
+            panic!("{options}");
+        };
+        let options = order.options(Vec::new());
+        assert_eq!(
+            (options.confirmed_off, options.despite_many_lost),
+            (confirmed, despite)
+        );
+    }
+    let NodeVerb::Automation(order) = node("automation --evacuate off") else {
+        panic!("not automation");
+    };
+    let request = order.request();
+    assert_eq!((request.evacuate, request.balance), (Some(false), None));
+    let cancel = parse("operation cancel 4").unwrap().noun;
+    assert!(matches!(
+        cancel,
+        Noun::Operation(OperationVerb::Cancel { .. })
+    ));
+}
+
 #[test]
 fn what_is_left_out_is_left_to_the_conductor() {
     let migrate = migrate("instance migrate demo --live");
@@ -418,7 +537,30 @@ fn misuse_is_usage() {
             "project set blue --storage pool:a --no-storage",
             ErrorKind::ArgumentConflict,
         ),
-        ("node drain kvm1", ErrorKind::InvalidSubcommand),
+        ("node drain", ErrorKind::MissingRequiredArgument),
+        (
+            "node drain kvm1 --live --mixed",
+            ErrorKind::ArgumentConflict,
+        ),
+        (
+            "node drain kvm1 --cold --post-copy",
+            ErrorKind::ArgumentConflict,
+        ),
+        (
+            "node drain kvm1 --live --force-stop-after 9",
+            ErrorKind::ArgumentConflict,
+        ),
+        (
+            "node drain kvm1 --max-parallel 0",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "node restore kvm1 --all --none",
+            ErrorKind::ArgumentConflict,
+        ),
+        ("node balance --threshold 101", ErrorKind::ValueValidation),
+        ("node automation --evacuate maybe", ErrorKind::InvalidValue),
+        ("operation list --kind move", ErrorKind::InvalidValue),
         ("migration confirm 7", ErrorKind::InvalidSubcommand),
     ];
     for (line, kind) in cases {

@@ -1,6 +1,8 @@
 //! Typed calls to the conductor and the agents. Errors come back as
 //! [`Trouble`], told for an operator (see [`crate::failure`]).
 
+mod operation;
+
 use std::{sync::Arc, time::Duration};
 
 use drover_model::{

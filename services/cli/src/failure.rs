@@ -128,6 +128,11 @@ fn noun(method: &str) -> &'static str {
     match method {
         method::OFFER_TRANSFER => "offer",
         method::TRANSFER_INSTANCE | method::ACCEPT_TRANSFER => "transfer",
+        method::DRAIN_NODE => "drain",
+        method::RESTORE_NODE => "restore",
+        method::EVACUATE_NODE => "evacuation",
+        method::BALANCE_NODES => "balance",
+        method::FORCE_DOWN => "declaration",
         _ => "migration",
     }
 }
@@ -137,6 +142,8 @@ fn remedy(class: &str) -> Option<&'static str> {
         "InstanceNotFound" => "`drover instance list` shows what there is",
         "ComputeHostNotFound" => "`drover node list` shows what there is",
         "MigrationNotFound" => "`drover migration list` shows what there is",
+        "OperationNotFound" => "`drover operation list` shows what there is",
+        "InvalidOperationState" => "`drover operation show` tells where it stands",
         "ProjectNotFound" => "`drover project list` shows what there is",
         "ProjectExists" => "`drover project set` changes it",
         "OfferNotFound" => "`drover transfer list --all` shows what there is",
@@ -268,6 +275,8 @@ mod tests {
             "ProjectNotFound",
             "ProjectExists",
             "OfferNotFound",
+            "OperationNotFound",
+            "InvalidOperationState",
         ] {
             let trouble = told(RemoteFailure::nova(class, "so it is"));
             assert_eq!(

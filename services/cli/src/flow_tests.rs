@@ -10,10 +10,11 @@ use async_trait::async_trait;
 use drover_model::{
     api::{
         NAMESPACE,
-        conductor::{MigrateAnswer, OfferMade, OfferState, ProjectView},
+        conductor::{Automation, MigrateAnswer, OfferMade, OfferState, ProjectView},
     },
     check::{CheckCode, CheckFailure, Side},
     migration::{EndReason, Ending, Migration, MigrationStatus, TransferMode},
+    operation::Operation,
     project::{Limit, Project},
 };
 use drover_rpc::{
@@ -86,6 +87,16 @@ impl Endpoint for Script {
             "list_nodes",
             "set_node",
             "get_status",
+            "force_down_node",
+            "drain_node",
+            "restore_node",
+            "evacuate_node",
+            "balance_nodes",
+            "get_operation",
+            "wait_operation",
+            "list_operations",
+            "cancel_operation",
+            "set_automation",
         ]
     }
 
@@ -1440,14 +1451,25 @@ fn agent(host: &str) -> Value {
     })
 }
 
+fn automation(evacuate: &str, balance: &str) -> Automation {
+    Automation {
+        evacuate: evacuate.to_owned(),
+        balance: balance.to_owned(),
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_doctor_finds_nothing_where_all_is_well() {
     let nodes = [samples::node("kvm1"), samples::node("kvm2")];
+    let mut drain = samples::drain();
+    drain.updated_at_ms = now_ms();
     let mut stage = Stage::with([
         ("get_status", Act::Answer(status())),
         ("get_status", Act::Answer(status())),
         ("list_nodes", answer(&nodes)),
         ("list_migrations", answer(&[samples::running(first())])),
+        ("list_operations", answer(&[drain])),
+        ("set_automation", answer(&automation("on", "off"))),
     ])
     .await;
     for host in ["kvm1", "kvm2"] {
@@ -1476,6 +1498,8 @@ async fn the_doctor_names_what_is_wrong_and_asks_all_agents_at_once() {
             "list_migrations",
             answer(&[ended(MigrationStatus::Stuck, None)]),
         ),
+        ("list_operations", answer(&Vec::<Operation>::new())),
+        ("set_automation", answer(&automation("paused", "off"))),
     ])
     .await;
     for node in &nodes[1..] {
@@ -1530,3 +1554,6 @@ async fn the_doctor_tells_a_missing_conductor_from_a_missing_file() {
         tape.out()
     );
 }
+
+#[path = "flow_operation_tests.rs"]
+mod operations;

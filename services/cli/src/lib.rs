@@ -31,7 +31,10 @@ use drover_runtime::logging::{self, LogSettings};
 use crate::{
     args::{Cli, Global, Noun},
     client::Client,
-    command::{Answers, Interrupt, Session, doctor, instance, migration, node, project, transfer},
+    command::{
+        Answers, Interrupt, Session, doctor, instance, migration, node, operation, project,
+        transfer,
+    },
     exit::{Exit, Trouble},
     render::screen::Screen,
 };
@@ -102,6 +105,7 @@ pub async fn dispatch(session: &mut Session, noun: Noun, source: String) -> Resu
         Noun::Node(verb) => node::run(session, verb).await,
         Noun::Instance(verb) => instance::run(session, verb).await,
         Noun::Migration(verb) => migration::run(session, verb).await,
+        Noun::Operation(verb) => operation::run(session, verb).await,
         Noun::Project(verb) => project::run(session, verb).await,
         Noun::Transfer(verb) => transfer::run(session, verb).await,
         Noun::Doctor(args) => {

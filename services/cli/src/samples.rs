@@ -1,5 +1,7 @@
 //! Values for tests, made whole so that a test says only what matters to it.
 
+mod operation;
+
 use std::{
     io::Write,
     sync::{Arc, Mutex},
@@ -20,6 +22,7 @@ use drover_model::{
     project::{Limit, Location, NetworkPlace, Project, ProjectUsage, Quota, StoragePlace},
 };
 
+pub(crate) use self::operation::*;
 use crate::render::screen::{Manner, Screen};
 
 /// Monday, in the evening.

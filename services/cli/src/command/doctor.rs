@@ -6,7 +6,7 @@ pub mod judge;
 use std::{sync::Arc, time::Duration};
 
 use drover_model::{
-    api::conductor::{ListMigrations, Node},
+    api::conductor::{ListMigrations, ListOperations, Node, SetAutomation},
     ids::HostName,
 };
 use drover_runtime::clock::now_ms;
@@ -90,6 +90,30 @@ async fn examine(setup: Result<Setup, Trouble>, timeout: Duration) -> Vec<Findin
     match active {
         Ok(active) => findings.extend(judge::migrations(&active)),
         Err(trouble) => findings.push(Finding::trouble("migrations", "list", &trouble)),
+    }
+    findings.extend(operations(&client, conductor.said.clock_ms).await);
+    findings
+}
+
+/// What is done with whole nodes, and what of that by itself.
+async fn operations(client: &Client, now_ms: u64) -> Vec<Finding> {
+    let which = ListOperations {
+        active: true,
+        ..ListOperations::default()
+    };
+    // Nothing is set: it tells how it is.
+    let nothing = SetAutomation::default();
+    let (active, automation) = tokio::join!(
+        client.list_operations(&which),
+        client.set_automation(&nothing)
+    );
+    let mut findings = match active {
+        Ok(active) => judge::operations(&active, now_ms),
+        Err(trouble) => vec![Finding::trouble("operations", "list", &trouble)],
+    };
+    match automation {
+        Ok(now) => findings.extend(judge::automation(&now)),
+        Err(trouble) => findings.push(Finding::trouble("automation", "state", &trouble)),
     }
     findings
 }

@@ -6,9 +6,12 @@ pub mod follow;
 pub mod instance;
 pub mod migration;
 pub mod node;
+pub mod operate;
+pub mod operation;
 pub mod project;
 pub mod settle;
 pub mod transfer;
+pub mod watch;
 
 use std::{
     io::{BufRead, Read},

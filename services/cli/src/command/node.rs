@@ -1,24 +1,37 @@
-//! `drover node`: what nodes there are, and whether they take instances.
+//! `drover node`: what nodes there are, and whether they take instances. What
+//! moves their guests is in [`operate`].
 
-use drover_model::api::conductor::{Node, SetNode};
-
-use super::Session;
-use crate::{
-    args::{Change, NodeVerb},
-    exit::{Exit, Trouble},
-    render::{clean, describe, table},
+use drover_model::{
+    api::conductor::{ForceDown, ListOperations, Node, SetNode},
+    operation::Operation,
 };
+
+use super::{Session, operate};
+use crate::{
+    args::{Change, NodeVerb, operation as order},
+    exit::{Exit, Trouble},
+    render::{clean, describe, screen::Manner, table},
+};
+
+/// So many operations are looked at to tell what became of nodes.
+const LOOKED_AT: u32 = 200;
 
 /// Runs a verb.
 pub async fn run(session: &mut Session, verb: NodeVerb) -> Result<Exit, Trouble> {
     match verb {
         NodeVerb::List => {
             let nodes = session.client.list_nodes().await?;
-            session.screen.value(&nodes, |nodes| table::nodes(nodes))?;
+            let operations = operations(session, &nodes).await;
+            session
+                .screen
+                .value(&nodes, |nodes| table::nodes(nodes, &operations))?;
         }
         NodeVerb::Show { host } => {
             let node = session.client.get_node(&host).await?;
-            session.screen.value(&node, describe::node)?;
+            let operations = operations(session, std::slice::from_ref(&node)).await;
+            session
+                .screen
+                .value(&node, |node| describe::node(node, &operations))?;
         }
         NodeVerb::Disable {
             host,
@@ -36,6 +49,12 @@ pub async fn run(session: &mut Session, verb: NodeVerb) -> Result<Exit, Trouble>
             )
             .await?;
         }
+        NodeVerb::Drain(order) => return operate::drain(session, *order).await,
+        NodeVerb::Restore(order) => return operate::restore(session, order).await,
+        NodeVerb::Evacuate(order) => return operate::evacuate(session, order).await,
+        NodeVerb::Balance(order) => return operate::balance(session, order).await,
+        NodeVerb::Automation(order) => return operate::automation(session, order).await,
+        NodeVerb::ForceDown(order) => force_down(session, order).await?,
         NodeVerb::Enable { host, change } => {
             set(
                 session,
@@ -50,6 +69,69 @@ pub async fn run(session: &mut Session, verb: NodeVerb) -> Result<Exit, Trouble>
         }
     }
     Ok(Exit::Done)
+}
+
+/// Operations that tell what the nodes are about, newest first: those under way,
+/// and where a node is closed or down also past ones. JSON tells nodes alone. A
+/// conductor that does not tell takes nothing from the nodes.
+async fn operations(session: &Session, nodes: &[Node]) -> Vec<Operation> {
+    if session.screen.manner() == Manner::Json {
+        return Vec::new();
+    }
+    let host = match nodes {
+        [node] => Some(node.host.clone()),
+        _ => None,
+    };
+    let which = ListOperations {
+        active: nodes.iter().all(|node| node.enabled && node.up),
+        limit: Some(LOOKED_AT),
+        host,
+        ..ListOperations::default()
+    };
+    session
+        .client
+        .list_operations(&which)
+        .await
+        .unwrap_or_default()
+}
+
+async fn force_down(session: &mut Session, order: order::ForceDown) -> Result<(), Trouble> {
+    let (host, forced_down) = (order.host, !order.unset);
+    if order.change.dry_run {
+        let node = session.client.get_node(&host).await?;
+        return session
+            .screen
+            .value(&node, |node| would_count(node, forced_down));
+    }
+    let request = ForceDown { host, forced_down };
+    let node = session.client.force_down(&request).await?;
+    session.screen.value(&node, counts)
+}
+
+fn would_count(node: &Node, forced_down: bool) -> String {
+    let host = &node.host;
+    match (node.forced_down == forced_down, forced_down) {
+        (true, true) => format!("{host} is declared down already: nothing would change"),
+        (true, false) => format!("{host} is not declared down: nothing would change"),
+        (false, true) => format!(
+            "{host} would be declared down; it is {} now",
+            table::state(node)
+        ),
+        (false, false) => format!("{host} would count as up again once it reports"),
+    }
+}
+
+fn counts(node: &Node) -> String {
+    let host = &node.host;
+    match (node.forced_down, node.up) {
+        (true, _) => format!(
+            "{host} is declared down: no guest moves there or from there until \
+             `drover node force-down {host} --unset`\n  \
+             to start its guests elsewhere: `drover node evacuate {host}`"
+        ),
+        (false, true) => format!("{host} is up"),
+        (false, false) => format!("{host} is not declared down; it counts as up once it reports"),
+    }
 }
 
 /// The conductor answers when it is done: there is nothing to wait for.

@@ -2,17 +2,19 @@
 
 use drover_model::{
     api::conductor::{Instance, Node, Plan},
+    ids::InstanceId,
     migration::{
         ColdOptions, Consent, EndReason, Ending, LiveOptions, Migration, MigrationStatus,
-        MigrationType, ProjectTransfer, Requester, Transfer, TransferMode, Way,
+        MigrationType, ProjectTransfer, ProofOfDeath, Requester, Transfer, TransferMode, Way,
     },
     node::HypervisorReport,
+    operation::Operation,
 };
 
 use super::{
     clean,
     outcome::{failed, failures},
-    table::{NOTHING_HERE, grid, placing, power},
+    table::{NOTHING_HERE, busy, grid, placing, power, state},
     units::{bytes, mib, moment, rate, share, span, version},
 };
 
@@ -40,8 +42,8 @@ pub(super) fn or_nothing<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| NOTHING_HERE.to_owned(), |value| value.to_string())
 }
 
-/// A node.
-pub fn node(node: &Node) -> String {
+/// A node, with what operations make of it.
+pub fn node(node: &Node, operations: &[Operation]) -> String {
     let placing = match &node.disabled_reason {
         Some(reason) if !node.enabled => format!("disabled: {reason}"),
         _ => placing(node).to_owned(),
@@ -49,8 +51,9 @@ pub fn node(node: &Node) -> String {
     let report = &node.report;
     let mut pairs = vec![
         ("host", node.host.to_string()),
-        ("state", if node.up { "up" } else { "down" }.to_owned()),
+        ("state", state(node).to_owned()),
         ("placing", placing),
+        ("operation", or_nothing(busy(node, operations))),
         ("heard", format!("{} ago", span(node.report_age_ms))),
         (
             "clock",
@@ -186,7 +189,7 @@ pub fn destination(m: &Migration) -> &str {
 
 /// What can be done with a cold migration that has finished.
 pub(super) fn choices(m: &Migration) -> Vec<String> {
-    let (id, source) = (handle(m), &m.source_host);
+    let (id, source) = (handle(&m.instance_name, m.instance_uuid), &m.source_host);
     vec![
         format!("`drover instance confirm {id}`: {source} removes its copy"),
         format!("`drover instance revert {id}`: back to {source}, as it was there"),
@@ -196,13 +199,12 @@ pub(super) fn choices(m: &Migration) -> Vec<String> {
 
 /// What to call an instance on a command line: its name, if a shell takes it
 /// as it stands.
-fn handle(m: &Migration) -> String {
-    let name = &m.instance_name;
+pub(super) fn handle(name: &str, uuid: InstanceId) -> String {
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.starts_with(char::is_alphanumeric) && name.chars().all(plain) {
-        name.clone()
+        name.to_owned()
     } else {
-        m.instance_uuid.to_string()
+        uuid.to_string()
     }
 }
 
@@ -228,6 +230,7 @@ pub fn migration(m: &Migration) -> String {
     ]);
     pairs.extend(moved(m));
     pairs.push(("options", options(&m.way)));
+    pairs.extend(m.operation.map(|id| ("operation", id.to_string())));
     pairs.extend(m.consent.iter().flat_map(consent));
     pairs.extend([
         ("asked", asked(m)),
@@ -421,12 +424,25 @@ fn options(way: &Way) -> String {
         Way::Live(options) => live_options(options),
         Way::Cold(options) => cold_options(options),
         Way::Transfer(transfer) => transfer_options(transfer),
-        Way::Evacuation(_) => Vec::new(),
+        Way::Evacuation(evacuation) => vec![proof(&evacuation.proof)],
     };
     if words.is_empty() {
         NOTHING_HERE.to_owned()
     } else {
         words.join(", ")
+    }
+}
+
+/// By what right a guest of a dead node is started elsewhere.
+fn proof(proof: &ProofOfDeath) -> String {
+    match proof {
+        ProofOfDeath::Fence { agent, at_ms } => {
+            format!("its node is off: says {agent} at {}", moment(*at_ms))
+        }
+        ProofOfDeath::Operator { user, at_ms } => {
+            let user = user.as_deref().unwrap_or("an operator");
+            format!("its node is off: says {user} at {}", moment(*at_ms))
+        }
     }
 }
 

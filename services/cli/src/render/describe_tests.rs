@@ -265,11 +265,12 @@ fn a_running_record_tells_its_outlook() {
 
 #[test]
 fn a_node_looks_so() {
-    let text = node(&samples::node("kvm1"));
+    let text = node(&samples::node("kvm1"), &[]);
     let expected = "\
 host          kvm1
 state         up
 placing       enabled
+operation     -
 heard         1.2 s ago
 clock         +3 ms to the conductor's
 vcpus         2/16

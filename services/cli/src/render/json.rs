@@ -17,6 +17,12 @@
 //! | `migration list`, `migration show` | array of `Migration`, `Migration` |
 //! | `migration watch` | one `Migration` a line, at each change |
 //! | `migration abort`, `force-complete`, `resume` | `Migration` as last seen |
+//! | `node drain`, `restore`, `evacuate`, `balance` | `OperationView` as last seen, `Operation` with `--no-wait`; for a dry run the answer as it travels: `{"answer": "plan", "plan", "failures", "evidence"}` |
+//! | `node force-down` | `Node` as it is afterwards, or as it is, for a dry run |
+//! | `node automation` | `Automation` as it is afterwards, or as it is, for a dry run |
+//! | `operation list` | array of `Operation` |
+//! | `operation show`, `operation cancel` | `OperationView`; of a cancel as last seen, or as it is, for a dry run |
+//! | `operation watch` | one `OperationView` a line, at each change of it or of its migrations |
 //! | `doctor` | [`Diagnosis`](crate::command::doctor::judge::Diagnosis) |
 //! | any, on trouble | `{"error": {"exit", "code", "message", "remedy", "class", "checks"}}` |
 

@@ -7,7 +7,9 @@ use drover_model::migration::{Migration, MigrationStatus, Phase};
 use tokio::time::Instant;
 
 use super::{
-    clean, json,
+    clean,
+    frame::Frame,
+    json,
     progress::{self, Shown},
     screen::{Manner, Screen},
 };
@@ -15,10 +17,6 @@ use crate::exit::Trouble;
 
 /// A pipe gets a line this often at most, and one at each change of phase.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
-/// The terminal cuts lines that are too long instead of breaking them, so that
-/// as many lines are drawn as are overwritten the next time.
-const NO_WRAP: &str = "\x1b[?7l";
-const WRAP: &str = "\x1b[?7h";
 
 /// What has been shown so far.
 #[derive(Debug, Default)]
@@ -26,7 +24,7 @@ pub struct Meter {
     shown: Shown,
     /// JSON of every record, or of none.
     stream: bool,
-    drawn: usize,
+    frame: Frame,
     last: Option<(Instant, MigrationStatus, Phase)>,
 }
 
@@ -55,7 +53,10 @@ impl Meter {
         match screen.manner() {
             Manner::Json if self.stream => screen.line(&json::line(migration)),
             Manner::Json => Ok(()),
-            Manner::Terminal => self.draw(screen, &progress::bars(migration, &self.shown)),
+            Manner::Terminal => {
+                let bars = progress::bars(migration, &self.shown);
+                self.frame.draw(screen, &bars)
+            }
             Manner::Plain if self.is_due(migration) => {
                 screen.line(&progress::line(migration, &self.shown))
             }
@@ -65,7 +66,7 @@ impl Meter {
 
     /// Says something in between; the bars are drawn anew below it.
     pub fn notice(&mut self, screen: &mut Screen, text: &str) {
-        self.drawn = 0;
+        self.frame.leave();
         screen.notice(&clean(text));
     }
 
@@ -78,21 +79,6 @@ impl Meter {
             self.last = Some((now, m.status, phase));
         }
         due
-    }
-
-    fn draw(&mut self, screen: &mut Screen, lines: &[String]) -> Result<(), Trouble> {
-        let mut frame = NO_WRAP.to_owned();
-        if self.drawn > 0 {
-            frame.push_str(&format!("\x1b[{}A", self.drawn));
-        }
-        for line in lines {
-            frame.push_str(&format!("\r\x1b[2K{line}\n"));
-        }
-        // A display that has become shorter leaves nothing of the longer one.
-        frame.push_str("\x1b[J");
-        frame.push_str(WRAP);
-        self.drawn = lines.len();
-        screen.raw(frame.as_bytes())
     }
 }
 

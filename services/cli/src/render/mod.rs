@@ -2,9 +2,11 @@
 //! to text, but for [`screen`], which owns the streams.
 
 pub mod describe;
+pub mod frame;
 pub mod json;
 pub mod meter;
 pub mod offer;
+pub mod operation;
 pub mod outcome;
 pub mod progress;
 pub mod project;

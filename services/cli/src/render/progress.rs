@@ -141,7 +141,17 @@ fn bar(name: &str, held: &Held, beside: &str) -> String {
 
 /// One line, for where there is no terminal.
 pub fn line(migration: &Migration, shown: &Shown) -> String {
-    let mut parts = vec![heading(migration)];
+    format!(
+        "{:>7}  {}{}",
+        span(migration.total_time_ms()),
+        heading(migration),
+        numbers(migration, shown)
+    )
+}
+
+/// How far it is and how it goes on, each behind a comma.
+pub fn numbers(migration: &Migration, shown: &Shown) -> String {
+    let mut parts = Vec::new();
     if shown.total() > 0 {
         parts.push(format!("{} %", shown.percent));
     }
@@ -152,11 +162,7 @@ pub fn line(migration: &Migration, shown: &Shown) -> String {
     }
     parts.extend(rates(migration));
     parts.extend(outlook(migration));
-    format!(
-        "{:>7}  {}",
-        span(migration.total_time_ms()),
-        parts.join(", ")
-    )
+    parts.iter().map(|part| format!(", {part}")).collect()
 }
 
 fn heading(m: &Migration) -> String {

@@ -3,6 +3,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 
 use super::{json, outcome};
@@ -24,7 +25,12 @@ pub struct Screen {
     out: Box<dyn Write + Send>,
     err: Box<dyn Write + Send>,
     manner: Manner,
+    /// Whether standard output is where it writes: its terminal has a size.
+    is_standard: bool,
 }
+
+/// Lines of a terminal that does not tell how many it has.
+const USUAL_ROWS: usize = 24;
 
 impl Screen {
     /// The process's own streams.
@@ -35,12 +41,27 @@ impl Screen {
             (false, true) => Manner::Terminal,
             (false, false) => Manner::Plain,
         };
-        Self::new(Box::new(io::stdout()), Box::new(io::stderr()), manner)
+        Self {
+            is_standard: true,
+            ..Self::new(Box::new(io::stdout()), Box::new(io::stderr()), manner)
+        }
     }
 
     /// Any streams.
     pub fn new(out: Box<dyn Write + Send>, err: Box<dyn Write + Send>, manner: Manner) -> Self {
-        Self { out, err, manner }
+        Self {
+            out,
+            err,
+            manner,
+            is_standard: false,
+        }
+    }
+
+    /// How many lines fit on it.
+    pub fn rows(&self) -> usize {
+        let size = self.is_standard.then(|| tcgetwinsize(io::stdout()).ok());
+        let rows = size.flatten().map(|size| usize::from(size.ws_row));
+        rows.filter(|rows| *rows > 0).unwrap_or(USUAL_ROWS)
     }
 
     /// In which manner results are written.

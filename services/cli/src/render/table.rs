@@ -7,6 +7,7 @@ use drover_model::{
     guest::PowerState,
     migration::{Migration, MigrationStatus, Phase, Way},
     node::HypervisorReport,
+    operation::{Operation, OperationStatus, Task},
 };
 
 use super::{
@@ -32,8 +33,8 @@ pub fn grid(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Str
     table.trim_fmt()
 }
 
-/// Nodes.
-pub fn nodes(nodes: &[Node]) -> String {
+/// Nodes, with what operations make of them, as [`busy`] tells.
+pub fn nodes(nodes: &[Node], operations: &[Operation]) -> String {
     if nodes.is_empty() {
         return "no nodes: no agent has reported yet; `drover doctor` tells why".to_owned();
     }
@@ -41,6 +42,7 @@ pub fn nodes(nodes: &[Node]) -> String {
         "HOST",
         "STATE",
         "PLACING",
+        "OPERATION",
         "INSTANCES",
         "VCPUS",
         "MEMORY",
@@ -50,10 +52,38 @@ pub fn nodes(nodes: &[Node]) -> String {
         "HEARD",
         "REASON",
     ];
-    grid(&header, nodes.iter().map(node_row))
+    grid(&header, nodes.iter().map(|n| node_row(n, operations)))
 }
 
-fn node_row(node: &Node) -> Vec<String> {
+/// What an operation makes of a node, with its number: `draining (4)`; *drained*
+/// as long as the node stays disabled. Operations are given newest first.
+pub fn busy(node: &Node, operations: &[Operation]) -> Option<String> {
+    let newest = operations
+        .iter()
+        .find(|o| o.task.host() == Some(&node.host));
+    let o = newest?;
+    let is_over = o.status.is_final();
+    let word = match &o.task {
+        Task::Drain(_) if !is_over => "draining",
+        Task::Drain(_) if o.status == OperationStatus::Completed && !node.enabled => "drained",
+        Task::Restore(_) if !is_over => "restoring",
+        Task::Evacuate(_) if !is_over => "evacuating",
+        Task::Evacuate(_) if o.status == OperationStatus::Completed && !node.up => "evacuated",
+        _ => return None,
+    };
+    Some(format!("{word} ({})", o.id))
+}
+
+/// Whether a node is heard of, or declared down.
+pub fn state(node: &Node) -> &'static str {
+    match (node.forced_down, node.up) {
+        (true, _) => "down (declared)",
+        (false, true) => "up",
+        (false, false) => "down",
+    }
+}
+
+fn node_row(node: &Node, operations: &[Operation]) -> Vec<String> {
     let (disk, libvirt, qemu) = match &node.report.hypervisor {
         HypervisorReport::Up { inventory, .. } => (
             bytes(inventory.disk_free_bytes),
@@ -64,8 +94,9 @@ fn node_row(node: &Node) -> Vec<String> {
     };
     vec![
         node.host.to_string(),
-        if node.up { "up" } else { "down" }.to_owned(),
+        state(node).to_owned(),
         placing(node).to_owned(),
+        busy(node, operations).unwrap_or_else(nothing),
         node.instances.map_or_else(nothing, |n| n.to_string()),
         format!("{}/{}", node.vcpus_used, node.vcpus_usable),
         share(node.memory_used_mib << 20, node.memory_usable_mib << 20),
@@ -122,11 +153,27 @@ pub fn migrations(migrations: &[Migration]) -> String {
     if migrations.is_empty() {
         return "no migrations".to_owned();
     }
-    let header = [
+    let mut header = vec![
         "ID", "INSTANCE", "KIND", "FROM", "TO", "STATUS", "PHASE", "%", "MOVED", "RATE", "DIRTY",
         "ETA", "DOWNTIME", "TIME", "ACCEPTED", "REASON",
     ];
-    grid(&header, migrations.iter().map(migration_row))
+    // Most are nobody's but their own.
+    let has_operations = migrations.iter().any(|m| m.operation.is_some());
+    header.extend(has_operations.then_some("OPERATION"));
+    let row = |m| {
+        let mut row = migration_row(m);
+        row.extend(has_operations.then(|| operation(m)));
+        row
+    };
+    grid(&header, migrations.iter().map(row))
+}
+
+/// So much of an operation's UUID names it: it begins with the time.
+const SHORT_UUID: usize = 13;
+
+fn operation(m: &Migration) -> String {
+    let uuid = m.operation.map(|id| id.to_string());
+    uuid.map_or_else(nothing, |uuid| uuid.chars().take(SHORT_UUID).collect())
 }
 
 fn migration_row(m: &Migration) -> Vec<String> {
@@ -217,12 +264,44 @@ mod tests {
             reason: "no socket".to_owned(),
         };
         let expected = "\
-HOST  STATE  PLACING   INSTANCES  VCPUS  MEMORY       DISK FREE  LIBVIRT  QEMU   HEARD           REASON
-kvm1  up     enabled   2          2/16   0.2/7.5 GiB  80 GiB     9.0.0    7.2.0  1.2 s ago       -
-kvm2  down   disabled  -          2/16   0.2/7.5 GiB  -          down     -      1 min 35 s ago  new[2J disks";
-        let table = nodes(&[samples::node("kvm1"), down]);
+HOST  STATE  PLACING   OPERATION  INSTANCES  VCPUS  MEMORY       DISK FREE  LIBVIRT  QEMU   HEARD           REASON
+kvm1  up     enabled   -          2          2/16   0.2/7.5 GiB  80 GiB     9.0.0    7.2.0  1.2 s ago       -
+kvm2  down   disabled  -          -          2/16   0.2/7.5 GiB  -          down     -      1 min 35 s ago  new[2J disks";
+        let table = nodes(&[samples::node("kvm1"), down], &[]);
         assert_eq!(table, expected, "\n{table}");
-        assert!(nodes(&[]).contains("drover doctor"));
+        assert!(nodes(&[], &[]).contains("drover doctor"));
+    }
+
+    #[test]
+    fn draining_is_told_apart_from_drained() {
+        let mut node = samples::node("kvm1");
+        node.enabled = false;
+        let of = |o: Operation| [o];
+        let busy = |node: &Node, o: Operation| busy(node, &of(o));
+        let drain = samples::drain();
+        assert_eq!(busy(&node, drain.clone()).unwrap(), "draining (4)");
+        let drained = samples::drained();
+        assert_eq!(busy(&node, drained.clone()).unwrap(), "drained (4)");
+        let mut failed = drained.clone();
+        failed.status = OperationStatus::Incomplete;
+        assert_eq!(busy(&node, failed), None);
+        assert_eq!(busy(&samples::node("kvm2"), drain), None);
+        node.enabled = true;
+        assert_eq!(busy(&node, drained), None, "it was opened since");
+        node.forced_down = true;
+        assert_eq!(state(&node), "down (declared)");
+    }
+
+    #[test]
+    fn migrations_of_an_operation_name_it() {
+        let mut m = samples::completed(samples::migration());
+        m.operation = Some(samples::drain().uuid);
+        let table = migrations(&[m, samples::migration()]);
+        let ends: Vec<&str> = table
+            .lines()
+            .map(|l| l.rsplit("  ").next().unwrap())
+            .collect();
+        assert_eq!(ends, ["OPERATION", "01997777-0000", "-"], "{table}");
     }
 
     #[test]

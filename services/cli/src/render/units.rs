@@ -76,6 +76,23 @@ pub fn span(ms: u64) -> String {
     }
 }
 
+/// A running clock: `0:12`, `12:05`, `1:02:03`.
+pub fn clock(ms: u64) -> String {
+    let s = ms / 1000;
+    let (hours, minutes, seconds) = (s / 3600, s / 60 % 60, s % 60);
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{seconds:02}")
+    } else {
+        format!("{minutes}:{seconds:02}")
+    }
+}
+
+/// So many of something: `1 guest`, `6 guests`.
+pub fn number(n: usize, what: &str) -> String {
+    let plural = if n == 1 { "" } else { "s" };
+    format!("{n} {what}{plural}")
+}
+
 /// A moment, in UTC: `2026-11-23 18:46:51Z`.
 pub fn moment(ms: u64) -> String {
     let at = i64::try_from(ms).ok().map(Timestamp::from_millisecond);
@@ -130,6 +147,12 @@ mod tests {
         for (ms, text) in cases {
             assert_eq!(span(ms), text);
         }
+        let clocks = [12_900, 725_000, 3_723_000].map(clock);
+        assert_eq!(clocks, ["0:12", "12:05", "1:02:03"]);
+        assert_eq!(
+            [number(1, "guest"), number(0, "guest")],
+            ["1 guest", "0 guests"]
+        );
         assert_eq!(moment(0), "1970-01-01 00:00:00Z");
         assert_eq!(moment(u64::MAX), format!("{} ms", u64::MAX));
         assert_eq!(version(9_000_002), "9.0.2");

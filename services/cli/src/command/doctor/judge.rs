@@ -4,23 +4,30 @@
 use drover_model::{
     api::{
         compute::AgentStatus,
-        conductor::{ConductorStatus, Node},
+        conductor::{Automation, ConductorStatus, Node},
     },
     ids::HostName,
     migration::{Migration, MigrationStatus},
     node::HypervisorReport,
+    operation::Operation,
 };
 use serde::Serialize;
 
 use crate::{
     exit::Trouble,
-    render::units::{span, version},
+    render::{
+        operation::noun,
+        units::{span, version},
+    },
 };
 
 /// Clocks further apart than this are odd.
 const ODD_CLOCK_MS: u64 = 2_000;
 /// Clocks further apart than this make records and logs useless.
 const WRONG_CLOCK_MS: u64 = 30_000;
+
+/// An operation of which nothing changed for so long has come to a halt.
+const HALTED_MS: u64 = 900_000;
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -179,6 +186,12 @@ pub fn node(node: &Node, agent: &AgentAnswer, conductor: &Answer<ConductorStatus
 fn heard(node: &Node, down_after_s: u64) -> Finding {
     let host = node.host.as_str();
     let age = span(node.report_age_ms);
+    if node.forced_down {
+        let message = format!("declared down by an operator; heard of {age} ago");
+        return Finding::warn(host, "report", message).remedy(format!(
+            "when it is back and well: `drover node force-down {host} --unset`"
+        ));
+    }
     if node.up {
         return Finding::ok(host, "report", format!("heard of {age} ago"));
     }
@@ -357,6 +370,43 @@ fn stuck_one(m: &Migration) -> Finding {
         "`drover migration show {0}`, mend it, `drover migration resume {0}`",
         m.id
     ))
+}
+
+/// Operations that have come to a halt. By the conductor's clock.
+pub fn operations(active: &[Operation], now_ms: u64) -> Vec<Finding> {
+    let idle_ms = |o: &Operation| now_ms.saturating_sub(o.updated_at_ms);
+    let halted = active.iter().filter(|o| idle_ms(o) >= HALTED_MS);
+    let findings = halted.map(|o| {
+        let message = format!(
+            "operation {} ({}) is {} and nothing of it has changed for {}",
+            o.id,
+            noun(&o.task),
+            o.status,
+            span(idle_ms(o))
+        );
+        Finding::warn("operations", "halted", message).remedy(format!(
+            "`drover operation show {0}` tells what each guest waits for; \
+             `drover operation cancel {0}` calls it off",
+            o.id
+        ))
+    });
+    let findings: Vec<Finding> = findings.collect();
+    if findings.is_empty() {
+        let message = format!("{} under way, none halted", active.len());
+        return vec![Finding::ok("operations", "halted", message)];
+    }
+    findings
+}
+
+/// What the conductor does by itself, and does not for now.
+pub fn automation(now: &Automation) -> Vec<Finding> {
+    let of = |check: &'static str, state: &str| match state {
+        "paused" => Finding::warn("automation", check, "paused: switched off for now").remedy(
+            format!("when the maintenance is over: `drover node automation --{check} on`"),
+        ),
+        state => Finding::ok("automation", check, state),
+    };
+    vec![of("evacuate", &now.evacuate), of("balance", &now.balance)]
 }
 
 #[cfg(test)]

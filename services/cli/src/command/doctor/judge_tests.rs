@@ -167,3 +167,48 @@ fn stuck_migrations_are_wrong() {
     assert_eq!(level(&findings, "stuck"), Level::Fail);
     assert!(!Diagnosis::from(findings).healthy);
 }
+
+#[test]
+fn a_node_that_was_declared_down_is_not_called_silent() {
+    let conductor = answer(samples::conductor(), 0);
+    let mut declared = samples::node("kvm1");
+    (declared.forced_down, declared.up) = (true, false);
+    let findings = node(&declared, &Ok(answer(agent("kvm1"), 0)), &conductor);
+    assert_eq!(level(&findings, "report"), Level::Warn);
+    assert_eq!(
+        findings[0].message,
+        "declared down by an operator; heard of 1.2 s ago"
+    );
+}
+
+#[test]
+fn an_operation_that_halts_is_odd() {
+    let active = [samples::drain()];
+    let at = active[0].updated_at_ms;
+    let findings = operations(&active, at + HALTED_MS - 1);
+    assert_eq!(findings[0].message, "1 under way, none halted");
+    let findings = operations(&active, at + HALTED_MS);
+    assert_eq!(level(&findings, "halted"), Level::Warn);
+    assert_eq!(
+        findings[0].message,
+        "operation 4 (the drain of kvm1) is running and nothing of it has changed for 15 min 0 s"
+    );
+}
+
+#[test]
+fn what_is_paused_is_not_forgotten() {
+    let now = |evacuate: &str, balance: &str| Automation {
+        evacuate: evacuate.to_owned(),
+        balance: balance.to_owned(),
+    };
+    let findings = automation(&now("paused", "off"));
+    assert_eq!(level(&findings, "evacuate"), Level::Warn);
+    assert_eq!(level(&findings, "balance"), Level::Ok);
+    assert!(
+        findings[0]
+            .remedy
+            .as_deref()
+            .unwrap()
+            .contains("--evacuate on")
+    );
+}

@@ -1,0 +1,74 @@
+//! Calls about operations on nodes.
+
+use std::time::Duration;
+
+use drover_model::{
+    api::conductor::{
+        Automation, ForceDown, ListOperations, Node, OperationAnswer, OperationRef, OperationView,
+        SetAutomation, WaitOperation, method,
+    },
+    operation::Operation,
+};
+use serde::Serialize;
+
+use super::{ADMISSION, Client};
+use crate::exit::Trouble;
+
+/// How long one wait for a change of an operation or its migrations lasts: a
+/// display of them is never older.
+const TICK: Duration = Duration::from_secs(1);
+/// After how long without an answer to such a wait it is asked again.
+const TICK_PATIENCE: Duration = Duration::from_secs(4);
+
+impl Client {
+    /// One of the methods that begin an operation or plan it.
+    pub async fn operate(
+        &self,
+        method: &'static str,
+        request: &(impl Serialize + Sync),
+        timeout: Duration,
+    ) -> Result<OperationAnswer, Trouble> {
+        self.ask_for(method, request, timeout.min(ADMISSION)).await
+    }
+
+    /// Operations, newest first.
+    pub async fn list_operations(&self, which: &ListOperations) -> Result<Vec<Operation>, Trouble> {
+        self.ask(method::LIST_OPERATIONS, which).await
+    }
+
+    /// One operation, with its migrations that are under way.
+    pub async fn get_operation(&self, id: &str) -> Result<OperationView, Trouble> {
+        let operation = id.to_owned();
+        self.ask(method::GET_OPERATION, &OperationRef { operation })
+            .await
+    }
+
+    /// Calls an operation off.
+    pub async fn cancel_operation(&self, id: &str) -> Result<OperationView, Trouble> {
+        let operation = id.to_owned();
+        self.ask(method::CANCEL_OPERATION, &OperationRef { operation })
+            .await
+    }
+
+    /// An operation once it or a migration of it has changed, or as it is after
+    /// a second.
+    pub async fn wait_operation(&self, seen: &Operation) -> Result<OperationView, Trouble> {
+        let request = WaitOperation {
+            operation: seen.uuid.to_string(),
+            seen_version: seen.version,
+            timeout_ms: u64::try_from(TICK.as_millis()).unwrap_or(u64::MAX),
+        };
+        self.ask_for(method::WAIT_OPERATION, &request, TICK_PATIENCE)
+            .await
+    }
+
+    /// Declares a node down, or takes that back.
+    pub async fn force_down(&self, request: &ForceDown) -> Result<Node, Trouble> {
+        self.ask(method::FORCE_DOWN, request).await
+    }
+
+    /// What the conductor does by itself, changed or as it is.
+    pub async fn set_automation(&self, request: &SetAutomation) -> Result<Automation, Trouble> {
+        self.ask(method::SET_AUTOMATION, request).await
+    }
+}

@@ -13,6 +13,8 @@
  * Disk: numbered records go into a ring on /dev/vda, past the page cache. A check reads the ring
  * and wants every record up to the last one acknowledged, so one lost write shows as a gap.
  * After a reboot the count goes on from the highest record found, which disk_found tells.
+ * Each record names the boot that wrote it. Before a record is written, the last one must still be this boot's,
+ * and no later one may be where it goes: whoever else writes to this disk is found so, and counted in disk_foreign.
  *
  * Clock: with drover.clock_ms= a thread that has the processor whenever it wants sleeps so long at a
  * time. longest_gap_ms is the longest between two times that it ran, since that was last asked for; null
@@ -23,8 +25,8 @@
  * neighbours, who may be others with the same addresses, and announces itself.
  *
  * Kernel command line: drover.name= drover.ip=ADDR/BITS drover.mem_mib= drover.dirty_mib_s=
- * drover.disk_hz= drover.clock_ms= (0 switches a load off), drover.acpi=ignore (the power button does nothing), and
- * drover.probe, which powers off as soon as the guest is up.
+ * drover.disk_hz= drover.clock_ms= drover.busy_percent= (of a processor, kept busy for nothing; 0 switches a load off),
+ * drover.acpi=ignore (the power button does nothing), and drover.probe, which powers off as soon as the guest is up.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -81,9 +83,11 @@ static unsigned dirty_mib_s = 4;
 
 static pthread_mutex_t disk_lock = PTHREAD_MUTEX_INITIALIZER;
 static int disk = -1;
-static uint64_t disk_found, disk_written, disk_verified, disk_errors;
+static uint64_t disk_found, disk_written, disk_verified, disk_errors, disk_foreign, boot_id;
 static bool disk_gap; /* the last check missed a record */
 static unsigned disk_hz = 10;
+
+static unsigned busy_percent;
 
 static _Atomic uint64_t longest_gap_us;
 static unsigned clock_ms;
@@ -210,20 +214,34 @@ static void check_memory(void)
 
 /* ---- disk --------------------------------------------------------------------------------- */
 
-static void record_make(uint64_t *record, uint64_t n)
+static void record_make(uint64_t *record, uint64_t n, uint64_t boot)
 {
-	uint64_t x = scramble(n);
+	uint64_t x = scramble(n ^ boot);
 	record[0] = RECORD_MAGIC;
 	record[1] = n;
-	for (int i = 2; i < WORDS; i++, x += 0x9e3779b97f4a7c15ull)
+	record[2] = boot;
+	for (int i = 3; i < WORDS; i++, x += 0x9e3779b97f4a7c15ull)
 		record[i] = x;
 }
 
 static uint64_t record_number(const uint64_t *record)
 {
 	uint64_t want[WORDS];
-	record_make(want, record[1]);
+	record_make(want, record[1], record[2]);
 	return memcmp(want, record, PAGE) == 0 ? record[1] : 0;
+}
+
+static bool slot_read(uint64_t *record, uint64_t n)
+{
+	return pread(disk, record, PAGE, (off_t)(n % SLOTS) * PAGE) == PAGE;
+}
+
+/* Whether anybody else wrote where this boot wrote last, or is about to. */
+static bool foreign_near(uint64_t *record, uint64_t n)
+{
+	bool mine = n == disk_found + 1 ||
+		(slot_read(record, n - 1) && record[1] == n - 1 && record[2] == boot_id);
+	return !mine || (slot_read(record, n) && record_number(record) >= n && record[2] != boot_id);
 }
 
 /* Fills numbers[slot] with the record each slot holds (0: none that is intact). */
@@ -265,7 +283,8 @@ static void *write_disk(void *unused)
 	for (;;) {
 		pthread_mutex_lock(&disk_lock);
 		uint64_t n = disk_written + 1;
-		record_make(record, n);
+		disk_foreign += foreign_near(record, n);
+		record_make(record, n, boot_id);
 		if (pwrite(disk, record, PAGE, (off_t)(n % SLOTS) * PAGE) == PAGE && fdatasync(disk) == 0)
 			disk_written = n;
 		else
@@ -316,11 +335,26 @@ static void *watch_clock(void *unused)
 	return NULL;
 }
 
+/* ---- processor ---------------------------------------------------------------------------- */
+
+static void *be_busy(void *unused)
+{
+	const unsigned period = 50; /* ms */
+	(void)unused;
+	for (;;) {
+		uint64_t until = now_us() + period * 10 * busy_percent;
+		while (now_us() < until)
+			;
+		sleep_ms(period - period * busy_percent / 100 + 1);
+	}
+	return NULL;
+}
+
 /* ---- status ------------------------------------------------------------------------------- */
 
 static void send_status(int fd)
 {
-	char line[640], gap[32] = "null";
+	char line[704], gap[32] = "null";
 	uint64_t gap_us = atomic_exchange(&longest_gap_us, 0);
 	if (clock_ms)
 		snprintf(gap, sizeof gap, "%.3f", gap_us / 1e3);
@@ -330,13 +364,14 @@ static void send_status(int fd)
 		"{\"name\":\"%s\",\"uptime_ms\":%llu,\"longest_gap_ms\":%s,\"mem_mib\":%llu,\"dirty_mib_s\":%u,"
 		"\"mem_rewrites\":%llu,\"mem_errors\":%llu,\"mem_ok\":%s,"
 		"\"disk_found\":%llu,\"disk_written\":%llu,\"disk_verified\":%llu,\"disk_errors\":%llu,"
-		"\"disk_ok\":%s}\n",
+		"\"disk_foreign\":%llu,\"disk_ok\":%s}\n",
 		name, (unsigned long long)now_ms(), gap, (unsigned long long)memory_pages / 256, dirty_mib_s,
 		(unsigned long long)memory_rewrites, (unsigned long long)memory_errors,
 		memory_errors ? "false" : "true",
 		(unsigned long long)disk_found, (unsigned long long)disk_written,
 		(unsigned long long)disk_verified, (unsigned long long)disk_errors,
-		disk >= 0 && !disk_errors && !disk_gap ? "true" : "false");
+		(unsigned long long)disk_foreign,
+		disk >= 0 && !disk_errors && !disk_gap && !disk_foreign ? "true" : "false");
 	pthread_mutex_unlock(&disk_lock);
 	pthread_mutex_unlock(&memory_lock);
 	if (write(fd, line, n) < 0)
@@ -622,6 +657,14 @@ int main(void)
 	clock_ms = number("drover.clock_ms", 0);
 	if (clock_ms)
 		spawn(watch_clock, NULL);
+	busy_percent = number("drover.busy_percent", 0);
+	if (busy_percent > 100)
+		busy_percent = 100;
+	if (busy_percent)
+		spawn(be_busy, NULL);
+	struct timespec now;
+	clock_gettime(CLOCK_REALTIME, &now);
+	boot_id = scramble((uint64_t)now.tv_sec * 1000000000 + now.tv_nsec);
 	open_disk();
 
 	memory_pages = (uint64_t)number("drover.mem_mib", 32) * 256;

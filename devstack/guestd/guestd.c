@@ -13,8 +13,8 @@
  * Disk: numbered records go into a ring on /dev/vda, past the page cache. A check reads the ring
  * and wants every record up to the last one acknowledged, so one lost write shows as a gap.
  * After a reboot the count goes on from the highest record found, which disk_found tells.
- * Each record names the boot that wrote it. Before a record is written, the last one must still be this boot's,
- * and no later one may be where it goes: whoever else writes to this disk is found so, and counted in disk_foreign.
+ * Each record names the boot that wrote it, and a page after the ring the boot that writes now. Whoever else writes to
+ * this disk is found by these, before each record and by a check, and counted in disk_foreign.
  *
  * Clock: with drover.clock_ms= a thread that has the processor whenever it wants sleeps so long at a
  * time. longest_gap_ms is the longest between two times that it ran, since that was last asked for; null
@@ -63,6 +63,7 @@
 #define PAGE 4096
 #define WORDS (PAGE / 8)
 #define SLOTS 4096 /* records in the ring: 16 MiB of disk */
+#define OWNER_AT ((off_t)SLOTS * PAGE)
 #define RECORD_MAGIC 0x6472766f72656331ull
 #define MAX_PEERS 64
 #define MAX_BUTTONS 8
@@ -236,16 +237,26 @@ static bool slot_read(uint64_t *record, uint64_t n)
 	return pread(disk, record, PAGE, (off_t)(n % SLOTS) * PAGE) == PAGE;
 }
 
-/* Whether anybody else wrote where this boot wrote last, or is about to. */
+/* Whether another boot has the disk, or is ahead of this one. */
 static bool foreign_near(uint64_t *record, uint64_t n)
 {
-	bool mine = n == disk_found + 1 ||
-		(slot_read(record, n - 1) && record[1] == n - 1 && record[2] == boot_id);
-	return !mine || (slot_read(record, n) && record_number(record) >= n && record[2] != boot_id);
+	if (pread(disk, record, PAGE, OWNER_AT) == PAGE && record[0] != boot_id)
+		return true;
+	return slot_read(record, n) && record_number(record) >= n && record[2] != boot_id;
 }
 
-/* Fills numbers[slot] with the record each slot holds (0: none that is intact). */
-static bool read_ring(uint64_t *numbers)
+static void own_disk(void)
+{
+	uint64_t *page = aligned_alloc(PAGE, PAGE);
+	memset(page, 0, PAGE);
+	page[0] = boot_id;
+	if (pwrite(disk, page, PAGE, OWNER_AT) != PAGE || fdatasync(disk) != 0)
+		disk_errors++;
+	free(page);
+}
+
+/* Fills numbers[slot] with the record each slot holds (0: none that is intact), boots[slot] with who wrote it. */
+static bool read_ring(uint64_t *numbers, uint64_t *boots)
 {
 	const size_t chunk = 64 * PAGE;
 	uint64_t *buffer = aligned_alloc(PAGE, chunk);
@@ -253,8 +264,10 @@ static bool read_ring(uint64_t *numbers)
 	for (size_t slot = 0; slot < SLOTS; slot += 64) {
 		bool ok = pread(disk, buffer, chunk, (off_t)slot * PAGE) == (ssize_t)chunk;
 		read_all &= ok;
-		for (size_t i = 0; i < 64; i++)
+		for (size_t i = 0; i < 64; i++) {
 			numbers[slot + i] = ok ? record_number(buffer + i * WORDS) : 0;
+			boots[slot + i] = buffer[i * WORDS + 2];
+		}
 	}
 	free(buffer);
 	return read_all;
@@ -262,15 +275,15 @@ static bool read_ring(uint64_t *numbers)
 
 static void check_disk(void)
 {
-	static uint64_t numbers[SLOTS];
+	static uint64_t numbers[SLOTS], boots[SLOTS];
 	if (disk < 0)
 		return;
 	pthread_mutex_lock(&disk_lock);
-	if (!read_ring(numbers))
+	if (!read_ring(numbers, boots))
 		disk_errors++;
 	uint64_t n = disk_written > SLOTS ? disk_written - SLOTS + 1 : 1;
-	while (n <= disk_written && numbers[n % SLOTS] == n)
-		n++;
+	for (; n <= disk_written && numbers[n % SLOTS] == n; n++)
+		disk_foreign += n > disk_found && boots[n % SLOTS] != boot_id;
 	disk_verified = n - 1;
 	disk_gap = disk_verified < disk_written;
 	pthread_mutex_unlock(&disk_lock);
@@ -297,7 +310,7 @@ static void *write_disk(void *unused)
 
 static void open_disk(void)
 {
-	static uint64_t numbers[SLOTS];
+	static uint64_t numbers[SLOTS], boots[SLOTS];
 	for (int i = 0; i < 50 && disk < 0; i++) {
 		disk = open("/dev/vda", O_RDWR | O_DIRECT | O_CLOEXEC);
 		if (disk < 0)
@@ -307,11 +320,12 @@ static void open_disk(void)
 		printf("guestd: no disk at /dev/vda\n");
 		return;
 	}
-	read_ring(numbers);
+	read_ring(numbers, boots);
 	for (int i = 0; i < SLOTS; i++)
 		if (numbers[i] > disk_written)
 			disk_written = numbers[i];
 	disk_found = disk_written;
+	own_disk();
 	check_disk();
 }
 

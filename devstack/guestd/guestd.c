@@ -13,6 +13,8 @@
  * Disk: numbered records go into a ring on /dev/vda, past the page cache. A check reads the ring
  * and wants every record up to the last one acknowledged, so one lost write shows as a gap.
  * After a reboot the count goes on from the highest record found, which disk_found tells.
+ * Each record names the boot that wrote it, and a page after the ring the boot that writes now. Whoever else writes to
+ * this disk is found by these, before each record and by a check, and counted in disk_foreign.
  *
  * Clock: with drover.clock_ms= a thread that has the processor whenever it wants sleeps so long at a
  * time. longest_gap_ms is the longest between two times that it ran, since that was last asked for; null
@@ -23,8 +25,8 @@
  * neighbours, who may be others with the same addresses, and announces itself.
  *
  * Kernel command line: drover.name= drover.ip=ADDR/BITS drover.mem_mib= drover.dirty_mib_s=
- * drover.disk_hz= drover.clock_ms= (0 switches a load off), drover.acpi=ignore (the power button does nothing), and
- * drover.probe, which powers off as soon as the guest is up.
+ * drover.disk_hz= drover.clock_ms= drover.busy_percent= (of a processor, kept busy for nothing; 0 switches a load off),
+ * drover.acpi=ignore (the power button does nothing), and drover.probe, which powers off as soon as the guest is up.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -61,6 +63,7 @@
 #define PAGE 4096
 #define WORDS (PAGE / 8)
 #define SLOTS 4096 /* records in the ring: 16 MiB of disk */
+#define OWNER_AT ((off_t)SLOTS * PAGE)
 #define RECORD_MAGIC 0x6472766f72656331ull
 #define MAX_PEERS 64
 #define MAX_BUTTONS 8
@@ -81,9 +84,11 @@ static unsigned dirty_mib_s = 4;
 
 static pthread_mutex_t disk_lock = PTHREAD_MUTEX_INITIALIZER;
 static int disk = -1;
-static uint64_t disk_found, disk_written, disk_verified, disk_errors;
+static uint64_t disk_found, disk_written, disk_verified, disk_errors, disk_foreign, boot_id;
 static bool disk_gap; /* the last check missed a record */
 static unsigned disk_hz = 10;
+
+static unsigned busy_percent;
 
 static _Atomic uint64_t longest_gap_us;
 static unsigned clock_ms;
@@ -210,24 +215,48 @@ static void check_memory(void)
 
 /* ---- disk --------------------------------------------------------------------------------- */
 
-static void record_make(uint64_t *record, uint64_t n)
+static void record_make(uint64_t *record, uint64_t n, uint64_t boot)
 {
-	uint64_t x = scramble(n);
+	uint64_t x = scramble(n ^ boot);
 	record[0] = RECORD_MAGIC;
 	record[1] = n;
-	for (int i = 2; i < WORDS; i++, x += 0x9e3779b97f4a7c15ull)
+	record[2] = boot;
+	for (int i = 3; i < WORDS; i++, x += 0x9e3779b97f4a7c15ull)
 		record[i] = x;
 }
 
 static uint64_t record_number(const uint64_t *record)
 {
 	uint64_t want[WORDS];
-	record_make(want, record[1]);
+	record_make(want, record[1], record[2]);
 	return memcmp(want, record, PAGE) == 0 ? record[1] : 0;
 }
 
-/* Fills numbers[slot] with the record each slot holds (0: none that is intact). */
-static bool read_ring(uint64_t *numbers)
+static bool slot_read(uint64_t *record, uint64_t n)
+{
+	return pread(disk, record, PAGE, (off_t)(n % SLOTS) * PAGE) == PAGE;
+}
+
+/* Whether another boot has the disk, or is ahead of this one. */
+static bool foreign_near(uint64_t *record, uint64_t n)
+{
+	if (pread(disk, record, PAGE, OWNER_AT) == PAGE && record[0] != boot_id)
+		return true;
+	return slot_read(record, n) && record_number(record) >= n && record[2] != boot_id;
+}
+
+static void own_disk(void)
+{
+	uint64_t *page = aligned_alloc(PAGE, PAGE);
+	memset(page, 0, PAGE);
+	page[0] = boot_id;
+	if (pwrite(disk, page, PAGE, OWNER_AT) != PAGE || fdatasync(disk) != 0)
+		disk_errors++;
+	free(page);
+}
+
+/* Fills numbers[slot] with the record each slot holds (0: none that is intact), boots[slot] with who wrote it. */
+static bool read_ring(uint64_t *numbers, uint64_t *boots)
 {
 	const size_t chunk = 64 * PAGE;
 	uint64_t *buffer = aligned_alloc(PAGE, chunk);
@@ -235,8 +264,10 @@ static bool read_ring(uint64_t *numbers)
 	for (size_t slot = 0; slot < SLOTS; slot += 64) {
 		bool ok = pread(disk, buffer, chunk, (off_t)slot * PAGE) == (ssize_t)chunk;
 		read_all &= ok;
-		for (size_t i = 0; i < 64; i++)
+		for (size_t i = 0; i < 64; i++) {
 			numbers[slot + i] = ok ? record_number(buffer + i * WORDS) : 0;
+			boots[slot + i] = buffer[i * WORDS + 2];
+		}
 	}
 	free(buffer);
 	return read_all;
@@ -244,15 +275,15 @@ static bool read_ring(uint64_t *numbers)
 
 static void check_disk(void)
 {
-	static uint64_t numbers[SLOTS];
+	static uint64_t numbers[SLOTS], boots[SLOTS];
 	if (disk < 0)
 		return;
 	pthread_mutex_lock(&disk_lock);
-	if (!read_ring(numbers))
+	if (!read_ring(numbers, boots))
 		disk_errors++;
 	uint64_t n = disk_written > SLOTS ? disk_written - SLOTS + 1 : 1;
-	while (n <= disk_written && numbers[n % SLOTS] == n)
-		n++;
+	for (; n <= disk_written && numbers[n % SLOTS] == n; n++)
+		disk_foreign += n > disk_found && boots[n % SLOTS] != boot_id;
 	disk_verified = n - 1;
 	disk_gap = disk_verified < disk_written;
 	pthread_mutex_unlock(&disk_lock);
@@ -265,7 +296,8 @@ static void *write_disk(void *unused)
 	for (;;) {
 		pthread_mutex_lock(&disk_lock);
 		uint64_t n = disk_written + 1;
-		record_make(record, n);
+		disk_foreign += foreign_near(record, n);
+		record_make(record, n, boot_id);
 		if (pwrite(disk, record, PAGE, (off_t)(n % SLOTS) * PAGE) == PAGE && fdatasync(disk) == 0)
 			disk_written = n;
 		else
@@ -278,7 +310,7 @@ static void *write_disk(void *unused)
 
 static void open_disk(void)
 {
-	static uint64_t numbers[SLOTS];
+	static uint64_t numbers[SLOTS], boots[SLOTS];
 	for (int i = 0; i < 50 && disk < 0; i++) {
 		disk = open("/dev/vda", O_RDWR | O_DIRECT | O_CLOEXEC);
 		if (disk < 0)
@@ -288,11 +320,12 @@ static void open_disk(void)
 		printf("guestd: no disk at /dev/vda\n");
 		return;
 	}
-	read_ring(numbers);
+	read_ring(numbers, boots);
 	for (int i = 0; i < SLOTS; i++)
 		if (numbers[i] > disk_written)
 			disk_written = numbers[i];
 	disk_found = disk_written;
+	own_disk();
 	check_disk();
 }
 
@@ -316,11 +349,26 @@ static void *watch_clock(void *unused)
 	return NULL;
 }
 
+/* ---- processor ---------------------------------------------------------------------------- */
+
+static void *be_busy(void *unused)
+{
+	const unsigned period = 50; /* ms */
+	(void)unused;
+	for (;;) {
+		uint64_t until = now_us() + period * 10 * busy_percent;
+		while (now_us() < until)
+			;
+		sleep_ms(period - period * busy_percent / 100 + 1);
+	}
+	return NULL;
+}
+
 /* ---- status ------------------------------------------------------------------------------- */
 
 static void send_status(int fd)
 {
-	char line[640], gap[32] = "null";
+	char line[704], gap[32] = "null";
 	uint64_t gap_us = atomic_exchange(&longest_gap_us, 0);
 	if (clock_ms)
 		snprintf(gap, sizeof gap, "%.3f", gap_us / 1e3);
@@ -330,13 +378,14 @@ static void send_status(int fd)
 		"{\"name\":\"%s\",\"uptime_ms\":%llu,\"longest_gap_ms\":%s,\"mem_mib\":%llu,\"dirty_mib_s\":%u,"
 		"\"mem_rewrites\":%llu,\"mem_errors\":%llu,\"mem_ok\":%s,"
 		"\"disk_found\":%llu,\"disk_written\":%llu,\"disk_verified\":%llu,\"disk_errors\":%llu,"
-		"\"disk_ok\":%s}\n",
+		"\"disk_foreign\":%llu,\"disk_ok\":%s}\n",
 		name, (unsigned long long)now_ms(), gap, (unsigned long long)memory_pages / 256, dirty_mib_s,
 		(unsigned long long)memory_rewrites, (unsigned long long)memory_errors,
 		memory_errors ? "false" : "true",
 		(unsigned long long)disk_found, (unsigned long long)disk_written,
 		(unsigned long long)disk_verified, (unsigned long long)disk_errors,
-		disk >= 0 && !disk_errors && !disk_gap ? "true" : "false");
+		(unsigned long long)disk_foreign,
+		disk >= 0 && !disk_errors && !disk_gap && !disk_foreign ? "true" : "false");
 	pthread_mutex_unlock(&disk_lock);
 	pthread_mutex_unlock(&memory_lock);
 	if (write(fd, line, n) < 0)
@@ -622,6 +671,14 @@ int main(void)
 	clock_ms = number("drover.clock_ms", 0);
 	if (clock_ms)
 		spawn(watch_clock, NULL);
+	busy_percent = number("drover.busy_percent", 0);
+	if (busy_percent > 100)
+		busy_percent = 100;
+	if (busy_percent)
+		spawn(be_busy, NULL);
+	struct timespec now;
+	clock_gettime(CLOCK_REALTIME, &now);
+	boot_id = scramble((uint64_t)now.tv_sec * 1000000000 + now.tv_nsec);
 	open_disk();
 
 	memory_pages = (uint64_t)number("drover.mem_mib", 32) * 256;

@@ -9,6 +9,8 @@ IMAGES=/var/lib/libvirt/images
 DISK_MIB=64
 GUEST_MEMORY_MIB=128
 PROJECT=demo                        # of guests that are made: this one, or one of PROJECTS
+GUEST_FORMAT=qcow2                  # of their first disk
+GUEST_CACHE=none                    # its cache mode
 
 guest_number() { printf %s "${1//[!0-9]/}"; }
 
@@ -125,7 +127,7 @@ guest_directory() {
 # Guests of projects watch their clock: how long one stands still that changes hands is of interest.
 guest_clock() { ! is_project "$PROJECT" || echo " drover.clock_ms=2"; }
 
-guest_disk() { echo "$(guest_directory "$1")/$1.qcow2"; }
+guest_disk() { echo "$(guest_directory "$1")/$1.$GUEST_FORMAT"; }
 guest_data_disk() { echo "$(guest_directory "$1")/$1-data.raw"; }
 
 # guest_disk_create NAME NODE: empty, on the base; what is there already stays.
@@ -141,7 +143,11 @@ guest_disk_create() {
             ! is_project "$PROJECT" || base=$IMAGES/$base ;;
     esac
     # In place, where the base is under that name.
-    [ -e "$file" ] || in_place "$2" qemu-img create -q -f qcow2 -F qcow2 -b "$base" "$(guest_disk "$name")"
+    if [ "$GUEST_FORMAT" = raw ]; then
+        truncate -s "${DISK_MIB}M" "$file"
+    elif [ ! -e "$file" ]; then
+        in_place "$2" qemu-img create -q -f qcow2 -F qcow2 -b "$base" "$(guest_disk "$name")"
+    fi
     [ -n "${GUEST_DATA_MIB:-}" ] || return 0
     file=$(guest_data_disk "$name")
     case $name in shared*) ;; *) file=$STATE/$2$file ;; esac
@@ -161,6 +167,8 @@ guest_xml() {
   <metadata>
     <drover:instance xmlns:drover='https://drover.dev/xmlns/instance/1'>
       <drover:project>$PROJECT</drover:project>
+      ${GUEST_PRIORITY:+<drover:priority>$GUEST_PRIORITY</drover:priority>}
+      ${GUEST_ANTI_AFFINITY:+<drover:anti_affinity>$GUEST_ANTI_AFFINITY</drover:anti_affinity>}
     </drover:instance>
   </metadata>
   <memory unit='MiB'>$GUEST_MEMORY_MIB</memory>
@@ -178,10 +186,10 @@ guest_xml() {
   <devices>
     <emulator>$emulator</emulator>
     <disk type='file' device='disk'>
-      <driver name='qemu' type='qcow2' cache='none'/>
+      <driver name='qemu' type='$GUEST_FORMAT' cache='$GUEST_CACHE'/>
       <source file='$(guest_disk "$name")'/>
       <target dev='vda' bus='virtio'/>
-    </disk>$(guest_data_xml "$name")
+    </disk>$(guest_data_xml "$name")$(guest_directory_xml)
     <interface type='bridge'>
       <mac address='$(guest_mac "$name")'/>
       <source bridge='$(guest_bridge)'/>
@@ -208,6 +216,19 @@ guest_data_xml() {
 END
 }
 
+# A directory of the node's, which ties it there.
+guest_directory_xml() {
+    [ -n "${GUEST_TIED:-}" ] || return 0
+    cat <<END
+
+    <filesystem type='mount' accessmode='mapped'>
+      <source dir='$BOOT'/>
+      <target dir='node'/>
+      <readonly/>
+    </filesystem>
+END
+}
+
 # guest_create NAME NODE: made, and not started.
 guest_create() {
     local xml=$RUN/$2/$1.xml
@@ -226,16 +247,17 @@ guest_await() {
 guests_list() {
     local node
     {
+        for node in $(nodes); do list_on "$node" running --state-running; done
         for node in $(nodes); do
-            virsh_on "$node" list --state-running --uuid --name 2>/dev/null | sed "s/\$/ $node running/"
-        done
-        for node in $(nodes); do
-            virsh_on "$node" list --state-paused --uuid --name 2>/dev/null | sed "s/\$/ $node paused/"
-            virsh_on "$node" list --inactive --uuid --name 2>/dev/null | sed "s/\$/ $node shut-off/"
+            list_on "$node" paused --state-paused
+            list_on "$node" shut-off --inactive
         done
     } | awk 'NF >= 4 && !seen[$1]++ {uuid = $1; state = $NF; node = $(NF-1); $1 = $NF = $(NF-1) = "";
              gsub(/^ +| +$/, ""); print $0 "\t" uuid "\t" node "\t" state}' | sort -V
 }
+
+# list_on NODE WORD WHICH: a node that does not answer has none.
+list_on() { virsh_on "$1" list "$3" --uuid --name 2>/dev/null | sed "s/\$/ $1 $2/" || true; }
 
 guest_node() { guests_list | awk -F'\t' -v name="$1" '$1 == name {print $3}'; }
 

@@ -116,6 +116,16 @@ places_prepare() {
     fi
     [ -e "$RUN/group" ] || { hosts_write; accounts_write; }
     switch_create
+    outside_hold
+}
+
+# A process with the machine's own mounts, for whoever has to leave a place (devstack/fence). It is in the switch's
+# network, so that it goes with it.
+outside_hold() {
+    local pid
+    pid=$(cat "$RUN/outside.pid" 2>/dev/null) && [ "/proc/$pid/ns/net" -ef "$(netns_of net)" ] && return
+    setsid nsenter --net="$(netns_of net)" -- sleep infinity </dev/null >/dev/null 2>&1 9>&- &
+    echo $! >"$RUN/outside.pid"
 }
 
 place_unpin() {

@@ -140,11 +140,13 @@ pool_active() { virsh_on "$1" pool-info default | grep 'State: *running' || virs
 
 # ---- Drover ---------------------------------------------------------------------------------------
 
+# What a person or a test wants besides, keys of the place's own section first, is in `settings.toml` beside it.
 config_write() {
     local place=$1 new
     new=$(config_of "$place").new
     {
         printf '[messaging]\nurl = "%s"\ncontrol_exchange = "%s"\n' "$AMQP_URL" "$EXCHANGE"
+        [ "$place" != ctl ] || [ -e "$RUN/ctl/no-fences" ] || fences_config
         case $place in
             ctl) printf '\n[conductor]\ndatabase_url = "sqlite://%s/ctl/conductor.sqlite"\n' "$STATE" ;;
             kvm*) cat <<END
@@ -156,8 +158,25 @@ migration_address = "$(address_of "$place")"
 state_dir = "/var/lib/drover"
 END
         esac
+        cat "$RUN/$place/settings.toml" 2>/dev/null || true
     } >"$new"
     mv "$new" "$(config_of "$place")"
+}
+
+# One fencing agent for each node there may be. It is run without an environment, so that it is a wrapper which has
+# what tells one devstack from another.
+fences_config() {
+    local n agent=$STATE/ctl/fence # /run may forbid programs
+    {
+        printf '#!/bin/bash\n# Made by devstack/lib/services.sh.\nPATH=%q\n' "$PATH"
+        printf 'export PATH DROVER_DEVSTACK_NAME=%q DROVER_DEVSTACK_STATE=%q DROVER_DEVSTACK_RUN=%q DROVER_BIN_DIR=%q\n' \
+            "$NAME" "$STATE" "$RUN" "$BIN"
+        printf 'exec %q "$@"\n' "$DEVSTACK_DIR/fence"
+    } >"$agent"
+    chmod 755 "$agent"
+    for ((n = 1; n <= MAX_NODES; n++)); do
+        printf '\n[fence.kvm%d]\nagent = "%s"\nparameters = { port = "kvm%d" }\n' "$n" "$agent" "$n"
+    done
 }
 
 drover_start() {

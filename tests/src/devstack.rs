@@ -2,15 +2,22 @@
 //! types, a guest of one's own for each test, and a TCP session to it that
 //! tells how long it stood still.
 
+mod following;
+mod guest;
+mod twice;
+
 use std::{
-    io::{BufRead, BufReader, Lines},
     path::PathBuf,
-    process::{Child, ChildStdout, Command, Output, Stdio},
+    process::{Command, Output, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use serde_json::Value;
+
+pub use following::Following;
+pub use guest::{Guest, Party, Session};
+pub use twice::Lookout;
 
 /// One test at a time: they share two small nodes, and kill each other's services.
 static TURN: Mutex<()> = Mutex::new(());
@@ -21,15 +28,32 @@ const LONGEST: Duration = Duration::from_secs(120);
 /// The devstack, held for one test.
 pub struct Devstack {
     directory: PathBuf,
+    /// What `devstack/env` tells.
+    exports: String,
+    /// Its nodes, also those that the test leaves alone.
+    nodes: Vec<String>,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl Devstack {
-    /// The devstack of `DROVER_DEVSTACK`; none, said aloud, without one.
+    /// The devstack of `DROVER_DEVSTACK`, with two nodes that take guests; none,
+    /// said aloud, without one.
     ///
     /// # Panics
     /// There is none, and `DROVER_REQUIRE_REAL=1` wants one.
     pub fn take() -> Option<Self> {
+        Self::take_with(2)
+    }
+
+    /// The same, with three nodes that take guests.
+    ///
+    /// # Panics
+    /// As [`Self::take`].
+    pub fn take_three() -> Option<Self> {
+        Self::take_with(3)
+    }
+
+    fn take_with(open: usize) -> Option<Self> {
         let Some(directory) = std::env::var_os("DROVER_DEVSTACK") else {
             assert!(
                 std::env::var_os("DROVER_REQUIRE_REAL").is_none(),
@@ -39,24 +63,56 @@ impl Devstack {
             return None;
         };
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let devstack = Self {
+        let mut devstack = Self {
             directory: directory.into(),
+            exports: String::new(),
+            nodes: Vec::new(),
             _turn: turn,
         };
-        devstack.heal();
+        devstack.exports = devstack.ok("env", &[]);
+        let nodes = devstack.export("NODES");
+        devstack.nodes = nodes.split('\\').map(|n| n.trim().to_owned()).collect();
+        let has = devstack.nodes.len();
+        assert!(
+            has >= open,
+            "the devstack has {has} nodes: up --nodes {open}"
+        );
+        devstack.heal(open);
         Some(devstack)
     }
 
-    /// Everything as a test before should have left it.
-    fn heal(&self) {
-        for (place, service) in [("ctl", "conductor"), ("kvm1", "agent"), ("kvm2", "agent")] {
-            self.ok("service", &[place, service, "start"]);
-        }
-        for host in ["kvm1", "kvm2"] {
-            self.ok("service", &[host, "libvirtd", "start"]);
+    /// Everything as a test before should have left it; nodes after the first
+    /// few stay out of it.
+    fn heal(&self, open: usize) {
+        self.ok("service", &["ctl", "conductor", "start"]);
+        for (at, host) in self.nodes.iter().enumerate() {
+            self.ok("power", &[host, "on"]);
+            self.ok("service", &[host, "agent", "start"]);
             self.ok("link", &[host, "up"]);
-            self.drover(&["node", "enable", host]);
+            let word = if at < open { "enable" } else { "disable" };
+            self.drover(&["node", word, host]);
+            if open > 2 {
+                self.drover(&["node", "force-down", host, "--unset"]);
+            }
         }
+    }
+
+    /// Its nodes, also those that the test leaves alone.
+    pub fn nodes(&self) -> &[String] {
+        &self.nodes
+    }
+
+    /// What `devstack/env` tells under a name.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn export(&self, name: &str) -> String {
+        let start = format!("export DROVER_{name}=");
+        let found = self
+            .exports
+            .lines()
+            .find_map(|line| line.strip_prefix(&start));
+        found.expect("devstack/env has it").to_owned()
     }
 
     fn command(&self, script: &str, args: &[&str]) -> Command {
@@ -112,18 +168,35 @@ impl Devstack {
 
     /// The same, with options of `devstack/guest add`.
     pub fn guest_with(&self, name: &str, options: &[&str]) -> Guest<'_> {
-        let guest = Guest {
-            devstack: self,
-            name: name.to_owned(),
-        };
-        guest.remove();
-        self.ok(
-            "guest",
-            &[&[name, "add", "--node", "kvm1"], options].concat(),
-        );
-        guest.until_known("kvm1");
+        let guest = self.guest_on("kvm1", name, options);
         self.until_room();
         guest
+    }
+
+    /// The same, on another node, and whether there is room for it elsewhere or
+    /// not.
+    pub fn guest_on(&self, host: &str, name: &str, options: &[&str]) -> Guest<'_> {
+        let guest = Guest::new(self, name);
+        guest.remove();
+        self.ok("guest", &[&[name, "add", "--node", host], options].concat());
+        guest.until_known(host);
+        guest
+    }
+
+    /// Several at once.
+    pub fn party(&self, host: &str, wanted: &[(&str, &[&str])]) -> Party<'_> {
+        let guests = std::thread::scope(|scope| {
+            let mut making = Vec::new();
+            for &(name, options) in wanted {
+                making.push(scope.spawn(move || self.guest_on(host, name, options)));
+            }
+            let made = making
+                .into_iter()
+                .map(|one| one.join().expect("it is made"));
+            made.collect()
+        });
+        self.until_room();
+        Party::new(guests)
     }
 
     /// Waits until every node has room for a guest of two vCPUs: what guests of
@@ -156,17 +229,36 @@ impl Devstack {
 
     /// Follows a migration from now on.
     pub fn follow(&self, id: &str) -> Following {
-        let mut child = self
-            .command("on", &["ctl", "drover", "migration", "watch", id, "--json"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the command can be run");
-        let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        Following {
-            id: id.to_owned(),
-            child,
-            lines,
-        }
+        self.watch("migration", id)
+    }
+
+    /// Begins an operation on nodes and follows it: its record, and migrations
+    /// of it that are under way.
+    pub fn begin_operation(&self, args: &[&str]) -> Following {
+        let accepted = self.json(&[&["node"], args, &["--no-wait"]].concat());
+        self.watch("operation", accepted["uuid"].as_str().expect("a record"))
+    }
+
+    /// Carries an operation on nodes out, which must exit so; gives its record.
+    pub fn operation(&self, code: i32, args: &[&str]) -> Value {
+        let output = self.drover(&[&["node"], args, &["--json"]].concat());
+        assert_eq!(output.status.code(), Some(code), "{}", told(&output));
+        let view: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|e| panic!("{e}: {}", told(&output)));
+        view["operation"].clone()
+    }
+
+    /// What a dry run of an operation on nodes says.
+    pub fn dry_run(&self, args: &[&str]) -> Value {
+        let output = self.drover(&[&["node"], args, &["--dry-run", "--json"]].concat());
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", told(&output)))
+    }
+
+    fn watch(&self, noun: &str, id: &str) -> Following {
+        Following::new(
+            id,
+            self.command("on", &["ctl", "drover", noun, "watch", id, "--json"]),
+        )
     }
 
     /// Runs a shell script on a node, which must work; gives what it printed.
@@ -186,13 +278,21 @@ impl Devstack {
         }
     }
 
+    /// Gives a place's service further settings, and restarts the conductor; as
+    /// it was at the end of the test.
+    pub fn settings(&self, text: &str) -> Settings<'_> {
+        let file = format!("{}/ctl/settings.toml", self.export("DEVSTACK_RUN"));
+        std::fs::write(&file, text).expect("it can be written");
+        self.ok("service", &["ctl", "conductor", "restart"]);
+        Settings {
+            devstack: self,
+            file,
+        }
+    }
+
     /// The directory that all nodes share.
     pub fn shared(&self) -> String {
-        let exports = self.ok("env", &[]);
-        let shared = exports
-            .lines()
-            .find_map(|line| line.strip_prefix("export DROVER_SHARED="));
-        shared.expect("devstack/env has it").to_owned()
+        self.export("SHARED")
     }
 
     /// SHA-256 of a file on a node.
@@ -205,7 +305,7 @@ impl Devstack {
     pub fn assert_nothing_kept(&self, id: &str) {
         let shared = self.shared();
         let find = format!("find /var/lib/libvirt /var/lib/drover '{shared}' -name '*{id}*'");
-        for host in ["kvm1", "kvm2"] {
+        for host in &self.nodes {
             let kept = self.sh(host, &find);
             assert_eq!(kept, "", "{host} keeps something of {id}");
         }
@@ -223,223 +323,16 @@ pub fn told(output: &Output) -> String {
     )
 }
 
-/// A guest of a test.
-pub struct Guest<'a> {
+/// Settings for a test.
+pub struct Settings<'a> {
     devstack: &'a Devstack,
-    /// Its name.
-    pub name: String,
+    file: String,
 }
 
-impl Guest<'_> {
-    /// Where the hypervisors have it, and nowhere else.
-    pub fn node(&self) -> String {
-        let here = |host: &&str| self.state_on(host).as_deref() == Some("running");
-        let nodes: Vec<&str> = ["kvm1", "kvm2"].into_iter().filter(here).collect();
-        assert_eq!(nodes.len(), 1, "{} runs on {nodes:?}", self.name);
-        nodes[0].to_owned()
-    }
-
-    /// Its state as a node's libvirt tells it; none where it is not defined.
-    pub fn state_on(&self, host: &str) -> Option<String> {
-        let state = self.devstack.on(host, &["virsh", "domstate", &self.name]);
-        let text = String::from_utf8_lossy(&state.stdout).trim().to_owned();
-        state.status.success().then_some(text)
-    }
-
-    /// It is on that node in that state, and the other knows nothing of it.
-    pub fn assert_only_on(&self, host: &str, state: &str) {
-        for node in ["kvm1", "kvm2"] {
-            let expected = (node == host).then_some(state);
-            assert_eq!(
-                self.state_on(node).as_deref(),
-                expected,
-                "{} on {node}",
-                self.name
-            );
-        }
-    }
-
-    /// Waits until the conductor has it on a node, as that node's agent saw it.
-    pub fn until_known(&self, host: &str) {
-        let what = format!("the conductor has {} on {host}", self.name);
-        self.devstack.until(&what, || {
-            let args = ["instance", "show", &self.name, "--json"];
-            let shown = self.devstack.drover(&args);
-            let found: Value = serde_json::from_slice(&shown.stdout).unwrap_or_default();
-            // One of before, with the same UUID, may still be on record as missing.
-            found["host"] == host && found["vm_state"] != "unknown"
-        });
-    }
-
-    /// Waits until it answers.
-    pub fn until_up(&self) {
-        self.devstack.ok("guest", &[&self.name, "await"]);
-    }
-
-    /// Removes it and all of it.
-    fn remove(&self) {
-        // What waits to be confirmed would keep the next of its name from moving.
-        self.devstack.drover(&["instance", "confirm", &self.name]);
-        self.devstack.run("guest", &[&self.name, "remove"]);
-    }
-
-    /// Its UUID, for when another domain has its name.
-    pub fn uuid(&self) -> String {
-        let uuid = self
-            .devstack
-            .ok("on", &["kvm1", "virsh", "domuuid", &self.name]);
-        uuid.trim().to_owned()
-    }
-
-    /// Its own account of what it knows now.
-    pub fn status(&self) -> Value {
-        let account = self.devstack.ok("guest", &[&self.name, "status"]);
-        serde_json::from_str(account.trim()).expect("JSON")
-    }
-
-    /// Its own account after it checked all its memory and every disk record.
-    pub fn check(&self) -> Value {
-        let account = self.devstack.ok("guest", &[&self.name, "check"]);
-        let account: Value = serde_json::from_str(account.trim()).expect("JSON");
-        assert_eq!(
-            (&account["mem_ok"], &account["disk_ok"]),
-            (&true.into(), &true.into()),
-            "{account}"
-        );
-        account
-    }
-
-    /// Nothing of it is on a node: no domain and no disk.
-    pub fn assert_no_trace_on(&self, host: &str) {
-        let listed = self
-            .devstack
-            .ok("on", &[host, "virsh", "list", "--all", "--name"]);
-        assert!(
-            !listed.lines().any(|name| name.trim() == self.name),
-            "{host} still has {}",
-            self.name
-        );
-        let disks = format!(
-            "find /var/lib/libvirt/images -name '{0}.*' -o -name '{0}-*'",
-            self.name
-        );
-        assert_eq!(self.devstack.sh(host, &disks), "", "{host} still has them");
-    }
-
-    /// Opens a TCP session to its echo.
-    pub fn session(&self) -> Session {
-        let all = self.devstack.ok("guests", &["--json"]);
-        let all: Value = serde_json::from_str(&all).expect("JSON");
-        let mine = all
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|g| g["name"] == self.name.as_str());
-        let ip = mine
-            .and_then(|g| g["ip"].as_str())
-            .expect("it has an address")
-            .to_owned();
-        let probe = self.devstack.directory.join("lib/tcp-probe");
-        let probe = probe.to_str().expect("a path in UTF-8");
-        let mut child = self
-            .devstack
-            .command("on", &["client", "python3", probe, &ip])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the probe can be run");
-        let mut lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        let first = lines.next().expect("a line").expect("text");
-        assert_eq!(first, "ready");
-        Session { child, lines }
-    }
-}
-
-impl Drop for Guest<'_> {
+impl Drop for Settings<'_> {
     fn drop(&mut self) {
-        self.remove();
-    }
-}
-
-/// An open TCP session.
-pub struct Session {
-    child: Child,
-    lines: Lines<BufReader<ChildStdout>>,
-}
-
-impl Session {
-    /// Ends it; it must have lived, and every byte come back in order. Gives
-    /// its longest pause, ms.
-    pub fn end(mut self) -> f64 {
-        drop(self.child.stdin.take());
-        let account = self.lines.next().expect("an account").expect("text");
-        let account: Value = serde_json::from_str(&account).expect("JSON");
-        assert_eq!(account["alive"], true, "{account}");
-        assert_eq!(account["sent"], account["received"], "{account}");
-        let _ = self.child.wait();
-        account["longest_pause_ms"].as_f64().expect("a number")
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// A migration that is followed.
-pub struct Following {
-    /// Its UUID.
-    pub id: String,
-    child: Child,
-    lines: Lines<BufReader<ChildStdout>>,
-}
-
-impl Following {
-    /// The next version of its record that satisfies something.
-    pub fn until(&mut self, what: &str, want: impl Fn(&Value) -> bool) -> Value {
-        let mut last = Value::Null;
-        for line in self.lines.by_ref() {
-            last = serde_json::from_str(&line.expect("text")).expect("JSON");
-            if want(&last) {
-                return last;
-            }
-        }
-        panic!("never {what}: {last:#}");
-    }
-
-    /// Waits until memory is on its way.
-    pub fn until_sending(&mut self) -> Value {
-        self.until("sending", |m| {
-            m["progress"]["memory"]["processed_bytes"].as_u64() > Some(0)
-        })
-    }
-
-    /// Waits until disks are on their way while the guest is off.
-    pub fn until_copying(&mut self) -> Value {
-        self.until("copying", |m| {
-            m["progress"]["phase"] == "disk"
-                && m["progress"]["disk"]["processed_bytes"].as_u64() > Some(4 << 20)
-        })
-    }
-
-    /// Waits until disks are being copied.
-    pub fn until_disk(&mut self) -> Value {
-        self.until("copying", |m| {
-            m["progress"]["disk"]["processed_bytes"].as_u64() > Some(0)
-        })
-    }
-
-    /// Its record at its end.
-    pub fn end(mut self) -> Value {
-        self.until("at its end", |m| m["finished_at_ms"].is_u64())
-    }
-}
-
-impl Drop for Following {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.file);
+        self.devstack
+            .run("service", &["ctl", "conductor", "restart"]);
     }
 }

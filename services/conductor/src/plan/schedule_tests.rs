@@ -51,6 +51,7 @@ fn operation(task: Task, plan: OperationPlan) -> Operation {
         expected_ms: 0,
         spread_percent: None,
         evidence: None,
+        proof: None,
         failure: None,
         refusals: vec![],
         decisions: vec![],

@@ -75,10 +75,10 @@ fn guests_of_a_node_without_power_are_started_elsewhere() {
     let first = [&apart[..], &["--raw", "--priority", "5"]].concat();
     let party = devstack.party(
         "kvm3",
-        &[("shared71", &first), ("shared72", &apart), ("vm76", &[])],
+        &[("shared14", &first), ("shared15", &apart), ("vm76", &[])],
     );
-    let shared = ["shared71", "shared72"].map(|name| party.get(name));
-    until_kept(&devstack, &["shared71", "shared72"]);
+    let shared = ["shared14", "shared15"].map(|name| party.get(name));
+    until_kept(&devstack, &["shared14", "shared15"]);
     let before = shared.map(Guest::check);
     let generations = shared.map(|guest| guest.generation_on("kvm3"));
     let lookout = devstack.lookout();
@@ -88,7 +88,7 @@ fn guests_of_a_node_without_power_are_started_elsewhere() {
     let end = devstack.operation(1, &["evacuate", "kvm3"]);
     assert_eq!(end["status"], "incomplete", "{end:#}");
     assert_eq!(end["evidence"]["fence"]["fence"], "off", "{end:#}");
-    assert_eq!(end["items"][0]["name"], "shared71", "{end:#}");
+    assert_eq!(end["items"][0]["name"], "shared14", "{end:#}");
     let nodes: Vec<String> = shared
         .iter()
         .zip(&before)
@@ -123,9 +123,9 @@ fn a_node_that_is_cut_off_is_evacuated_only_with_a_fence() {
         return;
     };
     devstack.ok("fences", &["off"]);
-    let party = devstack.party("kvm3", &[("shared73", &["--raw"])]);
-    let guest = party.get("shared73");
-    until_kept(&devstack, &["shared73"]);
+    let party = devstack.party("kvm3", &[("shared16", &["--raw"])]);
+    let guest = party.get("shared16");
+    until_kept(&devstack, &["shared16"]);
     let lookout = devstack.lookout();
 
     devstack.ok("link", &["kvm3", "down"]);

@@ -49,13 +49,13 @@ fn assert_moved(party: &Party<'_>, operation: &Value, name: &str, away_from: &st
 const SIX: &[(&str, &[&str])] = &[
     ("vm61", &[]),
     ("vm62", &[]),
-    ("shared61", &["--priority", "9"]),
+    ("shared11", &["--priority", "9"]),
     (
         "vm63",
         &["--cmdline", "drover.dirty_mib_s=40 drover.mem_mib=48"],
     ),
     ("vm64", &["--tied"]),
-    ("shared62", &["--cache", "writeback"]),
+    ("shared12", &["--cache", "writeback"]),
 ];
 
 #[test]
@@ -64,13 +64,13 @@ fn a_drain_moves_what_it_can_and_a_restore_brings_it_back() {
         return;
     };
     let party = devstack.party("kvm3", SIX);
-    let sessions = ["vm61", "shared61", "vm63"].map(|name| party.get(name).session());
+    let sessions = ["vm61", "shared11", "vm63"].map(|name| party.get(name).session());
 
     let answer = devstack.dry_run(&["drain", "kvm3"]);
     let plan = &answer["plan"];
     assert_eq!(answer["failures"], Value::Array(Vec::new()), "{answer:#}");
-    assert_eq!(plan["moves"][0]["name"], "shared61", "{plan:#}");
-    for (name, code) in [("vm64", "filesystem"), ("shared62", "disk_cache")] {
+    assert_eq!(plan["moves"][0]["name"], "shared11", "{plan:#}");
+    for (name, code) in [("vm64", "filesystem"), ("shared12", "disk_cache")] {
         let guest = of(&plan["moves"], name);
         assert_eq!(guest["verdict"]["verdict"], "stays", "{guest:#}");
         let codes = guest["verdict"]["reasons"].as_array();
@@ -90,15 +90,15 @@ fn a_drain_moves_what_it_can_and_a_restore_brings_it_back() {
     ];
     let end = devstack.operation(1, &[&drain[..], SLOWLY].concat());
     assert_eq!(end["status"], "incomplete", "{end:#}");
-    for name in ["vm61", "vm62", "shared61"] {
+    for name in ["vm61", "vm62", "shared11"] {
         assert_moved(&party, &end, name, "kvm3");
     }
     assert_eq!(state(&end, "vm63"), "failed", "{end:#}");
     assert!(!reason(&end, "vm63").is_empty(), "{end:#}");
-    for name in ["vm64", "shared62"] {
+    for name in ["vm64", "shared12"] {
         assert_eq!(state(&end, name), "stays", "{end:#}");
     }
-    for name in ["vm63", "vm64", "shared62"] {
+    for name in ["vm63", "vm64", "shared12"] {
         party.get(name).assert_only_on("kvm3", "running");
     }
     let node = devstack.json(&["node", "show", "kvm3"]);
@@ -123,11 +123,11 @@ fn a_drain_moves_what_it_can_and_a_restore_brings_it_back() {
         assert_eq!(count, moved, "{end:#}");
         assert_eq!(state(&end, "vm64"), "stays", "{end:#}");
     }
-    party.get("shared62").until_up();
+    party.get("shared12").until_up();
     assert_whole(&party);
 }
 
-const THREE: &[(&str, &[&str])] = &[("vm66", &[]), ("vm67", &[]), ("shared66", &[])];
+const THREE: &[(&str, &[&str])] = &[("vm66", &[]), ("vm67", &[]), ("shared13", &[])];
 
 #[test]
 fn a_drain_called_off_midway_leaves_guests_where_they_run() {

@@ -10,7 +10,9 @@ use drover_compute::{
     app::{Agent, AgentHandle},
     hypervisor::fake::{Fabric, NodeSpec},
 };
-use drover_conductor::{app::Conductor, clock::Clock, config::ConductorSettings};
+use drover_conductor::{
+    app::Conductor, clock::Clock, config::ConductorSettings, operation::fence::Fences,
+};
 use drover_model::{
     api::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
@@ -46,6 +48,8 @@ pub struct Cloud {
     pub broker: MemoryBroker,
     /// The record, which outlives the conductor.
     pub store: Store,
+    /// What cuts nodes' power; a conductor takes it at its start.
+    pub fences: Fences,
     began: Instant,
     messaging: MessagingSettings,
     conductor: Option<Conductor>,
@@ -70,6 +74,7 @@ impl Cloud {
             fabric,
             broker,
             store: Store::in_memory().await.expect("memory needs nothing"),
+            fences: Fences::default(),
             began: Instant::now(),
             messaging,
             conductor: None,
@@ -113,6 +118,7 @@ impl Cloud {
             self.store.clone(),
             Clock::from_fn(move || Self::now_ms(began)),
             Patience::default(),
+            self.fences.clone(),
         );
         self.conductor = Some(started.await.expect("a conductor in memory starts"));
     }

@@ -486,11 +486,17 @@ async fn a_queue_tells_its_consumers() {
     assert_eq!(count("a").await, Ok(Some(1)));
     assert_eq!(count("b").await, Ok(None), "of another there is none");
     rig.broker.cut("a");
-    assert_eq!(count("a").await, Ok(Some(0)), "the queue outlives its consumer");
+    assert_eq!(
+        count("a").await,
+        Ok(Some(0)),
+        "the queue outlives its consumer"
+    );
     rig.broker.heal("a");
     assert_eq!(count("a").await, Ok(Some(1)));
     server.stop(Duration::from_secs(5)).await;
     assert_eq!(count("a").await, Ok(Some(0)));
     rig.broker.cut("caller");
-    count("a").await.expect_err("whoever is cut off cannot tell");
+    count("a")
+        .await
+        .expect_err("whoever is cut off cannot tell");
 }

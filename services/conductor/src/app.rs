@@ -17,6 +17,11 @@ use crate::{
     clock::Clock,
     config::ConductorSettings,
     notify,
+    operation::{
+        auto_evacuate,
+        definitions::{self, Definitions},
+        fence::Fences,
+    },
     task::runner::Runner,
 };
 
@@ -41,6 +46,10 @@ pub struct Context {
     /// How long after it finished a cold migration is confirmed by itself, ms;
     /// 0 is never.
     pub confirm_window_ms: u64,
+    /// What cuts nodes' power.
+    pub fences: Fences,
+    /// Definitions that are to be fetched.
+    pub definitions: Definitions,
 }
 
 impl Context {
@@ -77,6 +86,7 @@ impl Conductor {
     ///
     /// # Errors
     /// See [`StartError`].
+    #[allow(clippy::too_many_arguments)] // Each is another's making.
     pub async fn start(
         settings: &ConductorSettings,
         name: &str,
@@ -85,6 +95,7 @@ impl Conductor {
         store: Store,
         clock: Clock,
         patience: Patience,
+        fences: Fences,
     ) -> Result<Self, StartError> {
         let client = RpcClient::new(transport.clone(), messaging);
         let context = Context {
@@ -93,6 +104,8 @@ impl Conductor {
             clock,
             down_after_ms: settings.service_down_time_s * 1000,
             confirm_window_ms: settings.resize_confirm_window_s * 1000,
+            fences,
+            definitions: Definitions::default(),
         };
         let slots = settings.max_concurrent_migrations;
         let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);
@@ -100,6 +113,14 @@ impl Conductor {
         let notifier = Notifier::new(transport.clone(), messaging, format!("conductor.{name}"));
         tokio::spawn(notify::publish(store, notifier.clone(), stop.clone()));
         runner.recover().await?;
+        tokio::spawn(definitions::keep(context.clone(), stop.clone()));
+        let auto = settings.auto_evacuate();
+        tokio::spawn(auto_evacuate::watch(
+            context.clone(),
+            runner.owner().to_owned(),
+            auto,
+            stop.clone(),
+        ));
         let drover = Arc::new(DroverEndpoint::new(
             context,
             runner.clone(),

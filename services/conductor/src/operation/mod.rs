@@ -6,4 +6,8 @@
 //! changes, has [`crate::plan::schedule`] say what may begin. An evacuation needs
 //! [`evidence`] and a [`fence`] first.
 
+pub mod auto_evacuate;
+pub mod definitions;
 pub mod evacuation;
+pub mod evidence;
+pub mod fence;

@@ -370,6 +370,10 @@ async fn a_node_declared_down_stays_so_whatever_it_says(store: Store) {
     store.record_report(&say(2), 20).await.unwrap();
     let node = store.node(&kvm1).await.unwrap();
     assert!(node.forced_down && node.heard_at_ms == 20);
+    for at_ms in [30, 25] {
+        store.heard(&kvm1, at_ms).await.unwrap();
+    }
+    assert_eq!(store.node(&kvm1).await.unwrap().heard_at_ms, 30);
     assert!(!store.force_down(&kvm1, false).await.unwrap().forced_down);
 }
 

@@ -49,8 +49,15 @@ impl DroverEndpoint {
 
     /// What of a node lives elsewhere. Of each its home is asked now: only where
     /// it is seen may the old copy go (invariant 3).
+    ///
+    /// The node is noted as heard of before its evacuations are read, and an
+    /// evacuation is on the record before it looks whether the node was heard of:
+    /// so either the node is told of it, or it is refused (invariant 1).
     async fn list_evacuated(&self, ask: &ListEvacuated) -> Result<EvacuatedAnswer, RemoteFailure> {
-        let listed = self.context.store.evacuated_from(&ask.host).await;
+        let (store, now_ms) = (&self.context.store, self.context.clock.now_ms());
+        let heard = store.heard(&ask.host, now_ms).await;
+        heard.map_err(|e| store_failure(&e))?;
+        let listed = store.evacuated_from(&ask.host).await;
         let listed = listed.map_err(|e| store_failure(&e))?;
         let asking: Vec<_> = listed
             .into_iter()

@@ -140,6 +140,8 @@ impl Cloud {
             report_interval_s: 5,
             max_downtime_ms: 500,
             progress_timeout_s: 150,
+            guard_autostart: true,
+            boot_id_file: self.directories.path().join(format!("{host}.boot")),
         };
         let began = self.began;
         let started = Agent::start(

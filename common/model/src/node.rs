@@ -164,7 +164,8 @@ pub struct InstanceReport {
     /// asks for one anew when this is another.
     #[serde(default)]
     pub definition_digest: Option<String>,
-    /// Whether libvirt starts it by itself when the node starts, asking nobody.
+    /// Whether it is started when its node boots: by the node's agent, once that
+    /// has asked, or by libvirt as long as the agent has not taken that over.
     #[serde(default)]
     pub autostart: bool,
 }

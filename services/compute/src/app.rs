@@ -17,7 +17,7 @@ use crate::{
     journal::{Journal, JournalError},
     migration::Registry,
     node::{AgentSettings, Clock, Counters, Node},
-    report,
+    report, returning,
 };
 
 /// How long steps under way may take when the agent is asked to stop. Transfers
@@ -61,10 +61,12 @@ impl Agent {
             counters: Counters::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
+            has_asked: watch::Sender::new(false),
         });
         let registry = Registry::start(node.clone())?;
         drop(node.spawn(report::forward(node.clone(), reports)));
         drop(node.spawn(report::run(node.clone(), registry.clone())));
+        drop(node.spawn(returning::run(node.clone(), registry.clone())));
         let (set_ready, ready) = watch::channel(false);
         let stop_serving = CancellationToken::new();
         let server = Server {

@@ -6,14 +6,18 @@ use std::{sync::Arc, time::Duration};
 use drover_model::{
     api::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
-        conductor::{ListMigrations, MigrationRef, MigrationReport, method},
+        conductor::{
+            EvacuatedAnswer, EvacuatedRemoved, ListEvacuated, ListMigrations, MigrationRef,
+            MigrationReport, method,
+        },
     },
-    ids::{InstanceId, MigrationId},
+    ids::{HostName, InstanceId, MigrationId},
     migration::{Ending, Migration},
     node::NodeReport,
 };
 use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target, Transport};
 use tokio::sync::mpsc;
+use tracing::debug;
 
 /// Reports that may wait for the broker; one a second per migration, so this is
 /// a minute of one migration. Beyond it the newest is dropped: nobody reads
@@ -120,6 +124,51 @@ impl Conductor {
         Ok(found.pop())
     }
 
+    /// What of this node lives elsewhere by now.
+    pub(crate) async fn list_evacuated(
+        &self,
+        host: &HostName,
+    ) -> Result<EvacuatedAnswer, RpcError> {
+        let which = ListEvacuated { host: host.clone() };
+        match self.ask(method::LIST_EVACUATED, &which).await {
+            // An older conductor evacuates nobody.
+            Err(error) if is_unknown_method(&error) => {
+                debug!("the conductor is too old to evacuate nodes");
+                Ok(EvacuatedAnswer::default())
+            }
+            other => other,
+        }
+    }
+
+    /// Tells that the old copy of an evacuated instance is gone from this node.
+    pub(crate) async fn evacuated_removed(
+        &self,
+        host: &HostName,
+        migration: MigrationId,
+    ) -> Result<(), RpcError> {
+        let which = EvacuatedRemoved {
+            host: host.clone(),
+            migration,
+        };
+        self.ask(method::EVACUATED_REMOVED, &which).await
+    }
+
+    async fn ask<R: serde::de::DeserializeOwned>(
+        &self,
+        method: &str,
+        args: &(impl serde::Serialize + Sync),
+    ) -> Result<R, RpcError> {
+        let options = CallOptions {
+            timeout: Some(ASK_TIMEOUT),
+            ..CallOptions::default()
+        };
+        let who = service();
+        let called = self
+            .client
+            .call_with(&self.target, &who, method, args, options);
+        called.await
+    }
+
     /// Passes on a frontend's wish to confirm or to revert, and the answer back.
     pub(crate) async fn end_with(
         &self,
@@ -153,6 +202,12 @@ impl Conductor {
     ) -> Result<(), RpcError> {
         self.client.cast(&self.target, who, method, args).await
     }
+}
+
+fn is_unknown_method(error: &RpcError) -> bool {
+    let failure = error.failure();
+    let unknown = ["NoSuchMethod", "UnsupportedVersion"];
+    failure.is_some_and(|failure| unknown.iter().any(|class| failure.class == *class))
 }
 
 fn service() -> RequestContext {

@@ -14,6 +14,8 @@ use serde_json::{Map, Value};
 use crate::{hypervisor::libvirt::LibvirtSettings, node::AgentSettings};
 
 const SECTION: &str = "compute";
+/// The kernel's name for this boot.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What the section says about the agent itself.
 #[derive(Debug, Clone, Deserialize)]
@@ -41,6 +43,11 @@ struct Section {
     max_downtime_ms: u64,
     /// A migration that gets no nearer to its end for so long is given up, seconds.
     progress_timeout_s: u64,
+    /// Whether the agent starts guests at boot in libvirt's stead, having asked
+    /// the conductor: libvirt asks nobody.
+    guard_autostart: bool,
+    /// A file that holds another text after each boot of the node.
+    boot_id_file: PathBuf,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -76,6 +83,8 @@ impl Default for Section {
             reserved_memory_mib: policy.reserved_memory_mib,
             max_downtime_ms: 500,
             progress_timeout_s: 150,
+            guard_autostart: true,
+            boot_id_file: PathBuf::from(BOOT_ID),
         }
     }
 }
@@ -150,6 +159,8 @@ fn settings(section: Section) -> Result<AgentSettings, Problem> {
         report_interval_s: section.report_interval_s,
         max_downtime_ms: section.max_downtime_ms,
         progress_timeout_s: section.progress_timeout_s,
+        guard_autostart: section.guard_autostart,
+        boot_id_file: section.boot_id_file,
     })
 }
 
@@ -177,9 +188,14 @@ fn check_bounds(section: &Section) -> Result<(), Problem> {
     if section.libvirt_port == Some(0) {
         return Err(("libvirt_port", "is 0; it may be 1 to 65535".to_owned()));
     }
-    if !section.state_dir.is_absolute() {
-        let path = section.state_dir.display();
-        return Err(("state_dir", format!("is '{path}'; give an absolute path")));
+    for (key, path) in [
+        ("state_dir", &section.state_dir),
+        ("boot_id_file", &section.boot_id_file),
+    ] {
+        if !path.is_absolute() {
+            let path = path.display();
+            return Err((key, format!("is '{path}'; give an absolute path")));
+        }
     }
     Ok(())
 }

@@ -12,6 +12,7 @@
 //! | what must survive `kill -9` | [`journal`] |
 //! | everything asked of libvirt | [`hypervisor`]: a trait, libvirt, and a fake |
 //! | what the agent says by itself | `report`, by way of `conductor` |
+//! | a node that was away | `returning`: it asks before anything runs; `autostart` |
 //!
 //! What holds everywhere: a step is journalled before it acts, done once however
 //! often it is asked for, and touches nothing that its migration did not make.
@@ -20,6 +21,7 @@
 
 mod api;
 pub mod app;
+mod autostart;
 mod conductor;
 pub mod config;
 mod faults;
@@ -28,5 +30,6 @@ pub mod journal;
 pub mod migration;
 mod node;
 mod report;
+mod returning;
 
 pub use node::{AgentSettings, Clock};

@@ -15,7 +15,7 @@ use drover_model::{
     ids::HostName,
     node::{AllocationPolicy, Endpoint},
 };
-use tokio::task::JoinHandle;
+use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{conductor::Conductor, hypervisor::Hypervisor, journal::Journal};
@@ -40,6 +40,10 @@ pub struct AgentSettings {
     pub max_downtime_ms: u64,
     /// Progress timeout of a migration that asks for none in particular, seconds.
     pub progress_timeout_s: u64,
+    /// Whether the agent starts guests at boot in libvirt's stead, having asked.
+    pub guard_autostart: bool,
+    /// A file that holds another text after each boot of the node.
+    pub boot_id_file: std::path::PathBuf,
 }
 
 /// The shared parts.
@@ -52,6 +56,8 @@ pub(crate) struct Node {
     pub(crate) counters: Counters,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
+    /// Whether the conductor has told what of this node lives elsewhere by now.
+    pub(crate) has_asked: watch::Sender<bool>,
 }
 
 impl Node {

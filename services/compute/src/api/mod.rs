@@ -4,6 +4,7 @@
 //! A request is acknowledged when its step is done. A step begun by an agent
 //! that died is delivered again, and finds in the journal what was done.
 
+mod evacuation;
 pub(crate) mod nova;
 
 use std::sync::Arc;
@@ -61,6 +62,14 @@ const METHODS: &[&str] = &[
     method::ABORT_TRANSFER,
     method::POST_TRANSFER,
     method::ROLLBACK_TRANSFER,
+    method::GET_DEFINITION,
+    method::MEASURE_DIRTY_RATE,
+    method::PROBE_ADDRESS,
+    method::CHECK_EVACUATION,
+    method::PREP_REBUILD,
+    method::REBUILD,
+    method::POST_REBUILD,
+    method::ROLLBACK_REBUILD,
 ];
 
 /// Drover's own steps.
@@ -105,6 +114,9 @@ impl Steps {
     async fn serve(&self, request: &Request) -> Result<Value, RemoteFailure> {
         use Command as C;
         let actors = &self.registry;
+        self.may_serve(request.method())
+            .await
+            .map_err(faults::exception)?;
         match request.method() {
             method::GET_STATUS => answer(Ok(self.status().await)),
             method::LOCATE => answer(self.locate(request.args()?).await),
@@ -164,6 +176,11 @@ impl Steps {
             method::CHECK_TRANSFER | method::PREP_TRANSFER | method::TRANSFER_INSTANCE => {
                 self.serve_transfer(request).await
             }
+            method::GET_DEFINITION
+            | method::MEASURE_DIRTY_RATE
+            | method::PROBE_ADDRESS
+            | method::CHECK_EVACUATION
+            | method::PREP_REBUILD => self.serve_evacuation(request).await,
             _ => self.serve_by_reference(request).await,
         }
     }
@@ -257,6 +274,11 @@ impl Steps {
             method::POST_TRANSFER => answer(actors.ask(id, |to| C::PostTransfer(step, to)).await),
             method::ROLLBACK_TRANSFER => {
                 answer(actors.ask(id, |to| C::RollbackTransfer(step, to)).await)
+            }
+            method::REBUILD => answer(actors.ask(id, |to| C::Rebuild(step, to)).await),
+            method::POST_REBUILD => answer(actors.ask(id, |to| C::PostRebuild(step, to)).await),
+            method::ROLLBACK_REBUILD => {
+                answer(actors.ask(id, |to| C::RollbackRebuild(step, to)).await)
             }
             other => {
                 let message = format!("'{other}' is listed and not served");

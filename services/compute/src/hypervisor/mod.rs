@@ -8,6 +8,7 @@
 mod cold;
 pub mod fake;
 pub mod libvirt;
+mod rebuild;
 mod transfer;
 
 use async_trait::async_trait;
@@ -22,6 +23,7 @@ use drover_model::{
 use tokio::sync::broadcast;
 
 pub use cold::{ColdDriver, Definition, Incoming, Overlay, SendError, SendSpec, Sent};
+pub use rebuild::{RebuildDriver, StorageFact};
 pub use transfer::{Mirror, Standing, TransferDriver};
 
 /// Result of a driver call.
@@ -181,7 +183,7 @@ pub struct JobSample {
 
 /// A node's hypervisor. Calls never block the runtime. All are safe to repeat.
 #[async_trait]
-pub trait Hypervisor: ColdDriver + TransferDriver {
+pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
     /// What the node has.
     async fn inventory(&self) -> Result<Inventory>;
 

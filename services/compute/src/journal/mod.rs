@@ -34,7 +34,7 @@ use tracing::{error, warn};
 
 pub use record::{
     ComingFile, ComingRecord, CopiedDisk, DestinationRecord, Ended, KeptFile, LeavingRecord,
-    MarksRecord, NewDisk, Record, SourceRecord, TransferRecord,
+    MarksRecord, NewDisk, RebuildRecord, Record, SourceRecord, TransferRecord,
 };
 
 /// Version of the files' form.

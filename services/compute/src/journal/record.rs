@@ -27,6 +27,8 @@ pub enum Record {
     Coming(Box<ComingRecord>),
     /// The guest stays and changes hands.
     Transfer(Box<TransferRecord>),
+    /// It is the new home of a guest of a dead node.
+    Rebuild(Box<RebuildRecord>),
 }
 
 impl Record {
@@ -38,6 +40,7 @@ impl Record {
             Self::Leaving(record) => record.instance,
             Self::Coming(record) => record.instance,
             Self::Transfer(record) => record.instance,
+            Self::Rebuild(record) => record.instance,
         }
     }
 }
@@ -224,6 +227,19 @@ pub struct TransferRecord {
     pub begun: Vec<TransferPart>,
     /// Parts that are done.
     pub done: Vec<TransferPart>,
+}
+
+/// An evacuation to this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebuildRecord {
+    /// The instance. libvirt had no such domain when this was written.
+    pub instance: InstanceId,
+    /// Its definition as its dead node told it last.
+    pub domain: String,
+    /// Generation that it is defined with: what has it is this evacuation's own.
+    pub generation: u64,
+    /// Whether it was, or was about to be, started.
+    pub started: bool,
 }
 
 /// Marks that were left, or were about to be.

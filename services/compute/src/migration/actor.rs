@@ -6,11 +6,11 @@ use std::sync::Arc;
 use drover_model::{
     api::{
         compute::{
-            CheckDestination, CheckPath, CheckSource, CheckTransfer, CleanUp, ColdPart,
-            DestinationFacts, FinishResize, FinishRevertResize, GuestLocation, Inbox, JobState,
-            LiveMigration, PathFacts, PostLiveMigration, PreLiveMigration, PrepResize,
-            PrepTransfer, ResizeInstance, RevertResize, SourceFacts, StepRef, TransferFacts,
-            TransferPart, TransferWork,
+            CheckDestination, CheckEvacuation, CheckPath, CheckSource, CheckTransfer, CleanUp,
+            ColdPart, DestinationFacts, EvacuationFacts, FinishResize, FinishRevertResize,
+            GuestLocation, Inbox, JobState, LiveMigration, PathFacts, PostLiveMigration,
+            PreLiveMigration, PrepResize, PrepTransfer, RebuildInstance, ResizeInstance,
+            RevertResize, SourceFacts, StepRef, TransferFacts, TransferPart, TransferWork,
         },
         fault::Fault,
     },
@@ -27,7 +27,9 @@ use super::{
     transfer::Transferring,
 };
 use crate::{
-    journal::{ComingRecord, DestinationRecord, Ended, MarksRecord, Record, SourceRecord},
+    journal::{
+        ComingRecord, DestinationRecord, Ended, MarksRecord, RebuildRecord, Record, SourceRecord,
+    },
     node::{Counters, Node},
 };
 
@@ -64,6 +66,11 @@ pub(crate) enum Command {
     AbortTransfer(StepRef, Reply<()>),
     PostTransfer(StepRef, Reply<CleanUp>),
     RollbackTransfer(StepRef, Reply<CleanUp>),
+    CheckEvacuation(Box<CheckEvacuation>, Reply<EvacuationFacts>),
+    PrepRebuild(Box<RebuildInstance>, Reply<()>),
+    Rebuild(StepRef, Reply<GuestLocation>),
+    PostRebuild(StepRef, Reply<CleanUp>),
+    RollbackRebuild(StepRef, Reply<CleanUp>),
     /// Another migration wants the instance.
     StepAside(InstanceId, Reply<()>),
 }
@@ -84,6 +91,8 @@ pub(super) enum Stage {
     Coming(Box<ComingRecord>),
     /// The guest changes hands here.
     Transferring(Box<Transferring>),
+    /// The guest of a dead node is defined here, and perhaps started.
+    Rebuilding(Box<RebuildRecord>),
 }
 
 /// See the module.
@@ -133,6 +142,7 @@ impl Actor {
             Record::Destination(record) => Stage::Arriving(record),
             Record::Leaving(record) => Stage::Leaving(Box::new(Leaving::resume(record))),
             Record::Coming(record) => Stage::Coming(record),
+            Record::Rebuild(record) => Stage::Rebuilding(record),
             Record::Transfer(record) => Stage::Transferring(Box::new(Transferring::resume(record))),
             Record::Source(record) if record.ended.is_some() => Stage::Ended(record),
             Record::Source(record) => {
@@ -300,6 +310,34 @@ impl Actor {
             }
             C::RollbackTransfer(step, to) => {
                 let clean_up = self.rollback_transfer(step).await;
+                self.answer(to, clean_up);
+            }
+            other => self.serve_evacuation(other).await,
+        }
+    }
+
+    /// Steps for guests of dead nodes.
+    async fn serve_evacuation(&mut self, command: Command) {
+        use Command as C;
+        match command {
+            C::CheckEvacuation(step, to) => {
+                let facts = self.check_evacuation(*step).await;
+                self.answer(to, facts);
+            }
+            C::PrepRebuild(step, to) => {
+                let done = self.prep_rebuild(*step).await;
+                self.answer(to, done);
+            }
+            C::Rebuild(step, to) => {
+                let location = self.rebuild(step).await;
+                self.answer(to, location);
+            }
+            C::PostRebuild(step, to) => {
+                let clean_up = self.post_rebuild(step).await;
+                self.answer(to, clean_up);
+            }
+            C::RollbackRebuild(step, to) => {
+                let clean_up = self.rollback_rebuild(step).await;
                 self.answer(to, clean_up);
             }
             // Every other command is served above.

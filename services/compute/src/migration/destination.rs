@@ -319,7 +319,7 @@ fn arrival_warnings(guest: Result<Option<Guest>, HypervisorError>) -> Vec<String
 }
 
 /// What lies under a guest's disks and beside them, and its block devices.
-fn beside(guest: &Guest) -> Vec<String> {
+pub(super) fn beside(guest: &Guest) -> Vec<String> {
     let under = guest.disks.iter().flat_map(|disk| &disk.backing);
     let mut paths: Vec<String> = under.map(|image| image.path.clone()).collect();
     let devices = guest.disks.iter().filter_map(|disk| match &disk.source {

@@ -18,6 +18,7 @@
 //!   [`progress`], [`outcome`].
 //! * [`cold`]: the same for guests that are off while they move. [`transfer`]: for
 //!   guests that stay and change hands. [`work`]: what takes long in either.
+//! * [`rebuild`]: guests of dead nodes, which come from what was kept of them.
 
 mod actor;
 mod cold;
@@ -28,6 +29,7 @@ mod orders;
 pub mod outcome;
 pub mod policy;
 pub mod progress;
+mod rebuild;
 mod registry;
 mod sending;
 mod shared;

@@ -2,7 +2,7 @@
 
 use drover_model::{
     api::{
-        compute::{CleanUp, JobState, Outcome, StepRef},
+        compute::{CleanUp, GuestLocation, JobState, Outcome, StepRef},
         fault::Fault,
     },
     error::ErrorClass,
@@ -63,6 +63,15 @@ impl Actor {
         Ok(clean_up)
     }
 
+    /// Where the guest is here; no migration of libvirt's runs on it.
+    pub(super) async fn location(&self, instance: InstanceId) -> Result<GuestLocation, Fault> {
+        let presence = self.node.hypervisor.presence(instance).await;
+        Ok(GuestLocation {
+            presence: presence.map_err(fault)?,
+            migrating: false,
+        })
+    }
+
     /// Refuses a step that names another instance than the migration's.
     pub(super) fn same_instance(&self, step: StepRef) -> Result<(), Fault> {
         let own = match &self.stage {
@@ -73,6 +82,7 @@ impl Actor {
             Stage::Leaving(leaving) => leaving.record.instance,
             Stage::Coming(record) => record.instance,
             Stage::Transferring(transferring) => transferring.record.instance,
+            Stage::Rebuilding(record) => record.instance,
         };
         match own == step.instance {
             true => Ok(()),
@@ -116,6 +126,7 @@ impl Actor {
             Stage::Transferring(transferring) => return Ok(transferring.is_handed_over()),
             Stage::Ended(record) => !has_moved(&job_of(record)),
             Stage::Arriving(record) => record.prepared,
+            Stage::Rebuilding(record) => record.started,
         };
         if !settled {
             return Ok(false);

@@ -84,7 +84,10 @@ impl Actor {
             Stage::Arriving(_) => {
                 return Err(Fault::refused("this node is the migration's destination"));
             }
-            Stage::Leaving(_) | Stage::Coming(_) | Stage::Transferring(_) => return Err(not_live()),
+            Stage::Leaving(_)
+            | Stage::Coming(_)
+            | Stage::Transferring(_)
+            | Stage::Rebuilding(_) => return Err(not_live()),
             Stage::Sending(_) | Stage::Ended(_) => return self.get_job(self.step(step.instance)),
         }
         if let Some(finished) = self.registry.finished(self.migration) {
@@ -293,7 +296,10 @@ impl Actor {
             Stage::Ended(record) => Ok(Some(record.clone())),
             Stage::Arriving(_) => Err(Fault::refused("this node is the migration's destination")),
             Stage::Sending(_) => Err(Fault::not_now("the transfer is being looked for")),
-            Stage::Leaving(_) | Stage::Coming(_) | Stage::Transferring(_) => Err(not_live()),
+            Stage::Leaving(_)
+            | Stage::Coming(_)
+            | Stage::Transferring(_)
+            | Stage::Rebuilding(_) => Err(not_live()),
             Stage::Idle => Ok(None),
         }
     }

@@ -106,6 +106,8 @@ impl World {
             report_interval_s: 5,
             max_downtime_ms: 500,
             progress_timeout_s: 30,
+            guard_autostart: true,
+            boot_id_file: self.state.path().join(format!("{node}.boot")),
         };
         let began = self.began;
         let clock = move || 1_700_000_000_000 + u64::try_from(began.elapsed().as_millis()).unwrap();

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{
     super::{Event, HypervisorError, Job, JobSample, Result},
     journey::{Journey, Leg},
-    node::{Domain, Habits, Memory, Nature},
+    node::{CpuTime, Domain, Manner, Memory, Nature},
     world::World,
 };
 
@@ -198,14 +198,20 @@ impl World {
         &mut self,
         host: &HostName,
         guest: Guest,
-        habits: Habits,
+        manner: Manner,
         now: Instant,
     ) {
         let id = guest.id;
         let state = guest.power_state;
         let tokens = self.make_disks(host, &guest);
+        let Manner {
+            habits,
+            notes,
+            autostart,
+        } = manner;
         let nature = Nature {
             habits,
+            notes,
             tokens: tokens.clone(),
             file_tokens: self.make_files(host, &guest),
         };
@@ -226,6 +232,8 @@ impl World {
             mirrors: BTreeMap::new(),
             left_by_script: false,
             goes_off_at: None,
+            autostart: autostart,
+            cpu: CpuTime::default(),
         };
         self.node_mut(host).domains.insert(id, domain);
         if state == PowerState::Running {

@@ -7,6 +7,7 @@ use drover_model::{
     ids::{HostName, InstanceId},
     node::{InstanceReport, Inventory},
 };
+use tokio::time::Instant;
 
 use super::{
     super::{DestinationAnswer, DestinationQuestion},
@@ -38,8 +39,30 @@ impl World {
         }
     }
 
-    pub(super) fn reports(&self, host: &HostName) -> Vec<InstanceReport> {
-        self.node(host).domains.values().map(report).collect()
+    pub(super) fn reports(&self, host: &HostName, now: Instant) -> Vec<InstanceReport> {
+        let domains = self.node(host).domains.values();
+        domains.map(|domain| self.report(domain, now)).collect()
+    }
+
+    fn report(&self, domain: &Domain, now: Instant) -> InstanceReport {
+        let guest = &domain.guest;
+        let notes = self.notes(guest.id);
+        InstanceReport {
+            id: guest.id,
+            name: guest.name.clone(),
+            project: guest.project.clone(),
+            generation: guest.generation,
+            power_state: domain.state,
+            incoming: domain.incoming,
+            vcpus: guest.vcpus,
+            memory_mib: guest.memory_mib,
+            disk_bytes: guest.disks.iter().map(|d| d.virtual_bytes).sum(),
+            migration: None,
+            usage: self.usage(domain, now),
+            definition_digest: Some(self.digest(domain)),
+            autostart: domain.autostart || notes.autostart,
+            wishes: notes.wishes,
+        }
     }
 
     pub(super) fn describe(&self, host: &HostName, id: InstanceId) -> Option<Guest> {
@@ -191,25 +214,5 @@ impl World {
             .filter(|path| self.storage.file(host, path).is_none())
             .cloned()
             .collect()
-    }
-}
-
-fn report(domain: &Domain) -> InstanceReport {
-    let guest = &domain.guest;
-    InstanceReport {
-        id: guest.id,
-        name: guest.name.clone(),
-        project: guest.project.clone(),
-        generation: guest.generation,
-        power_state: domain.state,
-        incoming: domain.incoming,
-        vcpus: guest.vcpus,
-        memory_mib: guest.memory_mib,
-        disk_bytes: guest.disks.iter().map(|d| d.virtual_bytes).sum(),
-        migration: None,
-        wishes: drover_model::node::Wishes::default(),
-        usage: None,
-        definition_digest: None,
-        autostart: false,
     }
 }

@@ -256,9 +256,16 @@ impl World {
         }
     }
 
-    /// Power is back: definitions are there, and nothing runs.
-    pub(super) fn power_on(&mut self, host: &HostName) {
+    /// Power is back: definitions are there, and nothing runs but what libvirtd
+    /// starts by itself.
+    pub(super) fn power_on(&mut self, host: &HostName, at: Instant) {
         self.node_mut(host).powered = true;
+        let domains = self.node(host).domains.iter();
+        let wanted = domains.filter(|(_, d)| d.autostart).map(|(id, _)| *id);
+        for id in wanted.collect::<Vec<_>>() {
+            // One that does not start is off, as the real one leaves it.
+            drop(self.start(host, id, at));
+        }
         self.libvirtd_back(host);
     }
 }

@@ -12,7 +12,7 @@ use drover_model::{
 
 use super::{
     super::{Definition, Event, HypervisorError, Result},
-    node::{Domain, Memory},
+    node::{CpuTime, Domain, Memory},
     transfer::MemoryLoad,
     world::World,
 };
@@ -62,7 +62,8 @@ impl World {
             return Err(HypervisorError::WrongState(words));
         }
         self.check_name(host, &guest)?;
-        let domain = self.defined(guest);
+        let mut domain = self.defined(guest);
+        domain.autostart = self.domain(host, id).is_some_and(|d| d.autostart);
         self.node_mut(host).domains.insert(id, domain);
         self.node(host).emit(Event::Guest(id));
         Ok(())
@@ -97,6 +98,8 @@ impl World {
             mirrors: BTreeMap::new(),
             left_by_script: false,
             goes_off_at: None,
+            autostart: false,
+            cpu: CpuTime::default(),
         }
     }
 }

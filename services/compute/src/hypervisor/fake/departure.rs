@@ -12,7 +12,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{
     super::{Event, HypervisorError, MigrateSpec, Result},
     journey::{Journey, Outcome},
-    node::{Domain, Libvirtd, Memory},
+    node::{CpuTime, Domain, Libvirtd, Memory},
     world::World,
 };
 
@@ -227,6 +227,8 @@ impl World {
             mirrors: BTreeMap::new(),
             left_by_script: false,
             goes_off_at: None,
+            autostart: false,
+            cpu: CpuTime::default(),
             guest: Guest {
                 persistent: defined_before,
                 ..source.guest

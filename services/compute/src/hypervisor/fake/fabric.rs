@@ -18,7 +18,7 @@ use super::{
     answers::IMAGES,
     guest_builder::GuestBuilder,
     ledger::Violation,
-    node::{Domain, Memory, Node, NodeSpec},
+    node::{CpuTime, Domain, Memory, Node, NodeSpec},
     script::{At, Call, CallScript, Effect, Fault, MigrationScript, SendScript},
     storage::{Content, File},
     world::{World, pair},
@@ -138,9 +138,9 @@ impl Fabric {
         self.with(|world, now| {
             let bytes = world.rng.u128(..).to_be_bytes();
             let drawn = uuid::Builder::from_random_bytes(bytes).into_uuid();
-            let (guest, habits) = guest.build(InstanceId(drawn));
+            let (guest, manner) = guest.build(InstanceId(drawn));
             let id = guest.id;
-            world.add_guest(&node, guest, habits, now);
+            world.add_guest(&node, guest, manner, now);
             id
         })
     }
@@ -191,6 +191,11 @@ impl Fabric {
         self.on_domain(node, id, |domain| domain.load.dirty_bytes_s = mib_s << 20);
     }
 
+    /// Changes how much of a CPU a guest keeps busy, percent, from now on.
+    pub fn set_cpu_percent(&self, id: InstanceId, percent: u64) {
+        self.with(|world, now| world.set_cpu_percent(id, percent, now));
+    }
+
     /// libvirt runs another job (a backup, …) on a guest, or no longer.
     pub fn set_other_job(&self, node: &str, id: InstanceId, job: Option<&str>) {
         self.on_domain(node, id, |domain| domain.other_job = job.map(str::to_owned));
@@ -212,6 +217,7 @@ impl Fabric {
             world.ledger.born(id, true, counter);
             if let Some(domain) = world.domain_mut(&node, id) {
                 domain.memory = Memory::at(counter);
+                domain.cpu = CpuTime::from(counter);
             }
             world.start_vcpus(&node, id, now);
         });
@@ -248,6 +254,11 @@ impl Fabric {
     /// next time it is started on disks older than they once were is no loss.
     pub fn accept_older_disks(&self, id: InstanceId) {
         self.with(|world, _| world.ledger.accept_older_disks(id));
+    }
+
+    /// A node's hypervisor is told to start a guest at boot (`virsh autostart`).
+    pub fn set_autostart(&self, node: &str, id: InstanceId, autostart: bool) {
+        self.on_domain(node, id, |domain| domain.autostart = autostart);
     }
 
     // ---- breaking ----------------------------------------------------------------
@@ -332,10 +343,11 @@ impl Fabric {
         self.with(|world, now| world.power_off(&node, now));
     }
 
-    /// A node's power is back: its libvirtd answers, and nothing runs.
+    /// A node's power is back: its libvirtd answers, and nothing runs but what
+    /// that starts by itself.
     pub fn power_on(&self, node: &str) {
         let node = host(node);
-        self.with(|world, _| world.power_on(&node));
+        self.with(|world, now| world.power_on(&node, now));
     }
 
     /// Cuts the link between two nodes. Their libvirtds give up a migration

@@ -11,7 +11,11 @@ use drover_model::{
     ids::InstanceId,
 };
 
-use super::{answers::TPM_STATE, node::Habits, transfer::MemoryLoad};
+use super::{
+    answers::TPM_STATE,
+    node::{Habits, Manner, Notes},
+    transfer::MemoryLoad,
+};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -21,6 +25,8 @@ const NVRAM_BYTES: u64 = 528 * 1024;
 const TPM_BYTES: u64 = 8 * 1024;
 /// How long a guest takes to shut down unless told otherwise.
 const SHUTDOWN: Duration = Duration::from_secs(3);
+/// How much of a CPU an idle guest keeps busy, percent.
+const IDLE_PERCENT: u64 = 1;
 
 /// A guest to be. Idle, running, diskless, one vCPU, 512 MiB, one NIC on
 /// `br-guests`, off 3 s after it is asked to shut down, unless told otherwise.
@@ -32,6 +38,10 @@ pub struct GuestBuilder {
     working_set_mib: Option<u64>,
     has_tpm: bool,
     obeys_after: Option<Duration>,
+    cpu_percent: u64,
+    rss_mib: Option<u64>,
+    notes: Notes,
+    autostart: bool,
 }
 
 impl GuestBuilder {
@@ -44,6 +54,10 @@ impl GuestBuilder {
             working_set_mib: None,
             has_tpm: false,
             obeys_after: Some(SHUTDOWN),
+            cpu_percent: IDLE_PERCENT,
+            rss_mib: None,
+            notes: Notes::default(),
+            autostart: false,
         }
     }
 
@@ -92,6 +106,43 @@ impl GuestBuilder {
     /// How much of its memory it writes to, MiB; all of it otherwise.
     pub fn working_set_mib(mut self, working_set_mib: u64) -> Self {
         self.working_set_mib = Some(working_set_mib);
+        self
+    }
+
+    /// How much of a CPU it keeps busy, percent.
+    pub fn cpu_percent(mut self, cpu_percent: u64) -> Self {
+        self.cpu_percent = cpu_percent;
+        self
+    }
+
+    /// Memory of its node that it holds while it is active, MiB; all of its own
+    /// otherwise.
+    pub fn rss_mib(mut self, rss_mib: u64) -> Self {
+        self.rss_mib = Some(rss_mib);
+        self
+    }
+
+    /// Its place among others where nodes are emptied.
+    pub fn priority(mut self, priority: i32) -> Self {
+        self.notes.wishes.priority = priority;
+        self
+    }
+
+    /// One more group no two of which shall be on one node.
+    pub fn anti_affinity(mut self, group: &str) -> Self {
+        self.notes.wishes.anti_affinity.push(group.to_owned());
+        self
+    }
+
+    /// Its node's hypervisor starts it at boot, asking nobody.
+    pub fn autostart(mut self) -> Self {
+        self.autostart = true;
+        self
+    }
+
+    /// Its display has a password.
+    pub fn password(mut self) -> Self {
+        self.notes.has_secrets = true;
         self
     }
 
@@ -221,7 +272,7 @@ impl GuestBuilder {
         format!("vd{}", char::from(letter))
     }
 
-    pub(super) fn build(self, drawn: InstanceId) -> (Guest, Habits) {
+    pub(super) fn build(self, drawn: InstanceId) -> (Guest, Manner) {
         let mut guest = self.guest;
         guest.id = self.id.unwrap_or(drawn);
         if self.has_tpm {
@@ -240,8 +291,15 @@ impl GuestBuilder {
         let habits = Habits {
             load,
             obeys_after: self.obeys_after,
+            cpu_percent: self.cpu_percent,
+            rss_mib: self.rss_mib.unwrap_or(guest.memory_mib),
         };
-        (guest, habits)
+        let manner = Manner {
+            habits,
+            notes: self.notes,
+            autostart: self.autostart,
+        };
+        (guest, manner)
     }
 }
 

@@ -13,6 +13,7 @@ use super::{
     files::uses,
     ledger::Violation,
     node::Domain,
+    rebuild::IDENTITY_FILE,
     storage::{Content, Volume, is_device},
     vcpus::own_disks,
     world::World,
@@ -121,7 +122,7 @@ impl World {
             return false;
         }
         if let Content::Text(_) = file.content {
-            return path.contains("/.drover-");
+            return path.contains("/.drover-") && !path.ends_with(IDENTITY_FILE);
         }
         !hosts.iter().any(|host| {
             let mut domains = self.node(host).domains.values();

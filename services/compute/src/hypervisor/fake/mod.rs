@@ -45,6 +45,7 @@ mod mirrors;
 mod node;
 mod overlays;
 mod power;
+mod rebuild;
 pub mod script;
 mod storage;
 #[cfg(test)]
@@ -242,8 +243,11 @@ impl Hypervisor for FakeDriver {
     }
 
     async fn guests(&self) -> Result<Vec<InstanceReport>> {
-        self.call(Call::Guests, |world, host, _| Ok(world.reports(host)))
-            .await
+        self.call(
+            Call::Guests,
+            |world, host, now| Ok(world.reports(host, now)),
+        )
+        .await
     }
 
     async fn guest(&self, id: InstanceId) -> Result<Option<Guest>> {

@@ -9,6 +9,7 @@ use std::{
 use drover_model::{
     guest::{Guest, NicAttachment, PowerState, Presence},
     ids::InstanceId,
+    node::Wishes,
 };
 use tokio::{sync::broadcast, time::Instant};
 use uuid::Uuid;
@@ -84,6 +85,8 @@ pub struct NodeSpec {
     /// What it copies from file to file, bytes per second. With 0, copies that
     /// begin from then on stand still.
     pub disk_bytes_s: u64,
+    /// Whether its hypervisor can tell how fast a guest writes memory.
+    pub tells_dirty_rate: bool,
 }
 
 impl Default for NodeSpec {
@@ -114,6 +117,7 @@ impl Default for NodeSpec {
             interfaces: set(&["eth0"]),
             pools: BTreeMap::new(),
             disk_bytes_s: 500 << 20,
+            tells_dirty_rate: true,
         }
     }
 }
@@ -162,6 +166,32 @@ pub(super) struct Habits {
     pub(super) load: MemoryLoad,
     /// How long after it was asked to it has shut down, if it obeys.
     pub(super) obeys_after: Option<Duration>,
+    /// How much of a CPU it keeps busy, percent; 200 is two of them.
+    pub(super) cpu_percent: u64,
+    /// Memory of the node that it holds while it is active, MiB.
+    pub(super) rss_mib: u64,
+}
+
+/// What a guest's metadata says beside whose it is.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Notes {
+    /// What it is wished for where nodes are emptied.
+    pub(super) wishes: Wishes,
+    /// It is to be started at boot, by who asks first.
+    pub(super) autostart: bool,
+    /// Its definition has a password in it.
+    pub(super) has_secrets: bool,
+}
+
+/// How a guest that is made begins.
+#[derive(Debug, Clone)]
+pub(super) struct Manner {
+    /// How it behaves.
+    pub(super) habits: Habits,
+    /// What is written about it.
+    pub(super) notes: Notes,
+    /// Its node's hypervisor starts it at boot, asking nobody.
+    pub(super) autostart: bool,
 }
 
 /// What a guest is, apart from what any node believes of it.
@@ -169,6 +199,8 @@ pub(super) struct Habits {
 pub(super) struct Nature {
     /// How it behaves.
     pub(super) habits: Habits,
+    /// What is written about it.
+    pub(super) notes: Notes,
     /// What its disks ought to hold, by target.
     pub(super) tokens: BTreeMap<String, u64>,
     /// What the files beside them ought to hold, by path.
@@ -236,6 +268,42 @@ pub(super) struct Domain {
     pub(super) left_by_script: bool,
     /// It was asked to shut down, obeys, and is off then.
     pub(super) goes_off_at: Option<Instant>,
+    /// The node's hypervisor starts it at boot, asking nobody.
+    pub(super) autostart: bool,
+    /// CPU time that this copy has used.
+    pub(super) cpu: CpuTime,
+}
+
+/// CPU time of a copy, counted along its memory's counter.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct CpuTime {
+    used: Duration,
+    counted_to: Duration,
+}
+
+impl CpuTime {
+    /// Nothing yet, of a copy whose counter is there.
+    pub(super) fn from(counter: Duration) -> Self {
+        Self {
+            used: Duration::ZERO,
+            counted_to: counter,
+        }
+    }
+
+    /// What was used when the counter is there, if so much of a CPU was busy since.
+    pub(super) fn at(self, counter: Duration, percent: u64) -> Self {
+        let ran = counter.saturating_sub(self.counted_to);
+        let percent = u32::try_from(percent).unwrap_or(u32::MAX);
+        Self {
+            used: self.used + ran.saturating_mul(percent) / 100,
+            counted_to: counter,
+        }
+    }
+
+    /// All of it, ns.
+    pub(super) fn used_ns(self) -> u64 {
+        u64::try_from(self.used.as_nanos()).unwrap_or(u64::MAX)
+    }
 }
 
 impl Domain {

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{
     super::{HypervisorError, Result},
     ledger::Violation,
-    node::Memory,
+    node::{CpuTime, Memory},
     storage::Content,
     vcpus::own_disks,
     world::World,
@@ -95,6 +95,7 @@ impl World {
         self.ledger.boots(id, counter);
         if let Some(domain) = self.domain_mut(host, id) {
             domain.memory = Memory::at(counter);
+            domain.cpu = CpuTime::from(counter);
             domain.whole = true;
             domain.completed = None;
             domain.state = PowerState::Shutdown;

@@ -103,6 +103,18 @@ pub enum Call {
     AbandonMirror,
     /// `place_disk`
     PlaceDisk,
+    /// `kept_definition`
+    KeptDefinition,
+    /// `storage_facts`
+    StorageFacts,
+    /// `define_rebuilt`
+    DefineRebuilt,
+    /// `dirty_rate`
+    DirtyRate,
+    /// `unguarded_autostarts`
+    UnguardedAutostarts,
+    /// `take_over_autostart`
+    TakeOverAutostart,
 }
 
 impl Call {
@@ -118,6 +130,7 @@ impl Call {
                 | Self::StopReceiving
                 | Self::Send
                 | Self::PlaceDisk
+                | Self::StorageFacts
         )
     }
 }

@@ -18,7 +18,7 @@ use super::{
     super::{Event, HypervisorError},
     journey::{Boundary, Journey, Leg},
     ledger::{Ledger, Violation},
-    node::{Domain, Memory, Nature, Node},
+    node::{CpuTime, Domain, Memory, Nature, Node},
     script::MigrationScript,
     storage::{File, Storage},
 };
@@ -309,6 +309,7 @@ impl World {
             dest.guest.persistent = true;
             dest.whole = !then_post_copy;
             dest.memory = memory;
+            dest.cpu = CpuTime::from(memory.counter(at));
             dest.state = PowerState::Paused;
         }
         if ran {

@@ -1,8 +1,11 @@
 //! Every call into C that the `virt` crate lacks, or makes in a way that leaks
 //! or panics: jobs, post-copy, migration with typed parameters, events, the
 //! close callback, block jobs, CPU comparison, and what is asked of the operating
-//! system. This file alone holds `unsafe` code; what it offers is safe.
+//! system. This file and what is below it alone hold `unsafe` code; what they
+//! offer is safe.
 #![allow(unsafe_code)]
+
+pub(super) mod stats;
 
 use std::{
     collections::BTreeMap,
@@ -92,15 +95,24 @@ impl ParamArray {
     }
 
     fn read(&self) -> Values {
-        let len = usize::try_from(self.count).unwrap_or(0);
-        if self.items.is_null() || len == 0 {
-            return Values::new();
-        }
         // SAFETY: libvirt gave `count` initialised entries at `items`, which
         // stay until `drop`.
-        let items = unsafe { std::slice::from_raw_parts(self.items, len) };
-        items.iter().map(read_param).collect()
+        unsafe { read_params(self.items, self.count) }
     }
+}
+
+/// Reads an array of typed parameters.
+///
+/// # Safety
+/// `items` is null or points at `count` initialised entries.
+unsafe fn read_params(items: sys::virTypedParameterPtr, count: c_int) -> Values {
+    let len = usize::try_from(count).unwrap_or(0);
+    if items.is_null() || len == 0 {
+        return Values::new();
+    }
+    // SAFETY: the caller's promise.
+    let items = unsafe { std::slice::from_raw_parts(items, len) };
+    items.iter().map(read_param).collect()
 }
 
 impl Drop for ParamArray {

@@ -10,13 +10,17 @@ use virt::{connect::Connect, domain::Domain, sys};
 use super::{
     definitions,
     errors::{self, CallResult},
-    jobs,
+    jobs, rebuild,
     standing::{self, presence},
     storage::{
         chain::{self, Places},
         files, sizes,
     },
-    xml::{self, Outside},
+    usage::Usage,
+    xml::{
+        self, Outside,
+        notes::{self, Notes},
+    },
 };
 use crate::hypervisor::HypervisorError;
 
@@ -31,15 +35,47 @@ pub(super) fn get(connect: &Connect, id: InstanceId) -> CallResult<Domain> {
 }
 
 /// Every domain. Sizes of disks are filled in by [`measured`], without libvirt.
-pub(super) fn all(connect: &Connect) -> CallResult<Vec<(Guest, Presence)>> {
+pub(super) fn all(connect: &Connect) -> CallResult<Vec<Found>> {
+    let autostarts = autostarts(connect)?;
     let mut guests = Vec::new();
     for domain in connect.list_all_domains(0)? {
         // One that goes while the others are read is not there.
-        if let Some(found) = errors::absent_is_none(basics(&domain))? {
-            guests.push(found?);
-        }
+        let Some(found) = errors::absent_is_none(basics(&domain))? else {
+            continue;
+        };
+        let inactive = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE);
+        let Some(lasting) = errors::absent_is_none(inactive)? else {
+            continue;
+        };
+        let (guest, presence) = found?;
+        guests.push(Found {
+            notes: notes::read(&lasting).map_err(HypervisorError::from)?,
+            digest: rebuild::digest(&lasting),
+            autostart: autostarts.contains(&guest.id),
+            guest,
+            presence,
+        });
     }
     Ok(guests)
+}
+
+/// A domain as a report tells of it.
+pub(super) struct Found {
+    guest: Guest,
+    presence: Presence,
+    /// By its lasting definition.
+    notes: Notes,
+    /// Of its lasting definition.
+    digest: String,
+    /// libvirt starts it at boot.
+    autostart: bool,
+}
+
+/// The domains that libvirt starts at boot.
+pub(super) fn autostarts(connect: &Connect) -> CallResult<Vec<InstanceId>> {
+    let flagged = connect.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_AUTOSTART)?;
+    let ids = flagged.iter().map(|domain| domain.uuid().map(InstanceId));
+    Ok(ids.collect::<std::result::Result<_, _>>()?)
 }
 
 type Basics = std::result::Result<(Guest, Presence), HypervisorError>;
@@ -196,8 +232,9 @@ fn is_unmeasured(disk: &Disk) -> bool {
 }
 
 /// Fills in sizes and makes a report's line of each.
-pub(super) fn measured(guests: Vec<(Guest, Presence)>) -> Vec<InstanceReport> {
-    let report = |(mut guest, presence): (Guest, Presence)| {
+pub(super) fn measured(guests: Vec<Found>, usages: &Usage) -> Vec<InstanceReport> {
+    let report = |found: Found| {
+        let (mut guest, presence, notes) = (found.guest, found.presence, found.notes);
         sizes::fill(&mut guest);
         InstanceReport {
             disk_bytes: disk_bytes(&guest),
@@ -210,10 +247,10 @@ pub(super) fn measured(guests: Vec<(Guest, Presence)>) -> Vec<InstanceReport> {
             vcpus: guest.vcpus,
             memory_mib: guest.memory_mib,
             migration: None,
-            wishes: drover_model::node::Wishes::default(),
-            usage: None,
-            definition_digest: None,
-            autostart: false,
+            wishes: notes.wishes,
+            usage: usages.get(&guest.id).copied(),
+            definition_digest: Some(found.digest),
+            autostart: found.autostart || notes.autostart,
         }
     };
     guests.into_iter().map(report).collect()

@@ -33,10 +33,12 @@ mod network;
 #[cfg(test)]
 mod on_devstack;
 mod overlays;
+mod rebuild;
 mod settings;
 mod standing;
 mod storage;
 mod transfer;
+mod usage;
 mod xml;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -59,6 +61,7 @@ use self::{
     migrate::Mover,
     network::Ports,
     storage::{image, marks},
+    usage::Usages,
 };
 use super::{
     DestinationAnswer, DestinationQuestion, Event, Hypervisor, HypervisorError, Job, JobSample,
@@ -75,6 +78,7 @@ pub struct LibvirtDriver {
     ports: Ports,
     door: Door,
     switching: Arc<Switching>,
+    usages: Usages,
 }
 
 impl LibvirtDriver {
@@ -97,6 +101,7 @@ impl LibvirtDriver {
             ports: Ports::new(&settings),
             door: Door::new(&settings),
             switching: Arc::default(),
+            usages: Usages::default(),
             link,
             settings,
         }))
@@ -116,8 +121,10 @@ impl Hypervisor for LibvirtDriver {
     }
 
     async fn guests(&self) -> Result<Vec<InstanceReport>> {
-        let found = self.calls.node(guests::all).await?;
-        let measure = move || Ok(guests::measured(found));
+        let (found, usages) =
+            tokio::join!(self.calls.node(guests::all), self.usages.ask(&self.calls));
+        let found = found?;
+        let measure = move || Ok(guests::measured(found, &usages));
         self.calls.files(Effect::Read, measure).await
     }
 

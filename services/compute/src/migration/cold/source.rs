@@ -496,15 +496,6 @@ impl Actor {
         definition::remove(&path).await?;
         self.forget_if_clean(step, clean_up).await
     }
-
-    /// Where the guest is here.
-    pub(super) async fn location(&self, instance: InstanceId) -> Result<GuestLocation, Fault> {
-        let presence = self.node.hypervisor.presence(instance).await;
-        Ok(GuestLocation {
-            presence: presence.map_err(fault)?,
-            migrating: false,
-        })
-    }
 }
 
 fn has_device(files: &[CarriedFile]) -> bool {

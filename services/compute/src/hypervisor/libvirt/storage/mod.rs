@@ -7,6 +7,7 @@
 
 pub(super) mod chain;
 pub(super) mod files;
+pub(super) mod identity;
 pub(super) mod image;
 pub(super) mod marks;
 pub(super) mod place;

@@ -5,6 +5,7 @@ mod devices;
 mod disks;
 pub(super) mod flavor;
 pub(super) mod handover;
+pub(super) mod notes;
 pub(super) mod owner;
 pub(super) mod rewire;
 #[cfg(test)]

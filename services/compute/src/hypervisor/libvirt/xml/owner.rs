@@ -74,7 +74,7 @@ fn owners(domain: &Element) -> impl Iterator<Item = &Element> {
     elements.filter(|e| is_drovers(e) || is_novas(e))
 }
 
-fn is_drovers(element: &Element) -> bool {
+pub(super) fn is_drovers(element: &Element) -> bool {
     element.name == "instance" && element.namespace.as_deref() == Some(METADATA_NAMESPACE)
 }
 
@@ -83,25 +83,26 @@ fn is_novas(element: &Element) -> bool {
     element.name == "instance" && namespace.is_some_and(|n| n.starts_with(NOVA_NAMESPACE))
 }
 
-/// Makes a definition `owner`'s. What else these elements say stays.
-pub(super) fn give(domain: &mut Element, owner: Owner<'_>) {
+/// The elements of `<metadata>`, Drover's among them: made if it is not there.
+pub(super) fn elements(domain: &mut Element) -> impl Iterator<Item = &mut Element> {
     if domain.get_child("metadata").is_none() {
         domain
             .children
             .push(XMLNode::Element(Element::new("metadata")));
     }
-    let Some(metadata) = domain.get_mut_child("metadata") else {
-        return;
-    };
-    let elements = || metadata.children.iter().filter_map(XMLNode::as_element);
-    if !elements().any(is_drovers) {
+    let metadata = domain.get_mut_child("metadata");
+    let metadata = metadata.expect("it is there or was made");
+    let found = || metadata.children.iter().filter_map(XMLNode::as_element);
+    if !found().any(is_drovers) {
         metadata.children.push(XMLNode::Element(new_element()));
     }
-    for element in metadata
-        .children
-        .iter_mut()
-        .filter_map(XMLNode::as_mut_element)
-    {
+    let children = metadata.children.iter_mut();
+    children.filter_map(XMLNode::as_mut_element)
+}
+
+/// Makes a definition `owner`'s. What else these elements say stays.
+pub(super) fn give(domain: &mut Element, owner: Owner<'_>) {
+    for element in elements(domain) {
         if is_drovers(element) {
             let project = child(element, "project");
             project.children = vec![XMLNode::Text(owner.id.to_owned())];
@@ -135,7 +136,7 @@ fn new_element() -> Element {
 }
 
 /// The child of that name, made in its parent's namespace if it is not there.
-fn child<'a>(parent: &'a mut Element, name: &str) -> &'a mut Element {
+pub(super) fn child<'a>(parent: &'a mut Element, name: &str) -> &'a mut Element {
     if parent.get_child(name).is_none() {
         let mut made = Element::new(name);
         made.prefix.clone_from(&parent.prefix);

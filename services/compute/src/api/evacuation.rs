@@ -1,0 +1,81 @@
+//! What is asked of a node about dead ones, and about its own death to come; and
+//! the gate that a node which was away itself has to pass.
+
+use std::time::Duration;
+
+use drover_model::api::{
+    compute::{
+        CheckEvacuation, DirtyRate, InstanceOnNode, ProbeAddress, ProbeAnswer, RebuildInstance,
+        method,
+    },
+    fault::Fault,
+};
+use drover_rpc::{RemoteFailure, Request};
+use serde_json::Value;
+
+use super::{Steps, answer};
+use crate::{faults, migration::Command};
+
+/// How long a step waits for the conductor to tell what of this node lives
+/// elsewhere by now.
+const GATE_PATIENCE: Duration = Duration::from_secs(5);
+
+impl Steps {
+    /// Refuses, for now, whatever may change a guest before the agent knows which
+    /// of its guests live elsewhere (see [`crate::returning`]). Questions are free.
+    pub(super) async fn may_serve(&self, method: &str) -> Result<(), Fault> {
+        let is_question = matches!(
+            method,
+            method::GET_STATUS
+                | method::LOCATE
+                | method::GET_JOB
+                | method::GET_DEFINITION
+                | method::MEASURE_DIRTY_RATE
+                | method::PROBE_ADDRESS
+        );
+        if is_question {
+            return Ok(());
+        }
+        let mut asked = self.node.has_asked.subscribe();
+        let passed = asked.wait_for(|asked| *asked);
+        match tokio::time::timeout(GATE_PATIENCE, passed).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Fault::not_now(
+                "this node has not yet been told which of its guests were evacuated",
+            )),
+        }
+    }
+
+    pub(super) async fn serve_evacuation(&self, request: &Request) -> Result<Value, RemoteFailure> {
+        use Command as C;
+        let (actors, hypervisor) = (&self.registry, &self.node.hypervisor);
+        match request.method() {
+            method::GET_DEFINITION => {
+                let which: InstanceOnNode = request.args()?;
+                let kept = hypervisor.kept_definition(which.instance).await;
+                answer(kept.map_err(faults::hypervisor))
+            }
+            method::MEASURE_DIRTY_RATE => {
+                let which: InstanceOnNode = request.args()?;
+                let rate = hypervisor.dirty_rate(which.instance).await;
+                let rate = rate.map(|mib_s| DirtyRate { mib_s });
+                answer(rate.map_err(faults::hypervisor))
+            }
+            method::PROBE_ADDRESS => {
+                let which: ProbeAddress = request.args()?;
+                let reached = hypervisor.reach(&which.address, which.port).await;
+                answer(Ok(ProbeAnswer { reached }))
+            }
+            method::CHECK_EVACUATION => {
+                let step: Box<CheckEvacuation> = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::CheckEvacuation(step, to)).await)
+            }
+            _ => {
+                let step: Box<RebuildInstance> = request.args()?;
+                let id = step.migration;
+                answer(actors.ask(id, |to| C::PrepRebuild(step, to)).await)
+            }
+        }
+    }
+}

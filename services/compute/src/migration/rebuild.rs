@@ -1,0 +1,245 @@
+//! The new home's steps of an evacuation: a guest of a dead node is defined here
+//! from what was kept of it, and started.
+//!
+//! ```text
+//!  check ─► prep_rebuild ─► Rebuilding ─► rebuild ─► (guest runs) ─► post_rebuild ─► (nothing left)
+//!             journal first ┘   ▲ restart    │
+//!                               └────────────┴─ it does not run ─► rollback_rebuild ─► (nothing left)
+//! ```
+//!
+//! The conductor alone knows that the other node is dead (invariant 1); it asks
+//! for nothing here before. Disks are shared, so none is made or removed. What is
+//! taken back is the definition that has this evacuation's generation, and only
+//! while the guest is off.
+
+use drover_model::{
+    api::{
+        compute::{
+            CheckEvacuation, CleanUp, DestinationFacts, EvacuationFacts, GuestLocation,
+            RebuildInstance, StepRef,
+        },
+        fault::Fault,
+    },
+    guest::{Disk, Presence},
+};
+use tracing::{info, warn};
+
+use super::{
+    actor::{Actor, Stage},
+    destination::beside,
+    registry::Finished,
+};
+use crate::{
+    faults::hypervisor as fault,
+    hypervisor::{DestinationQuestion, StorageFact},
+    journal::{RebuildRecord, Record},
+};
+
+impl Actor {
+    /// What this node is and has for a guest whose own node is dead.
+    pub(super) async fn check_evacuation(
+        &mut self,
+        step: CheckEvacuation,
+    ) -> Result<EvacuationFacts, Fault> {
+        self.registry.make_way(self.step(step.guest.id)).await?;
+        let hypervisor = &self.node.hypervisor;
+        let question = DestinationQuestion {
+            guest: &step.guest,
+            marks: &[],
+        };
+        let paths = beside(&step.guest);
+        let (inventory, answer, files, storage) = tokio::join!(
+            hypervisor.inventory(),
+            hypervisor.answer_destination(question),
+            hypervisor.file_facts(&paths),
+            hypervisor.storage_facts(&step.identities),
+        );
+        let (inventory, mut answer) = (inventory.map_err(fault)?, answer.map_err(fault)?);
+        let storage = storage.map_err(fault)?;
+        for disk in &mut answer.disks {
+            let own = step.guest.disks.iter().find(|d| d.target == disk.target);
+            let path = own.and_then(Disk::local_path);
+            disk.shared = path.is_some_and(|path| is_same(&storage, path));
+        }
+        Ok(EvacuationFacts {
+            destination: DestinationFacts {
+                inventory: inventory.clone(),
+                emulator_present: answer.emulator_present,
+                machine_supported: answer.machine_supported,
+                virt_type_supported: answer.virt_type_supported,
+                cpu: answer.cpu,
+                networks: answer.networks,
+                same_uuid: answer.same_uuid,
+                same_name: answer.same_name,
+                disks: answer.disks,
+                files: files.map_err(fault)?,
+                disk_port: hypervisor.disk_port(),
+                // Nothing comes from a dead node, so no road is tried.
+                reach_source: Ok(()),
+                probe_port: Err("nothing is sent in an evacuation".to_owned()),
+            },
+            foreign_files: foreign(&step, &storage),
+            inventory,
+        })
+    }
+
+    /// Defines the guest, shut off.
+    pub(super) async fn prep_rebuild(&mut self, step: RebuildInstance) -> Result<(), Fault> {
+        self.same_instance(self.step(step.instance))?;
+        let record = match &self.stage {
+            // Begun by a former life of the agent, or broken off by a fault.
+            Stage::Rebuilding(record) if record.generation == step.generation => (**record).clone(),
+            Stage::Idle => self.begin_rebuilding(step).await?,
+            _ => {
+                return Err(Fault::refused(
+                    "this node does something else for this migration",
+                ));
+            }
+        };
+        self.define_rebuilt(&record).await?;
+        info!(migration = %self.migration, instance = %record.instance,
+            generation = record.generation, "the guest of a dead node is defined");
+        Ok(())
+    }
+
+    async fn begin_rebuilding(&mut self, step: RebuildInstance) -> Result<RebuildRecord, Fault> {
+        if self.registry.finished(self.migration).is_some() {
+            return Err(Fault::refused("this migration is over here"));
+        }
+        let reference = self.step(step.instance);
+        self.registry.hold(reference).await?;
+        let record = RebuildRecord {
+            instance: step.instance,
+            domain: step.domain,
+            generation: step.generation,
+            started: false,
+        };
+        let begun = async {
+            let presence = self.node.hypervisor.presence(record.instance).await;
+            let presence = presence.map_err(fault)?;
+            if presence != Presence::Absent {
+                let message = format!("the instance is on this node already ({presence:?})");
+                return Err(Fault::refused(message));
+            }
+            self.write_rebuilding(&record).await
+        };
+        if let Err(fault) = begun.await {
+            self.registry.release(reference, None);
+            return Err(fault);
+        }
+        self.stage = Stage::Rebuilding(Box::new(record.clone()));
+        Ok(record)
+    }
+
+    async fn write_rebuilding(&self, record: &RebuildRecord) -> Result<(), Fault> {
+        let entry = Record::Rebuild(Box::new(record.clone()));
+        let shelf = &self.node.journal.migrations;
+        Ok(shelf.store(self.migration, &entry).await?)
+    }
+
+    async fn define_rebuilt(&self, record: &RebuildRecord) -> Result<(), Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let defined = hypervisor.define_rebuilt(record.instance, &record.domain, record.generation);
+        defined.await.map_err(fault)
+    }
+
+    /// Starts the guest.
+    pub(super) async fn rebuild(&mut self, step: StepRef) -> Result<GuestLocation, Fault> {
+        self.same_instance(step)?;
+        let Stage::Rebuilding(record) = &self.stage else {
+            if self.registry.finished(self.migration).is_some() {
+                return self.location(step.instance).await;
+            }
+            let message = "nothing was defined on this node for this migration";
+            return Err(Fault::refused(message));
+        };
+        let mut record = (**record).clone();
+        if !record.started {
+            record.started = true;
+            self.write_rebuilding(&record).await?;
+            self.stage = Stage::Rebuilding(Box::new(record.clone()));
+        }
+        // Nothing if it is there. Never starts what another has put in its place.
+        self.define_rebuilt(&record).await?;
+        let started = self.node.hypervisor.start(step.instance).await;
+        started.map_err(fault)?;
+        let location = self.location(step.instance).await?;
+        info!(migration = %self.migration, instance = %step.instance,
+            presence = ?location.presence, "the guest of a dead node is started");
+        Ok(location)
+    }
+
+    /// The guest is here for good.
+    pub(super) async fn post_rebuild(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        let Stage::Rebuilding(record) = &self.stage else {
+            return Ok(self.remembered());
+        };
+        let started = record.started;
+        let presence = self.node.hypervisor.presence(step.instance).await;
+        let presence = presence.map_err(fault)?;
+        let is_here = match started {
+            true => presence.is_active(),
+            // One that was off, and stays so.
+            false => matches!(presence, Presence::Present(_)),
+        };
+        if !is_here {
+            let message = format!("the guest does not run on this node ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        self.forget(step, Finished::default()).await?;
+        Ok(CleanUp::default())
+    }
+
+    /// Takes back what this migration defined here. Refused if the guest is
+    /// active here (invariants 1 and 3).
+    pub(super) async fn rollback_rebuild(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
+        self.same_instance(step)?;
+        let record = match &self.stage {
+            Stage::Rebuilding(record) => (**record).clone(),
+            Stage::Idle => return Ok(self.remembered()),
+            _ => {
+                return Err(Fault::refused(
+                    "this node does something else for this migration",
+                ));
+            }
+        };
+        let hypervisor = self.node.hypervisor.clone();
+        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        if presence.is_active() || presence == Presence::Incoming {
+            let message = format!("the guest is active on this node ({presence:?})");
+            return Err(Fault::refused(message));
+        }
+        let here = hypervisor.guest(step.instance).await.map_err(fault)?;
+        match here.map(|guest| guest.generation) {
+            None => {}
+            Some(generation) if generation == record.generation => {
+                hypervisor.withdraw(step.instance).await.map_err(fault)?;
+                info!(migration = %self.migration, instance = %step.instance,
+                    "took back the definition that was made for the guest");
+            }
+            Some(generation) => warn!(migration = %self.migration, instance = %step.instance,
+                generation, "a domain of the instance is here that this migration did not \
+                 define: left alone"),
+        }
+        self.forget_if_clean(step, CleanUp::default()).await
+    }
+}
+
+fn is_same(storage: &[StorageFact], path: &str) -> bool {
+    let facts = storage.iter().filter(|fact| fact.path == path);
+    facts.last().is_some_and(|fact| fact.same.is_ok())
+}
+
+/// Files other than disks that are not the same here, and why.
+fn foreign(step: &CheckEvacuation, storage: &[StorageFact]) -> Vec<String> {
+    let disks = step.guest.disks.iter().filter_map(Disk::local_path);
+    let disks: Vec<&str> = disks.collect();
+    let is_disk = |path: &str| disks.contains(&path);
+    let others = storage.iter().filter(|fact| !is_disk(&fact.path));
+    let foreign = others.filter_map(|fact| {
+        let why = fact.same.as_ref().err()?;
+        Some(format!("{}: {why}", fact.path))
+    });
+    foreign.collect()
+}

@@ -11,7 +11,10 @@ use drover_compute::{
     hypervisor::fake::{Fabric, NodeSpec},
 };
 use drover_conductor::{
-    app::Conductor, clock::Clock, config::ConductorSettings, operation::fence::Fences,
+    app::{Conductor, Context},
+    clock::Clock,
+    config::ConductorSettings,
+    operation::fence::Fences,
 };
 use drover_model::{
     api::{
@@ -121,6 +124,12 @@ impl Cloud {
             self.fences.clone(),
         );
         self.conductor = Some(started.await.expect("a conductor in memory starts"));
+    }
+
+    /// What the parts of the conductor work with.
+    pub fn context(&self) -> Context {
+        let conductor = self.conductor.as_ref().expect("it was started");
+        conductor.context().clone()
     }
 
     /// Kills the conductor in the middle of whatever it does.

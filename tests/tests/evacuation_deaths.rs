@@ -2,17 +2,24 @@
 //! dead nodes that return. No guest may ever run twice; the fabric sees if one
 //! does, even for a moment.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use drover_compute::hypervisor::fake::{Fabric, GuestBuilder, NodeSpec};
-use drover_conductor::operation::fence::{Action, Fences};
+use drover_conductor::operation::{
+    evacuation::{examine, inspect, prove},
+    fence::{Action, Fences},
+};
 use drover_model::{
     api::conductor::{MigrationRef, method},
+    check::{CheckCode, CheckFailure},
     ids::{HostName, InstanceId, MigrationId, OperationId},
     migration::{
         Evacuation, Migration, MigrationStatus as S, Progress, ProofOfDeath, Requester, Way,
     },
-    operation::FenceAnswer,
+    operation::{EvacuateOptions, FenceAnswer, MoveWay},
 };
 use drover_tests::cloud::{Cloud, eventually};
 
@@ -25,14 +32,16 @@ fn name(host: &str) -> HostName {
 
 /// A fence that cuts power in the fabric.
 fn fences(fabric: &Fabric) -> Fences {
-    let fabric = Arc::new(fabric.clone());
+    let fabric = fabric.clone();
+    let is_off = AtomicBool::new(false);
     Fences::from_fn(move |host, action| {
-        if action == Action::Off {
+        let agent = "fence_fabric".to_owned();
+        if action == Action::Off && !is_off.swap(true, Ordering::SeqCst) {
             fabric.power_off(host.as_str());
         }
-        FenceAnswer::Off {
-            agent: "fence_fabric".to_owned(),
-            at_ms: 0,
+        match is_off.load(Ordering::SeqCst) {
+            true => FenceAnswer::Off { agent, at_ms: 1 },
+            false => FenceAnswer::On { agent },
         }
     })
 }
@@ -43,8 +52,18 @@ async fn cloud(seed: u64) -> Cloud {
     cloud.add_node("kvm3", NodeSpec::default()).await;
     let nodes = ["kvm1", "kvm2", "kvm3"];
     cloud.fabric.share_directory(IMAGES, &nodes, 1000 * GIB);
-    cloud.fences = fences(&cloud.fabric);
     cloud
+}
+
+fn options(confirmed_off: bool) -> EvacuateOptions {
+    EvacuateOptions {
+        host: name("kvm1"),
+        to: Vec::new(),
+        only: Vec::new(),
+        max_parallel: None,
+        confirmed_off,
+        despite_many_lost: false,
+    }
 }
 
 async fn guest(cloud: &Cloud) -> InstanceId {
@@ -97,7 +116,7 @@ async fn begin(cloud: &Cloud, id: InstanceId, to: &[&str]) -> Migration {
         step: String::new(),
         step_started_at_ms: at_ms,
         attempt: 1,
-        owner: "ctl".into(),
+        owner: "nobody".into(),
         requester: Requester::default(),
         consent: None,
         operation: None,
@@ -269,12 +288,11 @@ async fn a_node_that_returned_keeps_what_was_not_evacuated() {
     silence().await;
     returns(&mut cloud, "kvm1").await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    // The proof is older than the node's last word.
-    let node = cloud.store.node(&name("kvm1")).await.expect("there");
-    let mut m = begin(&cloud, id, &[]).await;
-    cloud.until(m.uuid, "ended", |m| m.status.is_final()).await;
-    m = cloud.store.migration(m.uuid).await.expect("there");
-    assert!(node.heard_at_ms > 0 && m.status == S::Failed, "{m:#?}");
+    let m = begin(&cloud, id, &[]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    let why = m.end_reason.as_ref().expect("a reason").to_string();
+    assert!(why.contains("host_alive"), "{why}");
     check(&cloud, &m, None);
     assert!(
         cloud.fabric.guest("kvm1", id).is_some(),
@@ -294,6 +312,10 @@ async fn a_disk_that_is_not_shared_is_not_rebuilt() {
     let id = guest(&cloud).await;
     dies(&mut cloud, "kvm1");
     silence().await;
+    let found = examine(&cloud.context(), &options(false)).await;
+    let found = found.expect("readable");
+    let stays = &found[&id].source[&MoveWay::Evacuate];
+    assert_eq!(codes(stays), [CheckCode::DiskNotShared], "{found:?}");
     let m = begin(&cloud, id, &[]).await;
     let m = cloud.end(m.uuid).await;
     assert_eq!(m.status, S::Failed, "{m:#?}");
@@ -301,4 +323,69 @@ async fn a_disk_that_is_not_shared_is_not_rebuilt() {
     assert!(why.contains("disk_not_shared"), "{why}");
     check(&cloud, &m, None);
     assert!(cloud.store.claims().await.expect("readable").is_empty());
+}
+
+fn codes(failures: &[CheckFailure]) -> Vec<CheckCode> {
+    failures.iter().map(|f| f.code).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_is_only_cut_off_is_fenced_or_left_alone() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let who = Requester::default();
+    let asked = inspect(&cloud.context(), &options(false), &who).await;
+    let (evidence, failures) = asked.expect("readable");
+    assert_eq!(evidence.queue_consumers, Ok(1));
+    let up = [CheckCode::HostUp, CheckCode::NotFenced];
+    assert_eq!(codes(&failures), up, "{evidence:#?}");
+    // Its agent is away; libvirtd and guest are well.
+    cloud.kill_agent("kvm1");
+    silence().await;
+    let asked = prove(&cloud.context(), &options(false), &who).await;
+    let (evidence, proof) = asked.expect("readable");
+    assert_eq!(evidence.reach.len(), 2);
+    assert!(
+        evidence.reach.iter().all(|r| r.libvirt.is_ok()),
+        "{evidence:#?}"
+    );
+    let refused = proof.expect_err("silence is no proof");
+    assert_eq!(codes(&refused), [CheckCode::NotFenced]);
+    let asked = prove(&cloud.context(), &options(true), &who).await;
+    let refused = asked.expect("readable").1.expect_err("it is alive");
+    assert_eq!(codes(&refused), [CheckCode::HostAlive]);
+    assert_eq!(cloud.fabric.running_on(id), Some(name("kvm1")));
+
+    cloud.fences = fences(&cloud.fabric);
+    cloud
+        .kill_and_start("conductor", Duration::from_secs(1))
+        .await;
+    let asked = inspect(&cloud.context(), &options(false), &who).await;
+    let (evidence, failures) = asked.expect("readable");
+    assert!(
+        matches!(evidence.fence, FenceAnswer::On { .. }),
+        "{evidence:#?}"
+    );
+    assert_eq!(codes(&failures), []);
+    assert_eq!(
+        cloud.fabric.running_on(id),
+        Some(name("kvm1")),
+        "to look does nothing"
+    );
+    for _ in 0..2 {
+        let asked = prove(&cloud.context(), &options(false), &who).await;
+        let (evidence, proof) = asked.expect("readable");
+        assert!(proof.is_ok(), "{proof:?} {evidence:#?}");
+    }
+    assert_eq!(cloud.fabric.running_on(id), None);
+    let found = examine(&cloud.context(), &options(false)).await;
+    let found = found.expect("readable");
+    assert!(
+        found[&id].source.is_empty() && found[&id].unfit.is_empty(),
+        "{found:?}"
+    );
+    let m = begin(&cloud, id, &[]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    check(&cloud, &m, m.dest_host.as_ref().map(HostName::as_str));
 }

@@ -75,6 +75,7 @@ pub enum StartError {
 
 /// A conductor at work.
 pub struct Conductor {
+    context: Context,
     server: RpcServer,
     client: RpcClient,
     runner: Runner,
@@ -115,14 +116,9 @@ impl Conductor {
         runner.recover().await?;
         tokio::spawn(definitions::keep(context.clone(), stop.clone()));
         let auto = settings.auto_evacuate();
-        tokio::spawn(auto_evacuate::watch(
-            context.clone(),
-            runner.owner().to_owned(),
-            auto,
-            stop.clone(),
-        ));
+        tokio::spawn(auto_evacuate::watch(context.clone(), auto, stop.clone()));
         let drover = Arc::new(DroverEndpoint::new(
-            context,
+            context.clone(),
             runner.clone(),
             notifier,
             transport.stats().clone(),
@@ -138,6 +134,7 @@ impl Conductor {
         tokio::spawn(async move { keeper.keep(keeper_stop).await });
         info!(conductor = name, "serves");
         Ok(Self {
+            context,
             server,
             client,
             runner,
@@ -151,6 +148,11 @@ impl Conductor {
         self.server.stop(STOP_GRACE).await;
         self.runner.stop();
         self.client.close().await;
+    }
+
+    /// What its parts work with. For tests.
+    pub fn context(&self) -> &Context {
+        &self.context
     }
 
     /// Ends at once, as if the process had died. For tests.

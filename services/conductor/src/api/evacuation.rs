@@ -120,8 +120,7 @@ impl DroverEndpoint {
             return Err(refused(&failures, None));
         }
         let unique_id = request.unique_id();
-        let owner = self.runner.owner();
-        let begun = auto_evacuate::begin(&self.context, owner, options, who, unique_id).await;
+        let begun = auto_evacuate::begin(&self.context, options, who, unique_id).await;
         begun.map_err(|e| store_failure(&e))?;
         request.accept().await;
         Ok(())

@@ -72,12 +72,7 @@ fn due(seen: &Seen<'_>, settings: AutoEvacuate, live: Liveness) -> Vec<HostName>
 }
 
 /// Looks until told to stop.
-pub async fn watch(
-    context: Context,
-    owner: String,
-    settings: AutoEvacuate,
-    stop: CancellationToken,
-) {
+pub async fn watch(context: Context, settings: AutoEvacuate, stop: CancellationToken) {
     if !settings.is_on {
         return;
     }
@@ -92,13 +87,13 @@ pub async fn watch(
         if began.elapsed() < first {
             continue;
         }
-        if let Err(error) = look(&context, &owner, settings).await {
+        if let Err(error) = look(&context, settings).await {
             warn!(%error, "dead nodes could not be looked for; tried again soon");
         }
     }
 }
 
-async fn look(context: &Context, owner: &str, settings: AutoEvacuate) -> Result<(), StoreError> {
+async fn look(context: &Context, settings: AutoEvacuate) -> Result<(), StoreError> {
     let store = &context.store;
     if !store.is_switched_on(SWITCH).await? {
         return Ok(());
@@ -142,19 +137,18 @@ async fn look(context: &Context, owner: &str, settings: AutoEvacuate) -> Result<
             user_id: Some("conductor".to_owned()),
             ..Requester::default()
         };
-        begin(context, owner, options, requester, None).await?;
+        begin(context, options, requester, None).await?;
     }
     Ok(())
 }
 
-/// Puts an evacuation on the record. Its lease has run out, so that the next
-/// pass of whoever drives operations takes it up.
+/// Puts an evacuation on the record. It is nobody's and its lease has run out, so
+/// that the next pass of whoever drives operations takes it up.
 ///
 /// # Errors
 /// The record cannot be written.
 pub async fn begin(
     context: &Context,
-    owner: &str,
     options: EvacuateOptions,
     requester: Requester,
     unique_id: Option<&str>,
@@ -174,7 +168,7 @@ pub async fn begin(
         failure: None,
         refusals: Vec::new(),
         decisions: Vec::new(),
-        owner: owner.to_owned(),
+        owner: String::new(),
         attempt: 1,
         requester,
         created_at_ms: now_ms,

@@ -339,13 +339,13 @@ async fn an_evacuated_instance_is_remembered_until_its_old_copy_is_gone(store: S
     assert_eq!(left.len(), 1, "one that failed took nothing away");
     assert_eq!(left[0].1.instance, InstanceId(Uuid::from_u128(7)));
     assert_eq!(left[0].1.host, Some(host("kvm2")));
-    let instance = moving.instance_uuid;
+    let (instance, home) = (moving.instance_uuid, host("kvm2"));
     for _ in 0..2 {
-        let rebuilt = store.rebuilt(moving.uuid, instance, &host("kvm2"), 1, 20);
-        rebuilt.await.unwrap();
+        let rebuilt = store.rebuilt(moving.uuid, instance, &home, 1, 20).await;
+        rebuilt.unwrap();
     }
     let row = store.find_instance(&instance.to_string()).await.unwrap();
-    assert_eq!((row.host, row.generation), (host("kvm2"), 1));
+    assert_eq!((row.host, row.generation), (home, 1));
     assert_eq!(store.claims().await.unwrap(), []);
     store
         .old_copy_removed(&host("kvm2"), moving.uuid)

@@ -1,3 +1,6 @@
+//! What is judged of a node that may be dead, as tables: what is known, and what
+//! it comes to.
+
 use drover_model::{ids::HostName, migration::Requester, operation::Reach};
 
 use super::*;

@@ -20,13 +20,15 @@ use drover_model::{
     api::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         conductor::{
-            Instance, InstanceRef, MigrateAnswer, MigrateInstance, MigrationRef, WaitMigration,
-            method,
+            BalanceNodes, DrainNode, EvacuateNode, Instance, InstanceRef, MigrateAnswer,
+            MigrateInstance, MigrationRef, OperationAnswer, OperationRef, RestoreNode,
+            WaitMigration, method,
         },
     },
-    ids::{HostName, InstanceId, MigrationId},
+    ids::{HostName, InstanceId, MigrationId, OperationId},
     migration::{LiveOptions, Migration, MigrationStatus, Way},
     node::AllocationPolicy,
+    operation::{Operation, OperationPlan, Task},
 };
 use drover_rpc::{
     MessagingSettings, RequestContext, RpcClient, RpcError, Target,
@@ -275,6 +277,93 @@ impl Cloud {
     pub async fn until_version(&self, id: MigrationId, version: u64) -> Migration {
         let there = |m: &Migration| m.version >= version || m.status.rests();
         self.until(id, "there", there).await
+    }
+
+    /// Asks for an operation on nodes.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn operate(&self, task: &Task) -> Result<Operation, RpcError> {
+        match self.answer_to(task, false).await? {
+            OperationAnswer::Accepted { operation } => Ok(*operation),
+            OperationAnswer::Plan { plan, .. } => panic!("a plan was not asked for: {plan:?}"),
+        }
+    }
+
+    /// Asks what an operation would do.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn dry_run(&self, task: &Task) -> Result<OperationPlan, RpcError> {
+        match self.answer_to(task, true).await? {
+            OperationAnswer::Plan { plan, failures, .. } => {
+                assert!(failures.is_empty(), "{failures:?}");
+                Ok(*plan)
+            }
+            OperationAnswer::Accepted { operation } => panic!("it was begun: {operation:?}"),
+        }
+    }
+
+    async fn answer_to(&self, task: &Task, dry_run: bool) -> Result<OperationAnswer, RpcError> {
+        match task.clone() {
+            Task::Drain(options) => {
+                let ask = DrainNode { options, dry_run };
+                self.call(method::DRAIN_NODE, &ask).await
+            }
+            Task::Restore(options) => {
+                let ask = RestoreNode { options, dry_run };
+                self.call(method::RESTORE_NODE, &ask).await
+            }
+            Task::Evacuate(options) => {
+                let ask = EvacuateNode { options, dry_run };
+                self.call(method::EVACUATE_NODE, &ask).await
+            }
+            Task::Balance(options) => {
+                let ask = BalanceNodes { options, dry_run };
+                self.call(method::BALANCE_NODES, &ask).await
+            }
+        }
+    }
+
+    /// Calls an operation off.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn cancel(&self, id: OperationId) -> Result<Operation, RpcError> {
+        let ask = OperationRef {
+            operation: id.to_string(),
+        };
+        self.call(method::CANCEL_OPERATION, &ask).await
+    }
+
+    /// Waits, on the record, until an operation satisfies something.
+    pub async fn until_operation(
+        &self,
+        id: OperationId,
+        what: &str,
+        want: impl Fn(&Operation) -> bool,
+    ) -> Operation {
+        let mut changes = self.store.operation_changes();
+        let waiting = async {
+            loop {
+                let o = self.store.operation(id).await.expect("on the record");
+                if want(&o) {
+                    return o;
+                }
+                // Anything wakes: a change, or a second without one.
+                let _ = timeout(Duration::from_secs(1), changes.recv()).await;
+            }
+        };
+        match timeout(PATIENCE, waiting).await {
+            Ok(o) => o,
+            Err(_) => panic!("never {what}: {:#?}", self.store.operation(id).await),
+        }
+    }
+
+    /// Waits for the end of an operation.
+    pub async fn operation_end(&self, id: OperationId) -> Operation {
+        self.until_operation(id, "at its end", |o| o.status.is_final())
+            .await
     }
 
     /// Kills one process (`conductor`, or the agent of a node), and starts it

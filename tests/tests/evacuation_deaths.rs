@@ -13,12 +13,13 @@ use drover_conductor::operation::{
     fence::{Action, Fences},
 };
 use drover_model::{
+    api::conductor::{EvacuateNode, OperationAnswer, method},
     check::{CheckCode, CheckFailure},
     ids::{HostName, InstanceId, MigrationId, OperationId},
     migration::{
         Evacuation, Migration, MigrationStatus as S, Progress, ProofOfDeath, Requester, Way,
     },
-    operation::{EvacuateOptions, FenceAnswer, MoveWay},
+    operation::{EvacuateOptions, FenceAnswer, MoveWay, OperationStatus},
 };
 use drover_tests::cloud::{Cloud, eventually};
 
@@ -402,4 +403,37 @@ async fn a_node_that_is_only_cut_off_is_fenced_or_left_alone() {
     let m = cloud.end(m.uuid).await;
     assert_eq!(m.status, S::Completed, "{m:#?}");
     check(&cloud, &m, m.dest_host.as_ref().map(HostName::as_str));
+}
+
+/// By an operation, as an operator asks for it: the fence puts a node off that is
+/// only cut off, and the guest starts elsewhere.
+#[tokio::test(start_paused = true)]
+async fn an_operation_fences_and_starts_everything_elsewhere() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    cloud.fences = fences(&cloud.fabric);
+    cloud
+        .kill_and_start("conductor", Duration::from_secs(1))
+        .await;
+    cloud.kill_agent("kvm1");
+    silence().await;
+    let ask = EvacuateNode {
+        options: options(false),
+        dry_run: false,
+    };
+    let begun = cloud.call::<_, OperationAnswer>(method::EVACUATE_NODE, &ask);
+    let OperationAnswer::Accepted { operation } = begun.await.expect("it is taken") else {
+        panic!("a plan was not asked for");
+    };
+    let store = cloud.store.clone();
+    let ended = eventually("the operation's end", async || {
+        let operation = store.operation(operation.uuid).await.expect("there");
+        operation.status.is_final().then_some(operation)
+    })
+    .await;
+    assert_eq!(ended.status, OperationStatus::Completed, "{ended:#?}");
+    let moved = store.migrations_of(ended.uuid).await.expect("readable");
+    let home = moved[0].dest_host.as_ref().map(HostName::as_str);
+    check(&cloud, &moved[0], home);
+    assert_eq!(moved[0].instance_uuid, id);
 }

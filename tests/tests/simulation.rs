@@ -42,7 +42,10 @@ async fn a_guest_moves_and_the_record_tells_how() {
     assert_eq!(m.status, S::Completed, "{m:#?}");
     assert!(m.downtime_ms.is_some() && m.warnings.is_empty(), "{m:#?}");
     let steps: Vec<&str> = m.timings.iter().map(|t| t.step.as_str()).collect();
-    assert_eq!(steps, ["place", "prepare", "transfer", "settle", "tidy"]);
+    assert_eq!(
+        steps,
+        ["place", "prepare", "turn", "transfer", "settle", "tidy"]
+    );
     assert_eq!(m.progress.phase, Phase::Done);
     assert!(
         m.progress.memory.total_bytes > 0 && m.progress.disk.total_bytes > 0,

@@ -63,6 +63,8 @@ macro_rules! codes {
 codes! {
     /// Its state does not allow this move.
     InstanceState => "instance_state",
+    /// Another operation has the node.
+    HostBusy => "host_busy",
     /// Another operation has it.
     InstanceBusy => "instance_busy",
     /// The source's libvirt no longer has it, or never had.
@@ -163,6 +165,8 @@ codes! {
     NoDefinition => "no_definition",
     /// Its definition has a secret, which is told to nobody.
     DefinitionSecret => "definition_secret",
+    /// A guest of the same anti-affinity group is there, or on its way.
+    AntiAffinity => "anti_affinity",
 }
 
 impl fmt::Display for CheckCode {

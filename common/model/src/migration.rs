@@ -515,6 +515,17 @@ impl Migration {
         Ok(())
     }
 
+    /// Whether the guest may already run on the destination.
+    pub fn past_return(&self) -> bool {
+        self.status == MigrationStatus::RunningPostCopy
+            || self.status.rests()
+            || self.ending.is_some()
+            || matches!(
+                self.step.as_str(),
+                "finish" | "hand_over" | "settle" | "tidy"
+            )
+    }
+
     /// Time from acceptance to the end (or to the last change), ms.
     pub fn total_time_ms(&self) -> u64 {
         let end = self.finished_at_ms.unwrap_or(self.updated_at_ms);

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     check::CheckFailure,
     ids::{HostName, InstanceId, MigrationId, OperationId},
-    migration::{ColdOptions, Decision, LiveOptions, Requester},
+    migration::{ColdOptions, Decision, LiveOptions, ProofOfDeath, Requester},
 };
 
 /// Which kind, and how.
@@ -591,6 +591,10 @@ pub struct Operation {
     /// Of an evacuation, what proves that the node is dead.
     #[serde(default)]
     pub evidence: Option<Evidence>,
+    /// Of an evacuation, what the evidence came to: the right to start guests
+    /// elsewhere.
+    #[serde(default)]
+    pub proof: Option<ProofOfDeath>,
     /// Why it failed.
     #[serde(default)]
     pub failure: Option<String>,
@@ -672,6 +676,7 @@ mod tests {
             expected_ms: 0,
             spread_percent: None,
             evidence: None,
+            proof: None,
             failure: None,
             refusals: Vec::new(),
             decisions: Vec::new(),

@@ -2,6 +2,8 @@
 //! (invariant 7). What runs on a node counts once: as a claim until the
 //! instance is recorded there, as an instance from then on.
 
+use std::collections::HashMap;
+
 use drover_model::{
     ids::{HostName, InstanceId, MigrationId},
     node::{AllocationPolicy, HypervisorReport, Inventory, NodeReport},
@@ -9,6 +11,10 @@ use drover_model::{
 use sqlx::{Any, Row, Transaction};
 
 use crate::{Result, Store, from_json, signed, unsigned};
+
+/// Instances that use what they were given: one that is shut off holds neither
+/// memory nor CPU time.
+const RUNS: &str = "power_state NOT IN ('\"shutdown\"', '\"crashed\"')";
 
 /// Amounts of what a node can give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -120,6 +126,45 @@ impl Store {
             usage(&mut tx, report, None).await
         };
         self.steady(work).await
+    }
+
+    /// The room of many nodes, in their order, by two questions in all.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn usages(&self, reports: &[&NodeReport]) -> Result<Vec<Usage>> {
+        let used = self.steady(self.used_by_host()).await?;
+        let usage = |report: &&NodeReport| match &report.hypervisor {
+            HypervisorReport::Up { inventory, .. } => Usage {
+                used: used.get(report.host.as_str()).copied().unwrap_or_default(),
+                usable: usable(inventory, &report.policy),
+            },
+            HypervisorReport::Down { .. } => Usage::default(),
+        };
+        Ok(reports.iter().map(usage).collect())
+    }
+
+    async fn used_by_host(&self) -> Result<HashMap<String, Resources>> {
+        let mut tx = self.begin().await?;
+        let running = format!(
+            "SELECT host, CAST(SUM(vcpus) AS BIGINT) AS vcpus, \
+             CAST(SUM(memory_mib) AS BIGINT) AS memory_mib, CAST(0 AS BIGINT) AS disk_bytes \
+             FROM instances WHERE {RUNS} GROUP BY host"
+        );
+        let promised = "SELECT host, CAST(SUM(vcpus) AS BIGINT) AS vcpus, \
+             CAST(SUM(memory_mib) AS BIGINT) AS memory_mib, \
+             CAST(SUM(disk_bytes) AS BIGINT) AS disk_bytes FROM claims GROUP BY host";
+        let mut used = HashMap::<String, Resources>::new();
+        for sql in [running.as_str(), promised] {
+            let query = sqlx::query(sqlx::AssertSqlSafe(sql.to_owned()));
+            for row in query.fetch_all(&mut *tx).await? {
+                let sum = used.entry(row.try_get("host")?).or_default();
+                sum.vcpus += unsigned(row.try_get("vcpus")?);
+                sum.memory_mib += unsigned(row.try_get("memory_mib")?);
+                sum.disk_bytes += unsigned(row.try_get("disk_bytes")?);
+            }
+        }
+        Ok(used)
     }
 
     /// Promises room on a node to a migration, or says what is missing. A claim
@@ -262,12 +307,11 @@ async fn usage(
     let HypervisorReport::Up { inventory, .. } = &report.hypervisor else {
         return Ok(Usage::default());
     };
-    // A guest that is shut off holds neither memory nor CPU time.
-    let row = sqlx::query(
+    let row = sqlx::query(sqlx::AssertSqlSafe(format!(
         "SELECT CAST(COALESCE(SUM(vcpus), 0) AS BIGINT) AS vcpus, \
          CAST(COALESCE(SUM(memory_mib), 0) AS BIGINT) AS memory_mib FROM instances \
-         WHERE host = $1 AND power_state NOT IN ('\"shutdown\"', '\"crashed\"')",
-    )
+         WHERE host = $1 AND {RUNS}"
+    )))
     .bind(report.host.as_str())
     .fetch_one(&mut **tx)
     .await?;

@@ -31,7 +31,7 @@ use sqlx::{
     any::{AnyPoolOptions, install_default_drivers},
     migrate::{Migration as SchemaChange, MigrationType, Migrator},
 };
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 /// Result of a store call.
 pub type Result<T> = std::result::Result<T, StoreError>;
@@ -69,6 +69,9 @@ pub enum StoreError {
     /// Somebody else changed the row; the caller looks again.
     #[error("{0} was changed by somebody else at the same time")]
     Conflict(String),
+    /// Another process goes on with it: this one must let go.
+    #[error("another conductor goes on with {0}")]
+    Fenced(String),
     /// The change is not one this record can make.
     #[error("{0}")]
     Illegal(String),
@@ -90,7 +93,7 @@ impl StoreError {
             | Self::Ambiguous(_)
             | Self::Exists(_)
             | Self::Invalid(_) => ErrorClass::Refused,
-            Self::Corrupt { .. } | Self::Illegal(_) => ErrorClass::Bug,
+            Self::Corrupt { .. } | Self::Illegal(_) | Self::Fenced(_) => ErrorClass::Bug,
         }
     }
 }
@@ -121,6 +124,7 @@ pub struct Store {
     kind: Kind,
     changes: broadcast::Sender<MigrationId>,
     operation_changes: broadcast::Sender<OperationId>,
+    turns: watch::Sender<()>,
     hold_clock: bool,
 }
 
@@ -188,6 +192,7 @@ impl Store {
             kind,
             changes,
             operation_changes,
+            turns: watch::Sender::new(()),
             hold_clock,
         })
     }
@@ -205,6 +210,15 @@ impl Store {
     /// The same of operations.
     pub fn operation_changes(&self) -> broadcast::Receiver<OperationId> {
         self.operation_changes.subscribe()
+    }
+
+    /// Changes whenever a turn to send is given back through this process.
+    pub fn turns(&self) -> watch::Receiver<()> {
+        self.turns.subscribe()
+    }
+
+    pub(crate) fn turn_given_back(&self) {
+        self.turns.send_replace(());
     }
 
     pub(crate) fn operation_changed(&self, id: OperationId) {

@@ -199,6 +199,21 @@ impl Store {
         rows.iter().map(record).collect()
     }
 
+    /// Migrations that moved a guest, newest first.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn newest_moves(&self, limit: u32) -> Result<Vec<Migration>> {
+        let query = sqlx::query(
+            "SELECT version, record FROM migrations \
+             WHERE status IN ('completed', 'finished', 'confirmed') \
+             AND migration_type <> 'project-transfer' ORDER BY id DESC LIMIT $1",
+        )
+        .bind(i64::from(limit));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        rows.iter().map(record).collect()
+    }
+
     /// Changes a migration's record in one commit. `change` says whether there
     /// is anything to write; it may be called again if somebody else was faster.
     ///

@@ -12,8 +12,11 @@ use drover_model::{
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, corrupt, from_json, instances::shown, migrations, signed, to_json,
-    unsigned,
+    Result, Store, StoreError, corrupt, from_json,
+    instances::shown,
+    migrations,
+    outbox::{self, Notification},
+    signed, to_json, unsigned,
 };
 
 /// Subject of an operation that is about all nodes.
@@ -219,13 +222,29 @@ impl Store {
     /// With a lease, only its holder writes.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]; [`StoreError::Illegal`] for a status that cannot
-    /// follow, or a lease that is no longer the newest; or the database failed.
+    /// As [`Self::tell_operation`].
     pub async fn update_operation(
         &self,
         id: OperationId,
         lease: Option<OperationLease>,
         mut change: impl FnMut(&mut Operation) -> bool + Send,
+    ) -> Result<Operation> {
+        let change = |operation: &mut Operation| change(operation).then(Vec::new);
+        self.tell_operation(id, lease, change).await
+    }
+
+    /// The same, with what is told of the change; nothing is written if `change`
+    /// says none.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::Illegal`] for a status that cannot
+    /// follow; [`StoreError::Fenced`] for a lease that is no longer the newest; or
+    /// the database failed.
+    pub async fn tell_operation(
+        &self,
+        id: OperationId,
+        lease: Option<OperationLease>,
+        mut change: impl FnMut(&mut Operation) -> Option<Vec<Notification>> + Send,
     ) -> Result<Operation> {
         for _ in 0..20 {
             match self
@@ -243,7 +262,7 @@ impl Store {
         &self,
         id: OperationId,
         lease: Option<OperationLease>,
-        change: &mut (impl FnMut(&mut Operation) -> bool + Send),
+        change: &mut (impl FnMut(&mut Operation) -> Option<Vec<Notification>> + Send),
     ) -> Result<Operation> {
         let mut tx = self.begin().await?;
         let row = sqlx::query("SELECT version, record, epoch FROM operations WHERE uuid = $1")
@@ -253,15 +272,13 @@ impl Store {
         let row = row.ok_or_else(|| StoreError::NotFound(format!("operation {id}")))?;
         let epoch: i64 = row.try_get("epoch")?;
         if lease.is_some_and(|lease| lease.epoch != epoch) {
-            return Err(StoreError::Illegal(format!(
-                "another conductor goes on with operation {id}"
-            )));
+            return Err(StoreError::Fenced(format!("operation {id}")));
         }
         let before = record(&row)?;
         let mut after = before.clone();
-        if !change(&mut after) {
+        let Some(told) = change(&mut after) else {
             return Ok(before);
-        }
+        };
         if !before.status.may_become(after.status) {
             return Err(StoreError::Illegal(format!(
                 "operation {} is {} and cannot become {}",
@@ -270,6 +287,9 @@ impl Store {
         }
         after.version = before.version + 1;
         write(&mut tx, &before, &after).await?;
+        for notification in &told {
+            outbox::put(&mut tx, notification).await?;
+        }
         tx.commit().await?;
         self.operation_changed(id);
         Ok(after)
@@ -414,6 +434,7 @@ impl Store {
             .bind(migration.to_string());
         self.steady(query.execute(&self.pool)).await?;
         self.changed(migration);
+        self.turn_given_back();
         Ok(())
     }
 

@@ -46,6 +46,7 @@ fn operation(n: u128, task: Task) -> Operation {
         expected_ms: 0,
         spread_percent: None,
         evidence: None,
+        proof: None,
         failure: None,
         refusals: Vec::new(),
         decisions: Vec::new(),
@@ -172,7 +173,7 @@ async fn what_an_operation_has_become_stays_and_only_its_driver_writes(store: St
         true
     };
     let shut_out = store.update_operation(new.uuid, Some(old), note).await;
-    assert!(matches!(shut_out, Err(StoreError::Illegal(_))));
+    assert!(matches!(shut_out, Err(StoreError::Fenced(_))));
     let driver = store.update_operation(new.uuid, Some(newer[0]), note).await;
     assert_eq!(driver.unwrap().expected_ms, 7);
     become_status(&store, new.uuid, OperationStatus::Completed)

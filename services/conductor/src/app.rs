@@ -15,13 +15,17 @@ use crate::{
     api::{ComputeTaskEndpoint, DroverEndpoint},
     checks::Liveness,
     clock::Clock,
-    config::ConductorSettings,
+    config::{BalanceSettings, ConductorSettings},
     notify,
     operation::{
-        auto_evacuate,
+        auto_evacuate::{self, AutoEvacuate},
+        balancer,
         definitions::{self, Definitions},
         fence::Fences,
+        load::Loads,
+        runner::OperationRunner,
     },
+    plan::{Costs, schedule::Limits},
     task::runner::Runner,
 };
 
@@ -50,6 +54,16 @@ pub struct Context {
     pub fences: Fences,
     /// Definitions that are to be fetched.
     pub definitions: Definitions,
+    /// Whether dead nodes are evacuated without being asked.
+    pub auto_evacuate: AutoEvacuate,
+    /// Most moves at one time.
+    pub limits: Limits,
+    /// What a move costs.
+    pub costs: Costs,
+    /// How load is balanced.
+    pub balance: BalanceSettings,
+    /// What guests use.
+    pub loads: Loads,
 }
 
 impl Context {
@@ -79,6 +93,7 @@ pub struct Conductor {
     server: RpcServer,
     client: RpcClient,
     runner: Runner,
+    operations: OperationRunner,
     stop: CancellationToken,
 }
 
@@ -107,6 +122,11 @@ impl Conductor {
             confirm_window_ms: settings.resize_confirm_window_s * 1000,
             fences,
             definitions: Definitions::default(),
+            auto_evacuate: settings.auto_evacuate(),
+            limits: settings.limits(),
+            costs: Costs::default(),
+            balance: settings.balance(),
+            loads: Loads::new(settings.balance_duration_s * 1000),
         };
         let slots = settings.max_concurrent_migrations;
         let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);
@@ -115,12 +135,13 @@ impl Conductor {
         tokio::spawn(notify::publish(store, notifier.clone(), stop.clone()));
         runner.recover().await?;
         tokio::spawn(definitions::keep(context.clone(), stop.clone()));
-        let auto = settings.auto_evacuate();
-        tokio::spawn(auto_evacuate::watch(context.clone(), auto, stop.clone()));
+        let operations = OperationRunner::new(context.clone(), runner.clone());
+        operations.recover().await?;
+        tokio::spawn(auto_evacuate::watch(operations.clone(), stop.clone()));
         let drover = Arc::new(DroverEndpoint::new(
             context.clone(),
-            runner.clone(),
-            notifier,
+            (runner.clone(), operations.clone()),
+            notifier.clone(),
             transport.stats().clone(),
         ));
         let server = RpcServer::builder(transport, messaging, CONDUCTOR_TOPIC, name)
@@ -132,12 +153,16 @@ impl Conductor {
         let keeper = runner.clone();
         let keeper_stop = stop.clone();
         tokio::spawn(async move { keeper.keep(keeper_stop).await });
+        let (keeper, keeper_stop) = (operations.clone(), stop.clone());
+        tokio::spawn(async move { keeper.keep(keeper_stop).await });
+        tokio::spawn(balancer::keep(operations.clone(), notifier, stop.clone()));
         info!(conductor = name, "serves");
         Ok(Self {
             context,
             server,
             client,
             runner,
+            operations,
             stop,
         })
     }
@@ -146,6 +171,7 @@ impl Conductor {
     pub async fn stop(self) {
         self.stop.cancel();
         self.server.stop(STOP_GRACE).await;
+        self.operations.stop();
         self.runner.stop();
         self.client.close().await;
     }
@@ -158,6 +184,7 @@ impl Conductor {
     /// Ends at once, as if the process had died. For tests.
     pub fn kill(self) {
         self.stop.cancel();
+        self.operations.stop();
         self.runner.stop();
     }
 }

@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::{agent_client::CallLimits, operation::auto_evacuate::AutoEvacuate};
+use crate::{
+    agent_client::CallLimits,
+    operation::auto_evacuate::AutoEvacuate,
+    plan::{balance::Goal, schedule::Limits},
+};
 
 /// Settings of a conductor.
 #[derive(Debug, Clone, Deserialize)]
@@ -38,6 +42,67 @@ pub struct ConductorSettings {
     pub auto_evacuate_delay_s: u64,
     /// Nodes that are evacuated without being asked at one time.
     pub auto_evacuate_max_nodes: u32,
+    /// Transfers from one node at a time.
+    pub max_outbound_per_node: u32,
+    /// Transfers to one node at a time.
+    pub max_inbound_per_node: u32,
+    /// Transfers in all at a time.
+    pub max_transfers: u32,
+    /// Live moves of an operation that are made ready beyond those that send.
+    pub prepare_ahead: u32,
+    /// Guests of an operation that are under way at once, if its caller did not
+    /// say.
+    pub max_parallel_per_operation: u32,
+    /// Whether load is balanced without being asked: not, only told what would
+    /// be done, or done.
+    pub balance_mode: BalanceMode,
+    /// Largest spread of load that is left, percent points.
+    pub balance_threshold_percent: u32,
+    /// Load is averaged over so long, seconds.
+    pub balance_duration_s: u64,
+    /// Time between two looks at the load, seconds.
+    pub balance_interval_s: u64,
+    /// A guest that moved is left alone for so long, seconds.
+    pub balance_cool_down_s: u64,
+    /// No node is loaded more than this by balancing, percent.
+    pub balance_target_limit_percent: u32,
+    /// Moves of one run at the most.
+    pub balance_max_moves: u32,
+}
+
+/// How load is balanced.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BalanceSettings {
+    /// Whether it is without being asked.
+    pub mode: BalanceMode,
+    /// Time between two looks at the load.
+    pub interval: Duration,
+    /// What balance there is to be, unless the caller says otherwise.
+    pub goal: Goal,
+}
+
+/// Whether load is balanced without being asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BalanceMode {
+    /// Not.
+    #[default]
+    Off,
+    /// It is only told what would be done.
+    Shadow,
+    /// It is done.
+    On,
+}
+
+impl BalanceMode {
+    /// The mode as a word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Shadow => "shadow",
+            Self::On => "on",
+        }
+    }
 }
 
 impl Default for ConductorSettings {
@@ -54,6 +119,18 @@ impl Default for ConductorSettings {
             auto_evacuate: false,
             auto_evacuate_delay_s: 120,
             auto_evacuate_max_nodes: 1,
+            max_outbound_per_node: 4,
+            max_inbound_per_node: 4,
+            max_transfers: 32,
+            prepare_ahead: 4,
+            max_parallel_per_operation: 8,
+            balance_mode: BalanceMode::default(),
+            balance_threshold_percent: 20,
+            balance_duration_s: 300,
+            balance_interval_s: 60,
+            balance_cool_down_s: 3600,
+            balance_target_limit_percent: 80,
+            balance_max_moves: 5,
         }
     }
 }
@@ -93,6 +170,7 @@ impl ConductorSettings {
         ];
         let broken = bounds
             .into_iter()
+            .chain(self.operation_bounds())
             .find(|(_, v, low, high)| !(low..=high).contains(&v));
         if let Some((key, value, low, high)) = broken {
             return Some((key, format!("is {value}; it may be {low} to {high}")));
@@ -113,6 +191,62 @@ impl ConductorSettings {
             is_on: self.auto_evacuate,
             delay_ms: self.auto_evacuate_delay_s * 1000,
             max_nodes: self.auto_evacuate_max_nodes as usize,
+        }
+    }
+
+    fn operation_bounds(&self) -> [(&'static str, u64, u64, u64); 11] {
+        let many = |name, value: u32| (name, u64::from(value), 1, 10_000);
+        let percent = |name, value: u32| (name, u64::from(value), 1, 100);
+        [
+            many("max_outbound_per_node", self.max_outbound_per_node),
+            many("max_inbound_per_node", self.max_inbound_per_node),
+            many("max_transfers", self.max_transfers),
+            ("prepare_ahead", self.prepare_ahead.into(), 0, 1000),
+            (
+                "max_parallel_per_operation",
+                self.max_parallel_per_operation.into(),
+                1,
+                1000,
+            ),
+            percent("balance_threshold_percent", self.balance_threshold_percent),
+            percent(
+                "balance_target_limit_percent",
+                self.balance_target_limit_percent,
+            ),
+            ("balance_duration_s", self.balance_duration_s, 1, 86_400),
+            ("balance_interval_s", self.balance_interval_s, 1, 86_400),
+            (
+                "balance_cool_down_s",
+                self.balance_cool_down_s,
+                0,
+                2_592_000,
+            ),
+            ("balance_max_moves", self.balance_max_moves.into(), 1, 1000),
+        ]
+    }
+
+    /// Most moves at one time.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            ahead: self.prepare_ahead,
+            outbound: self.max_outbound_per_node,
+            inbound: self.max_inbound_per_node,
+            cluster: self.max_transfers,
+            per_operation: self.max_parallel_per_operation,
+        }
+    }
+
+    /// How load is balanced.
+    pub fn balance(&self) -> BalanceSettings {
+        BalanceSettings {
+            mode: self.balance_mode,
+            interval: Duration::from_secs(self.balance_interval_s),
+            goal: Goal {
+                threshold_percent: self.balance_threshold_percent,
+                cool_down_ms: self.balance_cool_down_s * 1000,
+                target_limit_percent: self.balance_target_limit_percent,
+                max_moves: self.balance_max_moves as usize,
+            },
         }
     }
 

@@ -1,12 +1,13 @@
 //! The conductor: admits requests, checks both nodes, chooses destinations,
 //! runs every operation as a journalled saga, keeps the record.
 //!
-//! The way of a request: [`api`] decodes and admits it, the record is
+//! The way of a request: [`api`] decodes it, [`admission`] admits it, the record is
 //! committed, the request acknowledged, and [`task::runner`] drives the saga in
 //! [`task`], which asks agents through [`agent_client`]. What decides is pure:
 //! [`checks`], [`placement`], [`plan`]. What is done with whole nodes is in
 //! [`operation`]. [`app`] puts it all together.
 
+pub mod admission;
 pub mod agent_client;
 pub mod api;
 pub mod app;

@@ -17,8 +17,8 @@ use tracing::info;
 use super::{
     DroverEndpoint,
     failure::{store_failure, wrong_state},
-    migrate::Wanted,
 };
+use crate::admission::Wanted;
 
 /// How long confirming may take before a move back is not begun.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(120);

@@ -5,7 +5,7 @@ use drover_model::{
     api::{compute::StepRef, conductor::method},
     guest::Presence,
     ids::HostName,
-    operation::EvacuateOptions,
+    operation::{EvacuateOptions, Task},
 };
 use drover_rpc::{RemoteFailure, Request};
 use drover_store::StoreError;
@@ -15,10 +15,10 @@ use tracing::info;
 
 use super::{
     Answer, DroverEndpoint,
-    failure::{refused, store_failure, to_value},
+    failure::{operation_refused, store_failure, to_value},
     migrate::requester,
 };
-use crate::operation::{auto_evacuate, evacuation};
+use crate::operation::begin;
 
 /// New homes asked at once.
 const AT_ONCE: usize = 8;
@@ -107,22 +107,21 @@ impl DroverEndpoint {
         Ok(Value::Null)
     }
 
-    /// Begins an evacuation that a frontend asks for, if the node may be dead.
+    /// Begins an evacuation that a frontend asks for.
     pub(super) async fn begin_evacuation(
         &self,
         request: &Request,
         options: EvacuateOptions,
     ) -> Result<(), RemoteFailure> {
+        let task = Task::Evacuate(options);
         let who = requester(request.context());
-        let inspected = evacuation::inspect(&self.context, &options, &who).await;
-        let (_, failures) = inspected.map_err(|e| store_failure(&e))?;
-        if !failures.is_empty() {
-            return Err(refused(&failures, None));
+        let begun = self.operations.begin(task, who, request.unique_id()).await;
+        match begun.map_err(|e| store_failure(&e))? {
+            begin::Answer::Accepted(_) => {
+                request.accept().await;
+                Ok(())
+            }
+            begin::Answer::Refused(checks) => Err(operation_refused("evacuate", &checks)),
         }
-        let unique_id = request.unique_id();
-        let begun = auto_evacuate::begin(&self.context, options, who, unique_id).await;
-        begun.map_err(|e| store_failure(&e))?;
-        request.accept().await;
-        Ok(())
     }
 }

@@ -6,6 +6,7 @@ use drover_model::{
     api::conductor::Offer,
     check::{CheckCode, CheckFailure},
     migration::Migration,
+    operation::Operation,
 };
 use drover_rpc::RemoteFailure;
 use drover_runtime::error_chain::Chain;
@@ -28,6 +29,7 @@ pub(crate) fn store_failure(error: &StoreError) -> RemoteFailure {
                 Some("instance") => "InstanceNotFound",
                 Some("node") => "ComputeHostNotFound",
                 Some("migration" | "unfinished") => "MigrationNotFound",
+                Some("operation") => "OperationNotFound",
                 Some("project") => "ProjectNotFound",
                 Some("offer") => "OfferNotFound",
                 _ => "NotFound",
@@ -107,6 +109,30 @@ pub(crate) fn refused(checks: &[CheckFailure], migration: Option<&Migration>) ->
         Some(m) => failure.with_kwarg("migration_id", m.id),
         None => failure,
     }
+}
+
+/// Checks said no to an operation.
+pub(crate) fn operation_refused(kind: &str, checks: &[CheckFailure]) -> RemoteFailure {
+    let texts: Vec<String> = checks.iter().map(ToString::to_string).collect();
+    let reason = texts.join("; ");
+    let class = match checks {
+        [one] => class_of(one.code),
+        _ => "MigrationPreCheckError",
+    };
+    nova(class, format!("The {kind} is refused: {reason}"), 400)
+        .with_kwarg("reason", reason)
+        .with_kwarg("checks", serde_json::to_value(checks).unwrap_or_default())
+}
+
+/// An operation is at its end already.
+pub(crate) fn operation_over(operation: &Operation, what: &str) -> RemoteFailure {
+    let message = format!(
+        "Operation {} is {}: {what} is not possible.",
+        operation.id, operation.status
+    );
+    nova("InvalidOperationState", message, 409)
+        .with_kwarg("operation_id", operation.id)
+        .with_kwarg("state", operation.status.as_str())
 }
 
 /// Nova's class for a check that failed alone.

@@ -2,7 +2,7 @@
 //!
 //! [`DroverEndpoint`] (namespace `drover`) is for operators, frontends and
 //! agents; [`ComputeTaskEndpoint`] (namespace `compute_task`) takes what Nova's
-//! frontends cast. [`migrate`] admits; [`convert`] turns rows into answers;
+//! frontends cast. [`convert`] turns rows into answers;
 //! [`failure`] turns refusals into the exceptions that callers know.
 
 pub mod convert;
@@ -11,6 +11,7 @@ mod evacuation;
 pub mod failure;
 pub mod migrate;
 mod nova;
+mod operation;
 mod project;
 mod transfer;
 mod wait;
@@ -42,7 +43,11 @@ pub use nova::ComputeTaskEndpoint;
 use crate::{
     api::failure::{store_failure, to_value},
     app::Context,
-    task::{journal::notification, runner::Runner},
+    operation::runner::OperationRunner,
+    task::{
+        journal::notification,
+        runner::{Aborting, Runner},
+    },
 };
 
 /// Result of a method.
@@ -52,6 +57,7 @@ pub(crate) type Answer = Result<Value, RemoteFailure>;
 pub struct DroverEndpoint {
     pub(crate) context: Context,
     pub(crate) runner: Runner,
+    pub(crate) operations: OperationRunner,
     notifier: Notifier,
     stats: Arc<RpcStats>,
     waits: Semaphore,
@@ -96,6 +102,15 @@ impl Endpoint for DroverEndpoint {
             method::FORCE_DOWN,
             method::LIST_EVACUATED,
             method::EVACUATED_REMOVED,
+            method::DRAIN_NODE,
+            method::RESTORE_NODE,
+            method::EVACUATE_NODE,
+            method::BALANCE_NODES,
+            method::GET_OPERATION,
+            method::WAIT_OPERATION,
+            method::LIST_OPERATIONS,
+            method::CANCEL_OPERATION,
+            method::SET_AUTOMATION,
             method::GET_STATUS,
             method::REPORT_STATE,
             method::MIGRATION_PROGRESS,
@@ -132,17 +147,23 @@ impl Endpoint for DroverEndpoint {
             method::GET_STATUS => to_value(&self.status()),
             method::REPORT_STATE => self.report_state(&request.args()?).await,
             method::MIGRATION_PROGRESS => self.migration_progress(request.args()?).await,
-            _ => self.handle_projects(&request).await,
+            _ => self.handle_operations(&request).await,
         }
     }
 }
 
 impl DroverEndpoint {
     /// The endpoint of a conductor.
-    pub fn new(context: Context, runner: Runner, notifier: Notifier, stats: Arc<RpcStats>) -> Self {
+    pub fn new(
+        context: Context,
+        (runner, operations): (Runner, OperationRunner),
+        notifier: Notifier,
+        stats: Arc<RpcStats>,
+    ) -> Self {
         Self {
             context,
             runner,
+            operations,
             notifier,
             stats,
             waits: Semaphore::new(wait::MAX_WAITS),
@@ -192,26 +213,16 @@ impl DroverEndpoint {
     /// twice it is one abort.
     pub(crate) async fn abort(&self, ask: &MigrationRef) -> Result<Migration, RemoteFailure> {
         let found = self.find(ask).await?;
-        let mut too_late = false;
-        let migration = self
-            .change(found.uuid, |m| {
-                too_late = m.status.is_final() || past_return(m);
-                !too_late && !std::mem::replace(&mut m.abort_requested, true)
-            })
-            .await?;
-        if too_late {
-            return Err(failure::wrong_state(&migration, "abort"));
+        let aborted = self.runner.abort(found.uuid).await;
+        match aborted.map_err(|e| store_failure(&e))? {
+            Aborting::Asked(migration) => {
+                self.tell(&migration, "instance.live_migration_abort.start")
+                    .await;
+                Ok(*migration)
+            }
+            Aborting::AskedBefore(migration) => Ok(*migration),
+            Aborting::TooLate(migration) => Err(failure::wrong_state(&migration, "abort")),
         }
-        if !found.abort_requested {
-            info!(migration = migration.id, "abort asked for");
-            self.tell(&migration, "instance.live_migration_abort.start")
-                .await;
-        }
-        if migration.status == MigrationStatus::Stuck {
-            let resumed = self.runner.resume(migration.uuid).await;
-            resumed.map_err(|e| store_failure(&e))?;
-        }
-        Ok(migration)
     }
 
     /// Asks for the end of a transfer at the guest's expense.
@@ -221,7 +232,7 @@ impl DroverEndpoint {
         let migration = self
             .change(found.uuid, |m| {
                 let steered = matches!(m.way, Way::Live(_)) && m.status == MigrationStatus::Running;
-                wrong = !steered || past_return(m);
+                wrong = !steered || m.past_return();
                 !wrong && !std::mem::replace(&mut m.force_complete_requested, true)
             })
             .await?;
@@ -390,6 +401,7 @@ impl DroverEndpoint {
         let kept = self.context.store.record_report(report, heard_at_ms).await;
         if let Reported::Kept { notes } = kept.map_err(|e| store_failure(&e))? {
             self.context.definitions.feed(report);
+            self.context.loads.feed(report);
             for note in notes {
                 warn!(note, "noticed in a report");
             }
@@ -465,14 +477,6 @@ fn take_in(m: &mut Migration, report: &MigrationReport, now_ms: u64) {
             });
         }
     }
-}
-
-/// Whether the guest may already run on the destination.
-fn past_return(m: &Migration) -> bool {
-    m.status == MigrationStatus::RunningPostCopy
-        || m.status.rests()
-        || m.ending.is_some()
-        || matches!(m.step.as_str(), "finish" | "hand_over" | "settle" | "tidy")
 }
 
 fn counters(snapshot: &impl Serialize) -> std::collections::BTreeMap<String, u64> {

@@ -16,7 +16,8 @@ use serde::Deserialize;
 use serde_json::Value;
 use tracing::warn;
 
-use super::{Answer, DroverEndpoint, migrate::Wanted};
+use super::{Answer, DroverEndpoint};
+use crate::admission::Wanted;
 
 /// Newest version of the namespace in the Nova that was looked at.
 const VERSION: &str = "1.26";

@@ -13,9 +13,9 @@
 use drover_model::{
     api::conductor::{
         AcceptTransfer, ListOffers, MigrateAnswer, Offer, OfferMade, OfferRef, OfferState,
-        OfferTransfer, Plan, PlannedDisk, TransferInstance,
+        OfferTransfer, TransferInstance,
     },
-    ids::{MigrationId, ProjectId},
+    ids::ProjectId,
     migration::{Consent, EndReason, Migration, ProjectTransfer, Way},
 };
 use drover_rpc::{RemoteFailure, Request};
@@ -26,12 +26,8 @@ use drover_store::{
 };
 use tracing::{info, warn};
 
-use super::{
-    DroverEndpoint, failure,
-    failure::store_failure,
-    migrate::{Wanted, requester},
-};
-use crate::{checks, transfer_survey::TransferSurvey};
+use super::{DroverEndpoint, failure, failure::store_failure, migrate::requester};
+use crate::admission::Wanted;
 
 /// How long an offer stands if its giver says nothing, seconds.
 const STANDS_S: u64 = 86_400;
@@ -70,7 +66,8 @@ impl DroverEndpoint {
         dry_run: bool,
     ) -> Result<MigrateAnswer, RemoteFailure> {
         if dry_run {
-            let plan = self.plan(&wanted).await?;
+            let plan = self.admission().plan(&wanted).await;
+            let plan = plan.map_err(|e| store_failure(&e))?;
             return Ok(MigrateAnswer::Plan { plan });
         }
         let migration = Box::new(self.admit(request, wanted).await?);
@@ -230,53 +227,6 @@ impl DroverEndpoint {
         let now_ms = self.context.clock.now_ms();
         let listed = self.context.store.offers(ask, now_ms).await;
         listed.map_err(|e| store_failure(&e))
-    }
-
-    /// Every check of a transfer, and what would be done.
-    pub(super) async fn plan_transfer(
-        &self,
-        wanted: &Wanted,
-        transfer: &ProjectTransfer,
-    ) -> Result<Plan, RemoteFailure> {
-        let instance = &wanted.instance;
-        let active = self.active_of(std::slice::from_ref(instance)).await?;
-        let active = active.iter().find(|m| m.instance_uuid == instance.id);
-        let mut failures = checks::request(instance, &wanted.way, active);
-        let examined = self.survey(instance, transfer).examine().await;
-        let examined = examined.map_err(|e| store_failure(&e))?;
-        failures.extend(examined.failures);
-        let disks = examined.plan.map_or(Vec::new(), |plan| plan.disks);
-        Ok(Plan {
-            instance_uuid: instance.id,
-            instance_name: instance.name.clone(),
-            source_host: instance.host.clone(),
-            dest_host: Some(instance.host.clone()),
-            failures,
-            copied_disks: disks
-                .into_iter()
-                .map(|disk| PlannedDisk {
-                    target: disk.target,
-                    allocated_bytes: disk.data_bytes,
-                })
-                .collect(),
-            memory_mib: 0,
-            decisions: examined.words,
-        })
-    }
-
-    pub(super) fn survey<'a>(
-        &'a self,
-        instance: &'a InstanceRow,
-        transfer: &'a ProjectTransfer,
-    ) -> TransferSurvey<'a> {
-        TransferSurvey {
-            store: &self.context.store,
-            agents: &self.context.agents,
-            live: self.context.liveness(),
-            migration: MigrationId::generate(),
-            instance,
-            transfer,
-        }
     }
 }
 

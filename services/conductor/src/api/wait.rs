@@ -13,13 +13,13 @@ use tokio::time::{Instant, timeout_at};
 use super::{DroverEndpoint, failure::store_failure};
 
 /// Longest wait, whatever the caller asks for.
-const LONGEST: Duration = Duration::from_secs(30);
+pub(super) const LONGEST: Duration = Duration::from_secs(30);
 /// How often the record is read in case another conductor changed it.
-const LOOK: Duration = Duration::from_millis(1000);
+pub(super) const LOOK: Duration = Duration::from_millis(1000);
 /// Waits at once; more are answered soon with what is there.
 pub(super) const MAX_WAITS: usize = 512;
 /// How long one wait too many lasts.
-const SHORT: Duration = Duration::from_millis(500);
+pub(super) const SHORT: Duration = Duration::from_millis(500);
 
 impl DroverEndpoint {
     pub(super) async fn wait(&self, ask: &WaitMigration) -> Result<Migration, RemoteFailure> {

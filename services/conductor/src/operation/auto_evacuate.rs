@@ -10,17 +10,17 @@ use std::time::Duration;
 
 use drover_model::{
     api::conductor::ListOperations,
-    ids::{HostName, OperationId},
+    ids::HostName,
     migration::Requester,
-    operation::{EvacuateOptions, Operation, OperationStatus, Task},
+    operation::{EvacuateOptions, Operation, Task},
 };
-use drover_store::{StoreError, nodes::NodeRow, operations::Begun};
+use drover_store::{StoreError, nodes::NodeRow};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::evidence::count;
-use crate::{app::Context, checks::Liveness};
+use super::{begin::Answer, evidence::count, runner::OperationRunner};
+use crate::checks::Liveness;
 
 /// Time between two looks.
 const LOOK: Duration = Duration::from_secs(5);
@@ -72,13 +72,19 @@ fn due(seen: &Seen<'_>, settings: AutoEvacuate, live: Liveness) -> Vec<HostName>
 }
 
 /// Looks until told to stop.
-pub async fn watch(context: Context, settings: AutoEvacuate, stop: CancellationToken) {
+pub async fn watch(operations: OperationRunner, stop: CancellationToken) {
+    let settings = operations.context.auto_evacuate;
     if !settings.is_on {
         return;
     }
     let began = Instant::now();
     // To a conductor that was away every node seems silent.
-    let first = Duration::from_millis(context.down_after_ms.saturating_add(settings.delay_ms));
+    let first = Duration::from_millis(
+        operations
+            .context
+            .down_after_ms
+            .saturating_add(settings.delay_ms),
+    );
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
@@ -87,13 +93,14 @@ pub async fn watch(context: Context, settings: AutoEvacuate, stop: CancellationT
         if began.elapsed() < first {
             continue;
         }
-        if let Err(error) = look(&context, settings).await {
+        if let Err(error) = look(&operations, settings).await {
             warn!(%error, "dead nodes could not be looked for; tried again soon");
         }
     }
 }
 
-async fn look(context: &Context, settings: AutoEvacuate) -> Result<(), StoreError> {
+async fn look(operations: &OperationRunner, settings: AutoEvacuate) -> Result<(), StoreError> {
+    let context = &operations.context;
     let store = &context.store;
     if !store.is_switched_on(SWITCH).await? {
         return Ok(());
@@ -137,53 +144,18 @@ async fn look(context: &Context, settings: AutoEvacuate) -> Result<(), StoreErro
             user_id: Some("conductor".to_owned()),
             ..Requester::default()
         };
-        begin(context, options, requester, None).await?;
+        let begun = operations.begin(Task::Evacuate(options), requester, None);
+        if let Answer::Refused(failures) = begun.await? {
+            warn!(?failures, "it was refused");
+        }
     }
     Ok(())
 }
 
-/// Puts an evacuation on the record. It is nobody's and its lease has run out, so
-/// that the next pass of whoever drives operations takes it up.
-///
-/// # Errors
-/// The record cannot be written.
-pub async fn begin(
-    context: &Context,
-    options: EvacuateOptions,
-    requester: Requester,
-    unique_id: Option<&str>,
-) -> drover_store::Result<Begun> {
-    let now_ms = context.clock.now_ms();
-    let operation = Operation {
-        id: 0,
-        uuid: OperationId::generate(),
-        task: Task::Evacuate(options),
-        status: OperationStatus::Planning,
-        cancel_requested: false,
-        items: Vec::new(),
-        nodes: Vec::new(),
-        expected_ms: 0,
-        spread_percent: None,
-        evidence: None,
-        failure: None,
-        refusals: Vec::new(),
-        decisions: Vec::new(),
-        owner: String::new(),
-        attempt: 1,
-        requester,
-        created_at_ms: now_ms,
-        updated_at_ms: now_ms,
-        finished_at_ms: None,
-        version: 0,
-    };
-    context
-        .store
-        .begin_operation(&operation, unique_id, 0)
-        .await
-}
-
 #[cfg(test)]
 mod tests {
+    use drover_model::{ids::OperationId, operation::OperationStatus};
+
     use super::*;
     use crate::tests_support::node_row;
 

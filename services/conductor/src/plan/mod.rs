@@ -2,16 +2,23 @@
 //! be done about it, the same for the same.
 //!
 //! [`drain`], [`restore`], [`evacuate`] and [`balance`] plan; [`pack`] finds room
-//! for one guest after the other, which all of them share; [`schedule`] says what
-//! of a plan may begin now. What they see is a [`World`], and of each guest an
+//! for one guest after the other, which all of them share, as they do [`verdict`]s,
+//! estimates of time and the [`forecast`]; [`schedule`] says what of a plan may
+//! begin now. What they see is a [`World`], and of each guest an
 //! [`Examination`] if its node was asked about it.
 
 pub mod balance;
 pub mod drain;
+pub mod estimate;
 pub mod evacuate;
+pub mod forecast;
 pub mod pack;
 pub mod restore;
 pub mod schedule;
+pub mod verdict;
+
+#[cfg(test)]
+mod samples;
 
 use std::collections::BTreeMap;
 

@@ -4,14 +4,17 @@
 //! |---|---|---|
 //! | `place` | checks both nodes, chooses a destination, claims room there | give the claim back |
 //! | `prepare` | destination: creates the disks to be copied | destination: removes what it created |
+//! | `turn` | waits until few enough others send | give the turn back |
 //! | `transfer` | source: libvirt sends disks and memory, the guest switches over | source: forgets the job |
 //! | — | *point of no return: the guest was seen on the destination* | |
-//! | `settle` | record and claim follow the guest; destination: confirms and tidies | |
+//! | `settle` | the turn is given back; record and claim follow the guest; destination: confirms and tidies | |
 //! | `tidy` | source: removes the disks that were copied away | |
 //!
 //! Why in this order: the claim comes before anything is made on the
 //! destination, so that two guests never prepare for the same room. The disks
 //! are made before the transfer because libvirt copies into what is there. The
+//! turn comes after that, so that many destinations are made ready while few
+//! sources send; a saga that is taken up again keeps the turn it has. The
 //! record follows the guest before the source is tidied, so that no moment
 //! exists in which the record names a node whose disks are gone.
 //!
@@ -33,13 +36,15 @@ use drover_model::{
     migration::{EndReason, LiveOptions, Migration, MigrationStatus as S, Phase},
 };
 use drover_saga::{Saga, StepError};
+use drover_store::operations::{Turn, TurnLimits};
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::{
     job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, repeatable, store_error},
     journal::{Recorded, Told},
 };
-use crate::{agent_client::AgentError, survey::Chosen};
+use crate::{agent_client::AgentError, plan::schedule::Limits, survey::Chosen};
 
 /// Pause between two looks for a guest that changes sides right now.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
@@ -54,6 +59,8 @@ pub enum Step {
     Place,
     /// Make the destination ready.
     Prepare,
+    /// Wait until it may send.
+    Turn,
     /// Move the guest.
     Transfer,
     /// Have record and destination follow.
@@ -76,6 +83,7 @@ impl Saga for LiveMigrate {
     const STEPS: &'static [Step] = &[
         Step::Place,
         Step::Prepare,
+        Step::Turn,
         Step::Transfer,
         Step::Settle,
         Step::Tidy,
@@ -86,6 +94,7 @@ impl Saga for LiveMigrate {
         match step {
             Step::Place => "place",
             Step::Prepare => "prepare",
+            Step::Turn => "turn",
             Step::Transfer => "transfer",
             Step::Settle => "settle",
             Step::Tidy => "tidy",
@@ -96,6 +105,7 @@ impl Saga for LiveMigrate {
         match step {
             Step::Place => self.place(data).await,
             Step::Prepare => self.prepare(data).await,
+            Step::Turn => self.turn().await,
             Step::Transfer => self.transfer(data).await,
             Step::Settle => self.settle(data).await,
             Step::Tidy => self.tidy(data).await,
@@ -106,6 +116,7 @@ impl Saga for LiveMigrate {
         match step {
             Step::Place => self.job.release_claim().await,
             Step::Prepare => self.undo_prepare(data).await,
+            Step::Turn => self.end_turn().await,
             Step::Transfer => {
                 let source = &self.job.migration.source_host;
                 let forgotten = self
@@ -133,7 +144,7 @@ impl Recorded for LiveMigrate {
     fn status_during(step: Step) -> Option<S> {
         match step {
             Step::Place => Some(S::Accepted),
-            Step::Prepare => Some(S::Preparing),
+            Step::Prepare | Step::Turn => Some(S::Preparing),
             Step::Transfer => Some(S::Running),
             Step::Settle | Step::Tidy => None,
         }
@@ -143,7 +154,7 @@ impl Recorded for LiveMigrate {
         match step {
             Step::Place => Phase::Checking,
             Step::Prepare => Phase::Preparing,
-            Step::Transfer => Phase::Waiting,
+            Step::Turn | Step::Transfer => Phase::Waiting,
             Step::Settle | Step::Tidy => Phase::Finishing,
         }
     }
@@ -152,7 +163,7 @@ impl Recorded for LiveMigrate {
         match step {
             Step::Prepare => Some(Told::info("instance.live_migration_pre.start")),
             Step::Settle => Some(Told::info("instance.live_migration_post.start")),
-            Step::Place | Step::Transfer | Step::Tidy => None,
+            Step::Place | Step::Turn | Step::Transfer | Step::Tidy => None,
         }
     }
 
@@ -160,7 +171,7 @@ impl Recorded for LiveMigrate {
         match step {
             Step::Prepare => Some(Told::info("instance.live_migration_pre.end")),
             Step::Settle => Some(Told::info("instance.live_migration_post_dest.end")),
-            Step::Place | Step::Transfer | Step::Tidy => None,
+            Step::Place | Step::Turn | Step::Transfer | Step::Tidy => None,
         }
     }
 
@@ -235,6 +246,44 @@ impl LiveMigrate {
             .rollback_at_destination(&chosen.host, self.job.step())
             .await;
         all_clean(undone.map_err(agent_error)?)
+    }
+
+    // ---- turn
+
+    /// Waits until few enough others send, and says meanwhile what it waits for.
+    async fn turn(&self) -> Result<(), StepError> {
+        let store = self.job.store();
+        let id = self.job.migration.uuid;
+        let mut noted = None;
+        loop {
+            let mut given_back = store.turns();
+            let turn = store
+                .take_turn(id, turn_limits(self.job.context.limits))
+                .await;
+            let why = match turn.map_err(|e| store_error(&e))? {
+                Turn::Go => None,
+                Turn::Wait { why } => Some(format!("waits for its turn: {why}")),
+            };
+            if noted != why {
+                let noting = store.update_migration(id, |m| {
+                    let changes = m.progress.note != why;
+                    m.progress.note.clone_from(&why);
+                    changes
+                });
+                noting.await.map_err(|e| store_error(&e))?;
+            }
+            if why.is_none() {
+                return Ok(());
+            }
+            noted = why;
+            // Another conductor may give a turn back: look now and then.
+            let _ = timeout(ASK_AFTER, given_back.changed()).await;
+        }
+    }
+
+    async fn end_turn(&self) -> Result<(), StepError> {
+        let ended = self.job.store().end_turn(self.job.migration.uuid).await;
+        ended.map_err(|e| store_error(&e))
     }
 
     // ---- transfer
@@ -360,6 +409,7 @@ impl LiveMigrate {
     // ---- settle and tidy
 
     async fn settle(&self, data: &mut Data) -> Result<(), StepError> {
+        self.end_turn().await?;
         let host = data.chosen()?.host.clone();
         let now_ms = self.job.context.clock.now_ms();
         let id = self.job.migration.instance_uuid;
@@ -419,6 +469,14 @@ impl LiveMigrate {
         agents
             .post_at_source(&self.job.migration.source_host, &ask)
             .await
+    }
+}
+
+fn turn_limits(limits: Limits) -> TurnLimits {
+    TurnLimits {
+        outbound: limits.outbound,
+        inbound: limits.inbound,
+        cluster: limits.cluster,
     }
 }
 

@@ -52,6 +52,17 @@ const STUCK_REST_MS: u64 = 30_000;
 /// How long unique ids of requests are remembered, ms.
 const REQUESTS_KEPT_MS: u64 = 86_400_000;
 
+/// What came of asking for an abort.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Aborting {
+    /// It is on the record.
+    Asked(Box<Migration>),
+    /// It was there already.
+    AskedBefore(Box<Migration>),
+    /// The guest may run on its destination by now, or all is over.
+    TooLate(Box<Migration>),
+}
+
 /// Drives operations. Cheap to clone.
 #[derive(Clone)]
 pub struct Runner {
@@ -270,6 +281,33 @@ impl Runner {
             self.resume(id).await?;
         }
         Ok(fits.then_some(migration))
+    }
+
+    /// Asks for an abort. Valid in every state before the switch-over; asked
+    /// twice it is one abort.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    pub async fn abort(&self, id: MigrationId) -> Result<Aborting, StoreError> {
+        let (mut too_late, mut before) = (false, false);
+        let change = |m: &mut Migration| {
+            too_late = m.status.is_final() || m.past_return();
+            before = m.abort_requested;
+            m.abort_requested |= !too_late;
+            !too_late && !before
+        };
+        let migration = self.context.store.update_migration(id, change).await?;
+        if too_late {
+            return Ok(Aborting::TooLate(Box::new(migration)));
+        }
+        if migration.status == MigrationStatus::Stuck {
+            self.resume(id).await?;
+        }
+        if before {
+            return Ok(Aborting::AskedBefore(Box::new(migration)));
+        }
+        info!(migration = migration.id, "abort asked for");
+        Ok(Aborting::Asked(Box::new(migration)))
     }
 
     /// Tries a stuck operation again at once.

@@ -1,0 +1,381 @@
+//! Admission: from what is wanted to a migration on the record, or to a refusal.
+//!
+//! The record alone decides whether a move is admitted; everything that only
+//! the nodes can tell is the first step of the saga, so that the caller has its
+//! answer at once and the checks survive the conductor. A request that is
+//! refused gets the nodes' failures too (invariant 8), and leaves a record.
+
+use drover_model::{
+    api::conductor::{Offer, Plan, PlannedDisk},
+    check::{CheckCode, CheckFailure, Side},
+    ids::{HostName, MigrationId, OperationId},
+    migration::{
+        Consent, EndReason, Migration, MigrationStatus, Progress, ProjectTransfer, Requester, Way,
+    },
+};
+use drover_store::{
+    Store, StoreError, instances::InstanceRow, migrations::Admitted, nodes::NodeRow,
+};
+use tracing::info;
+
+use crate::{
+    app::Context,
+    checks, placement,
+    survey::{Chosen, Examined, Survey},
+    task::runner::Runner,
+    transfer_survey::TransferSurvey,
+};
+
+/// A migration that somebody wants, whoever asked in whatever words.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// What is to move.
+    pub instance: InstanceRow,
+    /// Where to, if the caller says.
+    pub host: Option<HostName>,
+    /// How.
+    pub way: Way,
+    /// Of a transfer to another project, who agreed to it.
+    pub consent: Option<Consent>,
+    /// The operation it is part of.
+    pub operation: Option<OperationId>,
+}
+
+/// What came of wanting it.
+#[derive(Debug)]
+pub enum Answer {
+    /// It is on the record, and driven; or it was already, by the same request.
+    Accepted(Box<Migration>),
+    /// Checks said no.
+    Refused {
+        /// Every one that did.
+        checks: Vec<CheckFailure>,
+        /// The refusal's own record.
+        migration: Option<Box<Migration>>,
+    },
+    /// The offer that it comes of can no longer be accepted.
+    OfferTaken(Box<Offer>),
+}
+
+/// Admits migrations.
+pub struct Admission<'a> {
+    /// The record and the agents.
+    pub context: &'a Context,
+    /// Who drives what is admitted.
+    pub runner: &'a Runner,
+}
+
+impl Admission<'_> {
+    /// Puts a migration on the record and has it driven. With the same unique id
+    /// it is the same migration, or the same refusal, however often it is asked
+    /// for.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    pub async fn admit(
+        &self,
+        requester: Requester,
+        unique_id: Option<&str>,
+        wanted: &Wanted,
+    ) -> drover_store::Result<Answer> {
+        let now_ms = self.context.clock.now_ms();
+        let migration = new_record(wanted, requester, self.runner.owner(), now_ms);
+        let failures = self.failures(wanted).await?;
+        if !failures.is_empty() {
+            return self.refuse(unique_id, wanted, migration, failures).await;
+        }
+        let store = &self.context.store;
+        let until = self.runner.lease_until_ms();
+        match store.admit(&migration, unique_id, until).await? {
+            Admitted::New(m) => {
+                info!(
+                    migration = m.id, instance = %m.instance_uuid, from = %m.source_host,
+                    to = m.dest_host.as_ref().map(HostName::as_str), "accepted"
+                );
+                self.runner.spawn(Store::first_lease(m.uuid));
+                Ok(Answer::Accepted(m))
+            }
+            Admitted::Repeated(m) => Ok(repeated(m)),
+            Admitted::Busy(active) => {
+                let busy = checks::request(&wanted.instance, &wanted.way, Some(&active));
+                self.refuse(unique_id, wanted, migration, busy).await
+            }
+            Admitted::OfferTaken(offer) => Ok(Answer::OfferTaken(offer)),
+        }
+    }
+
+    /// What the record says against it.
+    async fn failures(&self, wanted: &Wanted) -> drover_store::Result<Vec<CheckFailure>> {
+        let store = &self.context.store;
+        let live = self.context.liveness();
+        let instance = &wanted.instance;
+        let active = self.active(instance).await?;
+        let mut failures = checks::request(instance, &wanted.way, active.as_ref());
+        if let Way::Transfer(transfer) = &wanted.way {
+            failures.extend(self.survey(instance, transfer).record().await?);
+            return Ok(failures);
+        }
+        // The node of an evacuated guest is dead: the operation has the proof.
+        if !matches!(wanted.way, Way::Evacuation(_)) {
+            let row = found(store.node(&instance.host).await)?;
+            failures.extend(checks::node(
+                &instance.host,
+                row.as_ref(),
+                Side::Source,
+                live,
+            ));
+        }
+        if let Some(host) = &wanted.host {
+            failures.extend(checks::same_host(&instance.host, host));
+            let row = found(store.node(host).await)?;
+            failures.extend(checks::node(host, row.as_ref(), Side::Destination, live));
+        }
+        Ok(failures)
+    }
+
+    async fn active(&self, instance: &InstanceRow) -> drover_store::Result<Option<Migration>> {
+        let active = self.context.store.active_migrations().await?;
+        Ok(active.into_iter().find(|m| m.instance_uuid == instance.id))
+    }
+
+    /// Adds what the nodes have against it, keeps the refusal on record.
+    async fn refuse(
+        &self,
+        unique_id: Option<&str>,
+        wanted: &Wanted,
+        mut migration: Migration,
+        failures: Vec<CheckFailure>,
+    ) -> drover_store::Result<Answer> {
+        let mut checks = failures;
+        // Asking the nodes about a guest that is just being moved would disturb;
+        // an operation has asked them for its plan, and tries another.
+        let busy = checks.iter().any(|f| f.code == CheckCode::InstanceBusy);
+        if !busy && wanted.operation.is_none() {
+            checks = self.plan(wanted).await?.failures;
+        }
+        migration.status = MigrationStatus::Failed;
+        migration.finished_at_ms = Some(migration.created_at_ms);
+        migration.end_reason = Some(EndReason::Refused {
+            checks: checks.clone(),
+        });
+        let admitted = self.context.store.admit(&migration, unique_id, 0).await?;
+        Ok(match admitted {
+            // What it is busy with is, perhaps, what this request began before.
+            Admitted::Repeated(m) => repeated(m),
+            Admitted::New(m) | Admitted::Busy(m) => {
+                info!(migration = m.id, instance = %m.instance_uuid, "refused");
+                Answer::Refused {
+                    checks,
+                    migration: Some(m),
+                }
+            }
+            // Nothing is taken by what is refused.
+            Admitted::OfferTaken(_) => Answer::Refused {
+                checks,
+                migration: None,
+            },
+        })
+    }
+
+    /// Every check, and what would be done.
+    pub async fn plan(&self, wanted: &Wanted) -> drover_store::Result<Plan> {
+        if let Way::Transfer(transfer) = &wanted.way {
+            return self.plan_transfer(wanted, transfer).await;
+        }
+        let store = &self.context.store;
+        let survey = Survey {
+            store,
+            agents: &self.context.agents,
+            live: self.context.liveness(),
+            migration: MigrationId::generate(),
+            instance: &wanted.instance,
+            way: &wanted.way,
+        };
+        let active = self.active(&wanted.instance).await?;
+        let mut failures = checks::request(&wanted.instance, &wanted.way, active.as_ref());
+        let (hosts, mut tried) = survey.candidates(wanted.host.as_ref()).await?;
+        let mut chosen = None;
+        let mut source = None;
+        for host in hosts {
+            let examined = survey.examine(&host).await?;
+            let Examined {
+                source: at_source,
+                destination,
+                chosen: found,
+            } = examined;
+            let ends = destination.is_empty() || !at_source.is_empty();
+            source = Some(at_source);
+            if destination.is_empty() {
+                chosen = found;
+            } else {
+                tried.push((host, destination));
+            }
+            if ends {
+                break;
+            }
+        }
+        match source {
+            Some(at_source) => failures.extend(at_source),
+            // No destination was examined: the source still has its say.
+            None => failures.extend(survey.source().await?.1),
+        }
+        if wanted.host.is_some() {
+            failures.extend(tried.into_iter().flat_map(|(_, f)| f));
+        } else if chosen.is_none() {
+            failures.extend(placement::nowhere(&tried));
+        }
+        Ok(plan_of(wanted, chosen.as_ref(), failures))
+    }
+
+    /// Every check of a transfer, and what would be done.
+    async fn plan_transfer(
+        &self,
+        wanted: &Wanted,
+        transfer: &ProjectTransfer,
+    ) -> drover_store::Result<Plan> {
+        let instance = &wanted.instance;
+        let active = self.active(instance).await?;
+        let mut failures = checks::request(instance, &wanted.way, active.as_ref());
+        let examined = self.survey(instance, transfer).examine().await?;
+        failures.extend(examined.failures);
+        let disks = examined.plan.map_or(Vec::new(), |plan| plan.disks);
+        Ok(Plan {
+            instance_uuid: instance.id,
+            instance_name: instance.name.clone(),
+            source_host: instance.host.clone(),
+            dest_host: Some(instance.host.clone()),
+            failures,
+            copied_disks: disks
+                .into_iter()
+                .map(|disk| PlannedDisk {
+                    target: disk.target,
+                    allocated_bytes: disk.data_bytes,
+                })
+                .collect(),
+            memory_mib: 0,
+            decisions: examined.words,
+        })
+    }
+
+    fn survey<'a>(
+        &'a self,
+        instance: &'a InstanceRow,
+        transfer: &'a ProjectTransfer,
+    ) -> TransferSurvey<'a> {
+        TransferSurvey {
+            store: &self.context.store,
+            agents: &self.context.agents,
+            live: self.context.liveness(),
+            migration: MigrationId::generate(),
+            instance,
+            transfer,
+        }
+    }
+}
+
+/// The answer to what was asked for before: a refusal is answered with the same
+/// refusal again.
+fn repeated(m: Box<Migration>) -> Answer {
+    match &m.end_reason {
+        Some(EndReason::Refused { checks }) if m.step.is_empty() => Answer::Refused {
+            checks: checks.clone(),
+            migration: Some(m),
+        },
+        _ => Answer::Accepted(m),
+    }
+}
+
+fn plan_of(wanted: &Wanted, chosen: Option<&Chosen>, failures: Vec<CheckFailure>) -> Plan {
+    let copied = chosen.map_or(Vec::new(), |c| {
+        if let Way::Cold(_) = wanted.way {
+            return carried(c);
+        }
+        let disks = c
+            .guest
+            .disks
+            .iter()
+            .filter(|d| c.copied_disks.contains(&d.target));
+        disks
+            .map(|d| PlannedDisk {
+                target: d.target.clone(),
+                allocated_bytes: d.allocated_bytes,
+            })
+            .collect()
+    });
+    let mut decisions = Vec::new();
+    if let (Some(c), None) = (chosen, &wanted.host) {
+        decisions.push(format!(
+            "chose {}: the most room of those that can take it",
+            c.host
+        ));
+    }
+    Plan {
+        instance_uuid: wanted.instance.id,
+        instance_name: wanted.instance.name.clone(),
+        source_host: wanted.instance.host.clone(),
+        dest_host: chosen
+            .map(|c| c.host.clone())
+            .or_else(|| wanted.host.clone()),
+        failures,
+        copied_disks: copied,
+        memory_mib: match wanted.way {
+            Way::Live(_) => wanted.instance.memory_mib,
+            Way::Cold(_) | Way::Transfer(_) | Way::Evacuation(_) => 0,
+        },
+        decisions,
+    }
+}
+
+fn carried(chosen: &Chosen) -> Vec<PlannedDisk> {
+    let files = chosen.files.iter().filter(|file| !file.present);
+    let planned = files.map(|file| PlannedDisk {
+        target: file.path.clone(),
+        allocated_bytes: file.data_bytes,
+    });
+    planned.collect()
+}
+
+fn new_record(wanted: &Wanted, requester: Requester, owner: &str, now_ms: u64) -> Migration {
+    Migration {
+        id: 0,
+        uuid: MigrationId::generate(),
+        instance_uuid: wanted.instance.id,
+        instance_name: wanted.instance.name.clone(),
+        project_id: wanted.instance.project.clone(),
+        way: wanted.way.clone(),
+        status: MigrationStatus::Accepted,
+        source_host: wanted.instance.host.clone(),
+        dest_host: wanted.host.clone(),
+        dest_requested: wanted.host.is_some(),
+        step: String::new(),
+        step_started_at_ms: now_ms,
+        attempt: 1,
+        owner: owner.to_owned(),
+        requester,
+        consent: wanted.consent.clone(),
+        operation: wanted.operation,
+        abort_requested: false,
+        force_complete_requested: false,
+        ending: None,
+        ending_attempt: 0,
+        end_reason: None,
+        warnings: Vec::new(),
+        decisions: Vec::new(),
+        timings: Vec::new(),
+        progress: Progress::default(),
+        downtime_ms: None,
+        created_at_ms: now_ms,
+        updated_at_ms: now_ms,
+        finished_at_ms: None,
+        deadline_at_ms: None,
+        version: 0,
+    }
+}
+
+fn found(node: drover_store::Result<NodeRow>) -> drover_store::Result<Option<NodeRow>> {
+    match node {
+        Ok(row) => Ok(Some(row)),
+        Err(StoreError::NotFound(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

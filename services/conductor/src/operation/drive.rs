@@ -1,0 +1,424 @@
+//! Drives one operation: has it planned, and carries out what
+//! [`crate::plan::schedule`] says may begin, whenever anything changes.
+
+use std::time::Duration;
+
+use drover_model::{
+    check::CheckFailure,
+    ids::{HostName, InstanceId, MigrationId, OperationId},
+    operation::{EvacuateOptions, MoveWay, Operation, OperationStatus, Task},
+};
+use drover_store::{Store, StoreError, operations::OperationLease};
+use futures_util::{StreamExt, stream};
+use tokio::{
+    sync::broadcast,
+    time::{Instant, sleep_until, timeout},
+};
+use tracing::{info, warn};
+
+use super::{
+    evacuation, look,
+    record::{self, Note},
+    ways,
+};
+use crate::{
+    admission::{Admission, Answer, Wanted},
+    app::Context,
+    plan::{
+        Examinations,
+        schedule::{self, Act},
+    },
+    task::runner::Runner,
+};
+
+/// How long nothing may change before the world is looked at all the same.
+const LOOK: Duration = Duration::from_secs(3);
+/// Least time between two looks: many guests on their way change the record all
+/// the time.
+const CALM: Duration = Duration::from_millis(200);
+/// A look that takes long is followed by so many times its length of rest.
+const REST_PER_LOOK: u32 = 4;
+/// Guests admitted at once.
+const ADMITTED_AT_ONCE: usize = 8;
+
+/// One operation at work.
+pub(super) struct Drive {
+    context: Context,
+    moves: Runner,
+    lease: OperationLease,
+    /// What the nodes said when the plan was made. A conductor that took the
+    /// operation up has not heard it, and finds out by trying.
+    examinations: Examinations,
+}
+
+type Result<T> = drover_store::Result<T>;
+
+impl Drive {
+    pub(super) fn new(context: Context, moves: Runner, lease: OperationLease) -> Self {
+        Self {
+            context,
+            moves,
+            lease,
+            examinations: Examinations::new(),
+        }
+    }
+
+    fn store(&self) -> &Store {
+        &self.context.store
+    }
+
+    /// Until it is at its end.
+    pub(super) async fn run(&mut self) -> Result<()> {
+        loop {
+            let began = Instant::now();
+            let mut watch = Watch::new(self.store(), self.lease.operation);
+            let operation = self.store().operation(self.lease.operation).await?;
+            let planning = operation.status == OperationStatus::Planning;
+            let acted = match (operation.status, operation.cancel_requested) {
+                (status, _) if status.is_final() => return Ok(()),
+                (OperationStatus::Planning | OperationStatus::Running, true) => {
+                    self.call_off().await?;
+                    true
+                }
+                (OperationStatus::Planning, false) => {
+                    self.plan(&operation).await?;
+                    true
+                }
+                _ => self.step(&operation).await?,
+            };
+            if !acted {
+                watch.changed().await;
+            }
+            if !planning {
+                sleep_until(began + CALM.max(began.elapsed().min(LOOK) / REST_PER_LOOK)).await;
+            }
+        }
+    }
+
+    async fn write(
+        &self,
+        mut change: impl FnMut(&mut Operation, u64) -> bool + Send,
+    ) -> Result<()> {
+        let now_ms = self.context.clock.now_ms();
+        let change = |o: &mut Operation| change(o, now_ms);
+        let lease = Some(self.lease);
+        let written = self
+            .store()
+            .update_operation(self.lease.operation, lease, change);
+        written.await.map(|_| ())
+    }
+
+    async fn call_off(&self) -> Result<()> {
+        self.write(|o, now_ms| {
+            o.status = OperationStatus::Cancelling;
+            record::decide(
+                o,
+                now_ms,
+                "called off: nothing more begins, what moves is called back",
+            );
+            true
+        })
+        .await
+    }
+
+    // ---- planning
+
+    async fn plan(&mut self, operation: &Operation) -> Result<()> {
+        let mut examinations = Examinations::new();
+        match &operation.task {
+            Task::Drain(o) => self.close(&o.host, o.reason.as_deref()).await?,
+            Task::Restore(o) => self.open(&o.host).await?,
+            Task::Evacuate(o) => {
+                if !self.prove(operation, o).await? {
+                    return Ok(());
+                }
+                examinations = evacuation::examine(&self.context, o).await?;
+            }
+            Task::Balance(_) => {}
+        }
+        let own = Some(operation.uuid);
+        let planned = look::plan(&self.context, &operation.task, own, examinations).await?;
+        let now_ms = self.context.clock.now_ms();
+        let change = |o: &mut Operation| {
+            if o.status != OperationStatus::Planning || o.cancel_requested {
+                return None;
+            }
+            record::take_plan(o, &planned.plan, now_ms);
+            Some(vec![record::told(o, "start")])
+        };
+        let lease = Some(self.lease);
+        let running = self
+            .store()
+            .tell_operation(operation.uuid, lease, change)
+            .await?;
+        info!(
+            operation = running.id,
+            moves = planned.plan.moving().count(),
+            "planned"
+        );
+        self.examinations = planned.examinations;
+        Ok(())
+    }
+
+    /// Nothing new is placed on a node that is drained. A reason that an operator
+    /// gave before stays, unless there is another.
+    async fn close(&self, host: &HostName, reason: Option<&str>) -> Result<()> {
+        let node = self.store().node(host).await?;
+        if !node.enabled && reason.is_none() {
+            return Ok(());
+        }
+        let reason = match reason {
+            Some(reason) => format!("drained: {reason}"),
+            None => "drained".to_owned(),
+        };
+        if !node.enabled && node.disabled_reason.as_ref() == Some(&reason) {
+            return Ok(());
+        }
+        self.store().set_node(host, false, Some(&reason)).await?;
+        let text = format!("closed {host} for new instances ({reason})");
+        self.decide(text).await
+    }
+
+    async fn open(&self, host: &HostName) -> Result<()> {
+        if self.store().node(host).await?.enabled {
+            return Ok(());
+        }
+        self.store().set_node(host, true, None).await?;
+        self.decide(format!("opened {host} for instances")).await
+    }
+
+    async fn decide(&self, text: String) -> Result<()> {
+        self.write(|o, now_ms| {
+            record::decide(o, now_ms, text.clone());
+            true
+        })
+        .await
+    }
+
+    /// Whether the node is proven dead; if not, that is the operation's end.
+    async fn prove(&self, operation: &Operation, options: &EvacuateOptions) -> Result<bool> {
+        if operation.proof.is_some() {
+            return Ok(true);
+        }
+        let proven = evacuation::prove(&self.context, options, &operation.requester).await;
+        let (evidence, proof) = proven?;
+        match proof {
+            Ok(proof) => {
+                self.write(|o, now_ms| {
+                    o.evidence = Some(evidence.clone());
+                    o.proof = Some(proof.clone());
+                    record::decide(
+                        o,
+                        now_ms,
+                        format!("{} is off: its guests may start elsewhere", options.host),
+                    );
+                    true
+                })
+                .await?;
+                Ok(true)
+            }
+            Err(refusals) => {
+                self.write(|o, _| {
+                    o.evidence = Some(evidence.clone());
+                    true
+                })
+                .await?;
+                self.fail(refusals).await?;
+                Ok(false)
+            }
+        }
+    }
+
+    async fn fail(&self, refusals: Vec<CheckFailure>) -> Result<()> {
+        let now_ms = self.context.clock.now_ms();
+        let change = |o: &mut Operation| {
+            o.failure = Some(record::texts(&refusals));
+            o.refusals.clone_from(&refusals);
+            record::end(o, OperationStatus::Failed, now_ms);
+            Some(vec![record::told_at_end(o)])
+        };
+        let lease = Some(self.lease);
+        self.store()
+            .tell_operation(self.lease.operation, lease, change)
+            .await?;
+        Ok(())
+    }
+
+    // ---- running
+
+    /// Does what may be done now; says whether there was anything.
+    async fn step(&self, operation: &Operation) -> Result<bool> {
+        let own = self.store().migrations_of(operation.uuid).await?;
+        let active = self.store().active_migrations().await?;
+        let eyes = look::Eyes {
+            own: Some(operation.uuid),
+            ..look::Eyes::default()
+        };
+        let view = look::view(&self.context, eyes).await?;
+        let costs = (self.context.limits, self.context.costs);
+        let acts = schedule::next(
+            operation,
+            &view.world,
+            &own,
+            &active,
+            &self.examinations,
+            costs,
+        );
+        if acts.is_empty() {
+            return Ok(false);
+        }
+        self.carry_out(operation, acts).await
+    }
+
+    async fn carry_out(&self, operation: &Operation, acts: Vec<Act>) -> Result<bool> {
+        let (mut notes, mut starts, mut aborts, mut end) = (vec![], vec![], vec![], None);
+        for act in acts {
+            match act {
+                Act::Start {
+                    instance,
+                    way,
+                    to,
+                    attempt,
+                } => starts.push((instance, way, to, attempt)),
+                Act::Note {
+                    instance,
+                    state,
+                    tried,
+                    verdict,
+                } => notes.push(Note {
+                    instance,
+                    state,
+                    tried,
+                    verdict,
+                }),
+                Act::Abort(migration) => aborts.push(migration),
+                Act::End(status) => end = Some(status),
+            }
+        }
+        let mut acted = self.note(&notes).await? || !starts.is_empty();
+        let started: Vec<Result<Option<Note>>> = stream::iter(starts)
+            .map(|start| self.start(operation, start))
+            .buffer_unordered(ADMITTED_AT_ONCE)
+            .collect()
+            .await;
+        let started = started
+            .into_iter()
+            .filter_map(Result::transpose)
+            .collect::<Result<Vec<_>>>()?;
+        acted |= self.note(&started).await?;
+        for migration in aborts {
+            self.abort(migration).await?;
+        }
+        if let Some(status) = end {
+            self.end(status).await?;
+            acted = true;
+        }
+        Ok(acted)
+    }
+
+    /// Writes down where guests stand; says whether that is news.
+    async fn note(&self, notes: &[Note]) -> Result<bool> {
+        let mut changed = false;
+        if !notes.is_empty() {
+            self.write(|o, now_ms| {
+                changed = record::take_notes(o, notes, now_ms);
+                changed
+            })
+            .await?;
+        }
+        Ok(changed)
+    }
+
+    /// Has a guest moved. A refusal has a record of its own, and is found there
+    /// by the next look, as every other end of a migration is.
+    async fn start(
+        &self,
+        operation: &Operation,
+        (instance, way, to, attempt): (InstanceId, MoveWay, HostName, usize),
+    ) -> Result<Option<Note>> {
+        let Some(way) = ways::migration(operation, way) else {
+            warn!(operation = operation.id, %instance, "nothing proves that its node is dead");
+            return Ok(None);
+        };
+        let row = match self.store().find_instance(&instance.to_string()).await {
+            Ok(row) => row,
+            Err(StoreError::NotFound(_)) => return Ok(Some(Note::gone(instance))),
+            Err(error) => return Err(error),
+        };
+        let wanted = Wanted {
+            instance: row,
+            host: Some(to),
+            way,
+            consent: None,
+            operation: Some(operation.uuid),
+        };
+        let admission = Admission {
+            context: &self.context,
+            runner: &self.moves,
+        };
+        let name = format!("op-{}-{instance}-{attempt}", operation.uuid);
+        let by = operation.requester.clone();
+        match admission.admit(by, Some(&name), &wanted).await? {
+            Answer::Accepted(m) => Ok(Some(Note::moving(&m))),
+            Answer::Refused { .. } | Answer::OfferTaken(_) => Ok(None),
+        }
+    }
+
+    async fn abort(&self, migration: MigrationId) -> Result<()> {
+        match self.moves.abort(migration).await {
+            Ok(_) => Ok(()),
+            // It is over: the next look sees how.
+            Err(StoreError::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn end(&self, status: OperationStatus) -> Result<()> {
+        let now_ms = self.context.clock.now_ms();
+        let change = |o: &mut Operation| {
+            record::end(o, status, now_ms);
+            Some(vec![record::told_at_end(o)])
+        };
+        let lease = Some(self.lease);
+        let ended = self
+            .store()
+            .tell_operation(self.lease.operation, lease, change)
+            .await?;
+        info!(operation = ended.id, %status, moved = ended.count("moved"), "ended");
+        Ok(())
+    }
+}
+
+/// What wakes an operation: its own record, and migrations of any, which free
+/// places.
+struct Watch {
+    own: OperationId,
+    operations: broadcast::Receiver<OperationId>,
+    migrations: broadcast::Receiver<MigrationId>,
+}
+
+impl Watch {
+    fn new(store: &Store, own: OperationId) -> Self {
+        Self {
+            own,
+            operations: store.operation_changes(),
+            migrations: store.changes(),
+        }
+    }
+
+    /// Resolves when anything may have changed, or after a while.
+    async fn changed(&mut self) {
+        let own = self.own;
+        let operation = async {
+            // Lagging behind is as good as a change.
+            while matches!(self.operations.recv().await, Ok(other) if other != own) {}
+        };
+        let any = async {
+            tokio::select! {
+                () = operation => {}
+                _ = self.migrations.recv() => {}
+            }
+        };
+        let _ = timeout(LOOK, any).await;
+    }
+}

@@ -1,0 +1,203 @@
+//! What comes of one guest: whether it moves, how and where to, or why not. The
+//! same for every kind of plan.
+
+use std::cmp::Reverse;
+
+use drover_model::{
+    check::{CheckCode, CheckFailure, Side},
+    ids::HostName,
+    operation::{MoveMode, MoveWay, OperationPlan, PlannedMove, Verdict},
+};
+
+use super::{
+    Costs, Examination, GuestView, World, estimate, forecast,
+    pack::{Ledger, Place, Wanted},
+};
+
+/// What is allowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Rules<'a> {
+    /// Only to these nodes; to any if it is empty.
+    pub to: &'a [HostName],
+    /// For estimates.
+    pub costs: Costs,
+}
+
+/// Ways that a mode allows for a guest, best first; none for one that is off
+/// where all are to move live.
+pub fn ways(mode: MoveMode, runs: bool) -> &'static [MoveWay] {
+    match (mode, runs) {
+        (MoveMode::Live, true) => &[MoveWay::Live],
+        (MoveMode::Live, false) => &[],
+        (MoveMode::Mixed, true) => &[MoveWay::Live, MoveWay::Cold],
+        (MoveMode::Cold, _) | (MoveMode::Mixed, false) => &[MoveWay::Cold],
+    }
+}
+
+/// What comes of a guest whose node is well; a move is written into the ledger.
+pub fn of_mode<'a>(
+    guest: &'a GuestView,
+    mode: MoveMode,
+    rules: Rules<'_>,
+    examination: Option<&Examination>,
+    ledger: &mut Ledger<'a>,
+) -> Verdict {
+    match ways(mode, guest.runs) {
+        [] => Verdict::Stays {
+            reasons: vec![is_off(
+                "it is off, and only a guest that runs moves live".to_owned(),
+                "allow it to move while it is off, with --mixed or --cold",
+            )],
+            blocks: false,
+        },
+        ways => of(guest, ways, rules, examination, ledger),
+    }
+}
+
+/// What comes of a guest that may move in these ways, the first that can be.
+pub fn of<'a>(
+    guest: &'a GuestView,
+    ways: &[MoveWay],
+    rules: Rules<'_>,
+    examination: Option<&Examination>,
+    ledger: &mut Ledger<'a>,
+) -> Verdict {
+    if let Some(what) = &guest.busy {
+        return stays(vec![busy(what)]);
+    }
+    let wanted = Wanted {
+        guest,
+        to: rules.to,
+        examination,
+        except: &[],
+    };
+    let hindered = |way: MoveWay| examination.and_then(|e| e.source.get(&way));
+    let mut reasons: Vec<CheckFailure> = Vec::new();
+    for way in ways {
+        let failures = hindered(*way).map_or(&[][..], Vec::as_slice);
+        if !failures.is_empty() {
+            reasons.extend(
+                failures
+                    .iter()
+                    .filter(|f| !reasons.contains(f))
+                    .cloned()
+                    .collect::<Vec<_>>(),
+            );
+            continue;
+        }
+        return match ledger.choose(&wanted) {
+            Ok(place) => {
+                ledger.take(guest, &place.host);
+                moves(guest, *way, place, reasons.first(), rules.costs)
+            }
+            // Room does not depend on the way: another would find none either.
+            Err(nowhere) => {
+                reasons.extend(nowhere);
+                stays(reasons)
+            }
+        };
+    }
+    stays(reasons)
+}
+
+fn stays(reasons: Vec<CheckFailure>) -> Verdict {
+    Verdict::Stays {
+        reasons,
+        blocks: true,
+    }
+}
+
+fn moves(
+    guest: &GuestView,
+    way: MoveWay,
+    place: Place,
+    not_live: Option<&CheckFailure>,
+    costs: Costs,
+) -> Verdict {
+    let (expected_ms, expected_downtime_ms) = estimate::times(guest, way, costs);
+    let mut why = most_room(&place);
+    if let Some(failure) = not_live {
+        why += &format!(
+            "; {way} because not live: {}",
+            failure.message,
+            way = way.as_str()
+        );
+    }
+    Verdict::Moves {
+        way,
+        to: place.host,
+        expected_ms,
+        expected_downtime_ms,
+        why,
+    }
+}
+
+/// Why a node was chosen, in words.
+pub fn most_room(place: &Place) -> String {
+    let left = place.memory_left_mib;
+    format!("most room of the nodes that can take it: {left} MiB left with it")
+}
+
+/// It is off, and what that means here.
+pub fn is_off(message: String, remedy: &str) -> CheckFailure {
+    CheckFailure {
+        code: CheckCode::InstanceState,
+        side: Side::Instance,
+        message,
+        remedy: remedy.to_owned(),
+    }
+}
+
+fn busy(what: &str) -> CheckFailure {
+    CheckFailure {
+        code: CheckCode::InstanceBusy,
+        side: Side::Instance,
+        message: format!("another operation has it: {what}"),
+        remedy: "wait for that, or end it, and do this again".to_owned(),
+    }
+}
+
+/// Orders guests as they go: higher priority first, then larger ones, because
+/// what takes long and begins early shortens the whole.
+pub fn in_order(guests: &mut [&GuestView]) {
+    guests.sort_by_key(|g| {
+        (
+            Reverse(g.priority),
+            Reverse(g.memory_mib),
+            g.name.as_str(),
+            g.id,
+        )
+    });
+}
+
+/// A guest in a plan.
+pub fn planned(guest: &GuestView, verdict: Verdict) -> PlannedMove {
+    PlannedMove {
+        instance: guest.id,
+        name: guest.name.clone(),
+        project: guest.project.clone(),
+        source: guest.host.clone(),
+        vcpus: guest.vcpus,
+        memory_mib: guest.memory_mib,
+        runs: guest.runs,
+        priority: guest.priority,
+        verdict,
+        spread_after_percent: None,
+    }
+}
+
+/// A plan of these moves about a node.
+pub fn plan(
+    world: &World,
+    moves: Vec<PlannedMove>,
+    about: Option<&HostName>,
+    parallel: Option<u32>,
+) -> OperationPlan {
+    OperationPlan {
+        nodes: forecast::of(world, &moves, about),
+        expected_ms: estimate::whole(&moves, parallel.unwrap_or(estimate::PARALLEL)),
+        moves,
+        spread_percent: None,
+        notes: Vec::new(),
+    }
+}

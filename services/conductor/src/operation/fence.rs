@@ -158,7 +158,8 @@ impl Fences {
         }
     }
 
-    /// Any other: a function that answers for a node's agent. For tests.
+    /// Any other: a function that answers for a node's agent; when it says *off* is
+    /// seen here. For tests.
     pub fn from_fn(
         answer: impl Fn(&HostName, Action) -> FenceAnswer + Send + Sync + 'static,
     ) -> Self {
@@ -206,7 +207,15 @@ impl Fences {
 
     async fn ask(&self, host: &HostName, action: Action, clock: &Clock) -> FenceAnswer {
         let settings = match &self.means {
-            Means::Script(answer) => return answer(host, action),
+            Means::Script(answer) => {
+                return match answer(host, action) {
+                    FenceAnswer::Off { agent, .. } => FenceAnswer::Off {
+                        agent,
+                        at_ms: clock.now_ms(),
+                    },
+                    other => other,
+                };
+            }
             Means::Programs(of) => match of.get(host) {
                 Some(settings) => settings,
                 None => return FenceAnswer::NotConfigured,

@@ -49,10 +49,10 @@ fn still_there(home: &HostName, newest_first: &[Operation], world: &World) -> Le
     let mut order = Vec::new();
     let mut put_on = HashMap::<InstanceId, &HostName>::new();
     for item in drains.iter().flat_map(|o| &o.items) {
-        if let ItemState::Moved { host, .. } = &item.state {
-            if put_on.insert(item.planned.instance, host).is_none() {
-                order.push((item.planned.instance, &item.planned.name));
-            }
+        if let ItemState::Moved { host, .. } = &item.state
+            && put_on.insert(item.planned.instance, host).is_none()
+        {
+            order.push((item.planned.instance, &item.planned.name));
         }
     }
     let now: HashMap<_, _> = world.guests.iter().map(|g| (g.id, &g.host)).collect();

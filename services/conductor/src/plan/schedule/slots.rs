@@ -1,0 +1,114 @@
+//! Who may begin: how many are under way from a node, to a node, in all, and of
+//! the operation.
+
+use std::collections::{HashMap, HashSet};
+
+use drover_model::{
+    ids::HostName,
+    migration::{Migration, MigrationType},
+    operation::{MoveWay, Operation},
+};
+
+use super::Limits;
+
+/// What is under way.
+#[derive(Debug)]
+pub(super) struct Slots {
+    limits: Limits,
+    of_operation: u32,
+    own: u32,
+    cluster: u32,
+    outbound: HashMap<HostName, u32>,
+    inbound: HashMap<HostName, u32>,
+}
+
+impl Slots {
+    /// Counts every migration once that is under way between nodes.
+    pub(super) fn new(
+        operation: &Operation,
+        own: &[Migration],
+        active: &[Migration],
+        limits: Limits,
+    ) -> Self {
+        let mut slots = Self {
+            limits,
+            of_operation: operation
+                .task
+                .max_parallel()
+                .unwrap_or(limits.per_operation),
+            own: 0,
+            cluster: 0,
+            outbound: HashMap::new(),
+            inbound: HashMap::new(),
+        };
+        let mut seen = HashSet::new();
+        let under_way = |m: &&Migration| {
+            !m.status.rests() && m.way.migration_type() != MigrationType::ProjectTransfer
+        };
+        // What is known of the operation's own may be newer.
+        for migration in own.iter().chain(active).filter(under_way) {
+            if !seen.insert(migration.uuid) {
+                continue;
+            }
+            let is_own = migration.operation == Some(operation.uuid);
+            slots.own += u32::from(is_own);
+            slots.cluster += 1;
+            // A dead node sends nothing.
+            if migration.way.migration_type() != MigrationType::Evacuation {
+                *slots
+                    .outbound
+                    .entry(migration.source_host.clone())
+                    .or_default() += 1;
+            }
+            if let Some(host) = &migration.dest_host {
+                *slots.inbound.entry(host.clone()).or_default() += 1;
+            }
+        }
+        slots
+    }
+
+    /// What keeps a guest from leaving its node now, wherever it goes, in words.
+    pub(super) fn missing(&self, source: &HostName, way: MoveWay) -> Option<String> {
+        let ahead = self.ahead(way);
+        if self.own >= self.of_operation {
+            return Some(format!(
+                "waits for its turn: {} of this operation are under way already",
+                self.own
+            ));
+        }
+        if self.cluster >= self.limits.cluster.saturating_add(ahead) {
+            return Some(format!(
+                "waits for the cluster: {} are under way already",
+                self.cluster
+            ));
+        }
+        let leaving = self.outbound.get(source).copied().unwrap_or(0);
+        let full = leaving >= self.limits.outbound.saturating_add(ahead);
+        (full && way != MoveWay::Evacuate)
+            .then(|| format!("waits for {source}: {leaving} leave it already"))
+    }
+
+    /// What keeps a guest from going to a node now, in words.
+    pub(super) fn missing_there(&self, to: &HostName, way: MoveWay) -> Option<String> {
+        let coming = self.inbound.get(to).copied().unwrap_or(0);
+        let full = coming >= self.limits.inbound.saturating_add(self.ahead(way));
+        full.then(|| format!("waits for {to}: {coming} go there already"))
+    }
+
+    /// Counts a guest that begins.
+    pub(super) fn take(&mut self, source: &HostName, to: &HostName, way: MoveWay) {
+        self.own += 1;
+        self.cluster += 1;
+        if way != MoveWay::Evacuate {
+            *self.outbound.entry(source.clone()).or_default() += 1;
+        }
+        *self.inbound.entry(to.clone()).or_default() += 1;
+    }
+
+    fn ahead(&self, way: MoveWay) -> u32 {
+        match way {
+            MoveWay::Live => self.limits.ahead,
+            MoveWay::Cold | MoveWay::Evacuate => 0,
+        }
+    }
+}

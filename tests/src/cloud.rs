@@ -10,7 +10,12 @@ use drover_compute::{
     app::{Agent, AgentHandle},
     hypervisor::fake::{Fabric, NodeSpec},
 };
-use drover_conductor::{app::Conductor, clock::Clock, config::ConductorSettings};
+use drover_conductor::{
+    app::{Conductor, Context},
+    clock::Clock,
+    config::ConductorSettings,
+    operation::fence::Fences,
+};
 use drover_model::{
     api::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
@@ -48,6 +53,8 @@ pub struct Cloud {
     pub broker: MemoryBroker,
     /// The record, which outlives the conductor.
     pub store: Store,
+    /// What cuts nodes' power; a conductor takes it at its start.
+    pub fences: Fences,
     began: Instant,
     messaging: MessagingSettings,
     conductor: Option<Conductor>,
@@ -72,6 +79,7 @@ impl Cloud {
             fabric,
             broker,
             store: Store::in_memory().await.expect("memory needs nothing"),
+            fences: Fences::default(),
             began: Instant::now(),
             messaging,
             conductor: None,
@@ -115,8 +123,15 @@ impl Cloud {
             self.store.clone(),
             Clock::from_fn(move || Self::now_ms(began)),
             Patience::default(),
+            self.fences.clone(),
         );
         self.conductor = Some(started.await.expect("a conductor in memory starts"));
+    }
+
+    /// What the parts of the conductor work with.
+    pub fn context(&self) -> Context {
+        let conductor = self.conductor.as_ref().expect("it was started");
+        conductor.context().clone()
     }
 
     /// Kills the conductor in the middle of whatever it does.

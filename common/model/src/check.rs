@@ -111,7 +111,7 @@ codes! {
     DiskDirectory => "disk_directory",
     /// A file stands where a disk is to be copied to.
     DiskExists => "disk_exists",
-    /// Disks are not shared and copying was forbidden.
+    /// Disks are not shared, and copying was forbidden or can no more be done.
     DiskNotShared => "disk_not_shared",
     /// Disks are shared and copying was demanded.
     DiskShared => "disk_shared",
@@ -153,6 +153,18 @@ codes! {
     Storage => "storage",
     /// Another guest uses a disk too.
     DiskInUse => "disk_in_use",
+    /// A node that is to be evacuated is not down.
+    HostUp => "host_up",
+    /// A node that is said to be off shows that it is not.
+    HostAlive => "host_alive",
+    /// Nothing proves that the node is off.
+    NotFenced => "not_fenced",
+    /// So many nodes are silent that the conductor may be the one that is cut off.
+    TooManyLost => "too_many_lost",
+    /// Its node never told how it is defined.
+    NoDefinition => "no_definition",
+    /// Its definition has a secret, which is told to nobody.
+    DefinitionSecret => "definition_secret",
     /// A guest of the same anti-affinity group is there, or on its way.
     AntiAffinity => "anti_affinity",
 }

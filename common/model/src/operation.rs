@@ -551,6 +551,9 @@ pub struct Evidence {
     pub queue_consumers: Result<u32, String>,
     /// What the other nodes see of it.
     pub reach: Vec<Reach>,
+    /// Whether its agent answers, or why not; none if it was not asked.
+    #[serde(default)]
+    pub agent: Option<Result<(), String>>,
     /// What its fencing agent says.
     pub fence: FenceAnswer,
     /// Who answers for its being off, if somebody said so.

@@ -166,6 +166,22 @@ impl RpcClient {
         Ok(())
     }
 
+    /// How many consumers a server's queue has, as the broker says; none if there
+    /// is no such queue.
+    ///
+    /// # Errors
+    /// The broker did not say in time.
+    pub async fn consumers(
+        &self,
+        topic: &str,
+        server: &str,
+        timeout: Duration,
+    ) -> Result<Option<u32>, TransportError> {
+        let deadline = Instant::now() + timeout;
+        let counting = self.inner.transport.consumers(topic, server, deadline);
+        counting.await
+    }
+
     /// Calls that wait for an answer now.
     pub fn in_flight(&self) -> usize {
         self.inner.waiting.lock().len()

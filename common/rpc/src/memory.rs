@@ -458,6 +458,26 @@ impl Transport for MemoryTransport {
         }))
     }
 
+    async fn consumers(
+        &self,
+        topic: &str,
+        server: &str,
+        deadline: Instant,
+    ) -> Result<Option<u32>, TransportError> {
+        self.connected(deadline).await?;
+        let address = Address::Server {
+            topic: topic.to_owned(),
+            server: server.to_owned(),
+        };
+        let state = self.shared.lock();
+        let Some(queue) = state.queues.get(&address.to_string()) else {
+            return Ok(None);
+        };
+        let reached = queue.consumers.iter();
+        let count = reached.filter(|c| !state.cut.contains(&c.node)).count();
+        Ok(Some(u32::try_from(count).unwrap_or(u32::MAX)))
+    }
+
     fn stats(&self) -> &Arc<RpcStats> {
         &self.stats
     }

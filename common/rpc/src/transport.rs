@@ -190,6 +190,19 @@ pub trait Transport: Send + Sync + 'static {
     /// Only for names that cannot be used, or when the transport is closed.
     fn listen(&self, what: Subscription, sink: Sink) -> Result<Box<dyn Listening>, TransportError>;
 
+    /// How many consumers the queue of one server of a topic has by the broker's
+    /// word; none if there is no such queue. A broker counts one that lost its
+    /// power until its heartbeats are missed.
+    ///
+    /// # Errors
+    /// The broker did not say before the deadline.
+    async fn consumers(
+        &self,
+        topic: &str,
+        server: &str,
+        deadline: Instant,
+    ) -> Result<Option<u32>, TransportError>;
+
     /// The counters of this transport and of everything on it.
     fn stats(&self) -> &Arc<RpcStats>;
 

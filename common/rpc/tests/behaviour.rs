@@ -473,3 +473,30 @@ async fn a_missing_reply_queue_is_tried_again_until_it_is_there() {
         .unwrap();
     assert!(received.recv().await.is_some());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_queue_tells_its_consumers() {
+    let rig = rig(MessagingSettings::default());
+    let count = async |server: &str| {
+        let asked = rig.client.consumers("work", server, Duration::from_secs(5));
+        asked.await
+    };
+    assert_eq!(count("a").await, Ok(None), "nobody has made the queue");
+    let (server, _) = rig.server("a").await;
+    assert_eq!(count("a").await, Ok(Some(1)));
+    assert_eq!(count("b").await, Ok(None), "of another there is none");
+    rig.broker.cut("a");
+    assert_eq!(
+        count("a").await,
+        Ok(Some(0)),
+        "the queue outlives its consumer"
+    );
+    rig.broker.heal("a");
+    assert_eq!(count("a").await, Ok(Some(1)));
+    server.stop(Duration::from_secs(5)).await;
+    assert_eq!(count("a").await, Ok(Some(0)));
+    rig.broker.cut("caller");
+    count("a")
+        .await
+        .expect_err("whoever is cut off cannot tell");
+}

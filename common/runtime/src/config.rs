@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 /// Where the file is sought when nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/drover/drover.toml";
 /// Sections there may be.
-pub const SECTIONS: &[&str] = &["messaging", "conductor", "compute", "log"];
+pub const SECTIONS: &[&str] = &["messaging", "conductor", "compute", "fence", "log"];
 
 /// A file that cannot be used: one line that says what, where and what to do.
 #[derive(Debug, thiserror::Error)]

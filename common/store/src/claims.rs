@@ -288,7 +288,10 @@ async fn insert(
     Ok(())
 }
 
-async fn release(tx: &mut Transaction<'static, Any>, migration: MigrationId) -> Result<()> {
+pub(crate) async fn release(
+    tx: &mut Transaction<'static, Any>,
+    migration: MigrationId,
+) -> Result<()> {
     sqlx::query("DELETE FROM claims WHERE migration_uuid = $1")
         .bind(migration.to_string())
         .execute(&mut **tx)

@@ -3,12 +3,13 @@
 
 use drover_model::{
     api::{compute::KeptDefinition, conductor::Evacuated},
+    guest::PowerState,
     ids::{HostName, InstanceId, MigrationId},
     migration::{Migration, MigrationStatus, MigrationType},
 };
 use sqlx::Row;
 
-use crate::{Result, Store, from_json, migrations, signed, to_json, unsigned};
+use crate::{Result, Store, claims, from_json, instances, migrations, signed, to_json, unsigned};
 
 /// A definition, and whose word it is.
 #[derive(Debug, Clone, PartialEq)]
@@ -130,6 +131,36 @@ impl Store {
             found.push((migration, evacuated));
         }
         Ok(found)
+    }
+
+    /// Records that a guest was seen to run on a node after its own had died,
+    /// with its new generation, and turns the claim there into the instance's own
+    /// use, in one commit.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn rebuilt(
+        &self,
+        migration: MigrationId,
+        instance: InstanceId,
+        host: &HostName,
+        generation: u64,
+        now_ms: u64,
+    ) -> Result<()> {
+        let work = async {
+            let mut tx = self.begin().await?;
+            instances::moved(&mut tx, instance, host, now_ms).await?;
+            sqlx::query("UPDATE instances SET generation = $2, power_state = $3 WHERE uuid = $1")
+                .bind(instance.to_string())
+                .bind(signed(generation))
+                .bind(to_json("a power state", &PowerState::Running)?)
+                .execute(&mut *tx)
+                .await?;
+            claims::release(&mut tx, migration).await?;
+            tx.commit().await?;
+            Ok(())
+        };
+        self.steady(work).await
     }
 
     /// The node that came back has given up its copy.

@@ -70,6 +70,19 @@ impl Store {
         Ok(Reported::Kept { notes })
     }
 
+    /// Notes that a node's agent was heard of, other than by a report.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn heard(&self, host: &HostName, now_ms: u64) -> Result<()> {
+        let query =
+            sqlx::query("UPDATE nodes SET heard_at_ms = $2 WHERE host = $1 AND heard_at_ms < $2")
+                .bind(host.as_str())
+                .bind(signed(now_ms));
+        self.steady(query.execute(&self.pool)).await?;
+        Ok(())
+    }
+
     /// Every node, by name.
     ///
     /// # Errors

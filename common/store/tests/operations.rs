@@ -340,6 +340,14 @@ async fn an_evacuated_instance_is_remembered_until_its_old_copy_is_gone(store: S
     assert_eq!(left.len(), 1, "one that failed took nothing away");
     assert_eq!(left[0].1.instance, InstanceId(Uuid::from_u128(7)));
     assert_eq!(left[0].1.host, Some(host("kvm2")));
+    let (instance, home) = (moving.instance_uuid, host("kvm2"));
+    for _ in 0..2 {
+        let rebuilt = store.rebuilt(moving.uuid, instance, &home, 1, 20).await;
+        rebuilt.unwrap();
+    }
+    let row = store.find_instance(&instance.to_string()).await.unwrap();
+    assert_eq!((row.host, row.generation), (home, 1));
+    assert_eq!(store.claims().await.unwrap(), []);
     store
         .old_copy_removed(&host("kvm2"), moving.uuid)
         .await
@@ -363,6 +371,10 @@ async fn a_node_declared_down_stays_so_whatever_it_says(store: Store) {
     store.record_report(&say(2), 20).await.unwrap();
     let node = store.node(&kvm1).await.unwrap();
     assert!(node.forced_down && node.heard_at_ms == 20);
+    for at_ms in [30, 25] {
+        store.heard(&kvm1, at_ms).await.unwrap();
+    }
+    assert_eq!(store.node(&kvm1).await.unwrap().heard_at_ms, 30);
     assert!(!store.force_down(&kvm1, false).await.unwrap().forced_down);
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use drover_model::{
     api::{self, compute as c, fault::Fault},
     error::ErrorClass,
-    ids::HostName,
+    ids::{HostName, InstanceId},
 };
 use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target};
 use drover_runtime::error_chain::Chain;
@@ -76,6 +76,25 @@ impl AgentClient {
             }
             answered => answered,
         }
+    }
+
+    /// Asks once, and not for long.
+    async fn ask_briefly<A, R>(
+        &self,
+        host: &HostName,
+        method: &str,
+        args: &A,
+        limit: Duration,
+    ) -> Result<R>
+    where
+        A: Serialize + Sync,
+        R: DeserializeOwned,
+    {
+        let options = CallOptions {
+            timeout: Some(limit),
+            ..CallOptions::default()
+        };
+        self.call(host, method, args, options).await
     }
 
     async fn act<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
@@ -306,6 +325,82 @@ impl AgentClient {
     /// Has the node forget a transfer that was taken back.
     pub async fn rollback_transfer(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
         self.act(host, c::method::ROLLBACK_TRANSFER, &step).await
+    }
+
+    // ---- of dead nodes
+
+    /// An instance's lasting definition, while its node lives.
+    pub async fn definition(
+        &self,
+        host: &HostName,
+        instance: InstanceId,
+    ) -> Result<c::KeptDefinition> {
+        let ask = c::InstanceOnNode { instance };
+        self.ask(host, c::method::GET_DEFINITION, &ask).await
+    }
+
+    /// Whether an agent answers within a time.
+    pub async fn answers(&self, host: &HostName, limit: Duration) -> Result<()> {
+        let none = serde_json::Map::new();
+        let answered: Result<c::AgentStatus> = self
+            .ask_briefly(host, c::method::GET_STATUS, &none, limit)
+            .await;
+        answered.map(drop)
+    }
+
+    /// Whether a node reaches an address, asked for so long at the most.
+    pub async fn probe(
+        &self,
+        host: &HostName,
+        ask: &c::ProbeAddress,
+        limit: Duration,
+    ) -> Result<c::ProbeAnswer> {
+        self.ask_briefly(host, c::method::PROBE_ADDRESS, ask, limit)
+            .await
+    }
+
+    /// Consumers of a node's queue by the broker's word, or why it says nothing.
+    pub async fn consumers(
+        &self,
+        host: &HostName,
+        limit: Duration,
+    ) -> std::result::Result<u32, String> {
+        let counted = self
+            .rpc
+            .consumers(api::COMPUTE_TOPIC, host.as_str(), limit)
+            .await;
+        let counted = counted.map_err(|e| Chain(&e).to_string())?;
+        // A queue that is gone has nobody at it.
+        Ok(counted.unwrap_or_default())
+    }
+
+    /// Whether a node can start a guest of a dead one.
+    pub async fn check_evacuation(
+        &self,
+        host: &HostName,
+        ask: &c::CheckEvacuation,
+    ) -> Result<c::EvacuationFacts> {
+        self.ask(host, c::method::CHECK_EVACUATION, ask).await
+    }
+
+    /// Has a guest of a dead node defined, not started.
+    pub async fn prep_rebuild(&self, host: &HostName, ask: &c::RebuildInstance) -> Result<()> {
+        self.act(host, c::method::PREP_REBUILD, ask).await
+    }
+
+    /// Has it started.
+    pub async fn rebuild(&self, host: &HostName, step: c::StepRef) -> Result<c::GuestLocation> {
+        self.act(host, c::method::REBUILD, &step).await
+    }
+
+    /// Has its new home forget the evacuation.
+    pub async fn post_rebuild(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        self.act(host, c::method::POST_REBUILD, &step).await
+    }
+
+    /// Takes back a guest that was defined and does not run.
+    pub async fn rollback_rebuild(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        self.act(host, c::method::ROLLBACK_REBUILD, &step).await
     }
 }
 

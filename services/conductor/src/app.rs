@@ -17,7 +17,14 @@ use crate::{
     clock::Clock,
     config::{BalanceSettings, ConductorSettings},
     notify,
-    operation::{balancer, load::Loads, runner::OperationRunner},
+    operation::{
+        auto_evacuate::{self, AutoEvacuate},
+        balancer,
+        definitions::{self, Definitions},
+        fence::Fences,
+        load::Loads,
+        runner::OperationRunner,
+    },
     plan::{Costs, schedule::Limits},
     task::runner::Runner,
 };
@@ -43,6 +50,12 @@ pub struct Context {
     /// How long after it finished a cold migration is confirmed by itself, ms;
     /// 0 is never.
     pub confirm_window_ms: u64,
+    /// What cuts nodes' power.
+    pub fences: Fences,
+    /// Definitions that are to be fetched.
+    pub definitions: Definitions,
+    /// Whether dead nodes are evacuated without being asked.
+    pub auto_evacuate: AutoEvacuate,
     /// Most moves at one time.
     pub limits: Limits,
     /// What a move costs.
@@ -76,6 +89,7 @@ pub enum StartError {
 
 /// A conductor at work.
 pub struct Conductor {
+    context: Context,
     server: RpcServer,
     client: RpcClient,
     runner: Runner,
@@ -88,6 +102,7 @@ impl Conductor {
     ///
     /// # Errors
     /// See [`StartError`].
+    #[allow(clippy::too_many_arguments)] // Each is another's making.
     pub async fn start(
         settings: &ConductorSettings,
         name: &str,
@@ -96,6 +111,7 @@ impl Conductor {
         store: Store,
         clock: Clock,
         patience: Patience,
+        fences: Fences,
     ) -> Result<Self, StartError> {
         let client = RpcClient::new(transport.clone(), messaging);
         let context = Context {
@@ -104,6 +120,9 @@ impl Conductor {
             clock,
             down_after_ms: settings.service_down_time_s * 1000,
             confirm_window_ms: settings.resize_confirm_window_s * 1000,
+            fences,
+            definitions: Definitions::default(),
+            auto_evacuate: settings.auto_evacuate(),
             limits: settings.limits(),
             costs: Costs::default(),
             balance: settings.balance(),
@@ -115,10 +134,12 @@ impl Conductor {
         let notifier = Notifier::new(transport.clone(), messaging, format!("conductor.{name}"));
         tokio::spawn(notify::publish(store, notifier.clone(), stop.clone()));
         runner.recover().await?;
+        tokio::spawn(definitions::keep(context.clone(), stop.clone()));
         let operations = OperationRunner::new(context.clone(), runner.clone());
         operations.recover().await?;
+        tokio::spawn(auto_evacuate::watch(operations.clone(), stop.clone()));
         let drover = Arc::new(DroverEndpoint::new(
-            context,
+            context.clone(),
             (runner.clone(), operations.clone()),
             notifier.clone(),
             transport.stats().clone(),
@@ -137,6 +158,7 @@ impl Conductor {
         tokio::spawn(balancer::keep(operations.clone(), notifier, stop.clone()));
         info!(conductor = name, "serves");
         Ok(Self {
+            context,
             server,
             client,
             runner,
@@ -152,6 +174,11 @@ impl Conductor {
         self.operations.stop();
         self.runner.stop();
         self.client.close().await;
+    }
+
+    /// What its parts work with. For tests.
+    pub fn context(&self) -> &Context {
+        &self.context
     }
 
     /// Ends at once, as if the process had died. For tests.

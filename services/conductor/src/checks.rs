@@ -4,10 +4,12 @@
 //!
 //! [`request`] judges what the record alone can tell, [`source`] what the
 //! source found, [`destination`] what a candidate found, [`path`] the way
-//! between them. What a cold migration's disks need is in [`cold`], all of a
-//! transfer to another project in [`transfer`].
+//! between them. What a cold migration's disks need is in [`cold`], what starting
+//! the guest of a dead node elsewhere needs in [`evacuation`], all of a transfer to
+//! another project in [`transfer`].
 
 pub mod cold;
+pub mod evacuation;
 pub mod transfer;
 
 use drover_model::{
@@ -845,6 +847,9 @@ pub fn room(short: &[claims::Shortfall], host: &HostName) -> Vec<CheckFailure> {
 #[cfg(test)]
 #[path = "checks/cold_tests.rs"]
 mod cold_tests;
+#[cfg(test)]
+#[path = "checks/evacuation_tests.rs"]
+mod evacuation_tests;
 #[cfg(test)]
 #[path = "checks_tests.rs"]
 mod tests;

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::{
     agent_client::CallLimits,
+    operation::auto_evacuate::AutoEvacuate,
     plan::{balance::Goal, schedule::Limits},
 };
 
@@ -31,6 +32,16 @@ pub struct ConductorSettings {
     /// A finished cold migration that nobody confirmed or reverted is confirmed
     /// after so long, seconds; 0 is never.
     pub resize_confirm_window_s: u64,
+    /// How long a fencing agent may take to cut a node's power, or to say whether
+    /// it has any, seconds.
+    pub fence_timeout_s: u64,
+    /// Whether dead nodes are evacuated without being asked; only those with a
+    /// fencing agent.
+    pub auto_evacuate: bool,
+    /// How long a node has to be down before that, seconds.
+    pub auto_evacuate_delay_s: u64,
+    /// Nodes that are evacuated without being asked at one time.
+    pub auto_evacuate_max_nodes: u32,
     /// Transfers from one node at a time.
     pub max_outbound_per_node: u32,
     /// Transfers to one node at a time.
@@ -104,6 +115,10 @@ impl Default for ConductorSettings {
             agent_timeout_s: 15,
             lease_s: 30,
             resize_confirm_window_s: 0,
+            fence_timeout_s: 60,
+            auto_evacuate: false,
+            auto_evacuate_delay_s: 120,
+            auto_evacuate_max_nodes: 1,
             max_outbound_per_node: 4,
             max_inbound_per_node: 4,
             max_transfers: 32,
@@ -127,6 +142,19 @@ impl ConductorSettings {
             ("service_down_time_s", self.service_down_time_s, 2, 3600),
             ("agent_timeout_s", self.agent_timeout_s, 1, 600),
             ("lease_s", self.lease_s, 3, 3600),
+            ("fence_timeout_s", self.fence_timeout_s, 1, 3600),
+            (
+                "auto_evacuate_delay_s",
+                self.auto_evacuate_delay_s,
+                0,
+                86_400,
+            ),
+            (
+                "auto_evacuate_max_nodes",
+                self.auto_evacuate_max_nodes.into(),
+                1,
+                100,
+            ),
             (
                 "resize_confirm_window_s",
                 self.resize_confirm_window_s,
@@ -150,6 +178,20 @@ impl ConductorSettings {
         let name = self.name.as_deref()?;
         (name.is_empty() || name.len() > 253)
             .then(|| ("name", "must be 1 to 253 characters".to_owned()))
+    }
+
+    /// How long a fencing agent may take.
+    pub fn fence_timeout(&self) -> Duration {
+        Duration::from_secs(self.fence_timeout_s)
+    }
+
+    /// Whether and when dead nodes are evacuated without being asked.
+    pub fn auto_evacuate(&self) -> AutoEvacuate {
+        AutoEvacuate {
+            is_on: self.auto_evacuate,
+            delay_ms: self.auto_evacuate_delay_s * 1000,
+            max_nodes: self.auto_evacuate_max_nodes as usize,
+        }
     }
 
     fn operation_bounds(&self) -> [(&'static str, u64, u64, u64); 11] {

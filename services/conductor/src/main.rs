@@ -1,10 +1,16 @@
 //! `drover-conductor --config FILE`: reads its settings, puts the conductor
 //! together, and runs until a signal.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::Parser;
-use drover_conductor::{app::Conductor, clock::Clock, config::ConductorSettings};
+use drover_conductor::{
+    app::Conductor,
+    clock::Clock,
+    config::ConductorSettings,
+    operation::fence::{FenceSettings, Fences},
+};
+use drover_model::ids::HostName;
 use drover_rpc::{AmqpTransport, MessagingSettings};
 use drover_runtime::{
     config::{DEFAULT_PATH, Document},
@@ -31,6 +37,7 @@ struct Args {
 struct Settings {
     conductor: ConductorSettings,
     messaging: MessagingSettings,
+    fences: BTreeMap<HostName, FenceSettings>,
     log: LogSettings,
     name: String,
 }
@@ -77,6 +84,16 @@ fn read(path: &std::path::Path) -> Result<Settings, String> {
     if let Some((key, message)) = conductor.problem() {
         return Err(text(document.bad_key("conductor", key, &message)));
     }
+    let fences: BTreeMap<HostName, FenceSettings> = document.section("fence").map_err(text)?;
+    for (host, fence) in &fences {
+        if let Some((key, message)) = fence.problem() {
+            return Err(text(document.bad_key(
+                "fence",
+                &format!("{host}.{key}"),
+                &message,
+            )));
+        }
+    }
     let messaging: MessagingSettings = document.section("messaging").map_err(text)?;
     messaging
         .validate()
@@ -89,6 +106,7 @@ fn read(path: &std::path::Path) -> Result<Settings, String> {
         log: document.section("log").map_err(text)?,
         conductor,
         messaging,
+        fences,
         name,
     })
 }
@@ -113,6 +131,7 @@ async fn run(settings: Settings) -> Result<(), String> {
         store,
         Clock::system(),
         Patience::default(),
+        Fences::new(settings.fences, settings.conductor.fence_timeout()),
     );
     let conductor = tokio::select! {
         started = starting => started.map_err(|e| Chain(&e).to_string())?,

@@ -18,7 +18,7 @@ mod topology;
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use self::{
     connection::{Keeper, Outage},
@@ -30,6 +30,7 @@ use crate::{
     error::TransportError,
     settings::{Broker, MessagingSettings, SettingsError},
     stats::RpcStats,
+    text::shown,
     transport::{Address, Listening, Outgoing, Sink, Subscription, Transport},
 };
 
@@ -88,6 +89,15 @@ impl AmqpTransport {
     fn consuming(&self) -> &Keeper {
         self.consuming.get_or_init(|| self.keeper("consume"))
     }
+
+    async fn count_consumers(&self, queue: &str) -> Result<Option<u32>, TransportError> {
+        let keeper = self.publisher().keeper();
+        let link = keeper.link().await.ok_or(TransportError::Closed)?;
+        let counted = self.topology.consumers(&link, queue).await;
+        counted.map_err(|error| TransportError::Refused {
+            reason: shown(&error.to_string()),
+        })
+    }
 }
 
 #[async_trait]
@@ -110,6 +120,28 @@ impl Transport for AmqpTransport {
             sink,
             self.stats.clone(),
         )))
+    }
+
+    async fn consumers(
+        &self,
+        topic: &str,
+        server: &str,
+        deadline: Instant,
+    ) -> Result<Option<u32>, TransportError> {
+        let address = Address::Server {
+            topic: topic.to_owned(),
+            server: server.to_owned(),
+        };
+        let started = Instant::now();
+        let queue = self.topology.route(&address)?.key;
+        match timeout_at(deadline, self.count_consumers(queue.as_str())).await {
+            Ok(counted) => counted,
+            Err(_) => Err(TransportError::Unavailable {
+                broker: self.broker.to_string(),
+                waited_ms: started.elapsed().as_millis() as u64,
+                reason: "no word on a queue came".to_owned(),
+            }),
+        }
     }
 
     fn stats(&self) -> &Arc<RpcStats> {

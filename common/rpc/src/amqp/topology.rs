@@ -23,6 +23,8 @@ use crate::{
 const MAX_NAME: usize = 255;
 /// The broker's code for "exists with other arguments".
 const PRECONDITION_FAILED: u16 = 406;
+/// The broker's code for "there is none".
+const NOT_FOUND: u16 = 404;
 
 /// Names and arguments under given settings.
 pub(super) struct Topology {
@@ -155,6 +157,22 @@ impl Topology {
             }
         }
         Ok(())
+    }
+
+    /// Consumers of a queue; none if there is no such queue.
+    pub(super) async fn consumers(&self, link: &Link, queue: &str) -> lapin::Result<Option<u32>> {
+        // The broker closes the channel on which a missing queue was asked for.
+        let channel = link.connection.create_channel().await?;
+        let options = QueueDeclareOptions {
+            passive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let declared = channel.queue_declare(queue.into(), options, FieldTable::default());
+        match declared.await {
+            Ok(queue) => Ok(Some(queue.consumer_count())),
+            Err(error) if has_code(&error, NOT_FOUND) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     async fn declare_at(&self, desk: &mut Desk<'_>, what: &Declare) -> lapin::Result<()> {

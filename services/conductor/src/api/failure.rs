@@ -145,6 +145,7 @@ fn class_of(code: CheckCode) -> &'static str {
         CheckCode::HostDown => "ComputeServiceUnavailable",
         CheckCode::NoValidHost => "NoValidHost",
         CheckCode::Quota => "OverQuota",
+        CheckCode::HostUp => "ComputeServiceInUse",
         _ => "MigrationPreCheckError",
     }
 }

@@ -7,6 +7,7 @@
 
 pub mod convert;
 mod ending;
+mod evacuation;
 pub mod failure;
 pub mod migrate;
 mod nova;
@@ -98,6 +99,9 @@ impl Endpoint for DroverEndpoint {
             method::GET_NODE,
             method::LIST_NODES,
             method::SET_NODE,
+            method::FORCE_DOWN,
+            method::LIST_EVACUATED,
+            method::EVACUATED_REMOVED,
             method::DRAIN_NODE,
             method::RESTORE_NODE,
             method::EVACUATE_NODE,
@@ -185,9 +189,7 @@ impl DroverEndpoint {
             method::SET_PROJECT => to_value(&self.set_project(&request.args()?).await?),
             method::GET_PROJECT => to_value(&self.get_project(&request.args()?).await?),
             method::LIST_PROJECTS => to_value(&self.list_projects().await?),
-            other => Err(RemoteFailure::runtime_error(format!(
-                "{other} is listed and not served"
-            ))),
+            _ => self.handle_evacuation(request).await,
         }
     }
 
@@ -398,6 +400,7 @@ impl DroverEndpoint {
         }
         let kept = self.context.store.record_report(report, heard_at_ms).await;
         if let Reported::Kept { notes } = kept.map_err(|e| store_failure(&e))? {
+            self.context.definitions.feed(report);
             self.context.loads.feed(report);
             for note in notes {
                 warn!(note, "noticed in a report");

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use drover_model::{
     ids::{HostName, InstanceId},
     migration::{BlockMigration, ColdOptions, Flavor, LiveOptions, Way},
+    operation::EvacuateOptions,
 };
 use drover_rpc::{Endpoint, RemoteFailure, Request};
 use drover_store::instances::InstanceRow;
@@ -22,6 +23,7 @@ use crate::admission::Wanted;
 const VERSION: &str = "1.26";
 const LIVE_MIGRATE_INSTANCE: &str = "live_migrate_instance";
 const MIGRATE_SERVER: &str = "migrate_server";
+const REBUILD_INSTANCE: &str = "rebuild_instance";
 
 /// Namespace `compute_task`.
 pub struct ComputeTaskEndpoint {
@@ -64,6 +66,32 @@ struct MigrateServer {
     _host_list: Option<Value>,
 }
 
+/// `rebuild_instance` 1.25. What it says of images, files and volumes is about
+/// rebuilding from an image, which Drover does not.
+#[derive(Debug, Deserialize)]
+struct RebuildInstance {
+    instance: Value,
+    #[serde(default)]
+    recreate: bool,
+    #[serde(default)]
+    host: Option<HostName>,
+    #[serde(default)]
+    target_state: Option<String>,
+}
+
+impl RebuildInstance {
+    /// Why it is not done, if it is not an evacuation as Drover does it.
+    fn problem(&self) -> Option<&'static str> {
+        if !self.recreate {
+            return Some(
+                "recreate is false: an instance is started elsewhere from its own disks (evacuated), never built anew from an image",
+            );
+        }
+        let stopped = self.target_state.as_deref() == Some("stopped");
+        stopped.then_some("target_state is stopped: an evacuated instance is started")
+    }
+}
+
 #[derive(Debug, Default, Deserialize)]
 struct SchedulerHint {
     host: Option<HostName>,
@@ -80,12 +108,13 @@ impl Endpoint for ComputeTaskEndpoint {
     }
 
     fn methods(&self) -> &[&str] {
-        &[LIVE_MIGRATE_INSTANCE, MIGRATE_SERVER]
+        &[LIVE_MIGRATE_INSTANCE, MIGRATE_SERVER, REBUILD_INSTANCE]
     }
 
     async fn handle(&self, request: Request) -> Answer {
         let admitted = match request.method() {
             MIGRATE_SERVER => self.migrate_server(&request).await,
+            REBUILD_INSTANCE => self.rebuild_instance(&request).await,
             _ => self.live_migrate_instance(&request).await,
         };
         if let Err(failure) = &admitted
@@ -143,6 +172,26 @@ impl ComputeTaskEndpoint {
             operation: None,
         };
         self.drover.admit(request, wanted).await.map(|_| ())
+    }
+
+    /// An evacuation of one instance: its node has to be proven dead first, as in
+    /// one of all of them.
+    async fn rebuild_instance(&self, request: &Request) -> Result<(), RemoteFailure> {
+        let ask: RebuildInstance = request.args()?;
+        if let Some(problem) = ask.problem() {
+            return Err(RemoteFailure::value_error(problem));
+        }
+        let id = instance_id(&ask.instance)?;
+        let instance = self.drover.instance(&id.to_string()).await?;
+        let options = EvacuateOptions {
+            host: instance.host,
+            to: ask.host.into_iter().collect(),
+            only: vec![id],
+            max_parallel: None,
+            confirmed_off: false,
+            despite_many_lost: false,
+        };
+        self.drover.begin_evacuation(request, options).await
     }
 }
 
@@ -237,6 +286,30 @@ mod tests {
 
     fn object(vcpus: u64, memory_mb: u64) -> Value {
         json!({"nova_object.data": {"vcpus": vcpus, "memory_mb": memory_mb, "root_gb": 0}})
+    }
+
+    #[test]
+    fn a_rebuild_is_an_evacuation_or_nothing() {
+        let problem = |more: Value| {
+            let mut ask = json!({
+                "instance": UUID, "new_pass": "x", "injected_files": [], "image_ref": "i",
+                "orig_image_ref": "i", "orig_sys_metadata": {}, "bdms": [],
+                "on_shared_storage": null, "preserve_ephemeral": false, "host": "kvm2",
+                "request_spec": null, "reimage_boot_volume": false, "target_state": null,
+            });
+            ask.as_object_mut()
+                .unwrap()
+                .extend(more.as_object().unwrap().clone());
+            serde_json::from_value::<RebuildInstance>(ask)
+                .unwrap()
+                .problem()
+        };
+        assert_eq!(problem(json!({"recreate": true})), None);
+        let rebuilt = problem(json!({"recreate": false}));
+        assert!(rebuilt.is_some_and(|p| p.contains("recreate is false")));
+        assert!(problem(json!({})).is_some());
+        let stopped = problem(json!({"recreate": true, "target_state": "stopped"}));
+        assert!(stopped.is_some_and(|p| p.contains("target_state")));
     }
 
     #[test]

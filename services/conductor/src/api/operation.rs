@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     config::BalanceMode,
-    operation::{balancer, begin},
+    operation::{auto_evacuate, balancer, begin},
 };
 
 impl DroverEndpoint {
@@ -165,7 +165,8 @@ impl DroverEndpoint {
 
     async fn set_automation(&self, ask: &SetAutomation) -> Result<Automation, RemoteFailure> {
         let store = &self.context.store;
-        for (name, wanted) in [("evacuate", ask.evacuate), (balancer::SWITCH, ask.balance)] {
+        let evacuate = auto_evacuate::SWITCH;
+        for (name, wanted) in [(evacuate, ask.evacuate), (balancer::SWITCH, ask.balance)] {
             if let Some(is_on) = wanted {
                 let switched = store.switch(name, is_on).await;
                 switched.map_err(|e| store_failure(&e))?;
@@ -180,8 +181,14 @@ impl DroverEndpoint {
             _ if !is_on => "paused",
             _ => mode.as_str(),
         };
+        let is_on = store.is_switched_on(evacuate).await;
+        let evacuate = match self.context.auto_evacuate.is_on {
+            false => "off",
+            true if is_on.map_err(|e| store_failure(&e))? => "on",
+            true => "paused",
+        };
         Ok(Automation {
-            evacuate: "off".to_owned(),
+            evacuate: evacuate.to_owned(),
             balance: balance.to_owned(),
         })
     }

@@ -8,10 +8,14 @@
 //! [`origin`] knows what a restored node gets back; [`load`] and [`balancer`] see
 //! to balance without being asked.
 
+pub mod auto_evacuate;
 pub mod balancer;
 pub mod begin;
+pub mod definitions;
 mod drive;
 pub mod evacuation;
+pub mod evidence;
+pub mod fence;
 pub mod load;
 pub mod look;
 pub mod origin;

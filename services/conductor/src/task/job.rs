@@ -35,9 +35,11 @@ pub struct Data {
     pub inbox: Option<Inbox>,
     /// What changes about a guest that changes hands.
     pub transfer: Option<TransferPlan>,
+    /// Generation that it has from now on (evacuation).
+    pub generation: u64,
     /// Whether it ran when it was looked at.
     pub ran: bool,
-    /// When the guest was off, milliseconds since 1970 (cold).
+    /// When the guest was off, milliseconds since 1970 (cold, evacuation).
     pub stopped_at_ms: Option<u64>,
     /// Measured downtime, ms.
     pub downtime_ms: Option<u64>,
@@ -180,14 +182,17 @@ impl Job {
         Err(self.refusal(refused, tried))
     }
 
-    async fn claim(&self, chosen: &Chosen) -> Result<Result<(), Vec<CheckFailure>>, StepError> {
+    pub(super) async fn claim(
+        &self,
+        chosen: &Chosen,
+    ) -> Result<Result<(), Vec<CheckFailure>>, StepError> {
         let (uuid, host) = (self.migration.uuid, &chosen.host);
         let claimed = self.store().claim(uuid, host, chosen.resources()).await;
         let claimed = claimed.map_err(|e| store_error(&e))?;
         Ok(claimed.map_err(|short| checks::room(&short, host)))
     }
 
-    fn why(&self, chosen: &Chosen, tried: &[Verdict]) -> Vec<String> {
+    pub(super) fn why(&self, chosen: &Chosen, tried: &[Verdict]) -> Vec<String> {
         let mut texts = Vec::new();
         if !self.migration.dest_requested {
             texts.push(format!(
@@ -202,7 +207,7 @@ impl Job {
         texts
     }
 
-    fn refusal(&self, mut checks: Vec<CheckFailure>, tried: Vec<Verdict>) -> StepError {
+    pub(super) fn refusal(&self, mut checks: Vec<CheckFailure>, tried: Vec<Verdict>) -> StepError {
         if self.migration.dest_requested {
             checks.extend(tried.into_iter().flat_map(|(_, failures)| failures));
         } else if checks.is_empty() {

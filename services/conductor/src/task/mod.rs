@@ -3,6 +3,7 @@
 //! * [`live_migrate`]: a running guest to another node.
 //! * [`cold_migrate`]: a guest to another node, off while it moves; then
 //!   [`confirm`] or [`revert`].
+//! * [`evacuate`]: a guest whose node is dead, started on another.
 //! * [`transfer`]: a guest to another project on its node.
 //!
 //! [`journal`] turns their events into the record and the notifications; what
@@ -11,6 +12,7 @@
 
 pub mod cold_migrate;
 pub mod confirm;
+pub mod evacuate;
 pub mod job;
 pub mod journal;
 pub mod live_migrate;

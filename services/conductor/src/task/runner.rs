@@ -34,6 +34,7 @@ use tracing::{error, info, warn};
 use super::{
     cold_migrate::ColdMigrate,
     confirm::Confirm,
+    evacuate::Evacuate,
     job::{Data, Job, agent_error},
     journal::{RecordJournal, Recorded},
     live_migrate::LiveMigrate,
@@ -184,8 +185,8 @@ impl Runner {
             (None, Way::Transfer(wanted)) => {
                 self.drive(&Transfer::new(job, wanted), lease, key).await
             }
-            (None, Way::Evacuation(_)) => {
-                Err(JournalError::Illegal("evacuations are not driven yet".to_owned()).into())
+            (None, Way::Evacuation(wanted)) => {
+                self.drive(&Evacuate::new(job, wanted), lease, key).await
             }
         }
     }
@@ -387,7 +388,9 @@ impl Runner {
 
     async fn both_up(&self, m: &Migration) -> Result<bool, StoreError> {
         let live = self.context.liveness();
-        for host in std::iter::once(&m.source_host).chain(&m.dest_host) {
+        // Of an evacuation the source is dead.
+        let source = Some(&m.source_host).filter(|_| !matches!(m.way, Way::Evacuation(_)));
+        for host in source.into_iter().chain(&m.dest_host) {
             match self.context.store.node(host).await {
                 Ok(node) if live.is_up(&node) && hypervisor_is_up(&node) => {}
                 Ok(_) | Err(StoreError::NotFound(_)) => return Ok(false),
@@ -442,7 +445,9 @@ impl Runner {
             // The record itself: if it cannot be written, nor can this be put off.
             (None, Way::Cold(_)) => Ok(()),
             (None, Way::Transfer(wanted)) => Transfer::new(job, wanted).tidy().await,
-            (None, Way::Evacuation(_)) => Ok(()),
+            (None, Way::Evacuation(wanted)) => {
+                Evacuate::new(job, wanted).tidy_again(step, dest).await
+            }
         }
     }
 }

@@ -628,3 +628,30 @@ async fn a_closed_transport_says_so() {
     };
     assert_eq!(source, TransportError::Closed);
 }
+
+#[tokio::test]
+async fn a_queue_tells_its_consumers() {
+    let rig = rig!();
+    let client = rig.client();
+    let count = async || {
+        let asked = client.consumers(&rig.topic, "host", Duration::from_secs(10));
+        asked.await.unwrap()
+    };
+    assert_eq!(count().await, None, "nobody has made the queue");
+    // What was asked for in vain closed its own channel and no other.
+    let worker = Worker::default();
+    let server = rig.server(&worker).await;
+    rig.call_until_answered(&client).await;
+    assert_eq!(count().await, Some(1));
+    server.stop(Duration::from_secs(5)).await;
+    let left = soon(async {
+        loop {
+            match count().await {
+                Some(1) => tokio::time::sleep(Duration::from_millis(50)).await,
+                other => break other,
+            }
+        }
+    });
+    assert!(matches!(left.await, None | Some(0)));
+    client.close().await;
+}

@@ -1,0 +1,189 @@
+//! The checks of an evacuation: whether its node is still dead, whether a guest
+//! can be defined from what its node told last, and whether another node sees
+//! its disks.
+
+use drover_model::{
+    api::compute::{DiskFact, EvacuationFacts, KeptDefinition},
+    check::{CheckCode, CheckFailure, Side},
+    guest::{Disk, Immovable},
+    ids::HostName,
+    migration::ProofOfDeath,
+};
+use drover_store::{definitions::DefinitionRow, nodes::NodeRow};
+
+use super::{
+    Liveness, cold, fail, immovable_code, machine, missing_backing, names, network, unmovable_kind,
+};
+
+/// When the proof was given, milliseconds since 1970.
+pub fn proven_at_ms(proof: &ProofOfDeath) -> u64 {
+    match proof {
+        ProofOfDeath::Fence { at_ms, .. } | ProofOfDeath::Operator { at_ms, .. } => *at_ms,
+    }
+}
+
+/// The node that guests leave without its doing: it must be dead still. One that
+/// was heard of after the proof was given has come back, and the proof is void.
+pub fn evacuated_node(
+    host: &HostName,
+    row: Option<&NodeRow>,
+    proof: &ProofOfDeath,
+    live: Liveness,
+) -> Option<CheckFailure> {
+    let Some(row) = row else {
+        return Some(fail(
+            CheckCode::UnknownHost,
+            Side::Source,
+            format!("no node called {host} has ever reported"),
+            "see 'drover node list' for those that have",
+        ));
+    };
+    let back = live.is_up(row) || row.heard_at_ms > proven_at_ms(proof);
+    back.then(|| {
+        fail(
+            CheckCode::HostAlive,
+            Side::Source,
+            format!("{host} was heard of since it was proven off"),
+            format!(
+                "see what it runs; empty it with 'drover node drain {host}', or evacuate it anew"
+            ),
+        )
+    })
+}
+
+/// What stands in the way of starting a guest from what its node told of it.
+pub fn definition(host: &HostName, kept: Option<&DefinitionRow>) -> Vec<CheckFailure> {
+    let Some(row) = kept else {
+        return vec![fail(
+            CheckCode::NoDefinition,
+            Side::Instance,
+            format!("{host} never told how it is defined"),
+            "define it by hand on a node that has its disks, once its own is off for good",
+        )];
+    };
+    let mut failures = Vec::new();
+    if row.host != *host {
+        failures.push(fail(
+            CheckCode::NoDefinition,
+            Side::Instance,
+            format!("its definition is from {}, where it was before", row.host),
+            "define it by hand on a node that has its disks, once its own is off for good",
+        ));
+    }
+    if row.kept.has_secrets {
+        failures.push(fail(
+            CheckCode::DefinitionSecret,
+            Side::Instance,
+            "its display has a password, which is told to nobody",
+            "define and start it by hand, once its own node is off for good",
+        ));
+    }
+    let guest = &row.kept.guest;
+    let stays = |device: &&Immovable| !cold::can_leave(device.kind);
+    failures.extend(guest.immovable.iter().filter(stays).map(|device| {
+        fail(
+            immovable_code(device.kind),
+            Side::Instance,
+            format!("{} is {host}'s own", device.what),
+            "start it by hand without that, or mend its node",
+        )
+    }));
+    failures.extend(guest.disks.iter().filter_map(unmovable_kind));
+    failures
+}
+
+/// What a node that may be a guest's new home stands in the way with.
+pub fn destination(
+    kept: &KeptDefinition,
+    facts: &EvacuationFacts,
+    host: &HostName,
+) -> Vec<CheckFailure> {
+    let guest = &kept.guest;
+    let seen = &facts.destination;
+    let mut failures = machine(guest, seen, host);
+    let missing = seen.networks.iter().filter(|n| !n.present);
+    failures.extend(missing.map(|n| network(n, host)));
+    failures.extend(names(guest, seen, host));
+    for disk in &guest.disks {
+        let fact = fact_of(disk, facts);
+        failures.extend(disk_there(disk, fact, host));
+        failures.extend(fact.and_then(|f| missing_backing(disk, f, host)));
+    }
+    failures.extend(facts.foreign_files.iter().map(|file| {
+        fail(
+            CheckCode::DiskNotShared,
+            Side::Destination,
+            format!("{host} does not see the same file: {file}"),
+            "choose a node that shares the storage",
+        )
+    }));
+    failures
+}
+
+fn fact_of<'a>(disk: &Disk, facts: &'a EvacuationFacts) -> Option<&'a DiskFact> {
+    let mut facts = facts.destination.disks.iter();
+    facts.find(|f| f.target == disk.target)
+}
+
+/// Whether a disk must be the very same file on both nodes. One that cannot be
+/// written may be a copy.
+fn must_be_shared(disk: &Disk) -> bool {
+    disk.local_path().is_some() && !disk.read_only
+}
+
+fn disk_there(disk: &Disk, fact: Option<&DiskFact>, host: &HostName) -> Option<CheckFailure> {
+    let path = disk.local_path()?;
+    let shared = fact.is_some_and(|f| f.shared);
+    let exists = fact.is_some_and(|f| f.exists);
+    let (code, message, remedy) = if must_be_shared(disk) && !shared {
+        (
+            CheckCode::DiskNotShared,
+            format!("disk {} ({path}) is not shared with {host}", disk.target),
+            "choose a node that shares the storage",
+        )
+    } else if !exists {
+        (
+            CheckCode::DiskNotCopyable,
+            format!("{host} has no {path}, which disk {} is", disk.target),
+            "put the same file there",
+        )
+    } else {
+        return None;
+    };
+    Some(fail(code, Side::Destination, message, remedy))
+}
+
+/// Disks that no node which answered shares: they are lost with theirs, or wait
+/// for it, and nothing is made in their stead.
+pub fn alone(
+    kept: &KeptDefinition,
+    answers: &[EvacuationFacts],
+    host: &HostName,
+) -> Vec<CheckFailure> {
+    if answers.is_empty() {
+        return Vec::new();
+    }
+    let nowhere = |disk: &&Disk| {
+        let shared = |facts: &EvacuationFacts| fact_of(disk, facts).is_some_and(|f| f.shared);
+        must_be_shared(disk) && !answers.iter().any(shared)
+    };
+    let disks = kept.guest.disks.iter().filter(nowhere);
+    disks
+        .filter_map(|disk| {
+            let path = disk.local_path()?;
+            let told = kept.identities.iter().find(|i| i.path == path);
+            let why = told
+                .and_then(|i| i.error.as_ref())
+                .map_or(String::new(), |e| format!(" (it could not be marked: {e})"));
+            Some(fail(
+                CheckCode::DiskNotShared,
+                Side::Instance,
+                format!(
+                    "its disk {} ({path}) is on {host} alone{why}: not rebuilt",
+                    disk.target
+                ),
+                "mend the node, or restore the disk from a backup and define the guest by hand",
+            ))
+        })
+        .collect()
+}

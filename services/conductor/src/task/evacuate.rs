@@ -1,0 +1,424 @@
+//! Starting the guest of a dead node elsewhere, as a saga. The operation that it
+//! is part of has proven that the node is off (invariant 1).
+//!
+//! | step | does | undo |
+//! |---|---|---|
+//! | `place` | proof and definition are looked at again; chooses a destination, claims room there | give the claim back |
+//! | `prepare` | destination: defines the guest with its next generation, not started | destination: takes the definition back |
+//! | `start` | destination: starts it | (undone with `prepare`) |
+//! | — | *point of no return: the guest was seen to run on the destination* | |
+//! | `settle` | record and claim follow the guest, with its generation; destination: forgets the evacuation | |
+//!
+//! Why in this order: the guest is defined before it is started, so that a
+//! destination that cannot have it says so while nothing runs. Right before the
+//! start the dead node is looked at once more: one that was heard of since the
+//! proof may run the guest itself.
+//!
+//! `start` never fails on a guess: the destination is asked where the guest is,
+//! and while it does not say, the step is *lost* and nothing is undone. The dead
+//! node's own copy is given up by its agent when it returns, after it has asked.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use drover_model::{
+    api::compute::RebuildInstance,
+    check::CheckFailure,
+    error::ErrorClass,
+    guest::{PowerState, Presence},
+    ids::HostName,
+    migration::{EndReason, Evacuation, Migration, MigrationStatus as S, Phase},
+};
+use drover_saga::{Saga, StepError};
+use drover_store::{definitions::DefinitionRow, instances::InstanceRow, nodes::NodeRow};
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::{
+    job::{Data, Job, agent_error, all_clean, ended, lost, repeatable, store_error},
+    journal::{Recorded, Told},
+};
+use crate::{
+    checks,
+    operation::evacuation::{examine_destination, still_dead},
+    survey::{Chosen, Survey},
+};
+
+/// Pause between two looks for a guest that is being started.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// How long to look before the step counts as lost.
+const LOOK_FOR: Duration = Duration::from_secs(30);
+
+/// The steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Look at the proof, choose, claim.
+    Place,
+    /// Have it defined.
+    Prepare,
+    /// Have it started.
+    Start,
+    /// Have record and destination follow.
+    Settle,
+}
+
+/// One evacuation under way.
+pub struct Evacuate {
+    job: Job,
+    wanted: Evacuation,
+}
+
+#[async_trait]
+impl Saga for Evacuate {
+    type Step = Step;
+    type Data = Data;
+
+    const STEPS: &'static [Step] = &[Step::Place, Step::Prepare, Step::Start, Step::Settle];
+    const COMMIT: Step = Step::Start;
+
+    fn name(step: Step) -> &'static str {
+        match step {
+            Step::Place => "place",
+            Step::Prepare => "prepare",
+            Step::Start => "start",
+            Step::Settle => "settle",
+        }
+    }
+
+    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
+        match step {
+            Step::Place => self.place(data).await,
+            Step::Prepare => self.prepare(data).await,
+            Step::Start => self.start(data).await,
+            Step::Settle => self.settle(data).await,
+        }
+    }
+
+    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
+        match step {
+            Step::Place => self.job.release_claim().await,
+            Step::Prepare => self.undo_prepare(data).await,
+            Step::Start | Step::Settle => Ok(()),
+        }
+    }
+
+    async fn interrupted(&self) -> StepError {
+        self.job.interrupted().await
+    }
+
+    fn interruptible(step: Step) -> bool {
+        // Short, and its end has to be seen.
+        step != Step::Start
+    }
+}
+
+impl Recorded for Evacuate {
+    fn status_during(step: Step) -> Option<S> {
+        match step {
+            Step::Place => Some(S::Accepted),
+            Step::Prepare => Some(S::PreMigrating),
+            Step::Start => None,
+            Step::Settle => Some(S::Done),
+        }
+    }
+
+    fn phase_during(step: Step) -> Phase {
+        match step {
+            Step::Place => Phase::Checking,
+            Step::Prepare => Phase::Preparing,
+            Step::Start => Phase::SwitchOver,
+            Step::Settle => Phase::Finishing,
+        }
+    }
+
+    fn told_at_start(step: Step) -> Option<Told> {
+        match step {
+            Step::Place => Some(Told::info("instance.evacuate")),
+            Step::Prepare => Some(Told::info("instance.rebuild.start")),
+            Step::Start | Step::Settle => None,
+        }
+    }
+
+    fn told_at_success(step: Step) -> Option<Told> {
+        (step == Step::Place).then(|| Told::info("instance.rebuild_scheduled"))
+    }
+
+    fn told_at_failure() -> Told {
+        Told::error("instance.rebuild.error")
+    }
+
+    fn told_at_end(status: S) -> Vec<Told> {
+        match status {
+            S::Completed => vec![Told::info("instance.rebuild.end")],
+            S::Failed => vec![Told::error("compute_task.rebuild_server.error")],
+            _ => Vec::new(),
+        }
+    }
+
+    fn status_after(_: &Migration) -> S {
+        S::Completed
+    }
+}
+
+impl Evacuate {
+    /// The saga of an evacuation on the record.
+    pub(super) fn new(job: Job, wanted: Evacuation) -> Self {
+        Self { job, wanted }
+    }
+
+    // ---- place
+
+    async fn place(&self, data: &mut Data) -> Result<(), StepError> {
+        let store = self.job.store();
+        let id = self.job.migration.instance_uuid;
+        let instance = store.find_instance(&id.to_string()).await;
+        let instance = instance.map_err(|e| store_error(&e))?;
+        let kept = store.kept_definition(id).await;
+        let kept = kept.map_err(|e| store_error(&e))?;
+        let (node, refused) = self.source(&instance, kept.as_ref()).await?;
+        let (Some(node), Some(kept)) = (node, kept.filter(|_| refused.is_empty())) else {
+            return Err(ended(EndReason::Refused { checks: refused }));
+        };
+        let (chosen, why) = self.choose(&instance, &kept).await?;
+        for text in why {
+            data.decide("place", text);
+        }
+        let age_s = self.now_ms().saturating_sub(kept.taken_at_ms) / 1000;
+        data.decide(
+            "place",
+            format!("defined as {} told it {age_s} s ago", kept.host),
+        );
+        data.generation = instance.generation + 1;
+        data.stopped_at_ms = Some(node.heard_at_ms);
+        data.chosen = Some(chosen);
+        Ok(())
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.job.context.clock.now_ms()
+    }
+
+    /// Every check on the dead node and the instance.
+    async fn source(
+        &self,
+        instance: &InstanceRow,
+        kept: Option<&DefinitionRow>,
+    ) -> Result<(Option<NodeRow>, Vec<CheckFailure>), StepError> {
+        let host = self.job.source();
+        let dead = still_dead(&self.job.context, host, &self.wanted.proof).await;
+        let (node, alive) = dead.map_err(|e| store_error(&e))?;
+        let mut refused = checks::request(instance, &self.job.migration.way, None);
+        refused.extend(alive);
+        refused.extend(checks::evacuation::definition(host, kept));
+        Ok((node, refused))
+    }
+
+    /// The first node that can have the guest, and has room for it.
+    async fn choose(
+        &self,
+        instance: &InstanceRow,
+        kept: &DefinitionRow,
+    ) -> Result<(Chosen, Vec<String>), StepError> {
+        let m = &self.job.migration;
+        let survey = Survey {
+            store: self.job.store(),
+            agents: self.job.agents(),
+            live: self.job.context.liveness(),
+            migration: m.uuid,
+            instance,
+            way: &m.way,
+        };
+        let named = m.dest_host.as_ref().filter(|_| m.dest_requested);
+        let candidates = survey.candidates(named).await;
+        let (hosts, mut tried) = candidates.map_err(|e| store_error(&e))?;
+        let allowed = |host: &HostName| {
+            named.is_some() || self.wanted.to.is_empty() || self.wanted.to.contains(host)
+        };
+        tried.retain(|(host, _)| allowed(host));
+        for host in hosts.into_iter().filter(allowed) {
+            match self.try_host(instance, kept, &host).await? {
+                Ok(chosen) => {
+                    let why = self.job.why(&chosen, &tried);
+                    return Ok((chosen, why));
+                }
+                Err(failures) => tried.push((host, failures)),
+            }
+        }
+        Err(self.job.refusal(Vec::new(), tried))
+    }
+
+    async fn try_host(
+        &self,
+        instance: &InstanceRow,
+        kept: &DefinitionRow,
+        host: &HostName,
+    ) -> Result<Result<Chosen, Vec<CheckFailure>>, StepError> {
+        let m = &self.job.migration;
+        let of = (&kept.kept, self.job.source());
+        let examined = examine_destination(&self.job.context, m.uuid, of, host).await;
+        let (row, failures) = examined.map_err(|e| store_error(&e))?;
+        let Some(row) = row.filter(|_| failures.is_empty()) else {
+            return Ok(Err(failures));
+        };
+        let chosen = Chosen {
+            host: host.clone(),
+            endpoint: row.report.endpoint,
+            guest: kept.kept.guest.clone(),
+            copied_disks: Vec::new(),
+            shared_disks: Vec::new(),
+            files: Vec::new(),
+            claim: (instance.vcpus.into(), instance.memory_mib, 0),
+        };
+        let claimed = self.job.claim(&chosen).await?;
+        Ok(claimed.map(|()| chosen))
+    }
+
+    // ---- prepare
+
+    async fn prepare(&self, data: &Data) -> Result<(), StepError> {
+        let id = self.job.migration.instance_uuid;
+        let kept = self.job.store().kept_definition(id).await;
+        let kept = kept.map_err(|e| store_error(&e))?;
+        let gone = || StepError::new(ErrorClass::Refused, "its definition is no longer kept");
+        let ask = RebuildInstance {
+            migration: self.job.migration.uuid,
+            instance: id,
+            domain: kept.ok_or_else(gone)?.kept.domain,
+            generation: data.generation,
+        };
+        let host = &data.chosen()?.host;
+        let prepared = self.job.agents().prep_rebuild(host, &ask).await;
+        prepared.map_err(repeatable)
+    }
+
+    async fn undo_prepare(&self, data: &Data) -> Result<(), StepError> {
+        let Some(chosen) = &data.chosen else {
+            return Ok(());
+        };
+        match self.take_back(&chosen.host).await {
+            // A destination that died as well has nothing running: what was
+            // defined there goes when it is back, and another is tried now.
+            Err(error) if self.is_down(&chosen.host).await? => {
+                warn!(host = %chosen.host, %error, "taken back when its node is up again");
+                let step = Self::name(Step::Prepare);
+                let put_off = self
+                    .job
+                    .store()
+                    .put_off(self.job.lease, step, self.now_ms());
+                put_off.await.map_err(|e| store_error(&e))
+            }
+            other => other,
+        }
+    }
+
+    async fn is_down(&self, host: &HostName) -> Result<bool, StepError> {
+        let node = self.job.store().node(host).await;
+        let node = node.map_err(|e| store_error(&e))?;
+        Ok(!self.job.context.liveness().is_up(&node))
+    }
+
+    /// Takes the definition back where the guest does not run.
+    async fn take_back(&self, host: &HostName) -> Result<(), StepError> {
+        let there = self.job.locate(host).await?;
+        if there.presence.is_active() {
+            return Err(lost(format!(
+                "the guest runs on {host}: it is not taken back"
+            )));
+        }
+        let undone = self.job.agents().rollback_rebuild(host, self.job.step());
+        all_clean(undone.await.map_err(agent_error)?)
+    }
+
+    // ---- start
+
+    async fn start(&self, data: &mut Data) -> Result<(), StepError> {
+        let host = data.chosen()?.host.clone();
+        // A conductor that died may have had it started: it is looked for first.
+        let there = self.look(&host).await?;
+        let answer = match there.is_active() {
+            true => Ok(()),
+            false => {
+                self.still_dead().await?;
+                let started = self.job.agents().rebuild(&host, self.job.step());
+                started.await.map(drop)
+            }
+        };
+        let began = Instant::now();
+        loop {
+            match (self.look(&host).await?, &answer) {
+                (Presence::Present(PowerState::Running), _) => break,
+                (there, _) if there.is_active() => {
+                    if began.elapsed() >= LOOK_FOR {
+                        let words = format!("it is on {host}, and does not run: {there:?}");
+                        data.warn(Self::name(Step::Start), vec![words]);
+                        break;
+                    }
+                }
+                (_, Err(e)) if matches!(e.class, ErrorClass::Refused | ErrorClass::Bug) => {
+                    return Err(failed(e.message.clone()));
+                }
+                (there, Ok(())) => {
+                    return Err(failed(format!(
+                        "it was started on {host}, and is off again: {there:?}"
+                    )));
+                }
+                (_, Err(e)) if began.elapsed() >= LOOK_FOR => return Err(lost(e.message.clone())),
+                (_, Err(_)) => {}
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        let off_since_ms = data.stopped_at_ms;
+        data.downtime_ms = off_since_ms.map(|at| self.now_ms().saturating_sub(at));
+        Ok(())
+    }
+
+    /// Where the guest is; not to be told is to have lost it.
+    async fn look(&self, host: &HostName) -> Result<Presence, StepError> {
+        let located = self.job.locate(host).await;
+        let located = located.map_err(|e| lost(format!("whether it runs on {host}: {e}")))?;
+        Ok(located.presence)
+    }
+
+    async fn still_dead(&self) -> Result<(), StepError> {
+        let host = self.job.source();
+        let dead = still_dead(&self.job.context, host, &self.wanted.proof).await;
+        match dead.map_err(|e| lost(e.to_string()))? {
+            (_, None) => Ok(()),
+            (_, Some(failure)) => Err(ended(EndReason::Refused {
+                checks: vec![failure],
+            })),
+        }
+    }
+
+    // ---- settle
+
+    async fn settle(&self, data: &mut Data) -> Result<(), StepError> {
+        let host = data.chosen()?.host.clone();
+        let m = &self.job.migration;
+        let generation = data.generation;
+        let store = self.job.store();
+        let rebuilt = store.rebuilt(m.uuid, m.instance_uuid, &host, generation, self.now_ms());
+        rebuilt.await.map_err(|e| store_error(&e))?;
+        let warnings = self.forget(&host).await?;
+        data.warn(Self::name(Step::Settle), warnings);
+        Ok(())
+    }
+
+    async fn forget(&self, host: &HostName) -> Result<Vec<String>, StepError> {
+        let cleaned = self.job.agents().post_rebuild(host, self.job.step()).await;
+        Ok(cleaned.map_err(agent_error)?.warnings)
+    }
+
+    /// Does again what was put off.
+    pub(super) async fn tidy_again(&self, step: &str, host: &HostName) -> Result<(), StepError> {
+        match step == Self::name(Step::Prepare) {
+            true => self.take_back(host).await,
+            false => self.forget(host).await.map(drop),
+        }
+    }
+}
+
+fn failed(message: String) -> StepError {
+    ended(EndReason::Failed { message })
+}

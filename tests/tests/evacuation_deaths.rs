@@ -1,0 +1,439 @@
+//! Evacuations in virtual time, with every process dying at every turn, and
+//! dead nodes that return. No guest may ever run twice; the fabric sees if one
+//! does, even for a moment.
+
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use drover_compute::hypervisor::fake::{Fabric, GuestBuilder, NodeSpec};
+use drover_conductor::operation::{
+    evacuation::{examine, inspect, prove},
+    fence::{Action, Fences},
+};
+use drover_model::{
+    api::conductor::{EvacuateNode, OperationAnswer, method},
+    check::{CheckCode, CheckFailure},
+    ids::{HostName, InstanceId, MigrationId, OperationId},
+    migration::{
+        Evacuation, Migration, MigrationStatus as S, Progress, ProofOfDeath, Requester, Way,
+    },
+    operation::{EvacuateOptions, FenceAnswer, MoveWay, OperationStatus},
+};
+use drover_tests::cloud::{Cloud, eventually};
+
+const IMAGES: &str = "/var/lib/libvirt/images";
+const GIB: u64 = 1 << 30;
+
+fn name(host: &str) -> HostName {
+    host.parse().expect("a host name")
+}
+
+/// A fence that cuts power in the fabric.
+fn fences(fabric: &Fabric) -> Fences {
+    let fabric = fabric.clone();
+    let is_off = AtomicBool::new(false);
+    Fences::from_fn(move |host, action| {
+        let agent = "fence_fabric".to_owned();
+        if action == Action::Off && !is_off.swap(true, Ordering::SeqCst) {
+            fabric.power_off(host.as_str());
+        }
+        match is_off.load(Ordering::SeqCst) {
+            true => FenceAnswer::Off { agent, at_ms: 1 },
+            false => FenceAnswer::On { agent },
+        }
+    })
+}
+
+/// Three nodes that share their images.
+async fn cloud(seed: u64) -> Cloud {
+    let mut cloud = Cloud::start(seed).await;
+    cloud.add_node("kvm3", NodeSpec::default()).await;
+    let nodes = ["kvm1", "kvm2", "kvm3"];
+    cloud.fabric.share_directory(IMAGES, &nodes, 1000 * GIB);
+    cloud
+}
+
+fn options(confirmed_off: bool) -> EvacuateOptions {
+    EvacuateOptions {
+        host: name("kvm1"),
+        to: Vec::new(),
+        only: Vec::new(),
+        max_parallel: None,
+        confirmed_off,
+        despite_many_lost: false,
+    }
+}
+
+async fn guest(cloud: &Cloud) -> InstanceId {
+    let disk = format!("{IMAGES}/web.qcow2");
+    let builder = GuestBuilder::new("web").memory_mib(1024).disk(&disk, 256);
+    let id = cloud.fabric.add_guest("kvm1", builder);
+    cloud.adopted(id).await;
+    eventually("its definition is kept", async || {
+        cloud.store.kept_definition(id).await.expect("readable")
+    })
+    .await;
+    id
+}
+
+/// The node loses its power, and its agent with it.
+fn dies(cloud: &mut Cloud, host: &str) {
+    cloud.fabric.power_off(host);
+    cloud.kill_agent(host);
+}
+
+async fn returns(cloud: &mut Cloud, host: &str) {
+    cloud.fabric.power_on(host);
+    cloud.start_agent(host).await;
+}
+
+/// An evacuation as an operation begins one, its node being proven dead now.
+async fn begin(cloud: &Cloud, id: InstanceId, to: &[&str]) -> Migration {
+    let row = cloud.store.find_instance(&id.to_string()).await;
+    let row = row.expect("on the record");
+    let node = cloud.store.node(&row.host).await.expect("on the record");
+    let at_ms = node.heard_at_ms + 60_000;
+    let m = Migration {
+        id: 0,
+        uuid: MigrationId::generate(),
+        instance_uuid: id,
+        instance_name: row.name,
+        project_id: row.project,
+        way: Way::Evacuation(Evacuation {
+            operation: OperationId::generate(),
+            proof: ProofOfDeath::Fence {
+                agent: "fence_fabric".into(),
+                at_ms,
+            },
+            to: to.iter().map(|host| name(host)).collect(),
+        }),
+        status: S::Accepted,
+        source_host: row.host,
+        dest_host: None,
+        dest_requested: false,
+        step: String::new(),
+        step_started_at_ms: at_ms,
+        attempt: 1,
+        owner: "nobody".into(),
+        requester: Requester::default(),
+        consent: None,
+        operation: None,
+        abort_requested: false,
+        force_complete_requested: false,
+        ending: None,
+        ending_attempt: 0,
+        end_reason: None,
+        warnings: Vec::new(),
+        decisions: Vec::new(),
+        timings: Vec::new(),
+        progress: Progress::default(),
+        downtime_ms: None,
+        created_at_ms: at_ms,
+        updated_at_ms: at_ms,
+        finished_at_ms: None,
+        deadline_at_ms: None,
+        version: 0,
+    };
+    // Its lease has run out: the next pass of the conductor takes it up.
+    cloud.store.admit(&m, None, 0).await.expect("writable");
+    cloud.store.migration(m.uuid).await.expect("on the record")
+}
+
+/// Silence until the node counts as down.
+async fn silence() {
+    tokio::time::sleep(Duration::from_secs(60)).await;
+}
+
+fn check(cloud: &Cloud, m: &Migration, host: Option<&str>) {
+    if let Err(found) = cloud.fabric.check_invariants() {
+        panic!("{found:?}\n{m:#?}");
+    }
+    let running = cloud.fabric.running_on(m.instance_uuid);
+    assert_eq!(running, host.map(name), "{m:#?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_starts_elsewhere_and_the_node_that_returns_gives_up_its_copy() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let m = begin(&cloud, id, &[]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    assert!(m.downtime_ms.is_some_and(|ms| ms >= 60_000), "{m:#?}");
+    let home = m.dest_host.clone().expect("it went somewhere");
+    check(&cloud, &m, Some(home.as_str()));
+    let row = cloud
+        .store
+        .find_instance(&id.to_string())
+        .await
+        .expect("there");
+    assert_eq!((&row.host, row.generation), (&home, 1));
+    // Its home does not answer: what it has is not known, and the copy stays.
+    cloud.kill_agent(home.as_str());
+    returns(&mut cloud, "kvm1").await;
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert!(
+        cloud.fabric.guest("kvm1", id).is_some(),
+        "unknown is not absent"
+    );
+    cloud.start_agent(home.as_str()).await;
+    eventually("the old copy is given up", async || {
+        cloud.fabric.guest("kvm1", id).is_none().then_some(())
+    })
+    .await;
+    eventually("that is known", async || {
+        let left = cloud
+            .store
+            .evacuated_from(&name("kvm1"))
+            .await
+            .expect("readable");
+        left.is_empty().then_some(())
+    })
+    .await;
+    check(&cloud, &m, Some(home.as_str()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_conductor_that_dies_at_any_moment_starts_it_once() {
+    for turn in 0.. {
+        let mut cloud = cloud(turn).await;
+        let id = guest(&cloud).await;
+        dies(&mut cloud, "kvm1");
+        silence().await;
+        let m = begin(&cloud, id, &["kvm2"]).await;
+        let reached = cloud.until_version(m.uuid, m.version + turn).await;
+        if reached.status.is_final() {
+            assert!(turn > 3, "no more than {turn} versions");
+            break;
+        }
+        cloud
+            .kill_and_start("conductor", Duration::from_secs(3))
+            .await;
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Completed, "turn {turn}: {m:#?}");
+        check(&cloud, &m, Some("kvm2"));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_dies_at_any_moment_starts_it_once() {
+    for turn in 0.. {
+        let mut cloud = cloud(turn).await;
+        let id = guest(&cloud).await;
+        dies(&mut cloud, "kvm1");
+        silence().await;
+        let m = begin(&cloud, id, &["kvm2"]).await;
+        let reached = cloud.until_version(m.uuid, m.version + turn).await;
+        if reached.status.is_final() {
+            break;
+        }
+        cloud.kill_and_start("kvm2", Duration::from_secs(3)).await;
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Completed, "turn {turn}: {m:#?}");
+        check(&cloud, &m, Some("kvm2"));
+    }
+}
+
+/// The new home dies for good at a moment of the evacuation: before it can have
+/// been asked to start the guest another takes its place; after that nobody
+/// decides on a guess, until it is back.
+#[tokio::test(start_paused = true)]
+async fn a_destination_that_dies_at_any_moment_costs_no_guest() {
+    let (mut others, mut waited) = (0, 0);
+    for turn in 0.. {
+        let mut cloud = cloud(turn).await;
+        let id = guest(&cloud).await;
+        dies(&mut cloud, "kvm1");
+        silence().await;
+        let m = begin(&cloud, id, &["kvm2"]).await;
+        let reached = cloud.until_version(m.uuid, m.version + turn).await;
+        if reached.status.is_final() {
+            break;
+        }
+        dies(&mut cloud, "kvm2");
+        let stands = |m: &Migration| m.status.is_final() || m.status == S::Stuck;
+        let m = cloud.until(m.uuid, "ended or stuck", stands).await;
+        match m.status {
+            // What was seen to run has moved; then its new home died.
+            S::Completed => check(&cloud, &m, None),
+            S::Stuck => {
+                waited += 1;
+                check(&cloud, &m, None);
+                returns(&mut cloud, "kvm2").await;
+                let m = cloud.end(m.uuid).await;
+                assert_eq!(m.status, S::Completed, "turn {turn}: {m:#?}");
+                check(&cloud, &m, Some("kvm2"));
+            }
+            _ => {
+                others += 1;
+                another_takes_its_place(&mut cloud, id).await;
+            }
+        }
+    }
+    assert!(
+        others > 0 && waited > 0,
+        "{others} went elsewhere, {waited} waited"
+    );
+}
+
+async fn another_takes_its_place(cloud: &mut Cloud, id: InstanceId) {
+    let m = begin(cloud, id, &["kvm3"]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    check(cloud, &m, Some("kvm3"));
+    returns(cloud, "kvm2").await;
+    let fabric = cloud.fabric.clone();
+    eventually("what was defined on the dead one is gone", async || {
+        fabric.guest("kvm2", id).is_none().then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    check(cloud, &m, Some("kvm3"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_returned_keeps_what_was_not_evacuated() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    returns(&mut cloud, "kvm1").await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let m = begin(&cloud, id, &[]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    let why = m.end_reason.as_ref().expect("a reason").to_string();
+    assert!(why.contains("host_alive"), "{why}");
+    check(&cloud, &m, None);
+    assert!(
+        cloud.fabric.guest("kvm1", id).is_some(),
+        "it is not taken away"
+    );
+    let row = cloud
+        .store
+        .find_instance(&id.to_string())
+        .await
+        .expect("there");
+    assert_eq!((row.host, row.generation), (name("kvm1"), 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_is_not_shared_is_not_rebuilt() {
+    let mut cloud = Cloud::start(1).await;
+    let id = guest(&cloud).await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let found = examine(&cloud.context(), &options(false)).await;
+    let found = found.expect("readable");
+    let stays = &found[&id].source[&MoveWay::Evacuate];
+    assert_eq!(codes(stays), [CheckCode::DiskNotShared], "{found:?}");
+    let m = begin(&cloud, id, &[]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    let why = m.end_reason.as_ref().expect("a reason").to_string();
+    assert!(why.contains("disk_not_shared"), "{why}");
+    check(&cloud, &m, None);
+    assert!(cloud.store.claims().await.expect("readable").is_empty());
+}
+
+fn codes(failures: &[CheckFailure]) -> Vec<CheckCode> {
+    failures.iter().map(|f| f.code).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_is_only_cut_off_is_fenced_or_left_alone() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let who = Requester::default();
+    let asked = inspect(&cloud.context(), &options(false), &who).await;
+    let (evidence, failures) = asked.expect("readable");
+    assert_eq!(evidence.queue_consumers, Ok(1));
+    let up = [CheckCode::HostUp, CheckCode::NotFenced];
+    assert_eq!(codes(&failures), up, "{evidence:#?}");
+    // Its agent is away; libvirtd and guest are well.
+    cloud.kill_agent("kvm1");
+    silence().await;
+    let asked = prove(&cloud.context(), &options(false), &who).await;
+    let (evidence, proof) = asked.expect("readable");
+    assert_eq!(evidence.reach.len(), 2);
+    assert!(
+        evidence.reach.iter().all(|r| r.libvirt.is_ok()),
+        "{evidence:#?}"
+    );
+    let refused = proof.expect_err("silence is no proof");
+    assert_eq!(codes(&refused), [CheckCode::NotFenced]);
+    let asked = prove(&cloud.context(), &options(true), &who).await;
+    let refused = asked.expect("readable").1.expect_err("it is alive");
+    assert_eq!(codes(&refused), [CheckCode::HostAlive]);
+    assert_eq!(cloud.fabric.running_on(id), Some(name("kvm1")));
+
+    cloud.fences = fences(&cloud.fabric);
+    cloud
+        .kill_and_start("conductor", Duration::from_secs(1))
+        .await;
+    let asked = inspect(&cloud.context(), &options(false), &who).await;
+    let (evidence, failures) = asked.expect("readable");
+    assert!(
+        matches!(evidence.fence, FenceAnswer::On { .. }),
+        "{evidence:#?}"
+    );
+    assert_eq!(codes(&failures), []);
+    assert_eq!(
+        cloud.fabric.running_on(id),
+        Some(name("kvm1")),
+        "to look does nothing"
+    );
+    for _ in 0..2 {
+        let asked = prove(&cloud.context(), &options(false), &who).await;
+        let (evidence, proof) = asked.expect("readable");
+        assert!(proof.is_ok(), "{proof:?} {evidence:#?}");
+    }
+    assert_eq!(cloud.fabric.running_on(id), None);
+    let found = examine(&cloud.context(), &options(false)).await;
+    let found = found.expect("readable");
+    assert!(
+        found[&id].source.is_empty() && found[&id].unfit.is_empty(),
+        "{found:?}"
+    );
+    let m = begin(&cloud, id, &[]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    check(&cloud, &m, m.dest_host.as_ref().map(HostName::as_str));
+}
+
+/// By an operation, as an operator asks for it: the fence puts a node off that is
+/// only cut off, and the guest starts elsewhere.
+#[tokio::test(start_paused = true)]
+async fn an_operation_fences_and_starts_everything_elsewhere() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    cloud.fences = fences(&cloud.fabric);
+    cloud
+        .kill_and_start("conductor", Duration::from_secs(1))
+        .await;
+    cloud.kill_agent("kvm1");
+    silence().await;
+    let ask = EvacuateNode {
+        options: options(false),
+        dry_run: false,
+    };
+    let begun = cloud.call::<_, OperationAnswer>(method::EVACUATE_NODE, &ask);
+    let OperationAnswer::Accepted { operation } = begun.await.expect("it is taken") else {
+        panic!("a plan was not asked for");
+    };
+    let store = cloud.store.clone();
+    let ended = eventually("the operation's end", async || {
+        let operation = store.operation(operation.uuid).await.expect("there");
+        operation.status.is_final().then_some(operation)
+    })
+    .await;
+    assert_eq!(ended.status, OperationStatus::Completed, "{ended:#?}");
+    let moved = store.migrations_of(ended.uuid).await.expect("readable");
+    let home = moved[0].dest_host.as_ref().map(HostName::as_str);
+    check(&cloud, &moved[0], home);
+    assert_eq!(moved[0].instance_uuid, id);
+}

@@ -2,6 +2,8 @@
 //! which limits, what a restore brings back, and that nothing that dies on the
 //! way makes anything happen twice.
 
+#![allow(clippy::unwrap_used)] // all of it is test
+
 use std::{collections::BTreeMap, time::Duration};
 
 use drover_compute::hypervisor::fake::{GuestBuilder, NodeSpec};

@@ -241,6 +241,7 @@ pub(crate) fn evidence() -> Evidence {
             reach("kvm2", Err("connection\x07 timed out".to_owned())),
             reach("kvm3", Ok(())),
         ],
+        agent: None,
         fence: FenceAnswer::NotConfigured,
         confirmed_by: None,
         nodes_expected: 3,

@@ -255,7 +255,7 @@ async fn a_conductor_killed_at_any_moment_of_a_drain_ends_it_the_same() {
     while killed_at(version).await.is_some() {
         version += 1;
     }
-    assert!(version > 5, "it was killed {version} times only");
+    assert!(version >= 5, "it was killed {version} times only");
 }
 
 #[tokio::test(start_paused = true)]

@@ -24,16 +24,17 @@ impl Steps {
     /// Refuses, for now, whatever may change a guest before the agent knows which
     /// of its guests live elsewhere (see [`crate::returning`]). Questions are free.
     pub(super) async fn may_serve(&self, method: &str) -> Result<(), Fault> {
-        let is_question = matches!(
+        let may_start_one = matches!(
             method,
-            method::GET_STATUS
-                | method::LOCATE
-                | method::GET_JOB
-                | method::GET_DEFINITION
-                | method::MEASURE_DIRTY_RATE
-                | method::PROBE_ADDRESS
+            method::LIVE_MIGRATION
+                | method::RESIZE_INSTANCE
+                | method::FINISH_RESIZE
+                | method::FINISH_REVERT_RESIZE
+                | method::TRANSFER_INSTANCE
+                | method::PREP_REBUILD
+                | method::REBUILD
         );
-        if is_question {
+        if !may_start_one {
             return Ok(());
         }
         let mut asked = self.node.has_asked.subscribe();

@@ -20,7 +20,7 @@
 //! lower generation must not run (invariant 1). Without that word it runs on:
 //! unknown is not absent (invariant 3).
 //!
-//! Until the first answer no step that may change a guest is served (`api`), and
+//! Until the first answer no step that may start a guest is served (`api`), and
 //! no guest is started at boot ([`crate::autostart`]).
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};

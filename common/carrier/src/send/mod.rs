@@ -30,7 +30,8 @@ use crate::{
 
 /// First pause before the connection is tried again. Each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-/// How long a destination that does not know us may have been restarted just now.
+/// How long a destination that answers, and does not know us, may have been
+/// restarted just now.
 const UNKNOWN: Duration = Duration::from_secs(3);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -214,18 +215,25 @@ fn look_through(sources: &[Source], control: &Control) -> Result<u64, SendError>
 /// Connects again and again, until all is done or there is no hope.
 fn persist(dial: &Dial) -> Result<(), SendError> {
     let mut welcome = false;
+    let mut unknown_since = None;
     let mut pause = FIRST_PAUSE;
     loop {
         let begun = Instant::now();
         let cause = match session::run(dial, &mut welcome) {
             Ok(()) => return Ok(()),
             Err(Cut::Fatal(error)) => return Err(error),
-            Err(Cut::Refused(reason)) if !welcome && dial.ledger.idle() > UNKNOWN => {
-                return Err(SendError::Refused(reason));
-            }
             // It was restarted and is not told yet; or it has forgotten us.
-            Err(Cut::Refused(reason)) => format!("the destination refused: {reason}"),
-            Err(Cut::Link(error)) => error.to_string(),
+            Err(Cut::Refused(reason)) => {
+                let since = *unknown_since.get_or_insert(begun);
+                if !welcome && since.elapsed() > UNKNOWN {
+                    return Err(SendError::Refused(reason));
+                }
+                format!("the destination refused: {reason}")
+            }
+            Err(Cut::Link(error)) => {
+                unknown_since = None;
+                error.to_string()
+            }
         };
         tracing::debug!(migration = %dial.spec.migration, cause, "the connection is lost");
         if dial.ledger.progressed() > begun {

@@ -21,8 +21,8 @@ use crate::{faults, migration::Command};
 const GATE_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Steps {
-    /// Refuses, for now, whatever may change a guest before the agent knows which
-    /// of its guests live elsewhere (see [`crate::returning`]). Questions are free.
+    /// Refuses, for now, whatever may start a guest before the agent knows which
+    /// of its guests live elsewhere (see [`crate::returning`]).
     pub(super) async fn may_serve(&self, method: &str) -> Result<(), Fault> {
         let may_start_one = matches!(
             method,

@@ -4,7 +4,7 @@
 use drover_compute::hypervisor::fake::GuestBuilder;
 use drover_model::{
     api::{
-        compute::{PrepResize, method},
+        compute::{StepRef, method},
         conductor::{Evacuated, EvacuatedAnswer},
     },
     guest::{PowerState, Presence},
@@ -130,12 +130,11 @@ async fn nothing_starts_and_no_step_is_served_before_the_conductor_answers() {
     return_of(&mut world).await;
     pause(60_000).await;
     assert_eq!(on_a(&world, id), OFF);
-    let step = PrepResize {
+    let step = StepRef {
         migration: MigrationId::generate(),
         instance: id,
-        files: Vec::new(),
     };
-    let refused = world.call::<()>(A, method::PREP_RESIZE, &step).await;
+    let refused = world.call::<()>(A, method::REBUILD, &step).await;
     let refused = refused.unwrap_err();
     assert!(refused.message.contains("evacuated"), "{refused}");
     *world.heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer::default());

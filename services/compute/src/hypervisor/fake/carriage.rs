@@ -53,16 +53,23 @@ pub(super) struct Course {
     connected: bool,
     /// The other side knew us once.
     welcome: bool,
+    /// Since when it answers that it does not.
+    unknown_since: Option<Instant>,
     /// Up to when bytes have moved.
     settled: Instant,
     /// When some arrived last.
     progressed: Instant,
 }
 
+/// As long as the real one believes in a restart.
+const UNKNOWN: Duration = Duration::from_secs(3);
+
 /// Why nothing moves.
 enum Obstacle {
     /// It may go away.
     Now(String),
+    /// The other side does not know us: it may have been restarted just now.
+    Unknown(String),
     /// It will not.
     Fatal(SendError),
 }
@@ -115,6 +122,7 @@ impl Course {
             begun: None,
             connected: false,
             welcome: false,
+            unknown_since: None,
             settled: now,
             progressed: now,
         })
@@ -130,7 +138,7 @@ impl Course {
         let cause = match self.go_on(world, now) {
             Ok(step) => return Ok(step),
             Err(Obstacle::Fatal(error)) => return Err(error),
-            Err(Obstacle::Now(cause)) => cause,
+            Err(Obstacle::Now(cause) | Obstacle::Unknown(cause)) => cause,
         };
         self.settled = now;
         let idle = now - self.progressed;
@@ -175,7 +183,17 @@ impl Course {
     ) -> Result<(HostName, Vec<Incoming>), Obstacle> {
         let found = self.look_for(world);
         match &found {
-            Err(_) => self.connected = false,
+            Err(Obstacle::Unknown(words)) => {
+                self.connected = false;
+                let since = *self.unknown_since.get_or_insert(now);
+                if !self.welcome && now - since > UNKNOWN {
+                    return Err(Obstacle::Fatal(failed(words.clone())));
+                }
+            }
+            Err(_) => {
+                self.connected = false;
+                self.unknown_since = None;
+            }
             Ok(_) if !self.connected => {
                 self.sent.reconnects += u64::from(self.welcome);
                 self.connected = true;
@@ -208,12 +226,8 @@ impl Course {
         match inbox.filter(|inbox| inbox.files.len() == self.cargo.len()) {
             Some(inbox) => Ok((to, inbox.files.clone())),
             None => {
-                let words = "the destination refused: it expects no such files".to_owned();
-                Err(match self.welcome {
-                    // It was restarted and is not told yet; or it has forgotten us.
-                    true => Obstacle::Now(words),
-                    false => Obstacle::Fatal(failed(words)),
-                })
+                let words = "the destination refused: it expects no such files";
+                Err(Obstacle::Unknown(words.to_owned()))
             }
         }
     }

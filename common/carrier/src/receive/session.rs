@@ -23,10 +23,11 @@ use crate::{
     sync::locked,
 };
 
-/// Bytes that have arrived and are not written yet.
-const ARRIVED: usize = 4 * CHUNK;
+/// Bytes that have arrived and are not written yet. More would not be in the
+/// processor's cache any more when their turn comes.
+const ARRIVED: usize = CHUNK;
 /// Bytes that were written and are not read back yet.
-const WRITTEN: usize = 4 * CHUNK;
+const WRITTEN: usize = CHUNK;
 /// How long a sender that was told to go may take to read why.
 const FAREWELL: Duration = Duration::from_secs(2);
 

@@ -1,5 +1,7 @@
-//! One connection: two threads once it is let in. One takes what the sender
-//! says, and says itself that it is alive; the other works on the files.
+//! One connection: three threads once it is let in. One takes what the sender
+//! says, and says itself that it is alive; one writes to the files; one reads
+//! back what was written, and answers. Finding memory for what is written can
+//! take longer than all the rest, which therefore goes on meanwhile.
 
 use std::{
     io::{self, ErrorKind},
@@ -11,7 +13,7 @@ use std::{
 
 use super::{
     registry::{Pass, Visit},
-    store::{Answer, Request, Store, Trouble},
+    store::{Answer, Proof, Request, Served, Store, Trouble},
 };
 use crate::{
     buffer::Pool,
@@ -21,8 +23,11 @@ use crate::{
     sync::locked,
 };
 
-/// Bytes that have arrived and are not written yet.
-const ARRIVED: usize = 4 * CHUNK;
+/// Bytes that have arrived and are not written yet. More would not be in the
+/// processor's cache any more when their turn comes.
+const ARRIVED: usize = CHUNK;
+/// Bytes that were written and are not read back yet.
+const WRITTEN: usize = CHUNK;
 /// How long a sender that was told to go may take to read why.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -72,7 +77,8 @@ fn try_receive(visit: &Visit) -> io::Result<()> {
     Session {
         pass: &pass,
         voice,
-        pipe: Pipe::new(ARRIVED),
+        arrived: Pipe::new(ARRIVED),
+        written: Pipe::new(WRITTEN),
         pool: Arc::default(),
     }
     .work(reader)
@@ -126,30 +132,41 @@ impl Voice<'_> {
 struct Session<'a> {
     pass: &'a Pass,
     voice: Voice<'a>,
-    pipe: Pipe<Vec<Request>>,
+    arrived: Pipe<Vec<Request>>,
+    written: Pipe<Vec<Result<Served, Trouble>>>,
     pool: Arc<Pool>,
 }
 
 impl Session<'_> {
     fn work(self, mut reader: Reader) -> io::Result<()> {
         thread::scope(|scope| {
-            let named = thread::Builder::new().name("carrier-write".to_owned());
-            let worker = named.spawn_scoped(scope, || {
-                let ended = self.serve();
-                self.pipe.abandon();
+            let named = |name: &str| thread::Builder::new().name(name.to_owned());
+            let prover = named("carrier-prove").spawn_scoped(scope, || {
+                let ended = self.prove();
+                self.abandon();
                 ended
             })?;
-            let taken = self.take(&mut reader);
+            let writer = named("carrier-write").spawn_scoped(scope, || self.serve());
+            let taken = match &writer {
+                Ok(_) => self.take(&mut reader),
+                Err(error) => Err(io::Error::new(error.kind(), "no thread to write")),
+            };
             // What has not been written yet would not be acknowledged either.
-            self.pipe.abandon();
-            let served = worker.join();
-            let served = served.unwrap_or_else(|_| Err(io::Error::other("a thread died")));
-            match (served, taken) {
+            self.abandon();
+            let died = || io::Error::other("a thread died");
+            let wrote = writer.map_or(Ok(()), |writer| writer.join().map_err(|_| died()));
+            let proved = prover.join().unwrap_or_else(|_| Err(died()));
+            match (wrote.and(proved), taken) {
                 (Err(error), _) => Err(error),
                 (Ok(()), Err(error)) if self.pass.is_over() || is_end(&error) => Ok(()),
                 (Ok(()), taken) => taken,
             }
         })
+    }
+
+    fn abandon(&self) {
+        self.arrived.abandon();
+        self.written.abandon();
     }
 
     /// Takes requests until the sender goes, or is told to.
@@ -191,7 +208,7 @@ impl Session<'_> {
     /// Waits for room. False: nobody takes it any more.
     fn push(&self, mut batch: Vec<Request>, bytes: usize, beat: &mut Instant) -> io::Result<bool> {
         loop {
-            match self.pipe.push(batch, bytes, TICK) {
+            match self.arrived.push(batch, bytes, TICK) {
                 Push::Done => return Ok(true),
                 Push::Closed => return Ok(false),
                 Push::Full(again) => batch = again,
@@ -212,22 +229,67 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Serves requests until there are no more. Answers to small ones go together.
-    fn serve(&self) -> io::Result<()> {
+    /// Serves requests until there are no more, or one that cannot be served.
+    fn serve(&self) {
         let mut store = Store::new(self.pass, Arc::clone(&self.pool));
-        let mut unsaid = Vec::new();
-        let mut said = Instant::now();
         while !self.pass.is_over() {
-            let batch = match self.pipe.pop(TICK) {
+            let batch = match self.arrived.pop(TICK) {
+                Pop::Item(batch) => batch,
+                Pop::Empty => continue,
+                Pop::Closed => return,
+            };
+            let mut served = Vec::new();
+            let mut passed_on = Instant::now();
+            for request in batch {
+                if self.pass.is_over() {
+                    return;
+                }
+                served.push(store.serve(&request));
+                if matches!(served.last(), Some(Err(_))) {
+                    break;
+                }
+                // They may be small and yet take long.
+                if passed_on.elapsed() > TICK {
+                    self.pass_on(std::mem::take(&mut served));
+                    passed_on = Instant::now();
+                }
+            }
+            let last = matches!(served.last(), Some(Err(_)));
+            self.pass_on(served);
+            if last {
+                return;
+            }
+        }
+    }
+
+    /// Waits for room. Nothing takes it when the session is over.
+    fn pass_on(&self, mut served: Vec<Result<Served, Trouble>>) {
+        let bytes = served.iter().flatten().map(Served::weight).sum();
+        while !self.pass.is_over() {
+            match self.written.push(served, bytes, TICK) {
+                Push::Full(again) => served = again,
+                Push::Done | Push::Closed => return,
+            }
+        }
+    }
+
+    /// Reads back and answers until there is nothing more. Answers to small
+    /// requests go together.
+    fn prove(&self) -> io::Result<()> {
+        let mut proof = Proof::new();
+        let mut unsaid = Vec::new();
+        while !self.pass.is_over() {
+            let batch = match self.written.pop(TICK) {
                 Pop::Item(batch) => batch,
                 Pop::Empty => continue,
                 Pop::Closed => break,
             };
-            for request in batch {
+            let mut said = Instant::now();
+            for served in batch {
                 if self.pass.is_over() {
                     break;
                 }
-                match store.serve(&request) {
+                match served.and_then(|served| proof.complete(served)) {
                     Ok(answer) => add(&mut unsaid, &answer),
                     Err(trouble) => {
                         self.voice.say(&unsaid)?;
@@ -243,7 +305,6 @@ impl Session<'_> {
             }
             self.voice.say(&unsaid)?;
             unsaid.clear();
-            said = Instant::now();
         }
         Ok(())
     }

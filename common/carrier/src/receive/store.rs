@@ -1,4 +1,6 @@
-//! Does to the files what the sender asks for, and says what they hold then.
+//! Does to the files what the sender asks for ([`Store`]), and looks what they
+//! hold then ([`Proof`]). The two are apart so that one piece can be read back
+//! while the next is written.
 
 use std::{io, os::unix::fs::FileExt, sync::Arc};
 
@@ -58,12 +60,36 @@ impl From<Malformed> for Trouble {
     }
 }
 
+/// What came of a request.
+pub(super) enum Served {
+    /// It is done.
+    Done(Answer),
+    /// The file has to be read before there is an answer.
+    Unproven(Unproven),
+}
+
+impl Served {
+    /// Bytes still to be read: what it counts for while it waits.
+    pub(super) fn weight(&self) -> usize {
+        match self {
+            Self::Done(_) => 0,
+            // It is at most a chunk.
+            Self::Unproven(Unproven { head, .. }) => usize::try_from(head.len).unwrap_or(CHUNK),
+        }
+    }
+}
+
+/// A range of a file of which the sender wants to know what is in it now.
+pub(super) struct Unproven {
+    target: Arc<Target>,
+    head: Head,
+}
+
 /// The files of one connection.
 pub(super) struct Store<'a> {
     pass: &'a Pass,
     pool: Arc<Pool>,
-    targets: Vec<Option<Target>>,
-    piece: Vec<u8>,
+    targets: Vec<Option<Arc<Target>>>,
 }
 
 impl<'a> Store<'a> {
@@ -74,48 +100,40 @@ impl<'a> Store<'a> {
             pass,
             pool,
             targets,
-            piece: vec![0; PIECE],
         }
     }
 
     /// Does it.
-    pub(super) fn serve(&mut self, request: &Request) -> Result<Answer, Trouble> {
-        let Head {
-            file, offset, len, ..
-        } = request.head;
-        let failed = |error| Trouble::Failed {
-            file,
-            offset,
-            error,
+    pub(super) fn serve(&mut self, request: &Request) -> Result<Served, Trouble> {
+        let head = &request.head;
+        let done = |kind| {
+            let head = Head::about(kind, head.file, head.offset, head.len);
+            Ok(Served::Done(Answer { head, hash: None }))
         };
-        let answer = |kind, hash: Option<Hash>| {
-            let body = hash.map_or(0, |_| size_of::<Hash>());
-            let head = Head::about(kind, file, offset, len).with_body(body);
-            Ok(Answer { head, hash })
-        };
-        match request.head.kind {
-            Kind::Open => self.open(file, len),
+        match head.kind {
+            Kind::Open => self.open(head.file, head.len).map(Served::Done),
             Kind::Data => {
                 let body = request.body.as_deref().unwrap_or_default();
-                let hash = self.write(&request.head, body)?;
-                answer(Kind::Hash, Some(hash))
+                self.write(head, body).map(Served::Unproven)
             }
             Kind::Check => {
-                self.target(&request.head, CHUNK as u64)?;
-                let hash = self.read_back(&request.head).map_err(failed)?;
-                answer(Kind::Hash, Some(hash))
+                let target = Arc::clone(self.target(head, CHUNK as u64)?);
+                Ok(Served::Unproven(Unproven {
+                    target,
+                    head: *head,
+                }))
             }
             Kind::Zero => {
-                self.zero(&request.head)?;
-                answer(Kind::Zeroed, None)
+                self.zero(head)?;
+                done(Kind::Zeroed)
             }
             Kind::Finish => {
-                let target = self.target(&request.head, u64::MAX)?;
-                if len != target.len {
+                let target = self.target(head, u64::MAX)?;
+                if head.len != target.len {
                     return Err(Malformed("finished a file of another length").into());
                 }
-                self.finish(file).map_err(failed)?;
-                answer(Kind::Finished, None)
+                target.finish().map_err(|error| failed(head, error))?;
+                done(Kind::Finished)
             }
             _ => Err(Malformed("asked for what only a receiver says").into()),
         }
@@ -145,7 +163,7 @@ impl<'a> Store<'a> {
         };
         let mut head = Head::about(Kind::Opened, file, 0, len);
         head.flags = self.flags(number, &target).map_err(failed)?;
-        self.targets[number] = Some(target);
+        self.targets[number] = Some(Arc::new(target));
         Ok(Answer { head, hash: None })
     }
 
@@ -161,7 +179,7 @@ impl<'a> Store<'a> {
     }
 
     /// The file, if it is open and has the range.
-    fn target(&self, head: &Head, most: u64) -> Result<&Target, Malformed> {
+    fn target(&self, head: &Head, most: u64) -> Result<&Arc<Target>, Malformed> {
         let target = self.targets.get(usize::from(head.file));
         let Some(Some(target)) = target else {
             return Err(Malformed("a file that is not open"));
@@ -173,31 +191,65 @@ impl<'a> Store<'a> {
         Ok(target)
     }
 
-    fn write(&mut self, head: &Head, body: &[u8]) -> Result<Hash, Trouble> {
-        if self.target(head, CHUNK as u64)?.compare {
+    fn write(&self, head: &Head, body: &[u8]) -> Result<Unproven, Trouble> {
+        let target = self.target(head, CHUNK as u64)?;
+        if target.compare {
             return Err(Malformed("wrote to what must not be written").into());
         }
-        self.write_down(head, body)
-            .and_then(|()| self.read_back(head))
-            .map_err(|error| Trouble::Failed {
-                file: head.file,
-                offset: head.offset,
-                error,
-            })
+        let written = target.file.write_all_at(body, head.offset);
+        written.map_err(|error| failed(head, error))?;
+        Ok(Unproven {
+            target: Arc::clone(target),
+            head: *head,
+        })
     }
 
-    fn write_down(&mut self, head: &Head, body: &[u8]) -> io::Result<()> {
-        let Some(Some(target)) = self.targets.get_mut(usize::from(head.file)) else {
-            return Err(io::Error::other("is not open"));
+    fn zero(&self, head: &Head) -> Result<(), Trouble> {
+        let target = self.target(head, u64::MAX)?;
+        let range = head.offset..head.offset + head.len;
+        let go_on = || !self.pass.is_over();
+        match target.make_zero(range, &self.pool, go_on) {
+            Ok(Zeroed::Yes) => Ok(()),
+            Ok(Zeroed::Interrupted) => Err(Trouble::Over),
+            Ok(Zeroed::Differs(offset)) => Err(Trouble::Differs {
+                file: head.file,
+                offset,
+            }),
+            Err(error) => Err(failed(head, error)),
+        }
+    }
+}
+
+/// Reads what was written.
+pub(super) struct Proof {
+    piece: Vec<u8>,
+}
+
+impl Proof {
+    pub(super) fn new() -> Self {
+        Self {
+            piece: vec![0; PIECE],
+        }
+    }
+
+    /// The answer to what was asked.
+    pub(super) fn complete(&mut self, served: Served) -> Result<Answer, Trouble> {
+        let Unproven { target, head } = match served {
+            Served::Done(answer) => return Ok(answer),
+            Served::Unproven(unproven) => unproven,
         };
-        target.file.write_all_at(body, head.offset)
+        let hash = self
+            .read_back(&target, &head)
+            .map_err(|error| failed(&head, error))?;
+        let head = Head::about(Kind::Hash, head.file, head.offset, head.len);
+        Ok(Answer {
+            head: head.with_body(size_of::<Hash>()),
+            hash: Some(hash),
+        })
     }
 
     /// What the file holds now, hashed.
-    fn read_back(&mut self, head: &Head) -> io::Result<Hash> {
-        let Some(Some(target)) = self.targets.get(usize::from(head.file)) else {
-            return Err(io::Error::other("is not open"));
-        };
+    fn read_back(&mut self, target: &Target, head: &Head) -> io::Result<Hash> {
         let mut hash = Xxh3::new();
         let (mut at, end) = (head.offset, head.offset + head.len);
         while at < end {
@@ -209,31 +261,12 @@ impl<'a> Store<'a> {
         }
         Ok(hash.digest128())
     }
+}
 
-    fn zero(&mut self, head: &Head) -> Result<(), Trouble> {
-        let target = self.target(head, u64::MAX)?;
-        let range = head.offset..head.offset + head.len;
-        let go_on = || !self.pass.is_over();
-        match target.make_zero(range, &self.pool, go_on) {
-            Ok(Zeroed::Yes) => Ok(()),
-            Ok(Zeroed::Interrupted) => Err(Trouble::Over),
-            Ok(Zeroed::Differs(offset)) => Err(Trouble::Differs {
-                file: head.file,
-                offset,
-            }),
-            Err(error) => Err(Trouble::Failed {
-                file: head.file,
-                offset: head.offset,
-                error,
-            }),
-        }
-    }
-
-    /// Its length is as it was.
-    fn finish(&self, file: u16) -> io::Result<()> {
-        match self.targets.get(usize::from(file)) {
-            Some(Some(target)) => target.finish(),
-            _ => Ok(()),
-        }
+fn failed(head: &Head, error: io::Error) -> Trouble {
+    Trouble::Failed {
+        file: head.file,
+        offset: head.offset,
+        error,
     }
 }

@@ -270,3 +270,32 @@ fn failed(head: &Head, error: io::Error) -> Trouble {
         error,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::hash;
+
+    /// The answer is about the file, not about what arrived for it.
+    #[test]
+    fn what_the_disk_made_of_it_is_what_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let len = 3 * PIECE + 5;
+        let target = disk::open_fresh(&dir.path().join("f"), len as u64).unwrap();
+        let target = Arc::new(target);
+        let mut bytes = vec![7; len];
+        target.file.write_all_at(&bytes, 0).unwrap();
+        let prove = || {
+            let head = Head::about(Kind::Data, 0, 0, len as u64).with_body(len);
+            let target = Arc::clone(&target);
+            let served = Served::Unproven(Unproven { target, head });
+            assert_eq!(served.weight(), len);
+            Proof::new().complete(served).ok().unwrap().hash.unwrap()
+        };
+        assert_eq!(prove(), hash(&bytes));
+        // A bit falls over after it was written and before it is looked at.
+        bytes[PIECE + 1] ^= 1;
+        target.file.write_all_at(&bytes, 0).unwrap();
+        assert_eq!(prove(), hash(&bytes));
+    }
+}

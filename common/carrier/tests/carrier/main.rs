@@ -3,6 +3,7 @@
 
 mod broken;
 mod control;
+mod order;
 mod rig;
 mod strangers;
 mod whole;

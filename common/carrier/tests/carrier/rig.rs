@@ -333,11 +333,14 @@ fn read_frame(stream: &mut TcpStream, hello: bool) -> Option<Vec<u8>> {
 pub(crate) const OPEN: u8 = 1;
 pub(crate) const DATA: u8 = 2;
 pub(crate) const CHECK: u8 = 3;
+pub(crate) const ZERO: u8 = 4;
 pub(crate) const WELCOME: u8 = 65;
 pub(crate) const REFUSED: u8 = 66;
 pub(crate) const OPENED: u8 = 67;
 pub(crate) const HASH: u8 = 68;
+pub(crate) const ZEROED: u8 = 69;
 pub(crate) const ALIVE: u8 = 71;
+pub(crate) const DIFFERS: u8 = 73;
 
 /// Whether these bytes are a frame of this kind. (A hello begins with a `D`.)
 pub(crate) fn is_kind(frame: &[u8], kind: u8) -> bool {

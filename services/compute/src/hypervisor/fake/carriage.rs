@@ -53,8 +53,8 @@ pub(super) struct Course {
     connected: bool,
     /// The other side knew us once.
     welcome: bool,
-    /// Since when it answers that it does not.
-    unknown_since: Option<Instant>,
+    /// When it was seen to be away last.
+    away_at: Option<Instant>,
     /// Up to when bytes have moved.
     settled: Instant,
     /// When some arrived last.
@@ -68,7 +68,7 @@ const UNKNOWN: Duration = Duration::from_secs(3);
 enum Obstacle {
     /// It may go away.
     Now(String),
-    /// The other side does not know us: it may have been restarted just now.
+    /// The other side does not know us: if it was away, it may have been restarted.
     Unknown(String),
     /// It will not.
     Fatal(SendError),
@@ -122,7 +122,7 @@ impl Course {
             begun: None,
             connected: false,
             welcome: false,
-            unknown_since: None,
+            away_at: None,
             settled: now,
             progressed: now,
         })
@@ -185,14 +185,14 @@ impl Course {
         match &found {
             Err(Obstacle::Unknown(words)) => {
                 self.connected = false;
-                let since = *self.unknown_since.get_or_insert(now);
-                if !self.welcome && now - since > UNKNOWN {
+                let restarted = self.away_at.is_some_and(|at| now - at <= UNKNOWN);
+                if !self.welcome && !restarted {
                     return Err(Obstacle::Fatal(failed(words.clone())));
                 }
             }
             Err(_) => {
                 self.connected = false;
-                self.unknown_since = None;
+                self.away_at = Some(now);
             }
             Ok(_) if !self.connected => {
                 self.sent.reconnects += u64::from(self.welcome);

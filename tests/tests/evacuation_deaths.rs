@@ -15,10 +15,8 @@ use drover_conductor::operation::{
 use drover_model::{
     api::conductor::{EvacuateNode, OperationAnswer, method},
     check::{CheckCode, CheckFailure},
-    ids::{HostName, InstanceId, MigrationId, OperationId},
-    migration::{
-        Evacuation, Migration, MigrationStatus as S, Progress, ProofOfDeath, Requester, Way,
-    },
+    ids::{HostName, InstanceId, OperationId},
+    migration::{Evacuation, Migration, MigrationStatus as S, ProofOfDeath, Requester, Way},
     operation::{EvacuateOptions, FenceAnswer, MoveWay, OperationStatus},
 };
 use drover_tests::cloud::{Cloud, eventually};
@@ -57,12 +55,8 @@ async fn cloud(seed: u64) -> Cloud {
 
 fn options(confirmed_off: bool) -> EvacuateOptions {
     EvacuateOptions {
-        host: name("kvm1"),
-        to: Vec::new(),
-        only: Vec::new(),
-        max_parallel: None,
         confirmed_off,
-        despite_many_lost: false,
+        ..EvacuateOptions::new(name("kvm1"))
     }
 }
 
@@ -95,46 +89,19 @@ async fn begin(cloud: &Cloud, id: InstanceId, to: &[&str]) -> Migration {
     let row = row.expect("on the record");
     let node = cloud.store.node(&row.host).await.expect("on the record");
     let at_ms = node.heard_at_ms + 60_000;
+    let way = Way::Evacuation(Evacuation {
+        operation: OperationId::generate(),
+        proof: ProofOfDeath::Fence {
+            agent: "fence_fabric".into(),
+            at_ms,
+        },
+        to: to.iter().map(|host| name(host)).collect(),
+    });
     let m = Migration {
-        id: 0,
-        uuid: MigrationId::generate(),
-        instance_uuid: id,
         instance_name: row.name,
         project_id: row.project,
-        way: Way::Evacuation(Evacuation {
-            operation: OperationId::generate(),
-            proof: ProofOfDeath::Fence {
-                agent: "fence_fabric".into(),
-                at_ms,
-            },
-            to: to.iter().map(|host| name(host)).collect(),
-        }),
-        status: S::Accepted,
-        source_host: row.host,
-        dest_host: None,
-        dest_requested: false,
-        step: String::new(),
-        step_started_at_ms: at_ms,
-        attempt: 1,
         owner: "nobody".into(),
-        requester: Requester::default(),
-        consent: None,
-        operation: None,
-        abort_requested: false,
-        force_complete_requested: false,
-        ending: None,
-        ending_attempt: 0,
-        end_reason: None,
-        warnings: Vec::new(),
-        decisions: Vec::new(),
-        timings: Vec::new(),
-        progress: Progress::default(),
-        downtime_ms: None,
-        created_at_ms: at_ms,
-        updated_at_ms: at_ms,
-        finished_at_ms: None,
-        deadline_at_ms: None,
-        version: 0,
+        ..Migration::new(id, row.host, way, at_ms)
     };
     // Its lease has run out: the next pass of the conductor takes it up.
     cloud.store.admit(&m, None, 0).await.expect("writable");
@@ -197,45 +164,39 @@ async fn a_guest_starts_elsewhere_and_the_node_that_returns_gives_up_its_copy() 
     check(&cloud, &m, Some(home.as_str()));
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_conductor_that_dies_at_any_moment_starts_it_once() {
-    for turn in 0.. {
-        let mut cloud = cloud(turn).await;
-        let id = guest(&cloud).await;
-        dies(&mut cloud, "kvm1");
-        silence().await;
-        let m = begin(&cloud, id, &["kvm2"]).await;
-        let reached = cloud.until_version(m.uuid, m.version + turn).await;
-        if reached.status.is_final() {
-            assert!(turn > 3, "no more than {turn} versions");
-            break;
-        }
-        cloud
-            .kill_and_start("conductor", Duration::from_secs(3))
-            .await;
+/// A guest's node has died, its evacuation was begun, and its record has come so
+/// many versions far; none if that is its end.
+async fn midway(turn: u64) -> Option<(Cloud, InstanceId, Migration)> {
+    let mut cloud = cloud(turn).await;
+    let id = guest(&cloud).await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let m = begin(&cloud, id, &["kvm2"]).await;
+    let reached = cloud.until_version(m.uuid, m.version + turn).await;
+    (!reached.status.is_final()).then_some((cloud, id, m))
+}
+
+/// Kills a process at every moment of an evacuation, and starts it again.
+async fn starts_it_once_whenever_dies(who: &str) {
+    let mut turn = 0;
+    while let Some((mut cloud, _, m)) = midway(turn).await {
+        cloud.kill_and_start(who, Duration::from_secs(3)).await;
         let m = cloud.end(m.uuid).await;
         assert_eq!(m.status, S::Completed, "turn {turn}: {m:#?}");
         check(&cloud, &m, Some("kvm2"));
+        turn += 1;
     }
+    assert!(turn > 3, "no more than {turn} versions");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_conductor_that_dies_at_any_moment_starts_it_once() {
+    starts_it_once_whenever_dies("conductor").await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_agent_that_dies_at_any_moment_starts_it_once() {
-    for turn in 0.. {
-        let mut cloud = cloud(turn).await;
-        let id = guest(&cloud).await;
-        dies(&mut cloud, "kvm1");
-        silence().await;
-        let m = begin(&cloud, id, &["kvm2"]).await;
-        let reached = cloud.until_version(m.uuid, m.version + turn).await;
-        if reached.status.is_final() {
-            break;
-        }
-        cloud.kill_and_start("kvm2", Duration::from_secs(3)).await;
-        let m = cloud.end(m.uuid).await;
-        assert_eq!(m.status, S::Completed, "turn {turn}: {m:#?}");
-        check(&cloud, &m, Some("kvm2"));
-    }
+    starts_it_once_whenever_dies("kvm2").await;
 }
 
 /// The new home dies for good at a moment of the evacuation: before it can have
@@ -244,16 +205,8 @@ async fn an_agent_that_dies_at_any_moment_starts_it_once() {
 #[tokio::test(start_paused = true)]
 async fn a_destination_that_dies_at_any_moment_costs_no_guest() {
     let (mut others, mut waited) = (0, 0);
-    for turn in 0.. {
-        let mut cloud = cloud(turn).await;
-        let id = guest(&cloud).await;
-        dies(&mut cloud, "kvm1");
-        silence().await;
-        let m = begin(&cloud, id, &["kvm2"]).await;
-        let reached = cloud.until_version(m.uuid, m.version + turn).await;
-        if reached.status.is_final() {
-            break;
-        }
+    let mut turn = 0;
+    while let Some((mut cloud, id, m)) = midway(turn).await {
         dies(&mut cloud, "kvm2");
         let stands = |m: &Migration| m.status.is_final() || m.status == S::Stuck;
         let m = cloud.until(m.uuid, "ended or stuck", stands).await;
@@ -273,6 +226,7 @@ async fn a_destination_that_dies_at_any_moment_costs_no_guest() {
                 another_takes_its_place(&mut cloud, id).await;
             }
         }
+        turn += 1;
     }
     assert!(
         others > 0 && waited > 0,

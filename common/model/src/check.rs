@@ -24,6 +24,12 @@ impl fmt::Display for CheckFailure {
     }
 }
 
+/// Failed checks as one line.
+pub fn texts(failures: &[CheckFailure]) -> String {
+    let texts: Vec<String> = failures.iter().map(ToString::to_string).collect();
+    texts.join("; ")
+}
+
 /// Where a failed check points.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -33,7 +33,7 @@ pub use options::{
 };
 
 use crate::{
-    check::CheckFailure,
+    check::{self, CheckFailure},
     ids::{HostName, InstanceId, MigrationId, OfferId, OperationId},
 };
 
@@ -379,10 +379,7 @@ pub enum EndReason {
 impl fmt::Display for EndReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused { checks } => {
-                let texts: Vec<String> = checks.iter().map(ToString::to_string).collect();
-                write!(f, "refused: {}", texts.join("; "))
-            }
+            Self::Refused { checks } => write!(f, "refused: {}", check::texts(checks)),
             Self::Failed { message } => f.write_str(message),
             Self::Aborted => f.write_str("aborted on request"),
             Self::Stalled { message } => write!(f, "gave up: {message}"),
@@ -502,6 +499,45 @@ pub struct IllegalTransition {
 }
 
 impl Migration {
+    /// One that was just accepted, with a new id; whose it is and where it leads
+    /// is the caller's to say.
+    pub fn new(instance: InstanceId, source: HostName, way: Way, now_ms: u64) -> Self {
+        Self {
+            id: 0,
+            uuid: MigrationId::generate(),
+            instance_uuid: instance,
+            instance_name: String::new(),
+            project_id: String::new(),
+            way,
+            status: MigrationStatus::Accepted,
+            source_host: source,
+            dest_host: None,
+            dest_requested: false,
+            step: String::new(),
+            step_started_at_ms: now_ms,
+            attempt: 1,
+            owner: String::new(),
+            requester: Requester::default(),
+            consent: None,
+            operation: None,
+            abort_requested: false,
+            force_complete_requested: false,
+            ending: None,
+            ending_attempt: 0,
+            end_reason: None,
+            warnings: Vec::new(),
+            decisions: Vec::new(),
+            timings: Vec::new(),
+            progress: Progress::default(),
+            downtime_ms: None,
+            created_at_ms: now_ms,
+            updated_at_ms: now_ms,
+            finished_at_ms: None,
+            deadline_at_ms: None,
+            version: 0,
+        }
+    }
+
     /// Goes on to a status, and says so if it cannot.
     ///
     /// # Errors

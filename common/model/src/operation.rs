@@ -193,6 +193,20 @@ pub struct EvacuateOptions {
     pub despite_many_lost: bool,
 }
 
+impl EvacuateOptions {
+    /// Evacuates a node, with nothing else said.
+    pub fn new(host: HostName) -> Self {
+        Self {
+            host,
+            to: Vec::new(),
+            only: Vec::new(),
+            max_parallel: None,
+            confirmed_off: false,
+            despite_many_lost: false,
+        }
+    }
+}
+
 /// How load is spread.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -620,6 +634,33 @@ pub struct Operation {
 }
 
 impl Operation {
+    /// One that was just accepted, with a new id.
+    pub fn new(task: Task, requester: Requester, owner: &str, now_ms: u64) -> Self {
+        Self {
+            id: 0,
+            uuid: OperationId::generate(),
+            task,
+            status: OperationStatus::Planning,
+            cancel_requested: false,
+            items: Vec::new(),
+            nodes: Vec::new(),
+            expected_ms: 0,
+            spread_percent: None,
+            evidence: None,
+            proof: None,
+            failure: None,
+            refusals: Vec::new(),
+            decisions: Vec::new(),
+            owner: owner.to_owned(),
+            attempt: 1,
+            requester,
+            created_at_ms: now_ms,
+            updated_at_ms: now_ms,
+            finished_at_ms: None,
+            version: 0,
+        }
+    }
+
     /// Guests by the word for where they stand.
     pub fn count(&self, state: &str) -> usize {
         let is = |item: &&Item| item.state.as_str() == state;
@@ -644,12 +685,10 @@ mod tests {
     fn a_record_reads_back() {
         let host: HostName = "kvm1".parse().unwrap();
         let options = DrainOptions::new(host.clone());
+        let task = Task::Drain(options);
         let operation = Operation {
             id: 1,
-            uuid: OperationId::generate(),
-            task: Task::Drain(options),
             status: OperationStatus::Running,
-            cancel_requested: false,
             items: vec![Item {
                 planned: PlannedMove {
                     instance: InstanceId(uuid::Uuid::nil()),
@@ -672,21 +711,8 @@ mod tests {
                 tried: Vec::new(),
                 state: ItemState::Waiting { why: "x".into() },
             }],
-            nodes: Vec::new(),
-            expected_ms: 0,
-            spread_percent: None,
-            evidence: None,
-            proof: None,
-            failure: None,
-            refusals: Vec::new(),
-            decisions: Vec::new(),
-            owner: "ctl".into(),
-            attempt: 1,
-            requester: Requester::default(),
-            created_at_ms: 0,
-            updated_at_ms: 0,
-            finished_at_ms: None,
             version: 1,
+            ..Operation::new(task, Requester::default(), "ctl", 0)
         };
         let text = serde_json::to_string(&operation).unwrap();
         let back: Operation = serde_json::from_str(&text).unwrap();

@@ -87,16 +87,10 @@ impl Store {
                 return Ok(Admitted::OfferTaken(Box::new(offer)));
             }
         }
-        if !new.status.is_final() {
-            let row = sqlx::query(
-                "SELECT version, record FROM migrations WHERE instance_uuid = $1 AND active = 1",
-            )
-            .bind(new.instance_uuid.to_string())
-            .fetch_optional(&mut *tx)
-            .await?;
-            if let Some(row) = row {
-                return Ok(Admitted::Busy(Box::new(record(&row)?)));
-            }
+        if !new.status.is_final()
+            && let Some(active) = active(&mut *tx, new.instance_uuid).await?
+        {
+            return Ok(Admitted::Busy(Box::new(active)));
         }
         let row = sqlx::query("SELECT COALESCE(MAX(id), 0) + 1 AS next FROM migrations")
             .fetch_one(&mut *tx)
@@ -108,18 +102,18 @@ impl Store {
         if let Some(offer) = accepted {
             offers::take(&mut tx, offer, migration.uuid).await?;
         }
-        if let Some(unique_id) = unique_id {
-            sqlx::query(
-                "INSERT INTO requests (unique_id, migration_uuid, at_ms) VALUES ($1, $2, $3)",
-            )
-            .bind(unique_id)
-            .bind(migration.uuid.to_string())
-            .bind(signed(migration.created_at_ms))
-            .execute(&mut *tx)
-            .await?;
-        }
+        let made = (migration.uuid.0, migration.created_at_ms);
+        remember_request(&mut tx, unique_id, made).await?;
         tx.commit().await?;
         Ok(Admitted::New(Box::new(migration)))
+    }
+
+    /// The unfinished migration of an instance, if there is one.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn active_migration(&self, instance: InstanceId) -> Result<Option<Migration>> {
+        self.steady(active(&self.pool, instance)).await
     }
 
     /// What a request with that unique id made, if it was carried out.
@@ -151,18 +145,7 @@ impl Store {
         .bind(pattern.unwrap_or_default());
         let rows = self.steady(query.fetch_all(&self.pool)).await?;
         let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
-        match found.as_slice() {
-            [] => Err(StoreError::NotFound(format!(
-                "migration '{}'",
-                shown(reference)
-            ))),
-            [m] => Ok(m.clone()),
-            [m, ..] if Some(m.id) == number => Ok(m.clone()),
-            _ => Err(StoreError::Ambiguous(format!(
-                "'{}' fits several migrations; give more of the UUID or the integer id",
-                shown(reference)
-            ))),
-        }
+        the_one("migration", reference, found, |m| m.id)
     }
 
     /// A migration by its id.
@@ -441,6 +424,60 @@ pub(crate) async fn write(
     match done.rows_affected() {
         1 => Ok(()),
         _ => Err(StoreError::Conflict(format!("migration {}", after.id))),
+    }
+}
+
+/// The unfinished migration of an instance.
+async fn active(
+    database: impl sqlx::Executor<'_, Database = Any>,
+    instance: InstanceId,
+) -> Result<Option<Migration>> {
+    let row = sqlx::query(
+        "SELECT version, record FROM migrations WHERE instance_uuid = $1 AND active = 1",
+    )
+    .bind(instance.to_string())
+    .fetch_optional(database)
+    .await?;
+    row.as_ref().map(record).transpose()
+}
+
+/// Notes what a request made (a migration or an operation), and when, to know it
+/// when it comes again.
+pub(crate) async fn remember_request(
+    tx: &mut Transaction<'static, Any>,
+    unique_id: Option<&str>,
+    (made, at_ms): (uuid::Uuid, u64),
+) -> Result<()> {
+    let Some(unique_id) = unique_id else {
+        return Ok(());
+    };
+    sqlx::query("INSERT INTO requests (unique_id, migration_uuid, at_ms) VALUES ($1, $2, $3)")
+        .bind(unique_id)
+        .bind(made.to_string())
+        .bind(signed(at_ms))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// The one record that an integer id, a UUID or a prefix of one names, of those
+/// that it fits, that of the integer id first.
+pub(crate) fn the_one<T>(
+    kind: &str,
+    reference: &str,
+    mut found: Vec<T>,
+    number_of: impl Fn(&T) -> i64,
+) -> Result<T> {
+    let number = reference.parse::<i64>().ok();
+    let shown = shown(reference);
+    match found.as_slice() {
+        [] => Err(StoreError::NotFound(format!("{kind} '{shown}'"))),
+        [first, others @ ..] if others.is_empty() || Some(number_of(first)) == number => {
+            Ok(found.swap_remove(0))
+        }
+        _ => Err(StoreError::Ambiguous(format!(
+            "'{shown}' fits several {kind}s; give more of the UUID or the integer id"
+        ))),
     }
 }
 

@@ -98,9 +98,18 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], or the database failed.
     pub async fn node(&self, host: &HostName) -> Result<NodeRow> {
+        let known = self.known_node(host).await?;
+        known.ok_or_else(|| StoreError::NotFound(format!("node {host}")))
+    }
+
+    /// One node, if it has ever reported.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn known_node(&self, host: &HostName) -> Result<Option<NodeRow>> {
         let query = sqlx::query("SELECT * FROM nodes WHERE host = $1").bind(host.as_str());
         let row = self.steady(query.fetch_optional(&self.pool)).await?;
-        node(&row.ok_or_else(|| StoreError::NotFound(format!("node {host}")))?)
+        row.as_ref().map(node).transpose()
     }
 
     /// Opens or closes a node for instances to come.

@@ -5,16 +5,14 @@
 
 use drover_model::{
     api::conductor::ListOperations,
-    ids::{MigrationId, OperationId},
+    ids::{HostName, MigrationId, OperationId},
     migration::Migration,
     operation::Operation,
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, corrupt, from_json,
-    instances::shown,
-    migrations,
+    Result, Store, StoreError, corrupt, from_json, migrations,
     outbox::{self, Notification},
     signed, to_json, unsigned,
 };
@@ -105,17 +103,11 @@ impl Store {
                 return Ok(Begun::Repeated(Box::new(record(&row)?)));
             }
         }
-        let subject = new.task.host().map_or(ALL_NODES, |host| host.as_str());
-        if !new.status.is_final() {
-            let row = sqlx::query(
-                "SELECT version, record FROM operations WHERE subject = $1 AND active = 1",
-            )
-            .bind(subject)
-            .fetch_optional(&mut *tx)
-            .await?;
-            if let Some(row) = row {
-                return Ok(Begun::Busy(Box::new(record(&row)?)));
-            }
+        let subject = subject(new.task.host());
+        if !new.status.is_final()
+            && let Some(active) = active(&mut *tx, subject).await?
+        {
+            return Ok(Begun::Busy(Box::new(active)));
         }
         let row = sqlx::query("SELECT COALESCE(MAX(id), 0) + 1 AS next FROM operations")
             .fetch_one(&mut *tx)
@@ -137,16 +129,8 @@ impl Store {
         .bind(to_json("an operation", &operation)?)
         .execute(&mut *tx)
         .await?;
-        if let Some(unique_id) = unique_id {
-            sqlx::query(
-                "INSERT INTO requests (unique_id, migration_uuid, at_ms) VALUES ($1, $2, $3)",
-            )
-            .bind(unique_id)
-            .bind(operation.uuid.to_string())
-            .bind(signed(operation.created_at_ms))
-            .execute(&mut *tx)
-            .await?;
-        }
+        let made = (operation.uuid.0, operation.created_at_ms);
+        migrations::remember_request(&mut tx, unique_id, made).await?;
         tx.commit().await?;
         Ok(Begun::New(Box::new(operation)))
     }
@@ -184,18 +168,15 @@ impl Store {
         .bind(migrations::uuid_pattern(reference).unwrap_or_default());
         let rows = self.steady(query.fetch_all(&self.pool)).await?;
         let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
-        match found.as_slice() {
-            [] => Err(StoreError::NotFound(format!(
-                "operation '{}'",
-                shown(reference)
-            ))),
-            [operation] => Ok(operation.clone()),
-            [operation, ..] if Some(operation.id) == number => Ok(operation.clone()),
-            _ => Err(StoreError::Ambiguous(format!(
-                "'{}' fits several operations; give more of the UUID or the integer id",
-                shown(reference)
-            ))),
-        }
+        migrations::the_one("operation", reference, found, |o| o.id)
+    }
+
+    /// The unfinished operation on a node, or of all of them.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn active_operation(&self, host: Option<&HostName>) -> Result<Option<Operation>> {
+        self.steady(active(&self.pool, subject(host))).await
     }
 
     /// Operations, newest first.
@@ -463,6 +444,22 @@ impl Store {
         self.steady(query.execute(&self.pool)).await?;
         Ok(())
     }
+}
+
+fn subject(host: Option<&HostName>) -> &str {
+    host.map_or(ALL_NODES, HostName::as_str)
+}
+
+async fn active(
+    database: impl sqlx::Executor<'_, Database = Any>,
+    subject: &str,
+) -> Result<Option<Operation>> {
+    let row =
+        sqlx::query("SELECT version, record FROM operations WHERE subject = $1 AND active = 1")
+            .bind(subject)
+            .fetch_optional(database)
+            .await?;
+    row.as_ref().map(record).transpose()
 }
 
 async fn write(

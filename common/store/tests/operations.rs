@@ -36,27 +36,8 @@ promises! {
 
 fn operation(n: u128, task: Task) -> Operation {
     Operation {
-        id: 0,
         uuid: OperationId(Uuid::from_u128(n << 96 | n)),
-        task,
-        status: OperationStatus::Planning,
-        cancel_requested: false,
-        items: Vec::new(),
-        nodes: Vec::new(),
-        expected_ms: 0,
-        spread_percent: None,
-        evidence: None,
-        proof: None,
-        failure: None,
-        refusals: Vec::new(),
-        decisions: Vec::new(),
-        owner: "ctl".into(),
-        attempt: 1,
-        requester: Requester::default(),
-        created_at_ms: 1,
-        updated_at_ms: 1,
-        finished_at_ms: None,
-        version: 0,
+        ..Operation::new(task, Requester::default(), "ctl", 1)
     }
 }
 

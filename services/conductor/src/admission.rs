@@ -9,13 +9,9 @@ use drover_model::{
     api::conductor::{Offer, Plan, PlannedDisk},
     check::{CheckCode, CheckFailure, Side},
     ids::{HostName, MigrationId, OperationId},
-    migration::{
-        Consent, EndReason, Migration, MigrationStatus, Progress, ProjectTransfer, Requester, Way,
-    },
+    migration::{Consent, EndReason, Migration, MigrationStatus, ProjectTransfer, Requester, Way},
 };
-use drover_store::{
-    Store, StoreError, instances::InstanceRow, migrations::Admitted, nodes::NodeRow,
-};
+use drover_store::{Store, instances::InstanceRow, migrations::Admitted};
 use tracing::info;
 
 use crate::{
@@ -109,7 +105,7 @@ impl Admission<'_> {
         let store = &self.context.store;
         let live = self.context.liveness();
         let instance = &wanted.instance;
-        let active = self.active(instance).await?;
+        let active = self.context.store.active_migration(instance.id).await?;
         let mut failures = checks::request(instance, &wanted.way, active.as_ref());
         if let Way::Transfer(transfer) = &wanted.way {
             failures.extend(self.survey(instance, transfer).record().await?);
@@ -117,7 +113,7 @@ impl Admission<'_> {
         }
         // The node of an evacuated guest is dead: the operation has the proof.
         if !matches!(wanted.way, Way::Evacuation(_)) {
-            let row = found(store.node(&instance.host).await)?;
+            let row = store.known_node(&instance.host).await?;
             failures.extend(checks::node(
                 &instance.host,
                 row.as_ref(),
@@ -127,15 +123,10 @@ impl Admission<'_> {
         }
         if let Some(host) = &wanted.host {
             failures.extend(checks::same_host(&instance.host, host));
-            let row = found(store.node(host).await)?;
+            let row = store.known_node(host).await?;
             failures.extend(checks::node(host, row.as_ref(), Side::Destination, live));
         }
         Ok(failures)
-    }
-
-    async fn active(&self, instance: &InstanceRow) -> drover_store::Result<Option<Migration>> {
-        let active = self.context.store.active_migrations().await?;
-        Ok(active.into_iter().find(|m| m.instance_uuid == instance.id))
     }
 
     /// Adds what the nodes have against it, keeps the refusal on record.
@@ -191,7 +182,7 @@ impl Admission<'_> {
             instance: &wanted.instance,
             way: &wanted.way,
         };
-        let active = self.active(&wanted.instance).await?;
+        let active = store.active_migration(wanted.instance.id).await?;
         let mut failures = checks::request(&wanted.instance, &wanted.way, active.as_ref());
         let (hosts, mut tried) = survey.candidates(wanted.host.as_ref()).await?;
         let mut chosen = None;
@@ -234,7 +225,7 @@ impl Admission<'_> {
         transfer: &ProjectTransfer,
     ) -> drover_store::Result<Plan> {
         let instance = &wanted.instance;
-        let active = self.active(instance).await?;
+        let active = self.context.store.active_migration(instance.id).await?;
         let mut failures = checks::request(instance, &wanted.way, active.as_ref());
         let examined = self.survey(instance, transfer).examine().await?;
         failures.extend(examined.failures);
@@ -336,46 +327,21 @@ fn carried(chosen: &Chosen) -> Vec<PlannedDisk> {
 }
 
 fn new_record(wanted: &Wanted, requester: Requester, owner: &str, now_ms: u64) -> Migration {
+    let instance = &wanted.instance;
     Migration {
-        id: 0,
-        uuid: MigrationId::generate(),
-        instance_uuid: wanted.instance.id,
-        instance_name: wanted.instance.name.clone(),
-        project_id: wanted.instance.project.clone(),
-        way: wanted.way.clone(),
-        status: MigrationStatus::Accepted,
-        source_host: wanted.instance.host.clone(),
+        instance_name: instance.name.clone(),
+        project_id: instance.project.clone(),
         dest_host: wanted.host.clone(),
         dest_requested: wanted.host.is_some(),
-        step: String::new(),
-        step_started_at_ms: now_ms,
-        attempt: 1,
         owner: owner.to_owned(),
         requester,
         consent: wanted.consent.clone(),
         operation: wanted.operation,
-        abort_requested: false,
-        force_complete_requested: false,
-        ending: None,
-        ending_attempt: 0,
-        end_reason: None,
-        warnings: Vec::new(),
-        decisions: Vec::new(),
-        timings: Vec::new(),
-        progress: Progress::default(),
-        downtime_ms: None,
-        created_at_ms: now_ms,
-        updated_at_ms: now_ms,
-        finished_at_ms: None,
-        deadline_at_ms: None,
-        version: 0,
-    }
-}
-
-fn found(node: drover_store::Result<NodeRow>) -> drover_store::Result<Option<NodeRow>> {
-    match node {
-        Ok(row) => Ok(Some(row)),
-        Err(StoreError::NotFound(_)) => Ok(None),
-        Err(error) => Err(error),
+        ..Migration::new(
+            instance.id,
+            instance.host.clone(),
+            wanted.way.clone(),
+            now_ms,
+        )
     }
 }

@@ -1,6 +1,8 @@
 //! The conductor's wall clock, handed in so that tests can run it in virtual time.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
 
 /// Tells the time. Cheap to clone.
 #[derive(Clone)]
@@ -26,5 +28,13 @@ impl Clock {
 impl fmt::Debug for Clock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Clock({} ms)", self.now_ms())
+    }
+}
+
+/// Waits for a while; says whether to go on: not once it is told to stop.
+pub async fn goes_on_after(pause: Duration, stop: &CancellationToken) -> bool {
+    tokio::select! {
+        () = stop.cancelled() => false,
+        () = tokio::time::sleep(pause) => true,
     }
 }

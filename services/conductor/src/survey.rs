@@ -89,7 +89,7 @@ impl Survey<'_> {
     /// Every check on the source alone; the node's and the guest's.
     pub async fn source(&self) -> drover_store::Result<(Option<SourceFacts>, Vec<CheckFailure>)> {
         let host = &self.instance.host;
-        let row = found(self.store.node(host).await)?;
+        let row = self.store.known_node(host).await?;
         let mut failures = checks::node(host, row.as_ref(), Side::Source, self.live);
         if !failures.is_empty() {
             return Ok((None, failures));
@@ -117,7 +117,7 @@ impl Survey<'_> {
     /// mend them.
     pub async fn examine(&self, host: &HostName) -> drover_store::Result<Examined> {
         let source_host = &self.instance.host;
-        let dest_row = found(self.store.node(host).await)?;
+        let dest_row = self.store.known_node(host).await?;
         let mut failures = checks::node(host, dest_row.as_ref(), Side::Destination, self.live);
         failures.extend(checks::same_host(source_host, host));
         let (facts, source_failures) = self.source().await?;
@@ -146,7 +146,7 @@ impl Survey<'_> {
     ) -> drover_store::Result<()> {
         let host = &dest.report.host;
         let source_host = &self.instance.host;
-        let Some(source_row) = found(self.store.node(source_host).await)? else {
+        let Some(source_row) = self.store.known_node(source_host).await? else {
             return Ok(());
         };
         let ask = CheckDestination {
@@ -324,12 +324,4 @@ fn dedup(failures: &mut Vec<CheckFailure>) {
 /// Whether a node of the record reports a hypervisor at all.
 pub fn hypervisor_is_up(node: &NodeRow) -> bool {
     matches!(node.report.hypervisor, HypervisorReport::Up { .. })
-}
-
-fn found(node: drover_store::Result<NodeRow>) -> drover_store::Result<Option<NodeRow>> {
-    match node {
-        Ok(row) => Ok(Some(row)),
-        Err(drover_store::StoreError::NotFound(_)) => Ok(None),
-        Err(error) => Err(error),
-    }
 }

@@ -3,7 +3,7 @@
 use drover_model::{
     guest::PowerState,
     ids::{HostName, InstanceId, MigrationId},
-    migration::{Migration, MigrationStatus, Progress, Requester, Way},
+    migration::{Migration, Way},
     node::{AllocationPolicy, Endpoint, HypervisorReport, InstanceReport, Inventory, NodeReport},
 };
 use drover_store::{Kind, Store};
@@ -119,38 +119,13 @@ pub(crate) fn report(name: &str, sequence: u64, instances: Vec<InstanceReport>) 
 }
 
 pub(crate) fn migration(n: u128, instance: u128) -> Migration {
+    let id = InstanceId(Uuid::from_u128(instance));
     Migration {
-        id: 0,
         uuid: MigrationId(Uuid::from_u128(n << 96 | n)),
-        instance_uuid: InstanceId(Uuid::from_u128(instance)),
         instance_name: format!("vm{instance}"),
         project_id: "demo".into(),
-        way: Way::default(),
-        status: MigrationStatus::Accepted,
-        source_host: host("kvm1"),
-        dest_host: None,
-        dest_requested: false,
-        step: String::new(),
         step_started_at_ms: 0,
-        attempt: 1,
         owner: "ctl".into(),
-        requester: Requester::default(),
-        consent: None,
-        operation: None,
-        abort_requested: false,
-        force_complete_requested: false,
-        ending: None,
-        ending_attempt: 0,
-        end_reason: None,
-        warnings: vec![],
-        decisions: vec![],
-        timings: vec![],
-        progress: Progress::default(),
-        downtime_ms: None,
-        created_at_ms: 1,
-        updated_at_ms: 1,
-        finished_at_ms: None,
-        deadline_at_ms: None,
-        version: 0,
+        ..Migration::new(id, host("kvm1"), Way::default(), 1)
     }
 }

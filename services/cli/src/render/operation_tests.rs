@@ -107,14 +107,7 @@ the drain of kvm1 would be accepted";
 
 #[test]
 fn a_plan_of_an_evacuation_begins_with_the_evidence() {
-    let task = Task::Evacuate(EvacuateOptions {
-        host: samples::host("kvm1"),
-        to: Vec::new(),
-        only: Vec::new(),
-        max_parallel: None,
-        confirmed_off: false,
-        despite_many_lost: false,
-    });
+    let task = Task::Evacuate(EvacuateOptions::new(samples::host("kvm1")));
     let mut plan = samples::operation_plan();
     plan.moves = vec![samples::planned(1, MoveWay::Evacuate, "kvm2")];
     plan.notes.clear();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use drover_model::{
     api::{
-        compute::{CheckDestination, CleanUp, DestinationFacts, PreLiveMigration, StepRef},
+        compute::{CheckDestination, CleanUp, DestinationFacts, Mark, PreLiveMigration, StepRef},
         fault::Fault,
     },
     guest::{Disk, DiskSource, Guest, PowerState, Presence},
@@ -34,19 +34,31 @@ impl Actor {
         step: CheckDestination,
     ) -> Result<DestinationFacts, Fault> {
         self.registry.make_way(self.step(step.guest.id)).await?;
-        let hypervisor = &self.node.hypervisor;
-        let question = DestinationQuestion {
-            guest: &step.guest,
-            marks: &step.marks,
-        };
-        let source = &step.source;
-        let paths = beside(&step.guest);
-        let (inventory, answer, files, reach_source, probe_port) = tokio::join!(
-            hypervisor.inventory(),
-            hypervisor.answer_destination(question),
-            hypervisor.file_facts(&paths),
+        let (hypervisor, source) = (&self.node.hypervisor, &step.source);
+        let (facts, reach_source, probe_port) = tokio::join!(
+            self.destination_facts(&step.guest, &step.marks),
             hypervisor.reach(&source.address, source.libvirt_port),
             hypervisor.open_probe_port(),
+        );
+        Ok(DestinationFacts {
+            reach_source,
+            probe_port,
+            ..facts?
+        })
+    }
+
+    /// What can be said of a guest that may come, roads apart: none was tried.
+    pub(super) async fn destination_facts(
+        &self,
+        guest: &Guest,
+        marks: &[Mark],
+    ) -> Result<DestinationFacts, Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let paths = beside(guest);
+        let (inventory, answer, files) = tokio::join!(
+            hypervisor.inventory(),
+            hypervisor.answer_destination(DestinationQuestion { guest, marks }),
+            hypervisor.file_facts(&paths),
         );
         let (inventory, answer) = (inventory.map_err(fault)?, answer.map_err(fault)?);
         Ok(DestinationFacts {
@@ -61,8 +73,8 @@ impl Actor {
             disks: answer.disks,
             files: files.map_err(fault)?,
             disk_port: hypervisor.disk_port(),
-            reach_source,
-            probe_port,
+            reach_source: Ok(()),
+            probe_port: Err("none was opened".to_owned()),
         })
     }
 

@@ -15,8 +15,7 @@
 use drover_model::{
     api::{
         compute::{
-            CheckEvacuation, CleanUp, DestinationFacts, EvacuationFacts, GuestLocation,
-            RebuildInstance, StepRef,
+            CheckEvacuation, CleanUp, EvacuationFacts, GuestLocation, RebuildInstance, StepRef,
         },
         fault::Fault,
     },
@@ -26,12 +25,11 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Stage},
-    destination::beside,
     registry::Finished,
 };
 use crate::{
     faults::hypervisor as fault,
-    hypervisor::{DestinationQuestion, StorageFact},
+    hypervisor::StorageFact,
     journal::{RebuildRecord, Record},
 };
 
@@ -42,44 +40,20 @@ impl Actor {
         step: CheckEvacuation,
     ) -> Result<EvacuationFacts, Fault> {
         self.registry.make_way(self.step(step.guest.id)).await?;
-        let hypervisor = &self.node.hypervisor;
-        let question = DestinationQuestion {
-            guest: &step.guest,
-            marks: &[],
-        };
-        let paths = beside(&step.guest);
-        let (inventory, answer, files, storage) = tokio::join!(
-            hypervisor.inventory(),
-            hypervisor.answer_destination(question),
-            hypervisor.file_facts(&paths),
-            hypervisor.storage_facts(&step.identities),
+        let (facts, storage) = tokio::join!(
+            // Nothing comes from a dead node, so no road is tried.
+            self.destination_facts(&step.guest, &[]),
+            self.node.hypervisor.storage_facts(&step.identities),
         );
-        let (inventory, mut answer) = (inventory.map_err(fault)?, answer.map_err(fault)?);
-        let storage = storage.map_err(fault)?;
-        for disk in &mut answer.disks {
+        let (mut destination, storage) = (facts?, storage.map_err(fault)?);
+        for disk in &mut destination.disks {
             let own = step.guest.disks.iter().find(|d| d.target == disk.target);
             let path = own.and_then(Disk::local_path);
             disk.shared = path.is_some_and(|path| is_same(&storage, path));
         }
         Ok(EvacuationFacts {
-            destination: DestinationFacts {
-                inventory: inventory.clone(),
-                emulator_present: answer.emulator_present,
-                machine_supported: answer.machine_supported,
-                virt_type_supported: answer.virt_type_supported,
-                cpu: answer.cpu,
-                networks: answer.networks,
-                same_uuid: answer.same_uuid,
-                same_name: answer.same_name,
-                disks: answer.disks,
-                files: files.map_err(fault)?,
-                disk_port: hypervisor.disk_port(),
-                // Nothing comes from a dead node, so no road is tried.
-                reach_source: Ok(()),
-                probe_port: Err("nothing is sent in an evacuation".to_owned()),
-            },
+            destination,
             foreign_files: foreign(&step, &storage),
-            inventory,
         })
     }
 

@@ -5,7 +5,6 @@ use drover_model::{
     api::{compute::StepRef, conductor::method},
     guest::Presence,
     ids::HostName,
-    operation::{EvacuateOptions, Task},
 };
 use drover_rpc::{RemoteFailure, Request};
 use drover_store::StoreError;
@@ -15,10 +14,8 @@ use tracing::info;
 
 use super::{
     Answer, DroverEndpoint,
-    failure::{operation_refused, store_failure, to_value},
-    migrate::requester,
+    failure::{store_failure, to_value},
 };
-use crate::operation::begin;
 
 /// New homes asked at once.
 const AT_ONCE: usize = 8;
@@ -105,23 +102,5 @@ impl DroverEndpoint {
         removed.map_err(|e| store_failure(&e))?;
         info!(host = %ask.host, migration = %ask.migration, "the old copy of an evacuated instance is gone");
         Ok(Value::Null)
-    }
-
-    /// Begins an evacuation that a frontend asks for.
-    pub(super) async fn begin_evacuation(
-        &self,
-        request: &Request,
-        options: EvacuateOptions,
-    ) -> Result<(), RemoteFailure> {
-        let task = Task::Evacuate(options);
-        let who = requester(request.context());
-        let begun = self.operations.begin(task, who, request.unique_id()).await;
-        match begun.map_err(|e| store_failure(&e))? {
-            begin::Answer::Accepted(_) => {
-                request.accept().await;
-                Ok(())
-            }
-            begin::Answer::Refused(checks) => Err(operation_refused("evacuate", &checks)),
-        }
     }
 }

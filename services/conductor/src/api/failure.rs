@@ -4,7 +4,7 @@
 
 use drover_model::{
     api::conductor::Offer,
-    check::{CheckCode, CheckFailure},
+    check::{self, CheckCode, CheckFailure},
     migration::Migration,
     operation::Operation,
 };
@@ -96,15 +96,7 @@ pub(crate) fn wrong_key(offer: &Offer, left: u32) -> RemoteFailure {
 
 /// Checks said no.
 pub(crate) fn refused(checks: &[CheckFailure], migration: Option<&Migration>) -> RemoteFailure {
-    let texts: Vec<String> = checks.iter().map(ToString::to_string).collect();
-    let reason = texts.join("; ");
-    let class = match checks {
-        [one] => class_of(one.code),
-        _ => "MigrationPreCheckError",
-    };
-    let failure = nova(class, format!("Migration pre-check error: {reason}"), 400)
-        .with_kwarg("reason", reason)
-        .with_kwarg("checks", serde_json::to_value(checks).unwrap_or_default());
+    let failure = refusal("Migration pre-check error", checks);
     match migration {
         Some(m) => failure.with_kwarg("migration_id", m.id),
         None => failure,
@@ -113,13 +105,16 @@ pub(crate) fn refused(checks: &[CheckFailure], migration: Option<&Migration>) ->
 
 /// Checks said no to an operation.
 pub(crate) fn operation_refused(kind: &str, checks: &[CheckFailure]) -> RemoteFailure {
-    let texts: Vec<String> = checks.iter().map(ToString::to_string).collect();
-    let reason = texts.join("; ");
+    refusal(&format!("The {kind} is refused"), checks)
+}
+
+fn refusal(what: &str, checks: &[CheckFailure]) -> RemoteFailure {
+    let reason = check::texts(checks);
     let class = match checks {
         [one] => class_of(one.code),
         _ => "MigrationPreCheckError",
     };
-    nova(class, format!("The {kind} is refused: {reason}"), 400)
+    nova(class, format!("{what}: {reason}"), 400)
         .with_kwarg("reason", reason)
         .with_kwarg("checks", serde_json::to_value(checks).unwrap_or_default())
 }

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use drover_model::{
     ids::{HostName, InstanceId},
     migration::{BlockMigration, ColdOptions, Flavor, LiveOptions, Way},
-    operation::EvacuateOptions,
+    operation::{EvacuateOptions, Task},
 };
 use drover_rpc::{Endpoint, RemoteFailure, Request};
 use drover_store::instances::InstanceRow;
@@ -183,15 +183,12 @@ impl ComputeTaskEndpoint {
         }
         let id = instance_id(&ask.instance)?;
         let instance = self.drover.instance(&id.to_string()).await?;
-        let options = EvacuateOptions {
-            host: instance.host,
+        let task = Task::Evacuate(EvacuateOptions {
             to: ask.host.into_iter().collect(),
             only: vec![id],
-            max_parallel: None,
-            confirmed_off: false,
-            despite_many_lost: false,
-        };
-        self.drover.begin_evacuation(request, options).await
+            ..EvacuateOptions::new(instance.host)
+        });
+        self.drover.begin_operation(request, task).await.map(drop)
     }
 }
 

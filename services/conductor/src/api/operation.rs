@@ -75,10 +75,10 @@ impl DroverEndpoint {
     }
 
     async fn operate(&self, request: &Request, task: Task, dry_run: bool) -> Answer {
-        let by = requester(request.context());
         if dry_run {
             // Many nodes are asked: no unacknowledged message is held meanwhile.
             request.accept().await;
+            let by = requester(request.context());
             let planned = self.operations.dry_run(&task, &by).await;
             let (planned, failures) = planned.map_err(|e| store_failure(&e))?;
             return to_value(&OperationAnswer::Plan {
@@ -87,12 +87,23 @@ impl DroverEndpoint {
                 evidence: planned.evidence.map(Box::new),
             });
         }
-        let kind = task.kind();
+        let operation = self.begin_operation(request, task).await?;
+        to_value(&OperationAnswer::Accepted { operation })
+    }
+
+    /// Puts an operation on the record and has it driven; acknowledges the
+    /// request then (invariant 5).
+    pub(super) async fn begin_operation(
+        &self,
+        request: &Request,
+        task: Task,
+    ) -> Result<Box<Operation>, RemoteFailure> {
+        let (kind, by) = (task.kind(), requester(request.context()));
         let begun = self.operations.begin(task, by, request.unique_id()).await;
         match begun.map_err(|e| store_failure(&e))? {
             begin::Answer::Accepted(operation) => {
                 request.accept().await;
-                to_value(&OperationAnswer::Accepted { operation })
+                Ok(operation)
             }
             begin::Answer::Refused(checks) => Err(failure::operation_refused(kind, &checks)),
         }

@@ -9,7 +9,7 @@ use drover_store::definitions::DefinitionRow;
 
 use super::{
     evacuation::{alone, definition, destination, evacuated_node},
-    tests::{codes, destination_facts, disk_fact, guest, host, inventory},
+    tests::{codes, destination_facts, disk_fact, guest, host},
     *,
 };
 use crate::tests_support::node_row;
@@ -40,7 +40,6 @@ fn facts() -> EvacuationFacts {
             ..destination_facts()
         },
         foreign_files: vec![],
-        inventory: inventory(),
     }
 }
 

@@ -15,12 +15,16 @@ use drover_model::{
     operation::{EvacuateOptions, Operation, Task},
 };
 use drover_store::{StoreError, nodes::NodeRow};
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{begin::Answer, evidence::count, runner::OperationRunner};
-use crate::checks::Liveness;
+use super::{
+    begin::Answer,
+    evidence::{count, too_many},
+    runner::OperationRunner,
+};
+use crate::{checks::Liveness, clock::goes_on_after};
 
 /// Time between two looks.
 const LOOK: Duration = Duration::from_secs(5);
@@ -66,7 +70,7 @@ fn due(seen: &Seen<'_>, settings: AutoEvacuate, live: Liveness) -> Vec<HostName>
         silent_ms >= live.down_after_ms.saturating_add(settings.delay_ms)
             && seen.worth.contains(host)
             && !tried
-            && !(lost > 1 && lost * 2 > expected)
+            && !too_many(lost, expected)
     });
     dead.map(|n| n.report.host.clone()).take(free).collect()
 }
@@ -85,11 +89,7 @@ pub async fn watch(operations: OperationRunner, stop: CancellationToken) {
             .down_after_ms
             .saturating_add(settings.delay_ms),
     );
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = sleep(LOOK) => {}
-        }
+    while goes_on_after(LOOK, &stop).await {
         if began.elapsed() < first {
             continue;
         }
@@ -132,14 +132,7 @@ async fn look(operations: &OperationRunner, settings: AutoEvacuate) -> Result<()
     };
     for host in due(&seen, settings, live) {
         info!(%host, "is down, and is evacuated without being asked");
-        let options = EvacuateOptions {
-            host,
-            to: Vec::new(),
-            only: Vec::new(),
-            max_parallel: None,
-            confirmed_off: false,
-            despite_many_lost: false,
-        };
+        let options = EvacuateOptions::new(host);
         let requester = Requester {
             user_id: Some("conductor".to_owned()),
             ..Requester::default()

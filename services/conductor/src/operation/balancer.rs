@@ -2,9 +2,9 @@
 //! balance of its own, or (in shadow) only tells what it would do.
 
 use drover_model::{
-    api::conductor::ListOperations,
+    check,
     migration::Requester,
-    operation::{BalanceOptions, Operation, OperationPlan, Task, Verdict},
+    operation::{BalanceOptions, OperationPlan, Task, Verdict},
 };
 use drover_rpc::{Notifier, Priority, RequestContext};
 use drover_store::StoreError;
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{begin::Answer, look, runner::OperationRunner};
-use crate::{config::BalanceMode, plan::Examinations};
+use crate::{clock::goes_on_after, config::BalanceMode, plan::Examinations};
 
 /// Switches it off for a while, and on again.
 pub const SWITCH: &str = "balance";
@@ -24,11 +24,7 @@ pub async fn keep(runner: OperationRunner, notifier: Notifier, stop: Cancellatio
     if settings.mode == BalanceMode::Off {
         return;
     }
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(settings.interval) => {}
-        }
+    while goes_on_after(settings.interval, &stop).await {
         match look_once(&runner, settings.mode).await {
             Ok(Some(plan)) => tell(&notifier, &plan).await,
             Ok(None) => {}
@@ -43,7 +39,8 @@ async fn look_once(
     mode: BalanceMode,
 ) -> Result<Option<OperationPlan>, StoreError> {
     let store = &runner.context.store;
-    if !store.is_switched_on(SWITCH).await? || under_way(runner).await? {
+    let under_way = store.active_operation(None).await?.is_some();
+    if under_way || !store.is_switched_on(SWITCH).await? {
         return Ok(None);
     }
     let task = Task::Balance(BalanceOptions {
@@ -59,20 +56,10 @@ async fn look_once(
     }
     let begun = runner.begin(task, Requester::default(), None).await?;
     if let Answer::Refused(failures) = begun {
-        let failures = super::record::texts(&failures);
+        let failures = check::texts(&failures);
         warn!(failures, "load is not balanced now");
     }
     Ok(None)
-}
-
-async fn under_way(runner: &OperationRunner) -> Result<bool, StoreError> {
-    let filter = ListOperations {
-        kind: Some("balance".to_owned()),
-        active: true,
-        ..ListOperations::default()
-    };
-    let active: Vec<Operation> = runner.context.store.operations(&filter).await?;
-    Ok(!active.is_empty())
 }
 
 async fn tell(notifier: &Notifier, plan: &OperationPlan) {

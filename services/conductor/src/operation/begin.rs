@@ -3,9 +3,9 @@
 
 use drover_model::{
     check::{CheckCode, CheckFailure, Side},
-    ids::{HostName, OperationId},
+    ids::HostName,
     migration::Requester,
-    operation::{Operation, OperationStatus, Returning, Task},
+    operation::{Operation, Returning, Task},
 };
 use drover_store::{Store, StoreError, nodes::NodeRow, operations::Begun};
 use tracing::info;
@@ -47,7 +47,7 @@ impl OperationRunner {
             return Ok(Answer::Refused(failures));
         }
         let now_ms = self.context.clock.now_ms();
-        let mut new = new_record(task, requester, self.moves.owner(), now_ms);
+        let mut new = Operation::new(task, requester, self.moves.owner(), now_ms);
         let text = format!("{} asked for", new.task.kind());
         record::decide(&mut new, now_ms, text);
         let store = &self.context.store;
@@ -83,13 +83,9 @@ impl OperationRunner {
     ) -> Result<(Planned, Vec<CheckFailure>), StoreError> {
         let mut failures = self.failures(task).await?;
         if failures.is_empty() {
-            let active = self
-                .context
-                .store
-                .operations(&active_on(task.host()))
-                .await?;
-            let other = active.iter().find(|o| o.task.host() == task.host());
-            failures.extend(other.filter(|o| o.task.kind() != task.kind()).map(busy));
+            let other = self.context.store.active_operation(task.host()).await?;
+            let other = other.filter(|o| o.task.kind() != task.kind());
+            failures.extend(other.as_ref().map(busy));
         } else {
             return Ok((Planned::default(), failures));
         }
@@ -108,14 +104,6 @@ impl OperationRunner {
     async fn failures(&self, task: &Task) -> Result<Vec<CheckFailure>, StoreError> {
         let nodes = self.context.store.nodes().await?;
         Ok(failures(task, &nodes, self.context.liveness()))
-    }
-}
-
-fn active_on(host: Option<&HostName>) -> drover_model::api::conductor::ListOperations {
-    drover_model::api::conductor::ListOperations {
-        host: host.cloned(),
-        active: true,
-        ..Default::default()
     }
 }
 
@@ -213,31 +201,5 @@ fn busy(other: &Operation) -> CheckFailure {
             "wait for it, or end it with 'drover operation cancel {}'",
             other.id
         ),
-    }
-}
-
-fn new_record(task: Task, requester: Requester, owner: &str, now_ms: u64) -> Operation {
-    Operation {
-        id: 0,
-        uuid: OperationId::generate(),
-        task,
-        status: OperationStatus::Planning,
-        cancel_requested: false,
-        items: Vec::new(),
-        nodes: Vec::new(),
-        expected_ms: 0,
-        spread_percent: None,
-        evidence: None,
-        proof: None,
-        failure: None,
-        refusals: Vec::new(),
-        decisions: Vec::new(),
-        owner: owner.to_owned(),
-        attempt: 1,
-        requester,
-        created_at_ms: now_ms,
-        updated_at_ms: now_ms,
-        finished_at_ms: None,
-        version: 0,
     }
 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use drover_model::{
-    check::CheckFailure,
+    check::{self, CheckFailure},
     ids::{HostName, InstanceId, MigrationId, OperationId},
     operation::{EvacuateOptions, MoveWay, Operation, OperationStatus, Task},
 };
@@ -16,17 +16,13 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{
-    evacuation, look,
-    record::{self, Note},
-    ways,
-};
+use super::{evacuation, look, record, ways};
 use crate::{
     admission::{Admission, Answer, Wanted},
     app::Context,
     plan::{
         Examinations,
-        schedule::{self, Act},
+        schedule::{self, Act, Note},
     },
     task::runner::Runner,
 };
@@ -232,7 +228,7 @@ impl Drive {
     async fn fail(&self, refusals: Vec<CheckFailure>) -> Result<()> {
         let now_ms = self.context.clock.now_ms();
         let change = |o: &mut Operation| {
-            o.failure = Some(record::texts(&refusals));
+            o.failure = Some(check::texts(&refusals));
             o.refusals.clone_from(&refusals);
             record::end(o, OperationStatus::Failed, now_ms);
             Some(vec![record::told_at_end(o)])
@@ -280,17 +276,7 @@ impl Drive {
                     to,
                     attempt,
                 } => starts.push((instance, way, to, attempt)),
-                Act::Note {
-                    instance,
-                    state,
-                    tried,
-                    verdict,
-                } => notes.push(Note {
-                    instance,
-                    state,
-                    tried,
-                    verdict,
-                }),
+                Act::Note(note) => notes.push(note),
                 Act::Abort(migration) => aborts.push(migration),
                 Act::End(status) => end = Some(status),
             }

@@ -11,7 +11,7 @@ use drover_model::{
     node::Endpoint,
     operation::{EvacuateOptions, Evidence, FenceAnswer, MoveWay, Reach},
 };
-use drover_store::{StoreError, instances::InstanceRow, nodes::NodeRow};
+use drover_store::{instances::InstanceRow, nodes::NodeRow};
 use futures_util::{FutureExt, StreamExt, future::join_all, stream};
 
 use super::evidence::{count, judge, verdict};
@@ -249,7 +249,7 @@ pub async fn examine_destination(
     (kept, source): (&KeptDefinition, &HostName),
     host: &HostName,
 ) -> drover_store::Result<(Option<NodeRow>, Vec<CheckFailure>)> {
-    let row = found(context.store.node(host).await)?;
+    let row = context.store.known_node(host).await?;
     let live = context.liveness();
     let mut failures = checks::node(host, row.as_ref(), Side::Destination, live);
     failures.extend(checks::same_host(source, host));
@@ -271,16 +271,8 @@ pub async fn still_dead(
     host: &HostName,
     proof: &ProofOfDeath,
 ) -> drover_store::Result<(Option<NodeRow>, Option<CheckFailure>)> {
-    let row = found(context.store.node(host).await)?;
+    let row = context.store.known_node(host).await?;
     let live = context.liveness();
     let failure = checks::evacuation::evacuated_node(host, row.as_ref(), proof, live);
     Ok((row, failure))
-}
-
-fn found(node: drover_store::Result<NodeRow>) -> drover_store::Result<Option<NodeRow>> {
-    match node {
-        Ok(row) => Ok(Some(row)),
-        Err(StoreError::NotFound(_)) => Ok(None),
-        Err(error) => Err(error),
-    }
 }

@@ -110,9 +110,15 @@ fn up(options: &EvacuateOptions, evidence: &Evidence) -> Option<CheckFailure> {
     })
 }
 
+/// Whether so many of the nodes that should be up are silent that the conductor
+/// may be the one that is cut off: more than half, and not one alone.
+pub fn too_many(silent: u32, expected: u32) -> bool {
+    silent > 1 && u64::from(silent) * 2 > u64::from(expected)
+}
+
 fn many_lost(options: &EvacuateOptions, evidence: &Evidence) -> Option<CheckFailure> {
     let (silent, expected) = (evidence.nodes_silent, evidence.nodes_expected);
-    let many = silent > 1 && u64::from(silent) * 2 > u64::from(expected);
+    let many = too_many(silent, expected);
     (many && !options.despite_many_lost).then(|| {
         fail(
             CheckCode::TooManyLost,

@@ -8,12 +8,9 @@ use crate::tests_support::node_row;
 
 fn options(confirmed_off: bool, despite_many_lost: bool) -> EvacuateOptions {
     EvacuateOptions {
-        host: "kvm1".parse().unwrap(),
-        to: Vec::new(),
-        only: Vec::new(),
-        max_parallel: None,
         confirmed_off,
         despite_many_lost,
+        ..EvacuateOptions::new("kvm1".parse().unwrap())
     }
 }
 

@@ -41,11 +41,9 @@ pub struct View {
 
 /// Whose eyes it is seen with.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Eyes<'a> {
+pub struct Eyes {
     /// Migrations of this operation keep no guest busy.
     pub own: Option<OperationId>,
-    /// This node is about to be opened.
-    pub opened: Option<&'a HostName>,
     /// Whether it matters when guests moved last.
     pub moves: bool,
 }
@@ -65,19 +63,15 @@ pub struct Planned {
 ///
 /// # Errors
 /// The record cannot be read.
-pub async fn view(context: &Context, eyes: Eyes<'_>) -> drover_store::Result<View> {
+pub async fn view(context: &Context, eyes: Eyes) -> drover_store::Result<View> {
     let store = &context.store;
     let rows = store.nodes().await?;
     let reports: Vec<_> = rows.iter().map(|row| &row.report).collect();
     let usages = store.usages(&reports).await?;
     let live = context.liveness();
     let nodes = rows.iter().zip(usages).map(|(row, usage)| {
-        let failures = checks::node(&row.report.host, Some(row), Side::Destination, live);
-        node_view(
-            row,
-            usage,
-            without_door(failures, eyes.opened, &row.report.host),
-        )
+        let closed = checks::node(&row.report.host, Some(row), Side::Destination, live);
+        node_view(row, usage, closed)
     });
     let nodes = nodes.collect();
     let mut about = About::read(context, &rows, eyes).await?;
@@ -127,11 +121,7 @@ struct About {
 }
 
 impl About {
-    async fn read(
-        context: &Context,
-        nodes: &[NodeRow],
-        eyes: Eyes<'_>,
-    ) -> drover_store::Result<Self> {
+    async fn read(context: &Context, nodes: &[NodeRow], eyes: Eyes) -> drover_store::Result<Self> {
         let mut wishes = HashMap::new();
         for node in nodes {
             if let HypervisorReport::Up { instances, .. } = &node.report.hypervisor {
@@ -198,16 +188,15 @@ pub async fn plan(
 ) -> drover_store::Result<Planned> {
     let eyes = Eyes {
         own,
-        opened: match task {
-            Task::Restore(options) => Some(&options.host),
-            _ => None,
-        },
         moves: matches!(task, Task::Balance(_)),
     };
     let looker = Looker {
         context,
         task,
-        opened: eyes.opened,
+        opened: match task {
+            Task::Restore(options) => Some(&options.host),
+            _ => None,
+        },
         view: view(context, eyes).await?,
     };
     let left = match task {
@@ -224,6 +213,7 @@ pub async fn plan(
 struct Looker<'a> {
     context: &'a Context,
     task: &'a Task,
+    /// This node is about to be opened.
     opened: Option<&'a HostName>,
     view: View,
 }

@@ -1,30 +1,18 @@
 //! What becomes of an operation's record, and what is told of it. Pure.
 
 use drover_model::{
+    check,
     ids::InstanceId,
     migration::{Decision, Migration},
-    operation::{
-        Item, ItemState, Operation, OperationPlan, OperationStatus, PlannedMove, Tried, Verdict,
-    },
+    operation::{Item, ItemState, Operation, OperationPlan, OperationStatus, PlannedMove, Verdict},
 };
 use drover_store::outbox::Notification;
 use serde_json::json;
 
+use crate::plan::schedule::Note;
+
 /// Decisions kept of one operation.
 const MAX_DECISIONS: usize = 200;
-
-/// A change of one guest of an operation.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Note {
-    /// Which.
-    pub instance: InstanceId,
-    /// Where it stands now.
-    pub state: ItemState,
-    /// What came to nothing meanwhile.
-    pub tried: Option<Tried>,
-    /// What is tried next, if that is another.
-    pub verdict: Option<Verdict>,
-}
 
 impl Note {
     /// It is on its way.
@@ -82,7 +70,7 @@ fn item(planned: &PlannedMove) -> Item {
             why: "the plan was just made".to_owned(),
         },
         Verdict::Stays { reasons, blocks } => ItemState::Stays {
-            reason: texts(reasons),
+            reason: check::texts(reasons),
             blocks: *blocks,
         },
     };
@@ -91,12 +79,6 @@ fn item(planned: &PlannedMove) -> Item {
         tried: Vec::new(),
         state,
     }
-}
-
-/// Failed checks as one line.
-pub fn texts(failures: &[drover_model::check::CheckFailure]) -> String {
-    let texts: Vec<String> = failures.iter().map(ToString::to_string).collect();
-    texts.join("; ")
 }
 
 fn summary(plan: &OperationPlan) -> String {

@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::drive::Drive;
-use crate::{app::Context, task::runner::Runner};
+use crate::{app::Context, clock::goes_on_after, task::runner::Runner};
 
 /// Time between two passes.
 const PASS: Duration = Duration::from_secs(5);
@@ -131,11 +131,7 @@ impl OperationRunner {
 
     /// The pass, until told to stop.
     pub async fn keep(&self, stop: CancellationToken) {
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(PASS) => {}
-            }
+        while goes_on_after(PASS, &stop).await {
             if let Err(error) = self.pass().await {
                 warn!(%error, "operations could not be looked after; tried again soon");
             }

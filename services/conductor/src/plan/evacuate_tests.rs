@@ -11,12 +11,9 @@ use crate::plan::Examination;
 
 fn options(only: Vec<InstanceId>, to: Vec<HostName>) -> EvacuateOptions {
     EvacuateOptions {
-        host: host("n0"),
         to,
         only,
-        max_parallel: None,
-        confirmed_off: false,
-        despite_many_lost: false,
+        ..EvacuateOptions::new(host("n0"))
     }
 }
 

@@ -45,6 +45,19 @@ pub struct Limits {
     pub per_operation: u32,
 }
 
+/// A change of one guest of an operation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Note {
+    /// Which.
+    pub instance: InstanceId,
+    /// Where it stands now.
+    pub state: ItemState,
+    /// What came to nothing meanwhile.
+    pub tried: Option<Tried>,
+    /// What is tried next, if that is another.
+    pub verdict: Option<Verdict>,
+}
+
 /// Something to do about an operation.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Act {
@@ -61,16 +74,7 @@ pub enum Act {
         attempt: usize,
     },
     /// Write down where a guest stands.
-    Note {
-        /// Which.
-        instance: InstanceId,
-        /// Where it stands now.
-        state: ItemState,
-        /// What came to nothing meanwhile.
-        tried: Option<Tried>,
-        /// What is tried next, if that is another.
-        verdict: Option<Verdict>,
-    },
+    Note(Note),
     /// Call a migration back.
     Abort(drover_model::ids::MigrationId),
     /// It is over.

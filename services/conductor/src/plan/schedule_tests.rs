@@ -43,25 +43,11 @@ fn operation(task: Task, plan: OperationPlan) -> Operation {
     Operation {
         id: 1,
         uuid: OperationId(Uuid::from_u128(1)),
-        task,
         status: OperationStatus::Running,
-        cancel_requested: false,
         items: plan.moves.into_iter().map(item).collect(),
         nodes: plan.nodes,
-        expected_ms: 0,
-        spread_percent: None,
-        evidence: None,
-        proof: None,
-        failure: None,
-        refusals: vec![],
-        decisions: vec![],
-        owner: "ctl".into(),
-        attempt: 1,
-        requester: Requester::default(),
-        created_at_ms: 0,
-        updated_at_ms: 0,
-        finished_at_ms: None,
         version: 1,
+        ..Operation::new(task, Requester::default(), "ctl", 0)
     }
 }
 
@@ -118,16 +104,11 @@ impl Stage {
                 to,
                 attempt,
             } => self.start(instance, way, to, attempt),
-            Act::Note {
-                instance,
-                state,
-                tried,
-                verdict,
-            } => {
-                let item = self.item(instance);
-                item.state = state;
-                item.tried.extend(tried);
-                if let Some(verdict) = verdict {
+            Act::Note(note) => {
+                let item = self.item(note.instance);
+                item.state = note.state;
+                item.tried.extend(note.tried);
+                if let Some(verdict) = note.verdict {
                     item.planned.verdict = verdict;
                 }
             }

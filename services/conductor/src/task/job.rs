@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use drover_model::{
     api::compute::{CleanUp, GuestLocation, Inbox, StepRef, TransferPlan},
-    check::CheckFailure,
+    check::{self, CheckFailure},
     error::ErrorClass,
     ids::HostName,
     migration::{EndReason, Migration},
@@ -201,8 +201,8 @@ impl Job {
             ));
         }
         for (host, failures) in tried {
-            let why: Vec<String> = failures.iter().map(ToString::to_string).collect();
-            texts.push(format!("passed over {host}: {}", why.join("; ")));
+            let why = check::texts(failures);
+            texts.push(format!("passed over {host}: {why}"));
         }
         texts
     }

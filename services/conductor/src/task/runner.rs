@@ -41,7 +41,7 @@ use super::{
     revert::Revert,
     transfer::Transfer,
 };
-use crate::{app::Context, survey::hypervisor_is_up};
+use crate::{app::Context, clock::goes_on_after, survey::hypervisor_is_up};
 
 /// Time between two passes.
 const PASS: Duration = Duration::from_secs(5);
@@ -323,11 +323,7 @@ impl Runner {
 
     /// The pass, until told to stop.
     pub async fn keep(&self, stop: CancellationToken) {
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(PASS) => {}
-            }
+        while goes_on_after(PASS, &stop).await {
             if let Err(error) = self.pass().await {
                 warn!(%error, "the record could not be looked after; tried again soon");
             }

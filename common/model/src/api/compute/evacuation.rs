@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use crate::{
     guest::Guest,
     ids::{InstanceId, MigrationId},
-    node::Inventory,
 };
 
 /// Names an instance of a node.
@@ -66,8 +65,6 @@ pub struct EvacuationFacts {
     /// Files other than disks (images under them, firmware variables) that are
     /// not the same here, in words: path and why.
     pub foreign_files: Vec<String>,
-    /// The node's hypervisor, asked now.
-    pub inventory: Inventory,
 }
 
 /// Define a guest of a dead node, and start it.

@@ -1,12 +1,12 @@
 //! What is decided about a guest of an operation, before it is said.
 
 use drover_model::{
-    check::CheckFailure,
+    check::{self, CheckFailure},
     ids::HostName,
     operation::{Item, ItemState, MoveWay, Tried, Verdict},
 };
 
-use super::Act;
+use super::{Act, Note};
 
 /// A guest of the operation while it is decided about.
 pub(super) struct Draft<'a> {
@@ -48,29 +48,31 @@ impl<'a> Draft<'a> {
     /// What is to be written down, if anything is.
     pub(super) fn note(&self) -> Option<Act> {
         let new = self.state != self.item.state || self.tried.is_some() || self.verdict.is_some();
-        new.then(|| Act::Note {
-            instance: self.item.planned.instance,
-            state: self.state.clone(),
-            tried: self.tried.clone(),
-            verdict: self.verdict.clone(),
+        new.then(|| {
+            Act::Note(Note {
+                instance: self.item.planned.instance,
+                state: self.state.clone(),
+                tried: self.tried.clone(),
+                verdict: self.verdict.clone(),
+            })
         })
     }
 }
 
 /// Nothing is left to try.
 pub(super) fn given_up(draft: &Draft<'_>, reasons: &[CheckFailure]) -> ItemState {
-    let found: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+    let found = check::texts(reasons);
     let last = draft.all_tried().last();
     match (last, found.is_empty()) {
         (None, _) => ItemState::Stays {
-            reason: found.join("; "),
+            reason: found,
             blocks: true,
         },
         (Some(tried), true) => ItemState::Failed {
             reason: tried.reason.clone(),
         },
         (Some(tried), false) => ItemState::Failed {
-            reason: format!("{}; then {}", tried.reason, found.join("; ")),
+            reason: format!("{}; then {found}", tried.reason),
         },
     }
 }

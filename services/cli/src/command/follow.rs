@@ -3,12 +3,13 @@
 //! well. A conductor that is away for a while ends nothing: the migration goes
 //! on without it, and so does the wait.
 
-use std::time::Duration;
-
 use drover_model::migration::{EndReason, Ending, Migration, MigrationStatus};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep};
 
-use super::Session;
+use super::{
+    Session,
+    waiting::{self, Halt, PAUSE, Silence, at},
+};
 use crate::{
     args::Change,
     client::Client,
@@ -20,11 +21,6 @@ use crate::{
         screen::{Manner, Screen},
     },
 };
-
-/// How long a conductor may be away before the wait is given up.
-const SILENCE: Duration = Duration::from_secs(180);
-/// Pause before asking again a conductor that did not answer.
-const PAUSE: Duration = Duration::from_millis(500);
 
 /// What the operator wants of the migration that is followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,13 +65,6 @@ impl Goal {
             Self::Reverted => m.status == MigrationStatus::Reverted,
         }
     }
-}
-
-/// Why following stopped.
-enum Halt {
-    Over,
-    Timeout,
-    Interrupt,
 }
 
 /// Goes on with what the conductor has accepted: follows it to its end, or just
@@ -142,13 +131,6 @@ fn is_over(m: &Migration) -> bool {
     m.status.rests() || m.status == MigrationStatus::Stuck
 }
 
-async fn at(deadline: Option<Instant>) {
-    match deadline {
-        Some(at) => sleep_until(at).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// The next record that differs from the one seen.
 async fn next(
     client: &Client,
@@ -156,7 +138,7 @@ async fn next(
     meter: &mut Meter,
     screen: &mut Screen,
 ) -> Result<Migration, Trouble> {
-    let mut silent_since = None;
+    let mut silence = Silence::default();
     loop {
         let asked = Instant::now();
         match client.wait_migration(seen).await {
@@ -165,23 +147,17 @@ async fn next(
             }
             // Asked to wait and answered at once with nothing new: not in a hurry.
             Ok(_) if asked.elapsed() < PAUSE => sleep(PAUSE).await,
-            Ok(_) => silent_since = None,
-            Err(trouble) if trouble.may_pass() => {
-                let since = *silent_since.get_or_insert_with(|| {
-                    meter.notice(screen, &waiting(&trouble, seen));
-                    asked
-                });
-                if since.elapsed() >= SILENCE {
-                    return Err(given_up(trouble, seen));
-                }
-                sleep(PAUSE).await;
+            Ok(_) => silence.is_over(),
+            Err(trouble) => {
+                let tell = |trouble: &Trouble| meter.notice(screen, &silent(trouble, seen));
+                let borne = silence.bear(trouble, asked, tell).await;
+                borne.map_err(|trouble| given_up(trouble, seen))?;
             }
-            Err(trouble) => return Err(given_up(trouble, seen)),
         }
     }
 }
 
-fn waiting(trouble: &Trouble, m: &Migration) -> String {
+fn silent(trouble: &Trouble, m: &Migration) -> String {
     format!(
         "drover: {}; the {} goes on without it, still asking",
         trouble.message,
@@ -190,15 +166,11 @@ fn waiting(trouble: &Trouble, m: &Migration) -> String {
 }
 
 fn given_up(trouble: Trouble, m: &Migration) -> Trouble {
-    let look = format!(
-        "when the conductor answers again: `drover migration watch {}`",
-        m.id
+    let (what, watch) = (
+        format!("migration {}", m.id),
+        format!("migration watch {}", m.id),
     );
-    let message = format!(
-        "{}; how migration {} ends is unknown here",
-        trouble.message, m.id
-    );
-    Trouble { message, ..trouble }.remedy(look)
+    waiting::given_up(trouble, &what, &watch)
 }
 
 fn goes_on(what: &str, m: &Migration) -> String {
@@ -241,14 +213,7 @@ fn conclude(
             session.screen.notice(&goes_on("not over in time", m));
             Ok(Exit::TimedOut)
         }
-        Halt::Interrupt => {
-            if session.screen.manner() == Manner::Terminal {
-                // The terminal has written ^C where the next line begins.
-                session.screen.raw(b"\r\x1b[2K")?;
-            }
-            session.screen.notice(&goes_on("interrupted", m));
-            Ok(Exit::Interrupted)
-        }
+        Halt::Interrupt => waiting::interrupted(&mut session.screen, &goes_on("interrupted", m)),
     }
 }
 

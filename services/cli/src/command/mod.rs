@@ -11,6 +11,7 @@ pub mod operation;
 pub mod project;
 pub mod settle;
 pub mod transfer;
+mod waiting;
 pub mod watch;
 
 use std::{

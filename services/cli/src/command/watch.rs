@@ -2,15 +2,16 @@
 //! poll, and a conductor that is away for a while ends nothing; only that an
 //! answer comes each second, for the sake of the migrations that are shown.
 
-use std::time::Duration;
-
 use drover_model::{
     api::conductor::OperationView,
     operation::{Operation, OperationStatus},
 };
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
-use super::Session;
+use super::{
+    Session,
+    waiting::{self, Halt, PAUSE, Silence, at},
+};
 use crate::{
     client::Client,
     exit::{Exit, Trouble},
@@ -19,11 +20,6 @@ use crate::{
         screen::{Manner, Screen},
     },
 };
-
-/// How long a conductor may be away before the wait is given up.
-const SILENCE: Duration = Duration::from_secs(180);
-/// Pause before asking again a conductor that did not answer, or had nothing new.
-const PAUSE: Duration = Duration::from_millis(500);
 
 /// What the operator wants of the operation that is followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,13 +40,6 @@ impl Goal {
             _ => Exit::Failed,
         }
     }
-}
-
-/// Why following stopped.
-enum Halt {
-    Over,
-    Timeout,
-    Interrupt,
 }
 
 /// Follows an operation and tells its end.
@@ -84,13 +73,6 @@ pub async fn run(
     conclude(session, &view, &board, &halt, goal)
 }
 
-async fn at(deadline: Option<Instant>) {
-    match deadline {
-        Some(at) => sleep_until(at).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// The next answer: a newer record, or the same with newer migrations. A record
 /// that is older than the one seen is not taken.
 async fn next(
@@ -99,7 +81,7 @@ async fn next(
     board: &mut Board,
     screen: &mut Screen,
 ) -> Result<OperationView, Trouble> {
-    let mut silent_since = None;
+    let mut silence = Silence::default();
     loop {
         let asked = Instant::now();
         let operation = &seen.operation;
@@ -107,42 +89,29 @@ async fn next(
             Ok(view) if view.operation.version > operation.version => return Ok(view),
             Ok(view) if view.operation.status.is_final() => return Ok(view),
             Ok(view) => {
-                silent_since = None;
+                silence.is_over();
                 // Answered at once: not in a hurry.
                 sleep_until(asked + PAUSE).await;
                 if view.operation.version == operation.version {
                     return Ok(view);
                 }
             }
-            Err(trouble) if trouble.may_pass() => {
-                let since = *silent_since.get_or_insert_with(|| {
-                    let noun = noun(&operation.task);
-                    let told = &trouble.message;
+            Err(trouble) => {
+                let tell = |trouble: &Trouble| {
+                    let (told, noun) = (&trouble.message, noun(&operation.task));
                     let words = format!("drover: {told}; {noun} goes on without it, still asking");
                     board.notice(screen, &words);
-                    asked
-                });
-                if since.elapsed() >= SILENCE {
-                    return Err(given_up(trouble, operation));
-                }
-                sleep(PAUSE).await;
+                };
+                let borne = silence.bear(trouble, asked, tell).await;
+                borne.map_err(|trouble| given_up(trouble, operation))?;
             }
-            Err(trouble) => return Err(given_up(trouble, operation)),
         }
     }
 }
 
 fn given_up(trouble: Trouble, o: &Operation) -> Trouble {
-    let look = format!(
-        "when the conductor answers again: `drover operation watch {}`",
-        o.id
-    );
-    let message = format!(
-        "{}; how {} ends is unknown here",
-        trouble.message,
-        noun(&o.task)
-    );
-    Trouble { message, ..trouble }.remedy(look)
+    let watch = format!("operation watch {}", o.id);
+    waiting::given_up(trouble, &noun(&o.task), &watch)
 }
 
 /// That it goes on without this command, and what can be done about it.
@@ -175,13 +144,6 @@ fn conclude(
             session.screen.notice(&goes_on("not over in time", o));
             Ok(Exit::TimedOut)
         }
-        Halt::Interrupt => {
-            if session.screen.manner() == Manner::Terminal {
-                // The terminal has written ^C where the next line begins.
-                session.screen.raw(b"\r\x1b[2K")?;
-            }
-            session.screen.notice(&goes_on("interrupted", o));
-            Ok(Exit::Interrupted)
-        }
+        Halt::Interrupt => waiting::interrupted(&mut session.screen, &goes_on("interrupted", o)),
     }
 }

@@ -26,7 +26,7 @@ pub(super) fn facts(pairs: Vec<(&str, String)>) -> String {
 }
 
 /// A heading with indented lines under it; nothing if there are none.
-pub(super) fn section(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
+pub(super) fn block(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
     let body: String = lines
         .into_iter()
         .map(|line| format!("\n  {line}"))
@@ -34,7 +34,15 @@ pub(super) fn section(heading: &str, lines: impl IntoIterator<Item = String>) ->
     if body.is_empty() {
         body
     } else {
-        format!("\n\n{heading}{body}")
+        format!("{heading}{body}")
+    }
+}
+
+/// The same, below something else.
+pub(super) fn section(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
+    match block(heading, lines) {
+        empty if empty.is_empty() => empty,
+        block => format!("\n\n{block}"),
     }
 }
 

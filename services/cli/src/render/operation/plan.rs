@@ -8,6 +8,7 @@ use drover_model::{
 use super::{evidence, noun};
 use crate::render::{
     clean,
+    describe::block,
     outcome::{failed, failures},
     table::{grid, nothing},
     units::{mib, number, span},
@@ -41,18 +42,6 @@ pub fn text(
     ];
     let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     parts.join("\n\n")
-}
-
-fn block(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
-    let body: String = lines
-        .into_iter()
-        .map(|line| format!("\n  {line}"))
-        .collect();
-    if body.is_empty() {
-        body
-    } else {
-        format!("{heading}{body}")
-    }
 }
 
 fn lines_of(table: &str) -> Vec<String> {

@@ -113,14 +113,7 @@ impl Conductor {
             limit: Some(1),
             ..ListMigrations::default()
         };
-        let options = CallOptions {
-            timeout: Some(ASK_TIMEOUT),
-            ..CallOptions::default()
-        };
-        let mut found: Vec<Migration> = self
-            .client
-            .call_with(&self.target, who, method::LIST_MIGRATIONS, &which, options)
-            .await?;
+        let mut found: Vec<Migration> = self.ask(method::LIST_MIGRATIONS, &which, who).await?;
         Ok(found.pop())
     }
 
@@ -130,7 +123,7 @@ impl Conductor {
         host: &HostName,
     ) -> Result<EvacuatedAnswer, RpcError> {
         let which = ListEvacuated { host: host.clone() };
-        match self.ask(method::LIST_EVACUATED, &which).await {
+        match self.ask(method::LIST_EVACUATED, &which, &service()).await {
             // An older conductor evacuates nobody.
             Err(error) if is_unknown_method(&error) => {
                 debug!("the conductor is too old to evacuate nodes");
@@ -150,23 +143,23 @@ impl Conductor {
             host: host.clone(),
             migration,
         };
-        self.ask(method::EVACUATED_REMOVED, &which).await
+        self.ask(method::EVACUATED_REMOVED, &which, &service())
+            .await
     }
 
     async fn ask<R: serde::de::DeserializeOwned>(
         &self,
         method: &str,
         args: &(impl serde::Serialize + Sync),
+        who: &RequestContext,
     ) -> Result<R, RpcError> {
         let options = CallOptions {
             timeout: Some(ASK_TIMEOUT),
             ..CallOptions::default()
         };
-        let who = service();
-        let called = self
-            .client
-            .call_with(&self.target, &who, method, args, options);
-        called.await
+        self.client
+            .call_with(&self.target, who, method, args, options)
+            .await
     }
 
     /// Passes on a frontend's wish to confirm or to revert, and the answer back.
@@ -183,14 +176,7 @@ impl Conductor {
         let which = MigrationRef {
             migration: migration.to_string(),
         };
-        let options = CallOptions {
-            timeout: Some(ASK_TIMEOUT),
-            ..CallOptions::default()
-        };
-        let _: Migration = self
-            .client
-            .call_with(&self.target, who, method, &which, options)
-            .await?;
+        let _: Migration = self.ask(method, &which, who).await?;
         Ok(())
     }
 

@@ -245,7 +245,6 @@ impl Drive {
     /// Does what may be done now; says whether there was anything.
     async fn step(&self, operation: &Operation) -> Result<bool> {
         let own = self.store().migrations_of(operation.uuid).await?;
-        let active = self.store().active_migrations().await?;
         let eyes = look::Eyes {
             own: Some(operation.uuid),
             ..look::Eyes::default()
@@ -256,7 +255,7 @@ impl Drive {
             operation,
             &view.world,
             &own,
-            &active,
+            &view.active,
             &self.examinations,
             costs,
         );

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use drover_model::{
     check::{CheckCode, CheckFailure, Side},
     ids::{HostName, InstanceId, MigrationId, OperationId},
-    migration::Way,
+    migration::{Migration, Way},
     node::{HypervisorReport, Wishes},
     operation::{Evidence, MoveMode, MoveWay, OperationPlan, Task, Verdict},
 };
@@ -36,6 +36,8 @@ const NEWEST_MOVES: u32 = 5000;
 pub struct View {
     /// As planners see it.
     pub world: World,
+    /// Every unfinished migration.
+    pub active: Vec<Migration>,
     rows: BTreeMap<InstanceId, InstanceRow>,
 }
 
@@ -74,7 +76,8 @@ pub async fn view(context: &Context, eyes: Eyes) -> drover_store::Result<View> {
         node_view(row, usage, closed)
     });
     let nodes = nodes.collect();
-    let mut about = About::read(context, &rows, eyes).await?;
+    let active = store.active_migrations().await?;
+    let mut about = About::read(context, &rows, &active, eyes).await?;
     let instances = store.instances(None, None).await?;
     let guests = instances.iter().map(|row| about.guest(row)).collect();
     let world = World {
@@ -83,7 +86,11 @@ pub async fn view(context: &Context, eyes: Eyes) -> drover_store::Result<View> {
         guests,
     };
     let rows = instances.into_iter().map(|row| (row.id, row)).collect();
-    Ok(View { world, rows })
+    Ok(View {
+        world,
+        active,
+        rows,
+    })
 }
 
 fn node_view(row: &NodeRow, usage: Usage, closed: Vec<CheckFailure>) -> NodeView {
@@ -121,7 +128,12 @@ struct About {
 }
 
 impl About {
-    async fn read(context: &Context, nodes: &[NodeRow], eyes: Eyes) -> drover_store::Result<Self> {
+    async fn read(
+        context: &Context,
+        nodes: &[NodeRow],
+        active: &[Migration],
+        eyes: Eyes,
+    ) -> drover_store::Result<Self> {
         let mut wishes = HashMap::new();
         for node in nodes {
             if let HypervisorReport::Up { instances, .. } = &node.report.hypervisor {
@@ -130,7 +142,7 @@ impl About {
             }
         }
         let mut busy = HashMap::new();
-        for m in context.store.active_migrations().await? {
+        for m in active {
             if eyes.own.is_none() || m.operation != eyes.own {
                 let kind = m.way.migration_type();
                 let words = format!("migration {} ({kind}) of it is {}", m.id, m.status);

@@ -68,7 +68,10 @@ impl DroverEndpoint {
                 let listed = self.context.store.operations(&request.args()?).await;
                 to_value(&listed.map_err(|e| store_failure(&e))?)
             }
-            method::CANCEL_OPERATION => to_value(&self.cancel_operation(&request.args()?).await?),
+            method::CANCEL_OPERATION => {
+                let operation = self.cancel_operation(&request.args()?).await?;
+                to_value(&self.operation_view(operation).await?)
+            }
             method::SET_AUTOMATION => to_value(&self.set_automation(&request.args()?).await?),
             _ => self.handle_projects(request).await,
         }

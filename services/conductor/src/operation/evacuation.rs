@@ -207,12 +207,12 @@ async fn examine_guest(
                 Ok(facts) => {
                     let failures = checks::evacuation::destination(&row.kept, &facts, host);
                     if !failures.is_empty() {
-                        examination.unfit.insert(host.clone(), failures);
+                        examination.refuse(MoveWay::Evacuate, host.clone(), failures);
                     }
                     answers.push(facts);
                 }
                 Err(failure) => {
-                    examination.unfit.insert(host.clone(), vec![failure]);
+                    examination.refuse(MoveWay::Evacuate, host.clone(), vec![failure]);
                 }
             }
         }

@@ -360,7 +360,7 @@ impl Looker<'_> {
             }
             if !destination.is_empty() {
                 refused = true;
-                examination.unfit.insert(host, destination);
+                examination.refuse(way, host, destination);
             }
         }
         Ok(refused)

@@ -211,6 +211,7 @@ impl<'a> Cluster<'a> {
         let examination = self.examinations.get(&guest.id);
         let wanted = Wanted {
             guest,
+            way: MoveWay::Live,
             to: &[],
             examination,
             except: &[],

@@ -182,3 +182,27 @@ proptest! {
         prop_assert_eq!(&plan, &super::plan(&turned(&world), &options, &examinations, Costs::default()));
     }
 }
+
+#[test]
+fn a_node_that_refuses_it_live_may_take_it_cold() {
+    let world = world(vec![node("n0"), node("n1")], vec![guest(1, "n0")]);
+    let no = vec![failure(CheckCode::DiskCache, Side::Instance)];
+    let mut examination = Examination::default();
+    examination.refuse(MoveWay::Live, host("n1"), no);
+    let examinations = Examinations::from([(id(1), examination)]);
+    let verdict = |mode| {
+        planned(&world, mode, &examinations).moves[0]
+            .verdict
+            .clone()
+    };
+    let stays = verdict(MoveMode::Live);
+    let Verdict::Stays { reasons, .. } = &stays else {
+        panic!("{stays:?}")
+    };
+    assert!(reasons.iter().any(|r| r.code == CheckCode::DiskCache));
+    let moves = verdict(MoveMode::Mixed);
+    assert!(
+        matches!(&moves, Verdict::Moves { way: MoveWay::Cold, to, .. } if *to == host("n1")),
+        "{moves:?}"
+    );
+}

@@ -104,8 +104,20 @@ pub struct Examination {
     /// What stands in the way at its source, by way; a way not named was not
     /// looked into and counts as possible.
     pub source: BTreeMap<MoveWay, Vec<CheckFailure>>,
-    /// Destinations that said no, and why.
-    pub unfit: BTreeMap<HostName, Vec<CheckFailure>>,
+    /// Destinations that said no to it, and why, by way.
+    pub unfit: BTreeMap<MoveWay, BTreeMap<HostName, Vec<CheckFailure>>>,
+}
+
+impl Examination {
+    /// What a destination has against a guest that comes in that way, if it said no.
+    pub fn refusal(&self, way: MoveWay, host: &HostName) -> Option<&Vec<CheckFailure>> {
+        self.unfit.get(&way)?.get(host)
+    }
+
+    /// A destination said no.
+    pub fn refuse(&mut self, way: MoveWay, host: HostName, why: Vec<CheckFailure>) {
+        self.unfit.entry(way).or_default().insert(host, why);
+    }
 }
 
 /// By guest.

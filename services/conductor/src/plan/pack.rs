@@ -13,6 +13,7 @@ use std::{
 use drover_model::{
     check::{CheckCode, CheckFailure, Side},
     ids::HostName,
+    operation::MoveWay,
 };
 use drover_store::claims::{Resources, Usage};
 
@@ -50,12 +51,20 @@ struct Room<'a> {
 pub struct Wanted<'a> {
     /// The guest.
     pub guest: &'a GuestView,
+    /// How it is to come.
+    pub way: MoveWay,
     /// Only to these nodes; to any if it is empty.
     pub to: &'a [HostName],
     /// What the nodes said.
     pub examination: Option<&'a Examination>,
     /// Not to these either.
     pub except: &'a [HostName],
+}
+
+impl Wanted<'_> {
+    fn refusal(&self, host: &HostName) -> Option<&Vec<CheckFailure>> {
+        self.examination?.refusal(self.way, host)
+    }
 }
 
 /// A place for a guest.
@@ -168,9 +177,7 @@ impl<'a> Ledger<'a> {
     pub fn fits(&self, wanted: &Wanted<'_>, host: &HostName) -> bool {
         self.rooms.get(host).is_some_and(|room| {
             may_go(wanted, host)
-                && wanted
-                    .examination
-                    .is_none_or(|e| !e.unfit.contains_key(host))
+                && wanted.refusal(host).is_none()
                 && room.usage.shortfalls(&needs(wanted.guest)).is_empty()
                 && self.same_group(wanted.guest, host).is_none()
                 && room.closed().next().is_none()
@@ -193,8 +200,7 @@ impl<'a> Ledger<'a> {
             host,
         ));
         failures.extend(self.same_group(wanted.guest, host).map(|g| apart(g, host)));
-        let unfit = wanted.examination.and_then(|e| e.unfit.get(host));
-        failures.extend(unfit.into_iter().flatten().cloned());
+        failures.extend(wanted.refusal(host).into_iter().flatten().cloned());
         failures
     }
 

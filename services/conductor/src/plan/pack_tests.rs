@@ -5,6 +5,7 @@ use super::{super::samples::*, *};
 fn wanted(guest: &GuestView) -> Wanted<'_> {
     Wanted {
         guest,
+        way: MoveWay::Live,
         to: &[],
         examination: None,
         except: &[],

@@ -91,10 +91,17 @@ pub(super) fn world(nodes: Vec<NodeView>, guests: Vec<GuestView>) -> World {
     world
 }
 
+const WAYS: [super::MoveWay; 3] = [
+    super::MoveWay::Live,
+    super::MoveWay::Cold,
+    super::MoveWay::Evacuate,
+];
+
 pub(super) fn unfit(n: usize, on: &[&str]) -> Examinations {
     let no = |name: &&str| (host(name), vec![failure(CheckCode::Cpu, Side::Destination)]);
+    let all: BTreeMap<_, _> = on.iter().map(no).collect();
     let examination = Examination {
-        unfit: on.iter().map(no).collect(),
+        unfit: WAYS.map(|way| (way, all.clone())).into(),
         ..Examination::default()
     };
     BTreeMap::from([(id(n), examination)])
@@ -153,14 +160,14 @@ pub(super) fn check(world: &World, plan: &OperationPlan, examinations: &Examinat
     let mut usage: BTreeMap<_, _> = world.nodes.iter().map(|n| (&n.host, n.usage)).collect();
     let mut seen = BTreeSet::new();
     for planned in plan.moving() {
-        let Verdict::Moves { to, .. } = &planned.verdict else {
+        let Verdict::Moves { to, way, .. } = &planned.verdict else {
             continue;
         };
         assert!(seen.insert(planned.instance), "a guest moves twice");
         assert_ne!(*to, planned.source);
         assert!(nodes[to].closed.is_empty(), "{to} is closed");
-        let unfit = examinations.get(&planned.instance).map(|e| &e.unfit);
-        assert!(unfit.is_none_or(|unfit| !unfit.contains_key(to)));
+        let examination = examinations.get(&planned.instance);
+        assert!(examination.is_none_or(|e| e.refusal(*way, to).is_none()));
         let guest = guests[&planned.instance];
         if guest.runs {
             let used = usage.get_mut(to).unwrap();
@@ -256,7 +263,9 @@ prop_compose! {
             }
             for node in unfit {
                 let why = vec![failure(CheckCode::Cpu, Side::Destination)];
-                examination.unfit.insert(host(&format!("n{node}")), why);
+                for way in WAYS {
+                    examination.refuse(way, host(&format!("n{node}")), why.clone());
+                }
             }
             examinations.insert(guest.id, examination);
             views.push(guest);

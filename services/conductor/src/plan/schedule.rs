@@ -281,6 +281,7 @@ impl<'a> Round<'a> {
         let to = self.allowed(draft);
         let place = self.ledger.choose(&Wanted {
             guest,
+            way,
             to: &to,
             examination,
             except: &except,
@@ -358,6 +359,7 @@ impl<'a> Round<'a> {
         }
         let wanted = Wanted {
             guest,
+            way,
             to: &[],
             examination: self.examinations.get(&guest.id),
             except: &[],

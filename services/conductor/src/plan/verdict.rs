@@ -65,39 +65,39 @@ pub fn of<'a>(
     if let Some(what) = &guest.busy {
         return stays(vec![busy(what)]);
     }
-    let wanted = Wanted {
-        guest,
-        to: rules.to,
-        examination,
-        except: &[],
-    };
     let hindered = |way: MoveWay| examination.and_then(|e| e.source.get(&way));
     let mut reasons: Vec<CheckFailure> = Vec::new();
     for way in ways {
         let failures = hindered(*way).map_or(&[][..], Vec::as_slice);
         if !failures.is_empty() {
-            reasons.extend(
-                failures
-                    .iter()
-                    .filter(|f| !reasons.contains(f))
-                    .cloned()
-                    .collect::<Vec<_>>(),
-            );
+            add_new(&mut reasons, failures);
             continue;
         }
-        return match ledger.choose(&wanted) {
+        let wanted = Wanted {
+            guest,
+            way: *way,
+            to: rules.to,
+            examination,
+            except: &[],
+        };
+        match ledger.choose(&wanted) {
             Ok(place) => {
                 ledger.take(guest, &place.host);
-                moves(guest, *way, place, reasons.first(), rules.costs)
+                return moves(guest, *way, place, reasons.first(), rules.costs);
             }
-            // Room does not depend on the way: another would find none either.
-            Err(nowhere) => {
-                reasons.extend(nowhere);
-                stays(reasons)
-            }
-        };
+            Err(nowhere) => add_new(&mut reasons, &nowhere),
+        }
     }
     stays(reasons)
+}
+
+/// What was not said before.
+fn add_new(reasons: &mut Vec<CheckFailure>, failures: &[CheckFailure]) {
+    for failure in failures {
+        if !reasons.contains(failure) {
+            reasons.push(failure.clone());
+        }
+    }
 }
 
 fn stays(reasons: Vec<CheckFailure>) -> Verdict {

@@ -193,14 +193,26 @@ async fn a_drain_asked_for_again_is_the_same_and_a_drained_node_has_nothing_left
 #[tokio::test(start_paused = true)]
 async fn a_drain_called_off_leaves_everything_running_and_the_node_closed() {
     let (cloud, ..) = cloud(4, 8, 0).await;
+    // One that is sent until it is called off: virtual time may run ahead of the
+    // record, and all others be there before the call.
+    let busy = GuestBuilder::new("busy")
+        .memory_mib(4096)
+        .dirty_mib_s(5000)
+        .working_set_mib(4000)
+        .priority(9);
+    let busy = cloud.fabric.add_guest("kvm1", busy);
+    cloud.adopted(busy).await;
     let begun = cloud.operate(&drain(MoveMode::Live)).await.unwrap();
-    cloud
-        .until_operation(begun.uuid, "moving", |o| o.count("moving") > 0)
-        .await;
+    let sent = |o: &Operation| {
+        let mut items = o.items.iter();
+        items.any(|i| i.planned.instance == busy && matches!(i.state, ItemState::Moving { .. }))
+    };
+    cloud.until_operation(begun.uuid, "moving", sent).await;
     cloud.cancel(begun.uuid).await.unwrap();
     let ended = cloud.operation_end(begun.uuid).await;
     assert_eq!(ended.status, S::Cancelled, "{ended:#?}");
     assert!(ended.items.iter().all(|i| i.state.is_final()), "{ended:#?}");
+    assert_eq!(cloud.fabric.running_on(busy), Some(host("kvm1")));
     assert!(!is_enabled(&cloud, "kvm1").await);
     check(&cloud, &ended).await;
 }

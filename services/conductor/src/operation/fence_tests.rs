@@ -1,6 +1,6 @@
 //! Against real programs: small shell scripts that behave as agents do.
 
-use std::{fs, os::unix::fs::PermissionsExt, time::Instant};
+use std::{fs, time::Instant};
 
 use tempfile::TempDir;
 
@@ -15,14 +15,21 @@ struct Rig {
 /// An agent with that body; `$action` holds what it is to do, `$password` its password.
 fn rig(body: &str) -> Rig {
     let directory = TempDir::new().unwrap();
-    let path = directory.path().join("fence_test");
+    let (path, text) = (
+        directory.path().join("fence_test"),
+        directory.path().join("text"),
+    );
     let read = "#!/bin/sh\nwhile IFS== read -r key value; do\n  export \"$key=$value\"\ndone\n";
     fs::write(
-        &path,
+        &text,
         format!("{read}cd {}\n{body}\n", directory.path().display()),
     )
     .unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    // A program that is open for writing cannot be run, and what one thread has open
+    // is for a moment also held by what another starts: so another process writes it.
+    let mut install = std::process::Command::new("install");
+    let installed = install.args(["-m", "755"]).arg(&text).arg(&path).status();
+    assert!(installed.unwrap().success());
     let parameters = [("ip", "192.0.2.7"), ("password", "s3cr3t word")];
     let settings = FenceSettings {
         agent: path.to_str().unwrap().to_owned(),

@@ -21,8 +21,8 @@ use drover_model::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         conductor::{
             BalanceNodes, DrainNode, EvacuateNode, Instance, InstanceRef, MigrateAnswer,
-            MigrateInstance, MigrationRef, OperationAnswer, OperationRef, RestoreNode,
-            WaitMigration, method,
+            MigrateInstance, MigrationRef, OperationAnswer, OperationRef, OperationView,
+            RestoreNode, WaitMigration, method,
         },
     },
     ids::{HostName, InstanceId, MigrationId, OperationId},
@@ -333,7 +333,8 @@ impl Cloud {
         let ask = OperationRef {
             operation: id.to_string(),
         };
-        self.call(method::CANCEL_OPERATION, &ask).await
+        let view: OperationView = self.call(method::CANCEL_OPERATION, &ask).await?;
+        Ok(view.operation)
     }
 
     /// Waits, on the record, until an operation satisfies something.

@@ -275,6 +275,31 @@ async fn a_guest_that_never_converges_is_given_up_and_runs_on() {
     cloud.check(&m).await;
 }
 
+/// The guest runs on and can be moved elsewhere while the node it was to go to
+/// is dead; what was made there is taken away when that is back.
+#[tokio::test(start_paused = true)]
+async fn a_destination_that_dies_holds_nobody_up() {
+    let mut cloud = Cloud::start(9).await;
+    cloud.add_node("kvm3", NodeSpec::default()).await;
+    let id = guest(&cloud).await;
+    let m = started(&cloud, id).await;
+    let sending = |m: &Migration| m.progress.memory.processed_bytes > 0;
+    cloud.until(m.uuid, "sending", sending).await;
+    cloud.fabric.power_off("kvm2");
+    cloud.kill_agent("kvm2");
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    assert_eq!(cloud.fabric.running_on(id), Some(m.source_host.clone()));
+    let options = LiveOptions::default();
+    let next = cloud.migrate(id, Some("kvm3"), options).await.unwrap();
+    let next = cloud.end(next.uuid).await;
+    assert_eq!(next.status, S::Completed, "{next:#?}");
+    assert!(!cloud.fabric.leftovers().is_empty(), "kvm2 was reached");
+    cloud.fabric.power_on("kvm2");
+    cloud.start_agent("kvm2").await;
+    cloud.check(&next).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn force_complete_ends_a_transfer_that_would_not() {
     let cloud = Cloud::start(7).await;

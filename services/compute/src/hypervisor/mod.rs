@@ -243,6 +243,12 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
     /// Aborts a migration. `WrongState` if none runs or it is past return.
     async fn abort(&self, id: InstanceId) -> Result<()>;
 
+    /// Cuts an outgoing migration's streams: a peer that died without a word can
+    /// hold the guest, and the hypervisor's own word on it, for long. The
+    /// migration then fails, unless it is past return; one that has switched to
+    /// post-copy must not be cut. Asks no daemon. No stream left is no error.
+    async fn sever(&self, id: InstanceId, dest_address: &str) -> Result<()>;
+
     /// Switches a migration to post-copy. `WrongState` if it was not started so.
     async fn start_post_copy(&self, id: InstanceId) -> Result<()>;
 

@@ -58,6 +58,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 const SHORT_PAUSE: Duration = Duration::from_millis(50);
 /// Pause while libvirt is away or a lost transfer's guest is looked for.
 const LONG_PAUSE: Duration = Duration::from_secs(1);
+/// How long an aborted transfer may take to end before its streams are cut.
+pub(super) const LET_GO: Duration = Duration::from_secs(5);
 /// Without a job, the guest must be seen here so often before the transfer
 /// counts as failed: libvirtd may be about to begin what it was asked for.
 const SIGHTINGS: u32 = 2;
@@ -93,6 +95,10 @@ pub(super) struct Monitor {
     pub(super) post_copy: bool,
     looking: bool,
     next_look: Instant,
+    /// When the hypervisor last told how it goes.
+    told_at: Instant,
+    /// When the streams of a transfer that is being ended are cut.
+    pub(super) cut_at: Option<Instant>,
     samples: usize,
     sightings: u32,
 }
@@ -142,6 +148,8 @@ impl Monitor {
             post_copy: false,
             looking: false,
             next_look: begun + Duration::from_millis(first),
+            told_at: begun,
+            cut_at: None,
             samples: 0,
             sightings: 0,
         }
@@ -159,6 +167,10 @@ impl Monitor {
                 Some(told) = self.asked.join_next() => self.heard(told),
                 Some(order) = self.orders.recv() => { self.obey(order); None }
                 event = next_event(&mut self.events) => { self.notice(event); None }
+                () = sleep_until(self.cut_at.unwrap_or(self.begun)), if self.cut_at.is_some() => {
+                    self.cut();
+                    None
+                }
                 () = sleep_until(self.next_look), if !self.looking => { self.look(); None }
             };
             if let Some(outcome) = end {
@@ -224,6 +236,7 @@ impl Monitor {
             }
             Told::Seen(Ok(presence)) => return self.see(presence),
             Told::Sample(Err(error)) | Told::Seen(Err(error)) => {
+                self.miss(&error);
                 self.shown
                     .set_note(format!("waiting for this node's libvirt: {error}"));
                 self.voice.show(self.shown.progress());
@@ -232,6 +245,18 @@ impl Monitor {
             Told::Acted(act, result, lasting) => self.acted(act, &result, lasting),
         }
         None
+    }
+
+    /// Nothing is heard of the transfer. That is given up as well, after as long
+    /// as one that makes no progress: a QEMU that waits for a dead peer answers nobody.
+    fn miss(&mut self, error: &HypervisorError) {
+        let patience = Duration::from_millis(self.policy.progress_timeout_ms());
+        if self.told_at.elapsed() >= patience && self.wishes.intent().is_none() {
+            let seconds = patience.as_secs();
+            let why = format!("nothing was heard of it for {seconds} s: {error}");
+            self.carry_out(Decision::GiveUp { why });
+            self.pursue();
+        }
     }
 
     fn rest(&mut self, pause: Duration) {
@@ -246,6 +271,7 @@ impl Monitor {
 
     fn take_sample(&mut self, sample: &JobSample) {
         self.sightings = 0;
+        self.told_at = Instant::now();
         let pause = self.pause();
         self.samples += 1;
         self.rest(pause);

@@ -4,17 +4,17 @@
 //!
 //! ```text
 //! abort / give up:  wished ─► asked of libvirt ─► taken ─► the transfer's end says so
-//!                     ▲            └─ no job yet ─┐
+//!                     ▲            └─ no job yet ─┐   └─ no end for long: its streams are cut
 //!                     └──────── next sample ──────┘
 //! force-complete:   the same, once memory flows; post-copy if allowed, else a pause
 //! ```
 
 use drover_model::{api::fault::Fault, migration::Phase};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 use tracing::warn;
 
 use super::{
-    monitor::{Monitor, Told},
+    monitor::{LET_GO, Monitor, Told},
     outcome::Intent,
 };
 use crate::{faults, hypervisor::HypervisorError, journal::Record};
@@ -49,6 +49,7 @@ pub(super) enum Force {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Act {
     Abort,
+    Sever,
     Force(Force),
     SetDowntime(u64),
 }
@@ -151,6 +152,7 @@ impl Monitor {
         if self.wishes.intent.is_some() {
             if !self.wishes.abort_asked {
                 self.wishes.abort_asked = true;
+                self.cut_at.get_or_insert_with(|| Instant::now() + LET_GO);
                 self.act(Act::Abort);
             }
             return;
@@ -169,6 +171,21 @@ impl Monitor {
         }
     }
 
+    /// The transfer was to end and has not. Where the guest may have begun to run on
+    /// the destination it is not cut off from what it left behind.
+    pub(super) fn cut(&mut self) {
+        self.cut_at = None;
+        let memory = self.shown.progress().phase >= Phase::Memory;
+        if self.post_copy || (self.record.request.options.post_copy && memory) {
+            return;
+        }
+        let seconds = LET_GO.as_secs();
+        self.decide(format!(
+            "cut off from the destination: the transfer was not let go of for {seconds} s"
+        ));
+        self.act(Act::Sever);
+    }
+
     /// Asks for one thing; the answer comes back to [`Self::acted`].
     pub(super) fn act(&mut self, act: Act) {
         if act == Act::Force(Force::Pause) {
@@ -180,6 +197,10 @@ impl Monitor {
             let hypervisor = &node.hypervisor;
             let result = match act {
                 Act::Abort => hypervisor.abort(id).await,
+                Act::Sever => {
+                    let address = &record.request.destination.address;
+                    hypervisor.sever(id, address).await
+                }
                 Act::SetDowntime(ms) => hypervisor.set_max_downtime_ms(id, ms).await,
                 Act::Force(Force::PostCopy) => hypervisor.start_post_copy(id).await,
                 Act::Force(Force::Pause) => {
@@ -204,7 +225,12 @@ impl Monitor {
         self.wishes.answer(act, &answer);
         match act {
             // One that was taken stays asked for until the transfer ends.
-            Act::Abort => self.wishes.abort_asked = result.is_ok(),
+            Act::Abort => {
+                self.wishes.abort_asked = result.is_ok();
+                if !lasting {
+                    self.cut_at = None;
+                }
+            }
             Act::Force(force) => {
                 self.wishes.force_asked = false;
                 self.wishes.paused |= result.is_ok() && force == Force::Pause;
@@ -212,7 +238,7 @@ impl Monitor {
                     self.wishes.force = None;
                 }
             }
-            Act::SetDowntime(_) => {}
+            Act::SetDowntime(_) | Act::Sever => {}
         }
         if let (Err(fault), true) = (result, lasting) {
             warn!(migration = %self.migration, ?act, error = %fault, "libvirt did not do it");

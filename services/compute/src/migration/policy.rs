@@ -146,6 +146,11 @@ impl Policy {
         self.downtime_ms
     }
 
+    /// How long it may bring nothing, ms.
+    pub fn progress_timeout_ms(&self) -> u64 {
+        self.limits.progress_timeout_ms
+    }
+
     /// Time left to get nearer to the end before it is given up, ms; none where
     /// it cannot be given up any more.
     pub fn patience_ms(&self, now_ms: u64, sample: &JobSample) -> Option<u64> {

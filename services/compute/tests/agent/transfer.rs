@@ -10,6 +10,9 @@ use drover_model::{
 
 use crate::harness::*;
 
+/// Longer than a transfer without news is waited for, and its end after that.
+const PATIENCE_MS: u64 = 200_000;
+
 #[tokio::test(start_paused = true)]
 async fn an_abort_is_heeded_in_every_phase_before_the_switch_over() {
     // 200 ms of setting up, 200 ms of disk, then half a second of memory.
@@ -133,6 +136,32 @@ async fn a_stalled_link_is_no_reason_to_wait_for_ever() {
         world.take_back(&m).await;
         world.assert_tidy(&m, A);
     }
+}
+
+/// A QEMU that waits for a dead peer answers nobody, nor does libvirt for it.
+#[tokio::test(start_paused = true)]
+async fn what_is_not_heard_of_any_more_is_cut_off_in_the_end() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    world
+        .fabric
+        .on_migration(m.step.instance, At::Memory(50), Mishap::Stall);
+    world.send(&m).await.unwrap();
+    pause(2_000).await;
+    world.fabric.libvirtd_away(A);
+    assert_eq!(world.locate(B, &m).await, Presence::Incoming);
+    pause(PATIENCE_MS).await;
+    assert_eq!(world.locate(B, &m).await, Presence::Absent);
+    assert!(matches!(world.job(&m).await, JobState::Running { .. }));
+    world.fabric.libvirtd_back(A);
+    let outcome = world.outcome(&m).await;
+    let Outcome::Stalled { message } = &outcome else {
+        panic!("{outcome:?}")
+    };
+    assert!(message.contains("nothing was heard"), "{message}");
+    world.take_back(&m).await;
+    world.assert_tidy(&m, A);
 }
 
 #[tokio::test(start_paused = true)]

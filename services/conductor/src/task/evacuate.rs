@@ -32,7 +32,6 @@ use drover_model::{
 use drover_saga::{Saga, StepError};
 use drover_store::{definitions::DefinitionRow, instances::InstanceRow, nodes::NodeRow};
 use tokio::time::Instant;
-use tracing::warn;
 
 use super::{
     job::{Data, Job, agent_error, all_clean, ended, lost, repeatable, store_error},
@@ -296,26 +295,9 @@ impl Evacuate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        match self.take_back(&chosen.host).await {
-            // A destination that died as well has nothing running: what was
-            // defined there goes when it is back, and another is tried now.
-            Err(error) if self.is_down(&chosen.host).await? => {
-                warn!(host = %chosen.host, %error, "taken back when its node is up again");
-                let step = Self::name(Step::Prepare);
-                let put_off = self
-                    .job
-                    .store()
-                    .put_off(self.job.lease, step, self.now_ms());
-                put_off.await.map_err(|e| store_error(&e))
-            }
-            other => other,
-        }
-    }
-
-    async fn is_down(&self, host: &HostName) -> Result<bool, StepError> {
-        let node = self.job.store().node(host).await;
-        let node = node.map_err(|e| store_error(&e))?;
-        Ok(!self.job.context.liveness().is_up(&node))
+        let taken_back = self.take_back(&chosen.host).await;
+        let step = Self::name(Step::Prepare);
+        self.job.or_put_off(&chosen.host, step, taken_back).await
     }
 
     /// Takes the definition back where the guest does not run.

@@ -14,6 +14,7 @@ use drover_saga::StepError;
 use drover_store::{Store, StoreError, migrations::Lease};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::broadcast, time::timeout};
+use tracing::warn;
 
 use crate::{
     agent_client::{AgentClient, AgentError},
@@ -135,6 +136,30 @@ impl Job {
     pub(super) async fn locate(&self, host: &HostName) -> Result<GuestLocation, StepError> {
         let located = self.agents().locate(host, self.step()).await;
         located.map_err(agent_error)
+    }
+
+    // ---- undoing
+
+    /// How a destination was taken back. One that died has nothing running: what was
+    /// made there goes when it is up again, and the guest need not wait for that.
+    pub(super) async fn or_put_off(
+        &self,
+        host: &HostName,
+        step: &str,
+        taken_back: Result<(), StepError>,
+    ) -> Result<(), StepError> {
+        let Err(error) = taken_back else {
+            return Ok(());
+        };
+        let node = self.store().node(host).await;
+        let node = node.map_err(|e| store_error(&e))?;
+        if self.context.liveness().is_up(&node) {
+            return Err(error);
+        }
+        warn!(%host, %error, "taken back when its node is up again");
+        let now_ms = self.context.clock.now_ms();
+        let put_off = self.store().put_off(self.lease, step, now_ms).await;
+        put_off.map_err(|e| store_error(&e))
     }
 
     // ---- placing

@@ -231,21 +231,29 @@ impl LiveMigrate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        // Both nodes are asked before anything is removed (invariant 3).
+        let taken_back = self.take_back(&chosen.host).await;
+        let step = Self::name(Step::Prepare);
+        self.job.or_put_off(&chosen.host, step, taken_back).await
+    }
+
+    /// Both nodes are asked before anything is removed (invariant 3).
+    async fn take_back(&self, dest_host: &HostName) -> Result<(), StepError> {
         let source = self.job.locate(&self.job.migration.source_host).await?;
-        let dest = self.job.locate(&chosen.host).await?;
+        let dest = self.job.locate(dest_host).await?;
         if dest.presence.is_active() && !source.presence.is_active() {
             return Err(lost(format!(
-                "the guest runs on {}: its destination is not taken back",
-                chosen.host
+                "the guest runs on {dest_host}: its destination is not taken back"
             )));
         }
+        self.roll_back(dest_host).await
+    }
+
+    async fn roll_back(&self, dest: &HostName) -> Result<(), StepError> {
         let undone = self
             .job
             .agents()
-            .rollback_at_destination(&chosen.host, self.job.step())
-            .await;
-        all_clean(undone.map_err(agent_error)?)
+            .rollback_at_destination(dest, self.job.step());
+        all_clean(undone.await.map_err(agent_error)?)
     }
 
     // ---- turn
@@ -444,15 +452,22 @@ impl LiveMigrate {
         Ok(())
     }
 
-    /// Does a tidying step again that was put off; says what remains amiss.
-    pub async fn tidy_again(&self, step: &str, dest: &HostName) -> Result<(), AgentError> {
+    /// Does a step again that was put off; says what remains amiss. The guest may
+    /// have moved on since: where it is active a destination is not taken back,
+    /// which its agent sees to.
+    pub async fn tidy_again(&self, step: &str, dest: &HostName) -> Result<(), StepError> {
         let agents = self.job.agents();
-        if step == Self::name(Step::Settle) {
-            agents.post_at_destination(dest, self.job.step()).await?;
-        } else {
-            self.tidy_source(dest).await?;
+        if step == Self::name(Step::Prepare) {
+            return self.roll_back(dest).await;
         }
-        Ok(())
+        let done = match step == Self::name(Step::Settle) {
+            true => agents
+                .post_at_destination(dest, self.job.step())
+                .await
+                .map(drop),
+            false => self.tidy_source(dest).await.map(drop),
+        };
+        done.map_err(agent_error)
     }
 
     /// Asks the destination first, as the source may have to give up a copy

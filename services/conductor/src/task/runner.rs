@@ -35,7 +35,7 @@ use super::{
     cold_migrate::ColdMigrate,
     confirm::Confirm,
     evacuate::Evacuate,
-    job::{Data, Job, agent_error},
+    job::{Data, Job},
     journal::{RecordJournal, Recorded},
     live_migrate::LiveMigrate,
     revert::Revert,
@@ -434,8 +434,7 @@ impl Runner {
             (Some(Ending::Confirm), _) => Confirm::new(job).confirm_source().await,
             (Some(Ending::Revert), _) if step == "revert_tidy" => Revert::new(job).tidy().await,
             (None, Way::Live(options)) => {
-                let saga = LiveMigrate::new(job, options);
-                saga.tidy_again(step, dest).await.map_err(agent_error)
+                LiveMigrate::new(job, options).tidy_again(step, dest).await
             }
             (Some(Ending::Revert), _) => Revert::new(job).settle().await,
             // The record itself: if it cannot be written, nor can this be put off.

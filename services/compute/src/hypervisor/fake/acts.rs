@@ -77,6 +77,14 @@ impl World {
         Ok(())
     }
 
+    pub(super) fn sever(&mut self, host: &HostName, id: InstanceId, now: Instant) -> Result<()> {
+        if self.revocable(host, id).is_ok() {
+            let words = "unable to write to socket: Broken pipe";
+            self.fail(id, HypervisorError::Failed(words.to_owned()), now);
+        }
+        Ok(())
+    }
+
     pub(super) fn start_post_copy(
         &mut self,
         host: &HostName,

@@ -356,6 +356,11 @@ impl Hypervisor for FakeDriver {
             .await
     }
 
+    async fn sever(&self, id: InstanceId, _dest_address: &str) -> Result<()> {
+        self.call(Call::Sever, |world, host, now| world.sever(host, id, now))
+            .await
+    }
+
     async fn start_post_copy(&self, id: InstanceId) -> Result<()> {
         self.call(Call::StartPostCopy, |world, host, now| {
             world.start_post_copy(host, id, now)

@@ -33,6 +33,8 @@ pub enum Call {
     CompletedJob,
     /// `abort`
     Abort,
+    /// `sever`
+    Sever,
     /// `start_post_copy`
     StartPostCopy,
     /// `pause_for_switch_over`
@@ -130,6 +132,7 @@ impl Call {
                 | Self::StopReceiving
                 | Self::Send
                 | Self::PlaceDisk
+                | Self::Sever
                 | Self::StorageFacts
         )
     }

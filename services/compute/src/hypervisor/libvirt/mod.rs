@@ -35,6 +35,7 @@ mod on_devstack;
 mod overlays;
 mod rebuild;
 mod settings;
+mod sever;
 mod standing;
 mod storage;
 mod transfer;
@@ -223,6 +224,14 @@ impl Hypervisor for LibvirtDriver {
         let switching = self.switching.clone();
         let act = move |connect: &_| jobs::abort(connect, id, &switching);
         self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn sever(&self, id: InstanceId, dest_address: &str) -> Result<()> {
+        let (address, ports) = (dest_address.to_owned(), self.ports.range());
+        let cut = move || sever::sever(id, &address, &ports);
+        let count = self.calls.files(Effect::Change, cut).await?;
+        tracing::info!(instance = %id, to = dest_address, count, "connections are cut");
+        Ok(())
     }
 
     async fn start_post_copy(&self, id: InstanceId) -> Result<()> {

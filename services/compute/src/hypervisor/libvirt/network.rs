@@ -1,6 +1,6 @@
 //! Whether nodes can reach each other: ports tried and ports opened for trying.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 use tokio::{
     io::AsyncReadExt,
@@ -44,6 +44,11 @@ impl Ports {
             reach_within: Duration::from_secs(settings.reach_timeout_s),
             probe: Mutex::default(),
         }
+    }
+
+    /// The ports that migrations use.
+    pub(super) fn range(&self) -> RangeInclusive<u16> {
+        self.first..=self.last
     }
 
     /// Whether a TCP connection comes about.

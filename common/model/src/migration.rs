@@ -373,6 +373,10 @@ pub enum EndReason {
     Stalled {
         /// What was seen.
         message: String,
+        /// Whether it lies with the guest (it writes faster than the link carries,
+        /// does not shut down), which no other destination would change.
+        #[serde(default)]
+        of_guest: bool,
     },
 }
 
@@ -382,7 +386,7 @@ impl fmt::Display for EndReason {
             Self::Refused { checks } => write!(f, "refused: {}", check::texts(checks)),
             Self::Failed { message } => f.write_str(message),
             Self::Aborted => f.write_str("aborted on request"),
-            Self::Stalled { message } => write!(f, "gave up: {message}"),
+            Self::Stalled { message, .. } => write!(f, "gave up: {message}"),
         }
     }
 }

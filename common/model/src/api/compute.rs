@@ -430,6 +430,10 @@ pub enum Outcome {
     Stalled {
         /// What was seen.
         message: String,
+        /// Whether it lies with the guest (it writes faster than the link carries,
+        /// does not shut down), which no other destination would change.
+        #[serde(default)]
+        of_guest: bool,
     },
 }
 

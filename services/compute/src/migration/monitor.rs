@@ -254,7 +254,10 @@ impl Monitor {
         if self.told_at.elapsed() >= patience && self.wishes.intent().is_none() {
             let seconds = patience.as_secs();
             let why = format!("nothing was heard of it for {seconds} s: {error}");
-            self.carry_out(Decision::GiveUp { why });
+            self.carry_out(Decision::GiveUp {
+                why,
+                of_guest: false,
+            });
             self.pursue();
         }
     }
@@ -327,9 +330,9 @@ impl Monitor {
                 self.decide(format!("switching to post-copy: {why}"));
                 self.wishes.force(Force::PostCopy);
             }
-            Decision::GiveUp { why } => {
+            Decision::GiveUp { why, of_guest } => {
                 self.decide(format!("given up: {why}"));
-                self.wishes.give_up(why);
+                self.wishes.give_up(why, of_guest);
             }
         }
     }

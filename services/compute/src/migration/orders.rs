@@ -80,8 +80,8 @@ impl Wishes {
         self.force.get_or_insert(force);
     }
 
-    pub(super) fn give_up(&mut self, why: String) {
-        self.intent.get_or_insert(Intent::GiveUp { why });
+    pub(super) fn give_up(&mut self, why: String, of_guest: bool) {
+        self.intent.get_or_insert(Intent::GiveUp { why, of_guest });
     }
 
     fn answer(&mut self, act: Act, answer: &Result<(), Fault>) {

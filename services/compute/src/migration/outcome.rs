@@ -17,6 +17,8 @@ pub enum Intent {
     GiveUp {
         /// What was seen.
         why: String,
+        /// Whether it lies with the guest.
+        of_guest: bool,
     },
 }
 
@@ -24,8 +26,9 @@ impl Intent {
     fn outcome(&self) -> Outcome {
         match self {
             Self::Abort => Outcome::Aborted,
-            Self::GiveUp { why } => Outcome::Stalled {
+            Self::GiveUp { why, of_guest } => Outcome::Stalled {
                 message: why.clone(),
+                of_guest: *of_guest,
             },
         }
     }
@@ -111,12 +114,14 @@ mod tests {
         let failed = Err(HypervisorError::Failed("x".to_owned()));
         let stalled = Intent::GiveUp {
             why: "y".to_owned(),
+            of_guest: true,
         };
         assert_eq!(from_answer(&aborted, None, 5), Some(Outcome::Aborted));
         assert_eq!(
             from_answer(&aborted, Some(&stalled), 5),
             Some(Outcome::Stalled {
-                message: "y".to_owned()
+                message: "y".to_owned(),
+                of_guest: true,
             })
         );
         assert_eq!(

@@ -70,6 +70,8 @@ pub enum Decision {
     GiveUp {
         /// Why.
         why: String,
+        /// Whether it lies with the guest, and not with the link or who is at its end.
+        of_guest: bool,
     },
 }
 
@@ -242,6 +244,15 @@ impl Policy {
         if sample.post_copy || self.given_up {
             return None;
         }
+        let silent = now_ms.saturating_sub(self.sent_at_ms);
+        if silent >= self.limits.progress_timeout_ms {
+            // Not to be ended by post-copy: over a link that carries nothing the guest
+            // would be lost.
+            return Some(Decision::GiveUp {
+                why: format!("nothing was sent for {}", duration(silent)),
+                of_guest: false,
+            });
+        }
         if let Some(why) = self.stalled(now_ms, sample) {
             return Some(self.last_resort(sample, why));
         }
@@ -276,13 +287,9 @@ impl Policy {
         Decision::RaiseDowntime { to_ms, why }
     }
 
-    /// Why this transfer is stalled, if it is.
+    /// Why this transfer gets no nearer to its end, if it does not.
     fn stalled(&self, now_ms: u64, sample: &JobSample) -> Option<String> {
         let timeout = self.limits.progress_timeout_ms;
-        let silent = now_ms.saturating_sub(self.sent_at_ms);
-        if silent >= timeout {
-            return Some(format!("nothing was sent for {}", duration(silent)));
-        }
         let idle = now_ms.saturating_sub(self.progress_at_ms);
         if idle < timeout {
             return None;
@@ -313,7 +320,10 @@ impl Policy {
         if possible && sample.memory.processed_bytes > 0 {
             Decision::SwitchToPostCopy { why }
         } else {
-            Decision::GiveUp { why }
+            Decision::GiveUp {
+                why,
+                of_guest: true,
+            }
         }
     }
 

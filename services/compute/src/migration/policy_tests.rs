@@ -120,7 +120,11 @@ fn one_that_never_converges_is_given_up_and_told_why() {
         ),
         "{before:?}"
     );
-    let Decision::GiveUp { why } = last else {
+    let Decision::GiveUp {
+        why,
+        of_guest: true,
+    } = last
+    else {
         panic!("{last:?}")
     };
     assert!(
@@ -159,7 +163,11 @@ fn a_dead_link_is_one() {
         policy.judge(76_000, &sample).note.is_some(),
         "said at half time"
     );
-    let Some(Decision::GiveUp { why }) = policy.judge(150_500, &sample).decision else {
+    let Some(Decision::GiveUp {
+        why,
+        of_guest: false,
+    }) = policy.judge(150_500, &sample).decision
+    else {
         panic!("must be given up")
     };
     assert_eq!(why, "nothing was sent for 150 s");
@@ -184,7 +192,11 @@ fn disks_that_are_written_as_fast_as_they_are_copied_are_a_stall() {
             ..JobSample::default()
         };
         if let Some(decision) = policy.judge(tick * TICK_MS, &sample).decision {
-            let Decision::GiveUp { why } = decision else {
+            let Decision::GiveUp {
+                why,
+                of_guest: true,
+            } = decision
+            else {
                 panic!("{decision:?}")
             };
             assert!(why.starts_with("its disks got no nearer"), "{why}");

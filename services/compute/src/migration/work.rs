@@ -201,6 +201,7 @@ impl Worker {
                         message: format!(
                             "the guest did not shut down within {patience_s} s of being asked to"
                         ),
+                        of_guest: true,
                     };
                 }
                 Ok(Presence::Present(PowerState::Running)) if now >= ask_at => {
@@ -295,7 +296,10 @@ impl Worker {
                 done()
             }
             Err(SendError::Cancelled) => Outcome::Aborted,
-            Err(SendError::Stalled(message)) => Outcome::Stalled { message },
+            Err(SendError::Stalled(message)) => Outcome::Stalled {
+                message,
+                of_guest: false,
+            },
             Err(SendError::Failed(message)) => Outcome::Failed { message },
         }
     }

@@ -236,7 +236,10 @@ fn broke() -> Option<EndReason> {
 
 fn stalled() -> Option<EndReason> {
     let message = "dirties faster than the link carries".to_owned();
-    Some(EndReason::Stalled { message })
+    Some(EndReason::Stalled {
+        message,
+        of_guest: true,
+    })
 }
 
 fn small(guests: usize, mode: MoveMode) -> Stage {

@@ -414,7 +414,9 @@ fn judge(outcome: Outcome) -> Result<(), StepError> {
         Outcome::Moved { .. } => Ok(()),
         Outcome::Failed { message } => Err(ended(EndReason::Failed { message })),
         Outcome::Aborted => Err(ended(EndReason::Aborted)),
-        Outcome::Stalled { message } => Err(ended(EndReason::Stalled { message })),
+        Outcome::Stalled { message, of_guest } => {
+            Err(ended(EndReason::Stalled { message, of_guest }))
+        }
     }
 }
 

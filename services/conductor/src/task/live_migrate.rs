@@ -588,7 +588,7 @@ fn reason(outcome: Outcome, source: &HostName) -> EndReason {
         },
         Outcome::Failed { message } => EndReason::Failed { message },
         Outcome::Aborted => EndReason::Aborted,
-        Outcome::Stalled { message } => EndReason::Stalled { message },
+        Outcome::Stalled { message, of_guest } => EndReason::Stalled { message, of_guest },
     }
 }
 

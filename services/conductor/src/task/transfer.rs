@@ -272,7 +272,9 @@ impl Transfer {
             Outcome::Moved { downtime_ms, .. } => Ok(downtime_ms),
             Outcome::Failed { message } => Err(ended(EndReason::Failed { message })),
             Outcome::Aborted => Err(ended(EndReason::Aborted)),
-            Outcome::Stalled { message } => Err(ended(EndReason::Stalled { message })),
+            Outcome::Stalled { message, of_guest } => {
+                Err(ended(EndReason::Stalled { message, of_guest }))
+            }
         }
     }
 
@@ -301,7 +303,7 @@ impl Transfer {
         let (host, step) = (self.job.source(), self.job.step());
         match self.ended(TransferPart::TakeBack).await? {
             Outcome::Moved { .. } => {}
-            Outcome::Failed { message } | Outcome::Stalled { message } => {
+            Outcome::Failed { message } | Outcome::Stalled { message, .. } => {
                 return Err(StepError::new(ErrorClass::Retryable, message));
             }
             Outcome::Aborted => {

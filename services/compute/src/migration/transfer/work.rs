@@ -134,7 +134,10 @@ impl Worker {
                     "no byte of its disks was copied for {} s",
                     timeout.as_secs()
                 );
-                return Ok(Outcome::Stalled { message });
+                return Ok(Outcome::Stalled {
+                    message,
+                    of_guest: false,
+                });
             }
             tokio::select! {
                 () = self.cancel.cancelled() => return Ok(Outcome::Aborted),

@@ -53,7 +53,7 @@ pub(super) fn of(migration: &Migration) -> Outcome {
 /// Whether it would come to nothing anywhere else too.
 fn lies_with_the_guest(reason: Option<&EndReason>) -> bool {
     match reason {
-        Some(EndReason::Stalled { .. }) => true,
+        Some(EndReason::Stalled { of_guest, .. }) => *of_guest,
         Some(EndReason::Refused { checks }) => {
             let of_guest = |c: &CheckFailure| matches!(c.side, Side::Source | Side::Instance);
             !checks.is_empty() && checks.iter().all(of_guest)

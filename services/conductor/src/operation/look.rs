@@ -79,7 +79,11 @@ pub async fn view(context: &Context, eyes: Eyes) -> drover_store::Result<View> {
     let active = store.active_migrations().await?;
     let mut about = About::read(context, &rows, &active, eyes).await?;
     let instances = store.instances(None, None).await?;
-    let guests = instances.iter().map(|row| about.guest(row)).collect();
+    // One that its node no longer lists is gone, unless it is on its way just now.
+    let there =
+        |row: &&InstanceRow| row.missing_since_ms.is_none() || about.busy.contains_key(&row.id);
+    let there: Vec<_> = instances.iter().filter(there).collect();
+    let guests = there.into_iter().map(|row| about.guest(row)).collect();
     let world = World {
         now_ms: live.now_ms,
         nodes,
@@ -166,8 +170,6 @@ impl About {
     }
 
     fn guest(&mut self, row: &InstanceRow) -> GuestView {
-        let missing = row.missing_since_ms;
-        let missing = missing.map(|_| format!("{} no longer lists it", row.host));
         let wishes = self.wishes.remove(&row.id).unwrap_or_default();
         GuestView {
             id: row.id,
@@ -180,7 +182,7 @@ impl About {
             runs: row.power_state.is_active(),
             priority: wishes.priority,
             anti_affinity: wishes.anti_affinity,
-            busy: self.busy.remove(&row.id).or(missing),
+            busy: self.busy.remove(&row.id),
             load: self.loads.get(&row.id).copied(),
             dirty_rate_mib_s: None,
             moved_at_ms: self.moved_at_ms.get(&row.id).copied(),

@@ -50,10 +50,10 @@ pub(super) fn all(connect: &Connect) -> CallResult<Vec<Found>> {
         let (guest, presence) = found?;
         guests.push(Found {
             notes: notes::read(&lasting).map_err(HypervisorError::from)?,
-            digest: rebuild::digest(&lasting),
             autostart: autostarts.contains(&guest.id),
             guest,
             presence,
+            lasting,
         });
     }
     Ok(guests)
@@ -65,8 +65,8 @@ pub(super) struct Found {
     presence: Presence,
     /// By its lasting definition.
     notes: Notes,
-    /// Of its lasting definition.
-    digest: String,
+    /// Its lasting definition.
+    lasting: String,
     /// libvirt starts it at boot.
     autostart: bool,
 }
@@ -249,7 +249,7 @@ pub(super) fn measured(guests: Vec<Found>, usages: &Usage) -> Vec<InstanceReport
             migration: None,
             wishes: notes.wishes,
             usage: usages.get(&guest.id).copied(),
-            definition_digest: Some(found.digest),
+            definition_digest: rebuild::digest(&found.lasting),
             autostart: found.autostart || notes.autostart,
         }
     };

@@ -1,7 +1,7 @@
 //! Guests of dead nodes: what is kept of a definition, and a guest defined anew
 //! from that. The closures block; what they do is one act each.
 
-use std::time::Duration;
+use std::{fs, io::ErrorKind, os::unix::fs::MetadataExt, time::Duration};
 
 use async_trait::async_trait;
 use drover_model::{
@@ -35,9 +35,20 @@ const LOOK: Duration = Duration::from_millis(200);
 /// How long until it counts as never.
 const LONGEST_MEASURING: Duration = Duration::from_secs(10);
 
-/// A fingerprint of a lasting definition's text.
-pub(super) fn digest(text: &str) -> String {
-    format!("{:x}", Sha256::digest(text))
+/// A fingerprint of a lasting definition and of the files that its disks are: one
+/// that was put in another's place is another on its storage. None while a file
+/// cannot be looked at: what is known of it is not to be lost over that.
+pub(super) fn digest(text: &str) -> Option<String> {
+    let mut hash = Sha256::new_with_prefix(text);
+    for (_, path) in xml::disk_files(text).ok()? {
+        let number = match fs::metadata(&path) {
+            Ok(file) => Some(file.ino()),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(_) => return None,
+        };
+        hash.update(format!("{path} {number:?}"));
+    }
+    Some(format!("{:x}", hash.finalize()))
 }
 
 /// A lasting definition, and whether it has secrets that are not in it.
@@ -149,16 +160,18 @@ impl RebuildDriver for LibvirtDriver {
         let (domain, has_secrets) = self.calls.guest(Effect::Read, id, take).await?;
         let guest = self.lasting_guest(id).await?;
         let guest = guest.ok_or(HypervisorError::NoSuchGuest(id))?;
-        let look = move || Ok((identities(&guest), guest));
-        let (identities, guest) = self.calls.files(Effect::Change, look).await?;
-        Ok(KeptDefinition {
-            instance: id,
-            digest: digest(&domain),
-            domain,
-            has_secrets,
-            guest,
-            identities,
-        })
+        let look = move || {
+            let unseen = || HypervisorError::Failed("a disk cannot be looked at".to_owned());
+            Ok(KeptDefinition {
+                instance: id,
+                digest: digest(&domain).ok_or_else(unseen)?,
+                has_secrets,
+                identities: identities(&guest),
+                domain,
+                guest,
+            })
+        };
+        self.calls.files(Effect::Change, look).await
     }
 
     async fn storage_facts(&self, identities: &[StorageIdentity]) -> Result<Vec<StorageFact>> {
@@ -197,5 +210,30 @@ impl RebuildDriver for LibvirtDriver {
     async fn take_over_autostart(&self, id: InstanceId) -> Result<()> {
         let act = move |connect: &_| take_over_autostart(connect, id);
         self.calls.guest(Effect::Change, id, act).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_tells_one_file_from_another_at_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let (disk, other) = (directory.path().join("vda"), directory.path().join("new"));
+        let text = format!(
+            "<domain><devices><disk type='file' device='disk'><source file='{}'/>\
+             <target dev='vda'/></disk></devices></domain>",
+            disk.display()
+        );
+        let none = digest(&text).unwrap();
+        fs::write(&disk, "x").unwrap();
+        let first = digest(&text).unwrap();
+        fs::write(&disk, "what the guest writes").unwrap();
+        assert_eq!(digest(&text), Some(first.clone()));
+        fs::write(&other, "x").unwrap();
+        fs::rename(&other, &disk).unwrap();
+        let second = digest(&text).unwrap();
+        assert!(none != first && first != second && second != none);
     }
 }

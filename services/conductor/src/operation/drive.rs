@@ -29,10 +29,9 @@ use crate::{
 
 /// How long nothing may change before the world is looked at all the same.
 const LOOK: Duration = Duration::from_secs(3);
-/// Least time between two looks: many guests on their way change the record all
-/// the time.
-const CALM: Duration = Duration::from_millis(200);
-/// A look that takes long is followed by so many times its length of rest.
+/// Least rest after a look: many guests on their way change the record all the time.
+const CALM: Duration = Duration::from_millis(50);
+/// A look that takes long is followed by this part of its length, at least.
 const REST_PER_LOOK: u32 = 4;
 /// Guests admitted at once.
 const ADMITTED_AT_ONCE: usize = 8;
@@ -82,11 +81,12 @@ impl Drive {
                 }
                 _ => self.step(&operation).await?,
             };
+            let took = began.elapsed();
             if !acted {
                 watch.changed().await;
             }
             if !planning {
-                sleep_until(began + CALM.max(began.elapsed().min(LOOK) / REST_PER_LOOK)).await;
+                sleep_until(began + took + CALM.max(took / REST_PER_LOOK)).await;
             }
         }
     }

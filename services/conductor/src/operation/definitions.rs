@@ -75,6 +75,14 @@ impl Book {
         any
     }
 
+    fn want(&mut self, id: InstanceId, host: &HostName) {
+        if self.waiting < MAX_WANTED {
+            let of_host = self.wanted.entry(host.clone()).or_default();
+            // No definition has this digest.
+            self.waiting += usize::from(of_host.insert(id, String::new()).is_none());
+        }
+    }
+
     fn next(&mut self) -> Option<(HostName, Digests)> {
         let (host, wanted) = self.wanted.pop_first()?;
         self.waiting -= wanted.len();
@@ -88,6 +96,13 @@ impl Definitions {
         if self.lock().feed(report) {
             self.0.changed.notify_one();
         }
+    }
+
+    /// An instance is on another node now. Its definition is asked for at once: what
+    /// was kept is the other node's, and the next report may come too late.
+    pub fn moved(&self, id: InstanceId, host: &HostName) {
+        self.lock().want(id, host);
+        self.0.changed.notify_one();
     }
 
     fn lock(&self) -> MutexGuard<'_, Book> {
@@ -248,5 +263,10 @@ mod tests {
         assert!(book.feed(&report("kvm2", &[(1, "a")])), "it has moved");
         assert!(!book.feed(&report("kvm2", &[])), "and is gone again");
         assert_eq!(book.next(), None);
+        for _ in 0..2 {
+            book.want(InstanceId(Uuid::from_u128(2)), &kvm1);
+        }
+        assert_eq!(wanted(&mut book), [2], "it was moved to where it is");
+        assert_eq!(book.waiting, 0);
     }
 }

@@ -313,7 +313,7 @@ impl<'a> Cluster<'a> {
         let unknown = self.nodes.values().filter(|n| n.used.unknown > 0).count();
         (unknown > 0).then(|| {
             format!(
-                "{unknown} nodes take nothing: it is not known for long enough what some of                  their guests use"
+                "nodes that take nothing, as it is not known for long enough what some of their guests use: {unknown}"
             )
         })
     }

@@ -340,6 +340,8 @@ impl ColdMigrate {
             now_ms,
         );
         settled.await.map_err(|e| super::job::store_error(&e))?;
+        let definitions = &self.job.context.definitions;
+        definitions.moved(m.instance_uuid, &chosen.host);
         let (source, name) = (&m.source_host, &m.instance_name);
         data.decide(
             Self::name(Step::Settle),

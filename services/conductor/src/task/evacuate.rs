@@ -382,6 +382,7 @@ impl Evacuate {
         let store = self.job.store();
         let rebuilt = store.rebuilt(m.uuid, m.instance_uuid, &host, generation, self.now_ms());
         rebuilt.await.map_err(|e| store_error(&e))?;
+        self.job.context.definitions.moved(m.instance_uuid, &host);
         let warnings = self.forget(&host).await?;
         data.warn(Self::name(Step::Settle), warnings);
         Ok(())

@@ -427,6 +427,7 @@ impl LiveMigrate {
             .settle(self.job.migration.uuid, id, &host, None, now_ms)
             .await;
         settled.map_err(|e| store_error(&e))?;
+        self.job.context.definitions.moved(id, &host);
         let cleaned = self
             .job
             .agents()

@@ -254,6 +254,22 @@ impl Devstack {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", told(&output)))
     }
 
+    /// Waits until what it takes to start a node's guests elsewhere was told.
+    ///
+    /// # Panics
+    /// It never is.
+    pub fn until_kept(&self, host: &str, guests: &[&str]) {
+        let moves = |answer: &Value, name: &str| {
+            let all = answer["plan"]["moves"].as_array().into_iter().flatten();
+            let mut named = all.filter(|guest| guest["name"] == name);
+            named.any(|guest| guest["verdict"]["verdict"] == "moves")
+        };
+        self.until("definitions are kept", || {
+            let answer = self.dry_run(&["evacuate", host]);
+            guests.iter().all(|name| moves(&answer, name))
+        });
+    }
+
     fn watch(&self, noun: &str, id: &str) -> Following {
         Following::new(
             id,

@@ -18,19 +18,6 @@ fn count(account: &Value, what: &str) -> u64 {
         .unwrap_or_else(|| panic!("{account}"))
 }
 
-/// Waits until what it takes to start a node's guests elsewhere was told.
-fn until_kept(devstack: &Devstack, guests: &[&str]) {
-    let moves = |answer: &Value, name: &str| {
-        let all = answer["plan"]["moves"].as_array().into_iter().flatten();
-        let mut named = all.filter(|guest| guest["name"] == name);
-        named.any(|guest| guest["verdict"]["verdict"] == "moves")
-    };
-    devstack.until("definitions are kept", || {
-        let answer = devstack.dry_run(&["evacuate", "kvm3"]);
-        guests.iter().all(|name| moves(&answer, name))
-    });
-}
-
 /// It was started on another node, once, and has what it had heard to be
 /// written, with nobody else writing.
 fn assert_evacuated(guest: &Guest<'_>, operation: &Value, before: &Value) -> String {
@@ -78,7 +65,7 @@ fn guests_of_a_node_without_power_are_started_elsewhere() {
         &[("shared14", &first), ("shared15", &apart), ("vm76", &[])],
     );
     let shared = ["shared14", "shared15"].map(|name| party.get(name));
-    until_kept(&devstack, &["shared14", "shared15"]);
+    devstack.until_kept("kvm3", &["shared14", "shared15"]);
     let before = shared.map(Guest::check);
     let generations = shared.map(|guest| guest.generation_on("kvm3"));
     let lookout = devstack.lookout();
@@ -125,7 +112,7 @@ fn a_node_that_is_cut_off_is_evacuated_only_with_a_fence() {
     devstack.ok("fences", &["off"]);
     let party = devstack.party("kvm3", &[("shared16", &["--raw"])]);
     let guest = party.get("shared16");
-    until_kept(&devstack, &["shared16"]);
+    devstack.until_kept("kvm3", &["shared16"]);
     let lookout = devstack.lookout();
 
     devstack.ok("link", &["kvm3", "down"]);

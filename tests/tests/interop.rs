@@ -508,6 +508,59 @@ async fn a_python_frontend_resizes_confirms_and_reverts() {
     assert_eq!(moved["migration_type"], "live-migration", "{moved:#}");
 }
 
+#[tokio::test]
+async fn a_python_frontend_has_a_guest_of_a_dead_node_started_elsewhere() {
+    let Some(devstack) = Devstack::take_three() else {
+        return;
+    };
+    devstack.ok("fences", &["on"]);
+    let party = devstack.party("kvm3", &[("shared17", &[]), ("shared18", &[])]);
+    let (guest, other) = (party.get("shared17"), party.get("shared18"));
+    devstack.until_kept("kvm3", &["shared17", "shared18"]);
+    let (uuid, before) = (guest.uuid(), guest.generation_on("kvm3"));
+    let url = std::env::var("DROVER_TEST_AMQP_URL").expect("a devstack has a broker");
+    let exchange = MessagingSettings::with_url(url.as_str()).control_exchange;
+    let mut python = Peer::start(&[&url, &exchange, "client"]).await;
+    let rebuild = |op: &str, recreate: bool| {
+        as_nova("nova_rebuild_instance", op, "conductor", None, |args| {
+            args["instance"]["nova_object.data"]["uuid"] = json!(uuid);
+            args["recreate"] = json!(recreate);
+            args["host"] = json!("kvm2");
+        })
+    };
+    let refused = python.ask(rebuild("call", false)).await;
+    assert!(refused["raised"].is_string(), "{refused}");
+
+    devstack.ok("power", &["kvm3", "off"]);
+    devstack.json(&["node", "force-down", "kvm3"]);
+    assert_eq!(
+        python.ask(rebuild("cast", true)).await,
+        json!({"returned": null})
+    );
+    let give_up = Instant::now() + LIMIT;
+    let mut operation = Value::Null;
+    while operation["finished_at_ms"].is_null() {
+        assert!(Instant::now() < give_up, "it never ends: {operation:#}");
+        let newest = devstack.json(&["operation", "list", "--limit", "1"])[0].take();
+        // Of a cast nobody hears when it has arrived.
+        if newest["requester"]["request_id"] == "req-interop" {
+            operation = newest;
+        }
+    }
+    assert_eq!(operation["status"], "completed", "{operation:#}");
+    assert_eq!(operation["evidence"]["fence"]["fence"], "off");
+    assert_eq!(operation["items"].as_array().map(Vec::len), Some(1));
+    guest.until_up();
+    assert_eq!(guest.node(), "kvm2");
+    assert!(guest.generation_on("kvm2") > before);
+
+    devstack.ok("power", &["kvm3", "on"]);
+    devstack.json(&["node", "force-down", "kvm3", "--unset"]);
+    devstack.until("kvm3 gives it up", || guest.state_on("kvm3").is_none());
+    guest.assert_only_on("kvm2", "running");
+    other.assert_only_on("kvm3", "shut off");
+}
+
 /// The record once it has a status.
 async fn until_status(
     python: &mut Peer,

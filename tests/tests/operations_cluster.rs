@@ -47,14 +47,14 @@ fn assert_moved(party: &Party<'_>, operation: &Value, name: &str, away_from: &st
 
 /// Six guests: one is to go first, one outruns a slow link, two cannot move live.
 const SIX: &[(&str, &[&str])] = &[
-    ("vm61", &[]),
-    ("vm62", &[]),
+    ("vm81", &[]),
+    ("vm82", &[]),
     ("shared11", &["--priority", "9"]),
     (
-        "vm63",
+        "vm83",
         &["--cmdline", "drover.dirty_mib_s=40 drover.mem_mib=48"],
     ),
-    ("vm64", &["--tied"]),
+    ("vm84", &["--tied"]),
     ("shared12", &["--cache", "writeback"]),
 ];
 
@@ -64,13 +64,13 @@ fn a_drain_moves_what_it_can_and_a_restore_brings_it_back() {
         return;
     };
     let party = devstack.party("kvm3", SIX);
-    let sessions = ["vm61", "shared11", "vm63"].map(|name| party.get(name).session());
+    let sessions = ["vm81", "shared11", "vm83"].map(|name| party.get(name).session());
 
     let answer = devstack.dry_run(&["drain", "kvm3"]);
     let plan = &answer["plan"];
     assert_eq!(answer["failures"], Value::Array(Vec::new()), "{answer:#}");
     assert_eq!(plan["moves"][0]["name"], "shared11", "{plan:#}");
-    for (name, code) in [("vm64", "filesystem"), ("shared12", "disk_cache")] {
+    for (name, code) in [("vm84", "filesystem"), ("shared12", "disk_cache")] {
         let guest = of(&plan["moves"], name);
         assert_eq!(guest["verdict"]["verdict"], "stays", "{guest:#}");
         let codes = guest["verdict"]["reasons"].as_array();
@@ -90,15 +90,15 @@ fn a_drain_moves_what_it_can_and_a_restore_brings_it_back() {
     ];
     let end = devstack.operation(1, &[&drain[..], SLOWLY].concat());
     assert_eq!(end["status"], "incomplete", "{end:#}");
-    for name in ["vm61", "vm62", "shared11"] {
+    for name in ["vm81", "vm82", "shared11"] {
         assert_moved(&party, &end, name, "kvm3");
     }
-    assert_eq!(state(&end, "vm63"), "failed", "{end:#}");
-    assert!(!reason(&end, "vm63").is_empty(), "{end:#}");
-    for name in ["vm64", "shared12"] {
+    assert_eq!(state(&end, "vm83"), "failed", "{end:#}");
+    assert!(!reason(&end, "vm83").is_empty(), "{end:#}");
+    for name in ["vm84", "shared12"] {
         assert_eq!(state(&end, name), "stays", "{end:#}");
     }
-    for name in ["vm63", "vm64", "shared12"] {
+    for name in ["vm83", "vm84", "shared12"] {
         party.get(name).assert_only_on("kvm3", "running");
     }
     let node = devstack.json(&["node", "show", "kvm3"]);
@@ -121,13 +121,13 @@ fn a_drain_moves_what_it_can_and_a_restore_brings_it_back() {
         let items = end["items"].as_array().into_iter().flatten();
         let count = items.filter(|item| item["state"] == "moved").count();
         assert_eq!(count, moved, "{end:#}");
-        assert_eq!(state(&end, "vm64"), "stays", "{end:#}");
+        assert_eq!(state(&end, "vm84"), "stays", "{end:#}");
     }
     party.get("shared12").until_up();
     assert_whole(&party);
 }
 
-const THREE: &[(&str, &[&str])] = &[("vm66", &[]), ("vm67", &[]), ("shared13", &[])];
+const THREE: &[(&str, &[&str])] = &[("vm86", &[]), ("vm87", &[]), ("shared13", &[])];
 
 #[test]
 fn a_drain_called_off_midway_leaves_guests_where_they_run() {
@@ -180,8 +180,8 @@ fn a_guest_whose_destination_dies_midway_goes_to_the_next() {
     let Some(devstack) = Devstack::take_three() else {
         return;
     };
-    let party = devstack.party("kvm3", &[("vm68", &[])]);
-    let session = party.get("vm68").session();
+    let party = devstack.party("kvm3", &[("vm88", &[])]);
+    let session = party.get("vm88").session();
     let drain = ["drain", "kvm3", "--progress-timeout", "6s"];
     let mut following = devstack.begin_operation(&[&drain[..], SLOWLY].concat());
     let migration = following.until_one_sends();
@@ -190,9 +190,9 @@ fn a_guest_whose_destination_dies_midway_goes_to_the_next() {
     let end = following.operation_end();
     devstack.ok("power", &[dies, "on"]);
     assert_eq!(end["status"], "completed", "{end:#}");
-    let tried = &of(&end["items"], "vm68")["tried"];
+    let tried = &of(&end["items"], "vm88")["tried"];
     assert_eq!(tried[0]["host"], dies, "{end:#}");
-    assert_moved(&party, &end, "vm68", dies);
+    assert_moved(&party, &end, "vm88", dies);
     session.end();
     assert_whole(&party);
 }
@@ -209,7 +209,7 @@ fn guests_leave_a_node_that_is_busier_than_others() {
         return;
     };
     let _settings = devstack.settings("balance_duration_s = 10\n");
-    let four = ["vm71", "vm72", "vm73", "vm74"].map(|name| (name, BUSY));
+    let four = ["vm101", "vm102", "vm103", "vm104"].map(|name| (name, BUSY));
     let party = devstack.party("kvm3", &four);
     let balance = ["balance", "--threshold", "15"];
     let moving = |answer: &Value| {

@@ -109,6 +109,19 @@ fn usage(devstack: &Devstack, project: &str) -> [u64; 4] {
     ["instances", "vcpus", "memory_mb", "disk_bytes"].map(|what| count(&usage[what]))
 }
 
+/// Waits until the record has forgotten the guests of tests before, which count
+/// as used until then.
+fn until_forgotten(devstack: &Devstack) {
+    devstack.until("guests that are gone are forgotten", || {
+        let all = devstack.json(&["instance", "list"]);
+        all.as_array().into_iter().flatten().all(|guest| {
+            let text = |field: &str| guest[field].as_str().unwrap_or_default().to_owned();
+            let asked = devstack.on(&text("host"), &["virsh", "domid", &text("name")]);
+            asked.status.success()
+        })
+    });
+}
+
 /// A transfer that did not come about: the guest runs as it did, and nothing is
 /// left of the attempt.
 fn assert_undone(devstack: &Devstack, guest: &Guest<'_>, before: &[String; 2], record: &Value) {
@@ -141,6 +154,7 @@ fn a_running_guest_changes_hands_and_back() {
     };
     let guest = devstack.guest_with("vm61", ALPHAS);
     assert_owned(&devstack, "alpha", &guest);
+    until_forgotten(&devstack);
     let mut before = guest.check();
     for to in ["beta", "alpha"] {
         let (had, gave) = (usage(&devstack, to), usage(&devstack, other(to)));

@@ -517,7 +517,8 @@ async fn a_python_frontend_has_a_guest_of_a_dead_node_started_elsewhere() {
     let party = devstack.party("kvm3", &[("shared17", &[]), ("shared18", &[])]);
     let (guest, other) = (party.get("shared17"), party.get("shared18"));
     devstack.until_kept("kvm3", &["shared17", "shared18"]);
-    let (uuid, before) = (guest.uuid(), guest.generation_on("kvm3"));
+    let shown = devstack.json(&["instance", "show", "shared17"]);
+    let (uuid, before) = (shown["uuid"].clone(), guest.generation_on("kvm3"));
     let url = std::env::var("DROVER_TEST_AMQP_URL").expect("a devstack has a broker");
     let exchange = MessagingSettings::with_url(url.as_str()).control_exchange;
     let mut python = Peer::start(&[&url, &exchange, "client"]).await;

@@ -338,9 +338,7 @@ async fn a_python_frontend_has_the_conductor_move_a_guest() {
     };
     let guest = devstack.guest("vm24");
     let uuid = guest.uuid();
-    let url = std::env::var("DROVER_TEST_AMQP_URL").expect("a devstack has a broker");
-    let exchange = MessagingSettings::with_url(url.as_str()).control_exchange;
-    let mut python = Peer::start(&[&url, &exchange, "client"]).await;
+    let mut python = frontend().await;
     let order = |method: &str, args: Value| {
         json!({"op": "call", "topic": "conductor", "namespace": "drover", "version": "1.0",
                "method": method, "args": args, "context": {"user_id": "u-1", "roles": ["admin"]}})
@@ -379,6 +377,13 @@ async fn a_python_frontend_has_the_conductor_move_a_guest() {
     assert_eq!(guest.node(), "kvm2");
 }
 
+/// A frontend in Python, on the devstack's broker.
+async fn frontend() -> Peer {
+    let url = std::env::var("DROVER_TEST_AMQP_URL").expect("a devstack has a broker");
+    let exchange = MessagingSettings::with_url(url.as_str()).control_exchange;
+    Peer::start(&[&url, &exchange, "client"]).await
+}
+
 /// What Nova's own RPC class sends, about our guest.
 fn as_nova(
     name: &str,
@@ -402,9 +407,7 @@ async fn a_python_frontend_resizes_confirms_and_reverts() {
     };
     let guest = devstack.guest("vm25");
     let uuid = guest.uuid();
-    let url = std::env::var("DROVER_TEST_AMQP_URL").expect("a devstack has a broker");
-    let exchange = MessagingSettings::with_url(url.as_str()).control_exchange;
-    let mut python = Peer::start(&[&url, &exchange, "client"]).await;
+    let mut python = frontend().await;
     let order = |method: &str, args: Value| {
         json!({"op": "call", "topic": "conductor", "namespace": "drover", "version": "1.0",
                "method": method, "args": args, "context": {"roles": ["admin"]}})
@@ -519,9 +522,7 @@ async fn a_python_frontend_has_a_guest_of_a_dead_node_started_elsewhere() {
     devstack.until_kept("kvm3", &["shared17", "shared18"]);
     let shown = devstack.json(&["instance", "show", "shared17"]);
     let (uuid, before) = (shown["uuid"].clone(), guest.generation_on("kvm3"));
-    let url = std::env::var("DROVER_TEST_AMQP_URL").expect("a devstack has a broker");
-    let exchange = MessagingSettings::with_url(url.as_str()).control_exchange;
-    let mut python = Peer::start(&[&url, &exchange, "client"]).await;
+    let mut python = frontend().await;
     let rebuild = |op: &str, recreate: bool| {
         as_nova("nova_rebuild_instance", op, "conductor", None, |args| {
             args["instance"]["nova_object.data"]["uuid"] = json!(uuid);

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use drover_compute::{
     AgentSettings,
     app::{Agent, AgentHandle},
-    hypervisor::fake::{Fabric, GuestBuilder, NodeSpec},
+    hypervisor::fake::{At, Fabric, Fault as Mishap, GuestBuilder, NodeSpec},
 };
 use drover_model::{
     api::{
@@ -228,6 +228,13 @@ impl World {
             options: m.options.clone(),
         };
         self.call(A, method::LIVE_MIGRATION, &ask).await
+    }
+
+    /// Makes the destination ready and sends the guest, which will not go well.
+    pub(crate) async fn send_into(&self, m: &Move, at: At, mishap: Mishap) {
+        self.prepare(m).await.unwrap();
+        self.fabric.on_migration(m.step.instance, at, mishap);
+        self.send(m).await.unwrap();
     }
 
     pub(crate) async fn ask(&self, node: &str, method: &str, m: &Move) -> Result<(), Fault> {

@@ -126,11 +126,7 @@ async fn an_attached_transfer_can_be_aborted_and_forced() {
 async fn a_stall_is_seen_by_an_attached_monitor_too() {
     let mut world = World::new().await;
     let m = world.migration(small());
-    world.prepare(&m).await.unwrap();
-    world
-        .fabric
-        .on_migration(m.step.instance, At::Memory(50), Mishap::Stall);
-    world.send(&m).await.unwrap();
+    world.send_into(&m, At::Memory(50), Mishap::Stall).await;
     pause(2_000).await;
     world.restart(A).await;
     assert!(matches!(world.outcome(&m).await, Outcome::Stalled { .. }));

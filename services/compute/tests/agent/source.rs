@@ -276,11 +276,9 @@ async fn nothing_is_removed_from_a_source_that_still_has_the_guest() {
 async fn what_cannot_be_tidied_at_the_source_is_a_warning() {
     let world = World::new().await;
     let m = world.migration(small());
-    world.prepare(&m).await.unwrap();
     world
-        .fabric
-        .on_migration(m.step.instance, At::Finish, Mishap::KeepDefinition);
-    world.send(&m).await.unwrap();
+        .send_into(&m, At::Finish, Mishap::KeepDefinition)
+        .await;
     world.outcome(&m).await;
     let refuse = Effect::Refuse(HypervisorError::Failed(
         "Operation not permitted".to_owned(),

@@ -48,11 +48,7 @@ async fn there_is_nothing_to_abort_before_and_nothing_to_stop_after() {
         );
     }
     m.options.post_copy = true;
-    world.prepare(&m).await.unwrap();
-    world
-        .fabric
-        .on_migration(m.step.instance, At::PostCopy(10), Mishap::Stall);
-    world.send(&m).await.unwrap();
+    world.send_into(&m, At::PostCopy(10), Mishap::Stall).await;
     let phase = loop {
         pause(200).await;
         match world.job(&m).await {
@@ -127,11 +123,7 @@ async fn a_stalled_link_is_no_reason_to_wait_for_ever() {
     for at in [At::Start, At::Disk(50), At::Memory(50)] {
         let world = World::new().await;
         let m = world.migration(small());
-        world.prepare(&m).await.unwrap();
-        world
-            .fabric
-            .on_migration(m.step.instance, at, Mishap::Stall);
-        world.send(&m).await.unwrap();
+        world.send_into(&m, at, Mishap::Stall).await;
         let outcome = world.outcome(&m).await;
         assert!(
             matches!(
@@ -153,11 +145,7 @@ async fn a_stalled_link_is_no_reason_to_wait_for_ever() {
 async fn what_is_not_heard_of_any_more_is_cut_off_in_the_end() {
     let world = World::new().await;
     let m = world.migration(small());
-    world.prepare(&m).await.unwrap();
-    world
-        .fabric
-        .on_migration(m.step.instance, At::Memory(50), Mishap::Stall);
-    world.send(&m).await.unwrap();
+    world.send_into(&m, At::Memory(50), Mishap::Stall).await;
     pause(2_000).await;
     world.fabric.libvirtd_away(A);
     assert_eq!(world.locate(B, &m).await, Presence::Incoming);
@@ -264,11 +252,7 @@ async fn a_transfer_whose_answer_is_lost_is_looked_after() {
     for at in [At::Disk(50), At::Memory(50), At::SwitchOver, At::Finish] {
         let world = World::new().await;
         let m = world.migration(small());
-        world.prepare(&m).await.unwrap();
-        world
-            .fabric
-            .on_migration(m.step.instance, at, Mishap::LoseCaller);
-        world.send(&m).await.unwrap();
+        world.send_into(&m, at, Mishap::LoseCaller).await;
         let outcome = world.outcome(&m).await;
         assert!(
             matches!(outcome, Outcome::Moved { .. }),

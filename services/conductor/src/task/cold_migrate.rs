@@ -36,7 +36,7 @@ use drover_saga::{Saga, StepError};
 use drover_store::claims::Resources;
 
 use super::{
-    job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, patient, repeatable},
+    job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
 };
 use crate::survey::Chosen;
@@ -412,14 +412,7 @@ pub(super) fn was_running(chosen: &Chosen) -> bool {
 }
 
 fn judge(outcome: Outcome) -> Result<(), StepError> {
-    match outcome {
-        Outcome::Moved { .. } => Ok(()),
-        Outcome::Failed { message } => Err(ended(EndReason::Failed { message })),
-        Outcome::Aborted => Err(ended(EndReason::Aborted)),
-        Outcome::Stalled { message, of_guest } => {
-            Err(ended(EndReason::Stalled { message, of_guest }))
-        }
-    }
+    moved(outcome).map(drop).map_err(ended)
 }
 
 /// What is carried and what is not, in words.

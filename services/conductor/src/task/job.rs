@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use drover_model::{
-    api::compute::{CleanUp, GuestLocation, Inbox, StepRef, TransferPlan},
+    api::compute::{CleanUp, GuestLocation, Inbox, Outcome, StepRef, TransferPlan},
     check::{self, CheckFailure},
     error::ErrorClass,
     ids::HostName,
@@ -251,6 +251,17 @@ impl Job {
 pub(super) fn ended(reason: EndReason) -> StepError {
     let detail = serde_json::to_value(&reason).unwrap_or_default();
     StepError::new(ErrorClass::Refused, reason.to_string()).with_detail(detail)
+}
+
+/// For how long the guest was off or cut off, where that is known; else why its
+/// agent did not do it.
+pub(super) fn moved(outcome: Outcome) -> Result<Option<u64>, EndReason> {
+    match outcome {
+        Outcome::Moved { downtime_ms, .. } => Ok(downtime_ms),
+        Outcome::Failed { message } => Err(EndReason::Failed { message }),
+        Outcome::Aborted => Err(EndReason::Aborted),
+        Outcome::Stalled { message, of_guest } => Err(EndReason::Stalled { message, of_guest }),
+    }
 }
 
 /// Nobody knows what happened.

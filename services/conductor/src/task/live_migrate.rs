@@ -41,7 +41,9 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::{
-    job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, repeatable, store_error},
+    job::{
+        ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, moved, repeatable, store_error,
+    },
     journal::{Recorded, Told},
 };
 use crate::{agent_client::AgentError, plan::schedule::Limits, survey::Chosen};
@@ -583,13 +585,11 @@ fn said(
 }
 
 fn reason(outcome: Outcome, source: &HostName) -> EndReason {
-    match outcome {
-        Outcome::Moved { .. } => EndReason::Failed {
+    match moved(outcome) {
+        Ok(_) => EndReason::Failed {
             message: format!("libvirt reported success, and the guest still runs on {source}"),
         },
-        Outcome::Failed { message } => EndReason::Failed { message },
-        Outcome::Aborted => EndReason::Aborted,
-        Outcome::Stalled { message, of_guest } => EndReason::Stalled { message, of_guest },
+        Err(reason) => reason,
     }
 }
 

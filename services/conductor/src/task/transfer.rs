@@ -26,7 +26,10 @@ use drover_model::{
 use drover_saga::{Saga, StepError};
 
 use super::{
-    job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, patient, repeatable, store_error},
+    job::{
+        ASK_AFTER, Data, Job, agent_error, all_clean, ended, moved, patient, repeatable,
+        store_error,
+    },
     journal::{Recorded, Told},
 };
 use crate::{checks::transfer as checks, transfer_survey::TransferSurvey};
@@ -268,14 +271,7 @@ impl Transfer {
     /// Has the node do a part, or finds it at it, and waits for its end. Says
     /// for how long the guest was cut off, where that is known.
     async fn work(&self, part: TransferPart) -> Result<Option<u64>, StepError> {
-        match self.ended(part).await? {
-            Outcome::Moved { downtime_ms, .. } => Ok(downtime_ms),
-            Outcome::Failed { message } => Err(ended(EndReason::Failed { message })),
-            Outcome::Aborted => Err(ended(EndReason::Aborted)),
-            Outcome::Stalled { message, of_guest } => {
-                Err(ended(EndReason::Stalled { message, of_guest }))
-            }
-        }
+        moved(self.ended(part).await?).map_err(ended)
     }
 
     async fn ended(&self, part: TransferPart) -> Result<Outcome, StepError> {

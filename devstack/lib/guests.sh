@@ -110,8 +110,16 @@ node_boot_files() {
         mv "$boot/.new" "$boot/${file##*/}" # a running QEMU keeps the old one
     done
     # What the guests' disks are based on, on every node alike.
-    [ -e "$STATE/$1$IMAGES/base.qcow2" ] ||
-        qemu-img create -q -f qcow2 "$STATE/$1$IMAGES/base.qcow2" "${DISK_MIB}M"
+    base_create "$STATE/$1$IMAGES/base.qcow2"
+}
+
+# Whole when it has its name: guests may be made side by side.
+base_create() {
+    local new=$1.$BASHPID
+    [ ! -e "$1" ] || return 0
+    qemu-img create -q -f qcow2 "$new" "${DISK_MIB}M"
+    mv -n "$new" "$1"
+    rm -f "$new"
 }
 
 guest_bridge() { if is_project "$PROJECT"; then echo "br-$PROJECT"; else echo br-guests; fi; }
@@ -136,7 +144,7 @@ guest_disk_create() {
     case $name in
         shared*)
             file=$(guest_disk "$name")
-            [ -e "$SHARED/$base" ] || qemu-img create -q -f qcow2 "$SHARED/$base" "${DISK_MIB}M" ;;
+            base_create "$SHARED/$base" ;;
         *)
             file=$STATE/$2$(guest_disk "$name")
             # The base has no copy in the projects' directories.

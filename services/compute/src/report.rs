@@ -22,7 +22,7 @@ use crate::{
 /// What happens together is reported together.
 const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Shortest time between reports, however much happens.
-const MIN_PAUSE: Duration = Duration::from_millis(500);
+const MIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Reports for as long as the agent runs.
 pub(crate) async fn run(node: Arc<Node>, registry: Arc<Registry>) {

@@ -125,10 +125,14 @@ impl Drive {
             Task::Drain(o) => self.close(&o.host, o.reason.as_deref()).await?,
             Task::Restore(o) => self.open(&o.host).await?,
             Task::Evacuate(o) => {
-                if !self.prove(operation, o).await? {
+                // Other nodes are asked while the fence does its work: guests are off
+                // for less time.
+                let asking = evacuation::examine(&self.context, o);
+                let (is_dead, asked) = tokio::join!(self.prove(operation, o), asking);
+                if !is_dead? {
                     return Ok(());
                 }
-                examinations = evacuation::examine(&self.context, o).await?;
+                examinations = asked?;
             }
             Task::Balance(_) => {}
         }

@@ -17,7 +17,8 @@
 //! before the destination defines the guest, so that at no moment two nodes
 //! could start it (invariant 1). The guest is started again on the source only
 //! after the destination has taken its definition back: undoing goes the same
-//! way backwards.
+//! way backwards. Until the source is set aside the destination cannot have the
+//! guest, and is not asked: one that died keeps nobody's guest off.
 //!
 //! What then becomes of the source's copy is another saga's: [`super::confirm`]
 //! or [`super::revert`].
@@ -30,6 +31,7 @@ use drover_model::{
     },
     error::ErrorClass,
     guest::Presence,
+    ids::HostName,
     migration::{ColdOptions, EndReason, Migration, MigrationStatus as S, Phase},
 };
 use drover_saga::{Saga, StepError};
@@ -105,7 +107,7 @@ impl Saga for ColdMigrate {
             Step::PreCopy => self.pre_copy(data).await,
             Step::Stop => self.stop(data).await,
             Step::Copy => self.work(ColdPart::Copy, data).await,
-            Step::SetAside => self.set_aside().await,
+            Step::SetAside => self.set_aside(data).await,
             Step::Finish => self.finish(data).await,
             Step::Settle => self.settle(data).await,
         }
@@ -114,7 +116,8 @@ impl Saga for ColdMigrate {
     async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
         match step {
             Step::Place => self.job.release_claim().await,
-            Step::Prepare | Step::Finish => self.take_back(data).await,
+            Step::Prepare => self.undo_prepare(data).await,
+            Step::Finish => self.take_back(&data.chosen()?.host).await,
             Step::PreCopy | Step::Stop => self.restore(data).await,
             Step::Copy => {
                 let (source, step) = (self.job.source(), self.job.step());
@@ -270,10 +273,12 @@ impl ColdMigrate {
         }
     }
 
-    async fn set_aside(&self) -> Result<(), StepError> {
+    async fn set_aside(&self, data: &mut Data) -> Result<(), StepError> {
         let (source, step) = (self.job.source(), self.job.step());
         let aside = self.job.agents().set_aside(source, step).await;
-        aside.map(drop).map_err(patient)
+        aside.map_err(patient)?;
+        data.handed_over = true;
+        Ok(())
     }
 
     async fn finish(&self, data: &mut Data) -> Result<(), StepError> {
@@ -355,27 +360,47 @@ impl ColdMigrate {
 
     // ---- undoing
 
-    /// Both nodes are asked before anything is removed (invariant 3).
-    async fn take_back(&self, data: &Data) -> Result<(), StepError> {
+    async fn undo_prepare(&self, data: &Data) -> Result<(), StepError> {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
+        let taken_back = self.take_back(&chosen.host).await;
+        match data.handed_over {
+            true => taken_back,
+            false => {
+                let step = Self::name(Step::Prepare);
+                self.job.or_put_off(&chosen.host, step, taken_back).await
+            }
+        }
+    }
+
+    /// Both nodes are asked before anything is removed (invariant 3).
+    async fn take_back(&self, dest_host: &HostName) -> Result<(), StepError> {
         let source = self.job.locate(self.job.source()).await?;
-        let dest = self.job.locate(&chosen.host).await?;
+        let dest = self.job.locate(dest_host).await?;
         if dest.presence.is_active() {
             return Err(lost(format!(
-                "the guest is active on {} ({} says {:?}): its destination is not taken back",
-                chosen.host,
+                "the guest is active on {dest_host} ({} says {:?}): its destination is not taken back",
                 self.job.source(),
                 source.presence
             )));
         }
-        let undone = self
-            .job
-            .agents()
-            .rollback_resize(&chosen.host, self.job.step())
-            .await;
-        all_clean(undone.map_err(agent_error)?)
+        self.roll_back(dest_host).await
+    }
+
+    async fn roll_back(&self, dest: &HostName) -> Result<(), StepError> {
+        let undone = self.job.agents().rollback_resize(dest, self.job.step());
+        all_clean(undone.await.map_err(agent_error)?)
+    }
+
+    /// Does again what was put off. The guest may have come back another way since:
+    /// where it is active its agent takes nothing back.
+    pub(super) async fn tidy_again(&self, step: &str, dest: &HostName) -> Result<(), StepError> {
+        match step == Self::name(Step::Prepare) {
+            true => self.roll_back(dest).await,
+            // The record itself: if it cannot be written, nor can this be put off.
+            false => Ok(()),
+        }
     }
 
     /// The guest is on the source as it was.
@@ -383,11 +408,17 @@ impl ColdMigrate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        let dest = self.job.locate(&chosen.host).await?;
+        let runs_nowhere_else = match data.handed_over {
+            false => true,
+            true => {
+                let dest = self.job.locate(&chosen.host).await?.presence;
+                !dest.is_active() && dest != Presence::Incoming
+            }
+        };
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
-            runs_nowhere_else: !dest.presence.is_active() && dest.presence != Presence::Incoming,
+            runs_nowhere_else,
         };
         let restored = self
             .job

@@ -317,18 +317,21 @@ impl Evacuate {
     async fn start(&self, data: &mut Data) -> Result<(), StepError> {
         let host = data.chosen()?.host.clone();
         // A conductor that died may have had it started: it is looked for first.
-        let there = self.look(&host).await?;
-        let answer = match there.is_active() {
-            true => Ok(()),
-            false => {
-                self.still_dead().await?;
-                let started = self.job.agents().rebuild(&host, self.job.step());
-                started.await.map(drop)
+        let mut there = self.look(&host).await?;
+        let mut answer = Ok(());
+        if !there.is_active() {
+            self.still_dead().await?;
+            match self.job.agents().rebuild(&host, self.job.step()).await {
+                Ok(location) => there = location.presence,
+                Err(error) => {
+                    answer = Err(error);
+                    there = self.look(&host).await?;
+                }
             }
-        };
+        }
         let began = Instant::now();
         loop {
-            match (self.look(&host).await?, &answer) {
+            match (there, &answer) {
                 (Presence::Present(PowerState::Running), _) => break,
                 (there, _) if there.is_active() => {
                     if began.elapsed() >= LOOK_FOR {
@@ -349,6 +352,7 @@ impl Evacuate {
                 (_, Err(_)) => {}
             }
             tokio::time::sleep(LOOK_AGAIN).await;
+            there = self.look(&host).await?;
         }
         let off_since_ms = data.stopped_at_ms;
         data.downtime_ms = off_since_ms.map(|at| self.now_ms().saturating_sub(at));

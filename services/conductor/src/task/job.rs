@@ -34,6 +34,8 @@ pub struct Data {
     pub chosen: Option<Chosen>,
     /// Where the destination takes files (cold).
     pub inbox: Option<Inbox>,
+    /// Whether the source was set aside, so that the destination may have the guest (cold).
+    pub handed_over: bool,
     /// What changes about a guest that changes hands.
     pub transfer: Option<TransferPlan>,
     /// Generation that it has from now on (evacuation).

@@ -437,8 +437,9 @@ impl Runner {
                 LiveMigrate::new(job, options).tidy_again(step, dest).await
             }
             (Some(Ending::Revert), _) => Revert::new(job).settle().await,
-            // The record itself: if it cannot be written, nor can this be put off.
-            (None, Way::Cold(_)) => Ok(()),
+            (None, Way::Cold(options)) => {
+                ColdMigrate::new(job, options).tidy_again(step, dest).await
+            }
             (None, Way::Transfer(wanted)) => Transfer::new(job, wanted).tidy().await,
             (None, Way::Evacuation(wanted)) => {
                 Evacuate::new(job, wanted).tidy_again(step, dest).await

@@ -22,8 +22,8 @@ use super::{
 };
 use crate::hypervisor::{HypervisorError, Result};
 
-/// libvirt calls at once.
-const LIBVIRT_SLOTS: usize = 4;
+/// libvirt calls at once: room for reads beside as many guests being started as are sent to a node at once.
+const LIBVIRT_SLOTS: usize = 12;
 /// File-system calls at once.
 const FILE_SLOTS: usize = 8;
 

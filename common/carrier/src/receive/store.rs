@@ -196,7 +196,7 @@ impl<'a> Store<'a> {
         if target.compare {
             return Err(Malformed("wrote to what must not be written").into());
         }
-        let written = target.file.write_all_at(body, head.offset);
+        let written = target.write(body, head.offset);
         written.map_err(|error| failed(head, error))?;
         Ok(Unproven {
             target: Arc::clone(target),

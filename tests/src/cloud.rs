@@ -55,6 +55,8 @@ pub struct Cloud {
     pub store: Store,
     /// What cuts nodes' power; a conductor takes it at its start.
     pub fences: Fences,
+    /// The conductor's settings; it takes them at its start.
+    pub settings: ConductorSettings,
     began: Instant,
     messaging: MessagingSettings,
     conductor: Option<Conductor>,
@@ -80,6 +82,7 @@ impl Cloud {
             broker,
             store: Store::in_memory().await.expect("memory needs nothing"),
             fences: Fences::default(),
+            settings: ConductorSettings::default(),
             began: Instant::now(),
             messaging,
             conductor: None,
@@ -114,9 +117,8 @@ impl Cloud {
     /// Starts the conductor, which takes up what it finds.
     pub async fn start_conductor(&mut self) {
         let began = self.began;
-        let settings = ConductorSettings::default();
         let started = Conductor::start(
-            &settings,
+            &self.settings,
             "ctl",
             &self.messaging,
             self.broker.transport("ctl"),

@@ -202,6 +202,27 @@ async fn the_destination_is_away_for_long() {
     killed_everywhere("kvm2", LONG, During::Revert).await;
 }
 
+/// Until the source is set aside the destination cannot have the guest, so it need
+/// not be back for the guest to be; what was made there goes when it is.
+#[tokio::test(start_paused = true)]
+async fn a_destination_that_dies_for_good_keeps_no_guest_off() {
+    for step in ["prepare", "pre_copy", "stop", "copy"] {
+        let mut cloud = Cloud::start(9).await;
+        let id = guest(&cloud, web()).await;
+        let m = started(&cloud, id, &cold(true)).await;
+        cloud.until(m.uuid, step, |m| m.step == step).await;
+        cloud.fabric.power_off("kvm2");
+        cloud.kill_agent("kvm2");
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Failed, "{step}: {m:#?}");
+        let running = cloud.fabric.running_on(id);
+        assert_eq!(running, Some(m.source_host.clone()), "{step}: {m:#?}");
+        cloud.fabric.power_on("kvm2");
+        cloud.start_agent("kvm2").await;
+        check(&cloud, &m, true).await;
+    }
+}
+
 /// Aborts whenever the record has reached a version, for every version there is.
 #[tokio::test(start_paused = true)]
 async fn it_is_aborted_at_every_turn() {

@@ -7,17 +7,20 @@ use std::{
     time::Duration,
 };
 
-use drover_compute::hypervisor::fake::{Fabric, GuestBuilder, NodeSpec};
+use drover_compute::hypervisor::{
+    HypervisorError,
+    fake::{Call, Effect, Fabric, GuestBuilder, NodeSpec},
+};
 use drover_conductor::operation::{
     evacuation::{examine, inspect, prove},
     fence::{Action, Fences},
 };
 use drover_model::{
-    api::conductor::{EvacuateNode, OperationAnswer, method},
+    api::conductor::{EvacuateNode, ListOperations, OperationAnswer, method},
     check::{CheckCode, CheckFailure},
     ids::{HostName, InstanceId, OperationId},
     migration::{Evacuation, Migration, MigrationStatus as S, ProofOfDeath, Requester, Way},
-    operation::{EvacuateOptions, FenceAnswer, MoveWay, OperationStatus},
+    operation::{EvacuateOptions, FenceAnswer, MoveWay, Operation, OperationStatus, Task, Verdict},
 };
 use drover_tests::cloud::{Cloud, eventually};
 
@@ -390,4 +393,82 @@ async fn an_operation_fences_and_starts_everything_elsewhere() {
     let home = moved[0].dest_host.as_ref().map(HostName::as_str);
     check(&cloud, &moved[0], home);
     assert_eq!(moved[0].instance_uuid, id);
+}
+
+async fn evacuations(cloud: &Cloud) -> Vec<Operation> {
+    let all = cloud.store.operations(&ListOperations::default());
+    all.await.expect("readable")
+}
+
+/// Without being asked, if the settings say so: after the delay, once, and not while
+/// the switch is off.
+#[tokio::test(start_paused = true)]
+async fn a_dead_node_is_evacuated_without_being_asked() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    cloud.fences = fences(&cloud.fabric);
+    cloud.settings.auto_evacuate = true;
+    cloud
+        .kill_and_start("conductor", Duration::from_secs(1))
+        .await;
+    // For as long as a conductor that just came up trusts no silence.
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(evacuations(&cloud).await.len(), 0, "everybody is well");
+    let switch = |on| {
+        let store = cloud.store.clone();
+        async move { store.switch("evacuate", on).await.expect("writable") }
+    };
+    switch(false).await;
+    dies(&mut cloud, "kvm1");
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!(evacuations(&cloud).await.len(), 0, "it is switched off");
+    switch(true).await;
+    let store = cloud.store.clone();
+    let ended = eventually("an evacuation's end", async || {
+        let operations = store.operations(&ListOperations::default()).await;
+        let first = operations.expect("readable").pop()?;
+        first.status.is_final().then_some(first)
+    })
+    .await;
+    assert_eq!(ended.status, OperationStatus::Completed, "{ended:#?}");
+    let moved = store.migrations_of(ended.uuid).await.expect("readable");
+    let home = moved[0].dest_host.as_ref().map(HostName::as_str);
+    check(&cloud, &moved[0], home);
+    assert_eq!(moved[0].instance_uuid, id);
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!(evacuations(&cloud).await.len(), 1, "once is enough");
+}
+
+/// The node that was chosen cannot start it: the next one does.
+#[tokio::test(start_paused = true)]
+async fn the_next_node_is_tried_when_one_refuses() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    cloud.fences = fences(&cloud.fabric);
+    cloud
+        .kill_and_start("conductor", Duration::from_secs(1))
+        .await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let planned = cloud.dry_run(&Task::Evacuate(options(false))).await;
+    let planned = planned.expect("it is answered");
+    let Verdict::Moves { to: first, .. } = &planned.moves[0].verdict else {
+        panic!("{planned:#?}");
+    };
+    let refusal = HypervisorError::Failed("out of memory".to_owned());
+    let refusal = Effect::Refuse(refusal);
+    cloud
+        .fabric
+        .on_call(first.as_str(), Call::Start, 1, refusal);
+    let begun = cloud.operate(&Task::Evacuate(options(false))).await;
+    let ended = cloud.operation_end(begun.expect("it is taken").uuid).await;
+    assert_eq!(ended.status, OperationStatus::Completed, "{ended:#?}");
+    let tried = &ended.items[0].tried;
+    assert_eq!(tried.len(), 1, "{ended:#?}");
+    assert_eq!(tried[0].host, *first, "{ended:#?}");
+    let home = cloud.fabric.running_on(id);
+    assert!(home.is_some_and(|home| home != *first), "{ended:#?}");
+    if let Err(found) = cloud.fabric.check_invariants() {
+        panic!("{found:?}\n{ended:#?}");
+    }
 }

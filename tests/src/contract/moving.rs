@@ -201,6 +201,7 @@ pub async fn a_move_is_announced(stage: &dyn Stage) -> Result<()> {
     let of_a_move = [
         Event::Guest(id),
         Event::MigrationIteration(id),
+        Event::SwitchOver(id),
         Event::JobCompleted(id),
     ];
     announced("on a", &mut on_a, &of_a_move).await?;

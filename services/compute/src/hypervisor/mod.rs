@@ -86,6 +86,8 @@ pub enum Event {
     Guest(InstanceId),
     /// A migration's memory went through another round over this domain.
     MigrationIteration(InstanceId),
+    /// A migration stopped this domain: what is left of its memory is the last.
+    SwitchOver(InstanceId),
     /// A job on this domain ended.
     JobCompleted(InstanceId),
     /// The connection to the hypervisor came or went.

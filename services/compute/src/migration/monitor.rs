@@ -308,6 +308,12 @@ impl Monitor {
 
     fn notice(&mut self, event: Event) {
         let soon = match event {
+            // One that is forced stops the guest with much left to send.
+            Event::SwitchOver(id) if id == self.instance && !self.wishes.is_forced() => {
+                self.shown.switch_over();
+                self.voice.show(self.shown.progress());
+                return;
+            }
             Event::MigrationIteration(id) if id == self.instance => SHORT_PAUSE,
             // While migrate() runs, it tells the end sooner and for certain.
             Event::JobCompleted(id) | Event::Guest(id)

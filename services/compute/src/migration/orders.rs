@@ -76,6 +76,11 @@ impl Wishes {
         self.paused
     }
 
+    /// Whether it is to be ended by post-copy or by a pause.
+    pub(super) fn is_forced(&self) -> bool {
+        self.force.is_some()
+    }
+
     pub(super) fn force(&mut self, force: Force) {
         self.force.get_or_insert(force);
     }

@@ -81,6 +81,12 @@ impl Shown {
         };
     }
 
+    /// The guest was stopped to change sides. libvirt may answer nothing more until
+    /// it is over.
+    pub fn switch_over(&mut self) {
+        self.progress.phase = self.progress.phase.max(Phase::SwitchOver);
+    }
+
     /// Says why nothing new is known.
     pub fn set_note(&mut self, note: String) {
         self.progress.note = Some(note);

@@ -363,7 +363,8 @@ impl LiveMigrate {
         outcome.map_err(|e| lost(e.to_string()))
     }
 
-    /// Hands on an abort or a force-complete, each once it was taken.
+    /// Hands on an abort or a force-complete, each once it was taken; gives the turn
+    /// back to whoever waits.
     async fn pass_on_wishes(&self, asked: &mut Asked) {
         let Ok(record) = self.job.record().await else {
             return;
@@ -374,6 +375,13 @@ impl LiveMigrate {
                 "abort",
                 self.job.agents().abort(source, self.job.step()).await,
             );
+        }
+        // What is left is the last, but for a guest that was stopped with much left to
+        // send. libvirt takes seconds to end it, in which others can send.
+        let is_last =
+            record.progress.phase == Phase::SwitchOver && !record.force_complete_requested;
+        if is_last && !asked.turn_ended {
+            asked.turn_ended = self.end_turn().await.is_ok();
         }
         if record.force_complete_requested && !asked.force {
             let forced = self
@@ -521,6 +529,8 @@ fn what_moves(chosen: &Chosen) -> String {
 struct Asked {
     abort: bool,
     force: bool,
+    /// Its turn to send was given back.
+    turn_ended: bool,
 }
 
 /// Whether a wish need not be repeated.

@@ -279,6 +279,7 @@ impl World {
         let from = journey.from.clone();
         if self.domain(&from, id).is_some_and(Domain::runs) {
             self.stop_vcpus(&from, id, at, PowerState::Paused);
+            self.node(&from).emit(Event::SwitchOver(id));
             if let Some(journey) = self.journeys.get_mut(&id) {
                 journey.stopped_at = Some(at);
             }

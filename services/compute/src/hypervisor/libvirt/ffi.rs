@@ -503,10 +503,19 @@ unsafe fn send(
 unsafe extern "C" fn on_lifecycle(
     _: sys::virConnectPtr,
     domain: sys::virDomainPtr,
-    _event: c_int,
-    _detail: c_int,
+    event: c_int,
+    detail: c_int,
     opaque: *mut c_void,
 ) -> c_int {
+    let what = (u32::try_from(event), u32::try_from(detail));
+    let switches = (
+        Ok(sys::VIR_DOMAIN_EVENT_SUSPENDED),
+        Ok(sys::VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED),
+    );
+    if what == switches {
+        // SAFETY: as libvirt calls it.
+        unsafe { send(domain, opaque, Event::SwitchOver) };
+    }
     // SAFETY: as libvirt calls it.
     unsafe { send(domain, opaque, Event::Guest) };
     0

@@ -9,7 +9,7 @@ use std::{
 
 use drover_compute::hypervisor::{
     HypervisorError,
-    fake::{Call, Effect, Fabric, GuestBuilder, NodeSpec},
+    fake::{Call, Fabric, GuestBuilder, NodeSpec, script::Effect},
 };
 use drover_conductor::operation::{
     evacuation::{examine, inspect, prove},
@@ -22,6 +22,7 @@ use drover_model::{
     migration::{Evacuation, Migration, MigrationStatus as S, ProofOfDeath, Requester, Way},
     operation::{EvacuateOptions, FenceAnswer, MoveWay, Operation, OperationStatus, Task, Verdict},
 };
+use drover_store::Store;
 use drover_tests::cloud::{Cloud, eventually};
 
 const IMAGES: &str = "/var/lib/libvirt/images";
@@ -395,9 +396,9 @@ async fn an_operation_fences_and_starts_everything_elsewhere() {
     assert_eq!(moved[0].instance_uuid, id);
 }
 
-async fn evacuations(cloud: &Cloud) -> Vec<Operation> {
-    let all = cloud.store.operations(&ListOperations::default());
-    all.await.expect("readable")
+async fn evacuations(store: &Store) -> Vec<Operation> {
+    let all = ListOperations::default();
+    store.operations(&all).await.expect("readable")
 }
 
 /// Without being asked, if the settings say so: after the delay, once, and not while
@@ -411,22 +412,19 @@ async fn a_dead_node_is_evacuated_without_being_asked() {
     cloud
         .kill_and_start("conductor", Duration::from_secs(1))
         .await;
+    let store = cloud.store.clone();
     // For as long as a conductor that just came up trusts no silence.
     tokio::time::sleep(Duration::from_secs(300)).await;
-    assert_eq!(evacuations(&cloud).await.len(), 0, "everybody is well");
-    let switch = |on| {
-        let store = cloud.store.clone();
-        async move { store.switch("evacuate", on).await.expect("writable") }
-    };
-    switch(false).await;
+    assert_eq!(evacuations(&store).await.len(), 0, "everybody is well");
+    let switch = store.switch("evacuate", false);
+    switch.await.expect("writable");
     dies(&mut cloud, "kvm1");
     tokio::time::sleep(Duration::from_secs(600)).await;
-    assert_eq!(evacuations(&cloud).await.len(), 0, "it is switched off");
-    switch(true).await;
-    let store = cloud.store.clone();
+    assert_eq!(evacuations(&store).await.len(), 0, "it is switched off");
+    let switch = store.switch("evacuate", true);
+    switch.await.expect("writable");
     let ended = eventually("an evacuation's end", async || {
-        let operations = store.operations(&ListOperations::default()).await;
-        let first = operations.expect("readable").pop()?;
+        let first = evacuations(&store).await.pop()?;
         first.status.is_final().then_some(first)
     })
     .await;
@@ -436,7 +434,7 @@ async fn a_dead_node_is_evacuated_without_being_asked() {
     check(&cloud, &moved[0], home);
     assert_eq!(moved[0].instance_uuid, id);
     tokio::time::sleep(Duration::from_secs(600)).await;
-    assert_eq!(evacuations(&cloud).await.len(), 1, "once is enough");
+    assert_eq!(evacuations(&store).await.len(), 1, "once is enough");
 }
 
 /// The node that was chosen cannot start it: the next one does.

@@ -375,11 +375,11 @@ async fn over(stage: &mut Stage) -> Happening {
     match stage {
         Stage::Sending(sending) => Happening::Sent(sending.over().await),
         Stage::Leaving(leaving) => {
-            let (part, ended) = leaving.over().await;
+            let (part, ended) = leaving.parts.over().await;
             Happening::Worked(part, ended)
         }
         Stage::Transferring(transferring) => {
-            let (part, ended) = transferring.over().await;
+            let (part, ended) = transferring.parts.over().await;
             Happening::Transferred(part, ended)
         }
         _ => std::future::pending().await,

@@ -308,10 +308,8 @@ impl Monitor {
 
     fn notice(&mut self, event: Event) {
         let soon = match event {
-            // One that is forced stops the guest with much left to send.
-            Event::SwitchOver(id) if id == self.instance && !self.wishes.is_forced() => {
-                self.shown.switch_over();
-                self.voice.show(self.shown.progress());
+            Event::SwitchOver(id) if id == self.instance => {
+                self.switches_over();
                 return;
             }
             Event::MigrationIteration(id) if id == self.instance => SHORT_PAUSE,
@@ -324,6 +322,15 @@ impl Monitor {
             _ => return,
         };
         self.next_look = self.next_look.min(Instant::now() + soon);
+    }
+
+    /// The guest was stopped. A pause and post-copy stop it with much left to send,
+    /// and are told by samples.
+    fn switches_over(&mut self) {
+        if !self.wishes.is_forced() && !self.record.request.options.post_copy {
+            self.shown.switch_over();
+            self.voice.show(self.shown.progress());
+        }
     }
 
     fn carry_out(&mut self, decision: Decision) {

@@ -76,9 +76,9 @@ impl Wishes {
         self.paused
     }
 
-    /// Whether it is to be ended by post-copy or by a pause.
+    /// Whether it is to be ended by force, or is being so.
     pub(super) fn is_forced(&self) -> bool {
-        self.force.is_some()
+        self.force.is_some() || self.paused
     }
 
     pub(super) fn force(&mut self, force: Force) {

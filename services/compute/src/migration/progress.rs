@@ -85,6 +85,7 @@ impl Shown {
     /// it is over.
     pub fn switch_over(&mut self) {
         self.progress.phase = self.progress.phase.max(Phase::SwitchOver);
+        self.progress.eta_ms = None;
     }
 
     /// Says why nothing new is known.

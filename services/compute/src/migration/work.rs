@@ -6,7 +6,10 @@
 use std::{sync::Arc, time::Duration};
 
 use drover_model::{
-    api::compute::{JobState, Outcome},
+    api::{
+        compute::{JobState, Outcome},
+        fault::Fault,
+    },
     guest::{PowerState, Presence},
     ids::{InstanceId, MigrationId},
     migration::{ColdOptions, Phase, Progress, Transfer},
@@ -61,9 +64,9 @@ pub(super) enum Task {
     Transfer(transfer::Task),
 }
 
-/// Work on a part under way, as its actor holds it.
+/// Work on a part under way.
 pub(super) struct Work<P> {
-    pub(super) part: P,
+    part: P,
     view: watch::Receiver<JobState>,
     cancel: CancellationToken,
     handle: JoinHandle<Option<Ended>>,
@@ -105,12 +108,12 @@ impl<P> Work<P> {
     }
 
     /// Has it end soon.
-    pub(super) fn cancel(&self) {
+    fn cancel(&self) {
         self.cancel.cancel();
     }
 
     /// How it ended. May be dropped and asked again.
-    pub(super) async fn over(&mut self) -> Ended {
+    async fn over(&mut self) -> Ended {
         match (&mut self.handle).await {
             Ok(Some(ended)) => ended,
             // Stopped with the agent, or died of a mistake of its own.
@@ -121,6 +124,75 @@ impl<P> Work<P> {
                 progress: Progress::default(),
             },
         }
+    }
+}
+
+/// The parts of one migration's work: at most one is under way.
+pub(super) struct Parts<P> {
+    under_way: Option<Work<P>>,
+    /// How the last one ended, in this life of the agent.
+    last: Option<(P, Ended)>,
+}
+
+impl<P: Copy + PartialEq> Parts<P> {
+    /// None was begun in this life of the agent.
+    pub(super) fn none() -> Self {
+        Self {
+            under_way: None,
+            last: None,
+        }
+    }
+
+    /// This one was begun.
+    pub(super) fn begun(work: Work<P>) -> Self {
+        Self {
+            under_way: Some(work),
+            last: None,
+        }
+    }
+
+    /// How a part stands; nothing if it has to be begun.
+    pub(super) fn job(&self, part: P) -> Result<Option<JobState>, Fault> {
+        match &self.under_way {
+            Some(work) if work.part == part => return Ok(Some(work.job())),
+            Some(_) => return Err(Fault::not_now("another part of it is still under way")),
+            None => {}
+        }
+        let last = self.last.as_ref().filter(|(of, _)| *of == part);
+        Ok(last.map(|(_, ended)| ended.clone().into()))
+    }
+
+    /// Which part is under way.
+    pub(super) fn under_way(&self) -> Option<P> {
+        self.under_way.as_ref().map(|work| work.part)
+    }
+
+    /// Has the part under way end, and tells how it did.
+    pub(super) async fn cancel(&mut self) -> Option<(P, Ended)> {
+        self.under_way.as_ref()?.cancel();
+        Some(self.over().await)
+    }
+
+    /// The end of the part under way; for ever silent if none is.
+    pub(super) async fn over(&mut self) -> (P, Ended) {
+        match &mut self.under_way {
+            Some(work) => {
+                let ended = work.over().await;
+                (work.part, ended)
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    /// A part is over.
+    pub(super) fn ended(&mut self, part: P, ended: Ended) {
+        self.under_way = None;
+        self.last = Some((part, ended));
+    }
+
+    /// How the last one ended is not to be told again.
+    pub(super) fn forget(&mut self) {
+        self.last = None;
     }
 }
 

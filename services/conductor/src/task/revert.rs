@@ -103,7 +103,9 @@ impl Revert {
             .store()
             .settle(m.uuid, id, host, None, now_ms)
             .await;
-        settled.map_err(|e| store_error(&e))
+        settled.map_err(|e| store_error(&e))?;
+        self.job.context.definitions.moved(id, host);
+        Ok(())
     }
 
     /// Removes the files that came to the destination.

@@ -19,6 +19,8 @@ const LONGEST_CALL: Duration = Duration::from_secs(1);
 pub(super) struct Ports {
     first: u16,
     last: u16,
+    /// Where disks come in: in the range, and perhaps not open yet.
+    disk_port: u16,
     listen: String,
     open_for: Duration,
     reach_within: Duration,
@@ -39,6 +41,7 @@ impl Ports {
         Self {
             first: settings.migration_port_min,
             last: settings.migration_port_max,
+            disk_port: settings.disk_port,
             listen: settings.probe_listen_address.clone(),
             open_for: Duration::from_secs(settings.probe_open_s),
             reach_within: Duration::from_secs(settings.reach_timeout_s),
@@ -73,18 +76,16 @@ impl Ports {
         {
             return Ok(probe.port);
         }
-        let count = u32::from(self.last - self.first) + 1;
-        let start = fastrand::u32(..count);
+        let ports: Vec<u16> = self.range().filter(|p| *p != self.disk_port).collect();
+        let start = fastrand::usize(..ports.len().max(1));
         let mut last_error = String::new();
-        for step in 0..count {
-            let offset = (start + step) % count;
-            let port = self.first + u16::try_from(offset).map_err(|e| e.to_string())?;
-            match TcpListener::bind((self.listen.as_str(), port)).await {
+        for port in ports.iter().cycle().skip(start).take(ports.len()) {
+            match TcpListener::bind((self.listen.as_str(), *port)).await {
                 Ok(listener) => {
                     let (until, end) = watch::channel(until);
                     tokio::spawn(serve(listener, end));
-                    *probe = Some(Probe { port, until });
-                    return Ok(port);
+                    *probe = Some(Probe { port: *port, until });
+                    return Ok(*port);
                 }
                 Err(error) => last_error = error.to_string(),
             }
@@ -147,5 +148,22 @@ mod tests {
             assert_eq!(ports.open_probe().await.unwrap(), port);
         }
         ports.reach("127.0.0.1", port).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_port_for_disks_is_left_to_them() {
+        let ports = Ports::new(&LibvirtSettings {
+            migration_port_min: 40_250,
+            migration_port_max: 40_251,
+            disk_port: 40_251,
+            probe_listen_address: "127.0.0.1".to_owned(),
+            ..LibvirtSettings::default()
+        });
+        assert_eq!(ports.open_probe().await, Ok(40_250));
+        // Its port is taken now, and the other is not tried.
+        let taken = ports.probe.lock().await.take();
+        let again = ports.open_probe().await;
+        assert!(again.is_err_and(|e| e.contains("40250 to 40251")));
+        drop(taken);
     }
 }

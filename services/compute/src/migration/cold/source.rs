@@ -21,7 +21,7 @@ use super::{
     super::{
         actor::{Actor, Stage},
         registry::Finished,
-        work::{Task, Work},
+        work::{Parts, Task, Work},
     },
     files,
 };
@@ -41,9 +41,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// A guest that is leaving, as its actor holds it.
 pub(in super::super) struct Leaving {
     pub(in super::super) record: Box<LeavingRecord>,
-    pub(in super::super) work: Option<Work<ColdPart>>,
-    /// How the last part ended, in this life of the agent.
-    last: Option<(ColdPart, Ended)>,
+    pub(in super::super) parts: Parts<ColdPart>,
 }
 
 impl Leaving {
@@ -51,19 +49,7 @@ impl Leaving {
     pub(in super::super) fn resume(record: Box<LeavingRecord>) -> Self {
         Self {
             record,
-            work: None,
-            last: None,
-        }
-    }
-
-    /// The end of the part under way; for ever silent if none is.
-    pub(in super::super) async fn over(&mut self) -> (ColdPart, Ended) {
-        match &mut self.work {
-            Some(work) => {
-                let ended = work.over().await;
-                (work.part, ended)
-            }
-            None => std::future::pending().await,
+            parts: Parts::none(),
         }
     }
 }
@@ -84,16 +70,10 @@ impl Actor {
                 "this node does something else for this migration",
             ));
         };
-        if let Some(work) = &leaving.work {
-            return match work.part == step.part {
-                true => Ok(work.job()),
-                false => Err(Fault::not_now("another part of it is still under way")),
-            };
+        match leaving.parts.job(step.part)? {
+            Some(job) => Ok(job),
+            None => self.begin_part(step).await,
         }
-        if let Some((_, ended)) = leaving.last.as_ref().filter(|(part, _)| *part == step.part) {
-            return Ok(ended.clone().into());
-        }
-        self.begin_part(step).await
     }
 
     async fn begin_leaving(&mut self, step: &ResizeInstance) -> Result<(), Fault> {
@@ -187,8 +167,7 @@ impl Actor {
         let job = work.job();
         self.stage = Stage::Leaving(Box::new(Leaving {
             record: Box::new(record),
-            work: Some(work),
-            last: None,
+            parts: Parts::begun(work),
         }));
         Ok(job)
     }
@@ -310,8 +289,7 @@ impl Actor {
         let Stage::Leaving(leaving) = &mut self.stage else {
             return;
         };
-        leaving.work = None;
-        leaving.last = Some((part, ended.clone()));
+        leaving.parts.ended(part, ended.clone());
         if matches!(ended.outcome, Outcome::Moved { .. }) && !leaving.record.done.contains(&part) {
             leaving.record.done.push(part);
             let record = leaving.record.clone();
@@ -326,10 +304,8 @@ impl Actor {
     pub(in super::super) async fn abort_resize(&mut self, step: StepRef) -> Result<(), Fault> {
         self.same_instance(step)?;
         if let Stage::Leaving(leaving) = &mut self.stage
-            && let Some(work) = &leaving.work
+            && let Some((part, ended)) = leaving.parts.cancel().await
         {
-            work.cancel();
-            let (part, ended) = leaving.over().await;
             self.worked(part, ended).await;
         }
         Ok(())

@@ -20,7 +20,7 @@ use super::{
     super::{
         actor::{Actor, Stage},
         registry::Finished,
-        work::{self, Work},
+        work::{self, Parts, Work},
     },
     work::Task,
 };
@@ -34,9 +34,7 @@ use crate::{
 /// A guest that changes hands, as its actor holds it.
 pub(in super::super) struct Transferring {
     pub(in super::super) record: Box<TransferRecord>,
-    work: Option<Work<TransferPart>>,
-    /// How the last part ended, in this life of the agent.
-    last: Option<(TransferPart, Ended)>,
+    pub(in super::super) parts: Parts<TransferPart>,
 }
 
 impl Transferring {
@@ -44,8 +42,7 @@ impl Transferring {
     pub(in super::super) fn resume(record: Box<TransferRecord>) -> Self {
         Self {
             record,
-            work: None,
-            last: None,
+            parts: Parts::none(),
         }
     }
 
@@ -54,17 +51,6 @@ impl Transferring {
         let record = &self.record;
         record.done.contains(&TransferPart::HandOver)
             && !record.begun.contains(&TransferPart::TakeBack)
-    }
-
-    /// The end of the part under way; for ever silent if none is.
-    pub(in super::super) async fn over(&mut self) -> (TransferPart, Ended) {
-        match &mut self.work {
-            Some(work) => {
-                let ended = work.over().await;
-                (work.part, ended)
-            }
-            None => std::future::pending().await,
-        }
     }
 }
 
@@ -269,21 +255,15 @@ impl Actor {
                 _ => Err(Fault::refused("this node has not been told of it")),
             };
         };
-        if let Some(work) = &transferring.work {
-            return match work.part == step.part {
-                true => Ok(work.job()),
-                false => Err(Fault::not_now("another part of it is still under way")),
-            };
+        let Some(job) = transferring.parts.job(step.part)? else {
+            return self.begin_transfer_part(step.part).await;
+        };
+        let failed = matches!(&job, JobState::Ended { outcome, .. } if *outcome != work::done());
+        if step.part == TransferPart::TakeBack && failed {
+            // Told once: whoever asks again wants it tried again.
+            transferring.parts.forget();
         }
-        if let Some((_, ended)) = transferring.last.as_ref().filter(|(p, _)| *p == step.part) {
-            let ended = ended.clone();
-            if step.part == TransferPart::TakeBack && ended.outcome != work::done() {
-                // Told once: whoever asks again wants it tried again.
-                transferring.last = None;
-            }
-            return Ok(ended.into());
-        }
-        self.begin_transfer_part(step.part).await
+        Ok(job)
     }
 
     async fn begin_transfer_part(&mut self, part: TransferPart) -> Result<JobState, Fault> {
@@ -313,8 +293,7 @@ impl Actor {
         let job = work.job();
         self.stage = Stage::Transferring(Box::new(Transferring {
             record: Box::new(record),
-            work: Some(work),
-            last: None,
+            parts: Parts::begun(work),
         }));
         Ok(job)
     }
@@ -331,8 +310,7 @@ impl Actor {
         let Stage::Transferring(transferring) = &mut self.stage else {
             return;
         };
-        transferring.work = None;
-        transferring.last = Some((part, ended.clone()));
+        transferring.parts.ended(part, ended.clone());
         let record = &mut transferring.record;
         if matches!(ended.outcome, Outcome::Moved { .. }) && !record.done.contains(&part) {
             record.done.push(part);
@@ -348,11 +326,9 @@ impl Actor {
     pub(in super::super) async fn abort_transfer(&mut self, step: StepRef) -> Result<(), Fault> {
         self.same_instance(step)?;
         if let Stage::Transferring(transferring) = &mut self.stage
-            && let Some(work) = &transferring.work
-            && matches!(work.part, TransferPart::Stop | TransferPart::Copy)
+            && let Some(TransferPart::Stop | TransferPart::Copy) = transferring.parts.under_way()
+            && let Some((part, ended)) = transferring.parts.cancel().await
         {
-            work.cancel();
-            let (part, ended) = transferring.over().await;
             self.transferred(part, ended).await;
         }
         Ok(())

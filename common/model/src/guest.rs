@@ -46,6 +46,14 @@ impl Presence {
     pub fn is_active(self) -> bool {
         matches!(self, Self::Present(state) if state.is_active())
     }
+
+    /// The state of a domain that is here.
+    pub fn power_state(self) -> Option<PowerState> {
+        match self {
+            Self::Present(state) => Some(state),
+            Self::Absent | Self::Incoming => None,
+        }
+    }
 }
 
 /// A guest, read from its live definition.

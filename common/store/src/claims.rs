@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use drover_model::{
+    guest::PowerState,
     ids::{HostName, InstanceId, MigrationId},
     node::{AllocationPolicy, HypervisorReport, Inventory, NodeReport},
 };
@@ -222,8 +223,9 @@ impl Store {
     }
 
     /// Records that the guest is on a node, and turns the claim there into the
-    /// instance's own use, in one commit. `keep` is claimed in its stead, for a
-    /// way back.
+    /// instance's own use, in one commit. `state` is what it was seen in there, if
+    /// that may be another than before. `keep` is claimed in its stead, for a way
+    /// back.
     ///
     /// # Errors
     /// The database failed.
@@ -232,12 +234,16 @@ impl Store {
         migration: MigrationId,
         instance: InstanceId,
         host: &HostName,
+        state: Option<PowerState>,
         keep: Option<(&HostName, Resources)>,
         now_ms: u64,
     ) -> Result<()> {
         let work = async {
             let mut tx = self.begin().await?;
             crate::instances::moved(&mut tx, instance, host, now_ms).await?;
+            if let Some(state) = state {
+                crate::instances::seen_in(&mut tx, instance, state).await?;
+            }
             release(&mut tx, migration).await?;
             if let Some((host, resources)) = keep {
                 insert(&mut tx, migration, host, resources).await?;

@@ -150,10 +150,10 @@ impl Store {
         let work = async {
             let mut tx = self.begin().await?;
             instances::moved(&mut tx, instance, host, now_ms).await?;
-            sqlx::query("UPDATE instances SET generation = $2, power_state = $3 WHERE uuid = $1")
+            instances::seen_in(&mut tx, instance, PowerState::Running).await?;
+            sqlx::query("UPDATE instances SET generation = $2 WHERE uuid = $1")
                 .bind(instance.to_string())
                 .bind(signed(generation))
-                .bind(to_json("a power state", &PowerState::Running)?)
                 .execute(&mut *tx)
                 .await?;
             claims::release(&mut tx, migration).await?;

@@ -269,6 +269,20 @@ pub(crate) async fn moved(
     Ok(())
 }
 
+/// Records the state in which a saga saw an instance, before its node reports it.
+pub(crate) async fn seen_in(
+    tx: &mut Transaction<'static, Any>,
+    id: InstanceId,
+    state: PowerState,
+) -> Result<()> {
+    sqlx::query("UPDATE instances SET power_state = $2 WHERE uuid = $1")
+        .bind(id.to_string())
+        .bind(to_json("a power state", &state)?)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
 /// Gives an instance to a project, under a new name if there is one.
 pub(crate) async fn handed_over(
     tx: &mut Transaction<'static, Any>,

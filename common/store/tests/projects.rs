@@ -678,7 +678,14 @@ async fn an_old_record_is_carried_over(url: &str) {
     let busy = admit(&store, &transfer(2, 7, Some(&offer))).await;
     assert!(matches!(busy, Admitted::Busy(m) if m.uuid == cold.uuid));
     store
-        .settle(cold.uuid, cold.instance_uuid, &host("kvm2"), None, 1001)
+        .settle(
+            cold.uuid,
+            cold.instance_uuid,
+            &host("kvm2"),
+            None,
+            None,
+            1001,
+        )
         .await
         .unwrap();
     end(&store, &cold, MigrationStatus::Failed).await;

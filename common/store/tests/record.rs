@@ -250,7 +250,7 @@ async fn during_a_migration_reports_do_not_move_the_instance(store: Store) {
     let row = store.find_instance("vm1").await.unwrap();
     assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm1", None));
     store
-        .settle(m.uuid, m.instance_uuid, &host("kvm2"), None, 1003)
+        .settle(m.uuid, m.instance_uuid, &host("kvm2"), None, None, 1003)
         .await
         .unwrap();
     assert_eq!(
@@ -295,7 +295,7 @@ async fn claims_balance(store: Store) {
     assert_eq!(short.len(), 1, "only memory is short: {short:?}");
     // Settled: the instance's own use takes the claim's place.
     store
-        .settle(a.uuid, a.instance_uuid, &host("kvm2"), None, 1001)
+        .settle(a.uuid, a.instance_uuid, &host("kvm2"), None, None, 1001)
         .await
         .unwrap();
     assert_eq!(store.usage(&node).await.unwrap().used.vcpus, 2);

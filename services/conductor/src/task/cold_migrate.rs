@@ -312,6 +312,7 @@ impl ColdMigrate {
                 Ok(_) | Err(_) => return Err(patient(error)),
             },
         };
+        data.arrived = presence.power_state();
         let came = match start {
             true => presence.is_active(),
             false => matches!(presence, Presence::Present(_)),
@@ -341,6 +342,7 @@ impl ColdMigrate {
             m.uuid,
             m.instance_uuid,
             &chosen.host,
+            data.arrived,
             Some((&m.source_host, keep)),
             now_ms,
         );

@@ -7,6 +7,7 @@ use drover_model::{
     api::compute::{CleanUp, GuestLocation, Inbox, Outcome, StepRef, TransferPlan},
     check::{self, CheckFailure},
     error::ErrorClass,
+    guest::PowerState,
     ids::HostName,
     migration::{EndReason, Migration},
 };
@@ -42,6 +43,8 @@ pub struct Data {
     pub generation: u64,
     /// Whether it ran when it was looked at.
     pub ran: bool,
+    /// The state in which it was seen where it is now (cold).
+    pub arrived: Option<PowerState>,
     /// When the guest was off, milliseconds since 1970 (cold, evacuation).
     pub stopped_at_ms: Option<u64>,
     /// Measured downtime, ms.

@@ -15,7 +15,7 @@
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{FinishResize, FinishRevertResize, RevertResize},
-    guest::Presence,
+    guest::{PowerState, Presence},
     ids::HostName,
     migration::{EndReason, Migration, MigrationStatus as S, Phase, Way},
 };
@@ -82,7 +82,7 @@ impl Revert {
         again.map(drop).map_err(agent_error)
     }
 
-    async fn restore(&self) -> Result<(), StepError> {
+    async fn restore(&self, data: &mut Data) -> Result<(), StepError> {
         let dest = self.job.locate(self.dest()?).await?;
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
@@ -91,17 +91,18 @@ impl Revert {
         };
         let source = self.job.source();
         let restored = self.job.agents().finish_revert_resize(source, &ask).await;
-        restored.map(drop).map_err(patient)
+        data.arrived = restored.map_err(patient)?.presence.power_state();
+        Ok(())
     }
 
-    pub(super) async fn settle(&self) -> Result<(), StepError> {
+    pub(super) async fn settle(&self, arrived: Option<PowerState>) -> Result<(), StepError> {
         let m = &self.job.migration;
         let now_ms = self.job.context.clock.now_ms();
         let (id, host) = (m.instance_uuid, &m.source_host);
         let settled = self
             .job
             .store()
-            .settle(m.uuid, id, host, None, now_ms)
+            .settle(m.uuid, id, host, arrived, None, now_ms)
             .await;
         settled.map_err(|e| store_error(&e))?;
         self.job.context.definitions.moved(id, host);
@@ -139,11 +140,11 @@ impl Saga for Revert {
         }
     }
 
-    async fn run(&self, step: Step, _: &mut Data) -> Result<(), StepError> {
+    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
         match step {
             Step::RevertDestination => self.revert_destination().await,
-            Step::Restore => self.restore().await,
-            Step::Settle => self.settle().await,
+            Step::Restore => self.restore(data).await,
+            Step::Settle => self.settle(data.arrived).await,
             Step::Tidy => self.tidy().await,
         }
     }

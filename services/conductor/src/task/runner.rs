@@ -436,7 +436,7 @@ impl Runner {
             (None, Way::Live(options)) => {
                 LiveMigrate::new(job, options).tidy_again(step, dest).await
             }
-            (Some(Ending::Revert), _) => Revert::new(job).settle().await,
+            (Some(Ending::Revert), _) => Revert::new(job).settle(None).await,
             (None, Way::Cold(options)) => {
                 ColdMigrate::new(job, options).tidy_again(step, dest).await
             }

@@ -27,8 +27,9 @@ use crate::{faults, journal::JournalError, node::Node};
 /// Steps of one migration that may wait for each other. The conductor asks for
 /// one at a time; the rest is for repeats, polls and an abort.
 const MAILBOX: usize = 16;
-/// Migrations at one time, checks included; far above what any node carries.
-const MAX_ACTORS: usize = 512;
+/// Migrations at one time, checks included: of each guest that is asked about an
+/// actor stays for as long as marks lie beside its disks, and a drain asks about all.
+const MAX_ACTORS: usize = 4096;
 /// Migrations remembered after their last step, for steps that come again.
 const MAX_FINISHED: usize = 256;
 

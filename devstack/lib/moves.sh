@@ -13,6 +13,13 @@ need_drover() {
     done
 }
 
+# plan_moves N: whether N guests move by the plan on standard input, which --dry-run --json gave.
+plan_moves() {
+    python3 -c 'import json, sys
+moves = json.load(sys.stdin)["plan"]["moves"]
+sys.exit(sum(m["verdict"]["verdict"] == "moves" for m in moves) != int(sys.argv[1]))' "$1"
+}
+
 drover_knows() { [ "$(drover instance show "$1" --json | field host)" = "$2" ]; }
 
 move_with_drover() { drover instance migrate "$1" --live --to "$3" --wait; }

@@ -16,7 +16,7 @@ use drover_conductor::operation::{
     fence::{Action, Fences},
 };
 use drover_model::{
-    api::conductor::{EvacuateNode, ListOperations, OperationAnswer, method},
+    api::conductor::ListOperations,
     check::{CheckCode, CheckFailure},
     ids::{HostName, InstanceId, OperationId},
     migration::{Evacuation, Migration, MigrationStatus as S, ProofOfDeath, Requester, Way},
@@ -46,6 +46,24 @@ fn fences(fabric: &Fabric) -> Fences {
             false => FenceAnswer::On { agent },
         }
     })
+}
+
+/// Gives the conductor a fence, which it takes at its start.
+async fn with_fences(cloud: &mut Cloud) {
+    cloud.fences = fences(&cloud.fabric);
+    cloud
+        .kill_and_start("conductor", Duration::from_secs(1))
+        .await;
+}
+
+/// The operation did its work: the guest runs where its move says.
+async fn check_evacuated(cloud: &Cloud, ended: &Operation, id: InstanceId) {
+    assert_eq!(ended.status, OperationStatus::Completed, "{ended:#?}");
+    let moved = cloud.store.migrations_of(ended.uuid).await;
+    let moved = moved.expect("readable");
+    let home = moved[0].dest_host.as_ref().map(HostName::as_str);
+    check(cloud, &moved[0], home);
+    assert_eq!(moved[0].instance_uuid, id);
 }
 
 /// Three nodes that share their images.
@@ -329,10 +347,7 @@ async fn a_node_that_is_only_cut_off_is_fenced_or_left_alone() {
     assert_eq!(codes(&refused), [CheckCode::HostAlive]);
     assert_eq!(cloud.fabric.running_on(id), Some(name("kvm1")));
 
-    cloud.fences = fences(&cloud.fabric);
-    cloud
-        .kill_and_start("conductor", Duration::from_secs(1))
-        .await;
+    with_fences(&mut cloud).await;
     let asked = inspect(&cloud.context(), &options(false), &who).await;
     let (evidence, failures) = asked.expect("readable");
     assert!(
@@ -369,31 +384,12 @@ async fn a_node_that_is_only_cut_off_is_fenced_or_left_alone() {
 async fn an_operation_fences_and_starts_everything_elsewhere() {
     let mut cloud = cloud(1).await;
     let id = guest(&cloud).await;
-    cloud.fences = fences(&cloud.fabric);
-    cloud
-        .kill_and_start("conductor", Duration::from_secs(1))
-        .await;
+    with_fences(&mut cloud).await;
     cloud.kill_agent("kvm1");
     silence().await;
-    let ask = EvacuateNode {
-        options: options(false),
-        dry_run: false,
-    };
-    let begun = cloud.call::<_, OperationAnswer>(method::EVACUATE_NODE, &ask);
-    let OperationAnswer::Accepted { operation } = begun.await.expect("it is taken") else {
-        panic!("a plan was not asked for");
-    };
-    let store = cloud.store.clone();
-    let ended = eventually("the operation's end", async || {
-        let operation = store.operation(operation.uuid).await.expect("there");
-        operation.status.is_final().then_some(operation)
-    })
-    .await;
-    assert_eq!(ended.status, OperationStatus::Completed, "{ended:#?}");
-    let moved = store.migrations_of(ended.uuid).await.expect("readable");
-    let home = moved[0].dest_host.as_ref().map(HostName::as_str);
-    check(&cloud, &moved[0], home);
-    assert_eq!(moved[0].instance_uuid, id);
+    let begun = cloud.operate(&Task::Evacuate(options(false))).await;
+    let ended = cloud.operation_end(begun.expect("it is taken").uuid).await;
+    check_evacuated(&cloud, &ended, id).await;
 }
 
 async fn evacuations(store: &Store) -> Vec<Operation> {
@@ -407,11 +403,8 @@ async fn evacuations(store: &Store) -> Vec<Operation> {
 async fn a_dead_node_is_evacuated_without_being_asked() {
     let mut cloud = cloud(1).await;
     let id = guest(&cloud).await;
-    cloud.fences = fences(&cloud.fabric);
     cloud.settings.auto_evacuate = true;
-    cloud
-        .kill_and_start("conductor", Duration::from_secs(1))
-        .await;
+    with_fences(&mut cloud).await;
     let store = cloud.store.clone();
     // For as long as a conductor that just came up trusts no silence.
     tokio::time::sleep(Duration::from_secs(300)).await;
@@ -428,11 +421,7 @@ async fn a_dead_node_is_evacuated_without_being_asked() {
         first.status.is_final().then_some(first)
     })
     .await;
-    assert_eq!(ended.status, OperationStatus::Completed, "{ended:#?}");
-    let moved = store.migrations_of(ended.uuid).await.expect("readable");
-    let home = moved[0].dest_host.as_ref().map(HostName::as_str);
-    check(&cloud, &moved[0], home);
-    assert_eq!(moved[0].instance_uuid, id);
+    check_evacuated(&cloud, &ended, id).await;
     tokio::time::sleep(Duration::from_secs(600)).await;
     assert_eq!(evacuations(&store).await.len(), 1, "once is enough");
 }
@@ -442,10 +431,7 @@ async fn a_dead_node_is_evacuated_without_being_asked() {
 async fn the_next_node_is_tried_when_one_refuses() {
     let mut cloud = cloud(1).await;
     let id = guest(&cloud).await;
-    cloud.fences = fences(&cloud.fabric);
-    cloud
-        .kill_and_start("conductor", Duration::from_secs(1))
-        .await;
+    with_fences(&mut cloud).await;
     dies(&mut cloud, "kvm1");
     silence().await;
     let planned = cloud.dry_run(&Task::Evacuate(options(false))).await;

@@ -44,6 +44,8 @@ use tokio::time::{Instant, timeout};
 const PATIENCE: Duration = Duration::from_secs(3600);
 /// Virtual time begins here, milliseconds since 1970.
 const EPOCH_MS: u64 = 1_800_000_000_000;
+/// The conductor that every cloud begins with.
+pub const CTL: &str = "ctl";
 
 /// A Drover in virtual time.
 pub struct Cloud {
@@ -51,15 +53,16 @@ pub struct Cloud {
     pub fabric: Fabric,
     /// The broker.
     pub broker: MemoryBroker,
-    /// The record, which outlives the conductor.
+    /// The record, which outlives the conductors; the tests' own way into it.
     pub store: Store,
     /// What cuts nodes' power; a conductor takes it at its start.
     pub fences: Fences,
-    /// The conductor's settings; it takes them at its start.
+    /// The conductors' settings; each takes them at its start.
     pub settings: ConductorSettings,
+    database_url: Option<String>,
     began: Instant,
     messaging: MessagingSettings,
-    conductor: Option<Conductor>,
+    conductors: BTreeMap<String, Conductor>,
     agents: BTreeMap<String, AgentHandle>,
     directories: TempDir,
     client: RpcClient,
@@ -73,6 +76,18 @@ impl Cloud {
 
     /// The same over a broker that loses, delays, doubles and reorders.
     pub async fn with_faults(seed: u64, faults: Faults) -> Self {
+        let store = Store::in_memory().await.expect("memory needs nothing");
+        Self::around(seed, faults, store, None).await
+    }
+
+    /// The same on a database, which each conductor opens for itself. It works in
+    /// real time: its server does not wait for ours.
+    pub async fn on_database(seed: u64, url: &str) -> Self {
+        let store = Store::open(url).await.expect("the database opens");
+        Self::around(seed, Faults::default(), store, Some(url.to_owned())).await
+    }
+
+    async fn around(seed: u64, faults: Faults, store: Store, database_url: Option<String>) -> Self {
         let fabric = Fabric::new(seed);
         let broker = MemoryBroker::new(seed, Faults::default());
         let messaging = MessagingSettings::default();
@@ -80,12 +95,13 @@ impl Cloud {
         let mut cloud = Self {
             fabric,
             broker,
-            store: Store::in_memory().await.expect("memory needs nothing"),
+            store,
             fences: Fences::default(),
             settings: ConductorSettings::default(),
+            database_url,
             began: Instant::now(),
             messaging,
-            conductor: None,
+            conductors: BTreeMap::new(),
             agents: BTreeMap::new(),
             directories: TempDir::new().expect("a temporary directory"),
             client,
@@ -114,31 +130,46 @@ impl Cloud {
         EPOCH_MS + u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Starts the conductor, which takes up what it finds.
+    /// Starts the first conductor, which takes up what it finds.
     pub async fn start_conductor(&mut self) {
+        self.start_conductor_named(CTL).await;
+    }
+
+    /// Starts a conductor beside any others.
+    pub async fn start_conductor_named(&mut self, name: &str) {
         let began = self.began;
+        let store = match &self.database_url {
+            Some(url) => Store::open(url).await.expect("the database opens"),
+            None => self.store.clone(),
+        };
         let started = Conductor::start(
             &self.settings,
-            "ctl",
+            name,
             &self.messaging,
-            self.broker.transport("ctl"),
-            self.store.clone(),
+            self.broker.transport(name),
+            store,
             Clock::from_fn(move || Self::now_ms(began)),
             Patience::default(),
             self.fences.clone(),
         );
-        self.conductor = Some(started.await.expect("a conductor in memory starts"));
+        let conductor = started.await.expect("a conductor in memory starts");
+        self.conductors.insert(name.to_owned(), conductor);
     }
 
-    /// What the parts of the conductor work with.
+    /// What the parts of the first conductor work with.
     pub fn context(&self) -> Context {
-        let conductor = self.conductor.as_ref().expect("it was started");
+        let conductor = self.conductors.get(CTL).expect("it was started");
         conductor.context().clone()
     }
 
-    /// Kills the conductor in the middle of whatever it does.
+    /// Kills the first conductor in the middle of whatever it does.
     pub fn kill_conductor(&mut self) {
-        if let Some(conductor) = self.conductor.take() {
+        self.kill_conductor_named(CTL);
+    }
+
+    /// Kills a conductor in the middle of whatever it does.
+    pub fn kill_conductor_named(&mut self, name: &str) {
+        if let Some(conductor) = self.conductors.remove(name) {
             conductor.kill();
         }
     }

@@ -55,6 +55,19 @@ async fn a_guest_moves_and_the_record_tells_how() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn another_conductor_goes_on_with_what_a_dead_one_began() {
+    let mut cloud = Cloud::start(1).await;
+    cloud.start_conductor_named("other").await;
+    let id = guest(&cloud).await;
+    let accepted = started(&cloud, id).await;
+    let m = cloud.until_version(accepted.uuid, 4).await;
+    cloud.kill_conductor_named(&m.owner);
+    let m = cloud.end(m.uuid).await;
+    assert_eq!((m.status, m.attempt), (S::Completed, 2), "{m:#?}");
+    cloud.check(&m).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_destination_is_chosen_and_one_that_fails_its_checks_is_passed_over() {
     let mut cloud = Cloud::start(2).await;
     let bridge = NicAttachment::Bridge {

@@ -41,6 +41,7 @@ fn restore() -> Task {
         returning: Returning::All,
         mode: MoveMode::Live,
         max_parallel: None,
+        unknown: Default::default(),
     })
 }
 

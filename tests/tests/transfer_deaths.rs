@@ -39,17 +39,14 @@ fn project(id: &str, instances: Limit) -> Project {
     };
     project.networks = BTreeMap::from([(
         "lan".to_owned(),
-        vec![NetworkPlace {
-            nodes: Vec::new(),
-            attachment: bridge(id),
-        }],
+        vec![NetworkPlace::new(Vec::new(), bridge(id))],
     )]);
-    project.storage = vec![StoragePlace {
-        nodes: Vec::new(),
-        location: Location::Directory {
+    project.storage = vec![StoragePlace::new(
+        Vec::new(),
+        Location::Directory {
             path: directory(id),
         },
-    }];
+    )];
     project
 }
 

@@ -1,7 +1,8 @@
 //! Drover's vocabulary, in the field's words and Nova's spellings.
 //!
 //! Read in this order: [`ids`] and [`error`], then what there is ([`guest`],
-//! [`node`], [`project`]), what is done with it ([`migration`], [`operation`], [`check`]), and last
+//! [`node`], [`project`]), what is done with it ([`migration`], [`operation`], [`check`]), what is kept of
+//! other versions ([`unknown`]), and last
 //! [`api`], the shapes in which conductor, agents and frontends say it to each
 //! other. No I/O and no clock live here; the rules that need neither do.
 
@@ -14,6 +15,7 @@ pub mod migration;
 pub mod node;
 pub mod operation;
 pub mod project;
+pub mod unknown;
 
 /// XML namespace of Drover's element in a domain's `<metadata>`.
 pub const METADATA_NAMESPACE: &str = "https://drover.dev/xmlns/instance/1";

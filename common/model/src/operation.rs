@@ -26,6 +26,7 @@ use crate::{
     check::CheckFailure,
     ids::{HostName, InstanceId, MigrationId, OperationId},
     migration::{ColdOptions, Decision, LiveOptions, ProofOfDeath, Requester},
+    unknown::Unknown,
 };
 
 /// Which kind, and how.
@@ -43,6 +44,16 @@ pub enum Task {
 }
 
 impl Task {
+    /// What a newer version wishes of it.
+    pub fn unknown(&self) -> &Unknown {
+        match self {
+            Self::Drain(o) => &o.unknown,
+            Self::Restore(o) => &o.unknown,
+            Self::Evacuate(o) => &o.unknown,
+            Self::Balance(o) => &o.unknown,
+        }
+    }
+
     /// The kind alone, as a word.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -100,7 +111,6 @@ impl MoveMode {
 
 /// How a node is emptied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct DrainOptions {
     /// Which node.
     pub host: HostName,
@@ -122,6 +132,9 @@ pub struct DrainOptions {
     /// How those that move cold do so.
     #[serde(default)]
     pub cold: ColdOptions,
+    /// What a newer version wishes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl DrainOptions {
@@ -135,6 +148,7 @@ impl DrainOptions {
             reason: None,
             live: LiveOptions::default(),
             cold: ColdOptions::default(),
+            unknown: Unknown::default(),
         }
     }
 }
@@ -154,7 +168,6 @@ pub enum Returning {
 
 /// How a node is restored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct RestoreOptions {
     /// Which node.
     pub host: HostName,
@@ -167,11 +180,13 @@ pub struct RestoreOptions {
     /// Guests under way at once, 1 to 1000.
     #[serde(default)]
     pub max_parallel: Option<u32>,
+    /// What a newer version wishes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// How a dead node is evacuated.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct EvacuateOptions {
     /// Which node.
     pub host: HostName,
@@ -191,6 +206,9 @@ pub struct EvacuateOptions {
     /// that is cut off.
     #[serde(default)]
     pub despite_many_lost: bool,
+    /// What a newer version wishes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl EvacuateOptions {
@@ -203,13 +221,14 @@ impl EvacuateOptions {
             max_parallel: None,
             confirmed_off: false,
             despite_many_lost: false,
+            unknown: Unknown::default(),
         }
     }
 }
 
 /// How load is spread.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct BalanceOptions {
     /// Largest spread that is left: the most loaded node's load less the mean,
     /// percent points. Default by the settings.
@@ -220,6 +239,9 @@ pub struct BalanceOptions {
     pub max_moves: Option<u32>,
     /// Whether the conductor began it by itself.
     pub automatic: bool,
+    /// What a newer version wishes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// Where an operation stands.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     guest::NicAttachment,
     ids::{HostName, ProjectId},
+    unknown::Unknown,
 };
 
 /// Logical networks that one project has at the most.
@@ -65,8 +66,8 @@ impl std::fmt::Display for Limit {
 }
 
 /// How much a project may have. A guest that is off counts like one that runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Quota {
     /// Instances.
     pub instances: Limit,
@@ -76,6 +77,9 @@ pub struct Quota {
     pub memory_mb: Limit,
     /// Disks of all of them as the guests see them, GB in Nova's sense (GiB).
     pub disk_gb: Limit,
+    /// What a newer version says of it.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// How much a project has, and is about to get.
@@ -148,13 +152,26 @@ pub struct QuotaShortfall {
 
 /// What a logical network is on a group of nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct NetworkPlace {
     /// On which nodes; none named: on all that no other place names.
     #[serde(default)]
     pub nodes: Vec<HostName>,
     /// A bridge or a libvirt network.
     pub attachment: NicAttachment,
+    /// What a newer version says of it.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+impl NetworkPlace {
+    /// It is this on these nodes; on all that no other place names, if none is named.
+    pub fn new(nodes: Vec<HostName>, attachment: NicAttachment) -> Self {
+        Self {
+            nodes,
+            attachment,
+            unknown: Unknown::default(),
+        }
+    }
 }
 
 /// Where disks are.
@@ -184,18 +201,30 @@ impl std::fmt::Display for Location {
 
 /// Where a project's disks are on a group of nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct StoragePlace {
     /// On which nodes; none named: on all that no other place names.
     #[serde(default)]
     pub nodes: Vec<HostName>,
     /// Where there.
     pub location: Location,
+    /// What a newer version says of it.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+impl StoragePlace {
+    /// They are here on these nodes; on all that no other place names, if none is named.
+    pub fn new(nodes: Vec<HostName>, location: Location) -> Self {
+        Self {
+            nodes,
+            location,
+            unknown: Unknown::default(),
+        }
+    }
 }
 
 /// A project, as it was created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Project {
     /// Id, as instances' metadata name it.
     pub id: ProjectId,
@@ -214,6 +243,9 @@ pub struct Project {
     /// Where its disks are; nothing named: wherever they are.
     #[serde(default)]
     pub storage: Vec<StoragePlace>,
+    /// What a newer version says of it.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 fn yes() -> bool {
@@ -230,6 +262,7 @@ impl Project {
             quota: Quota::default(),
             networks: BTreeMap::new(),
             storage: Vec::new(),
+            unknown: Unknown::default(),
         }
     }
 
@@ -255,7 +288,8 @@ impl Project {
 
     /// What is wrong with it in itself; empty if nothing is.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
+        let mut problems = self.unknown.problems();
+        problems.extend(self.quota.unknown.problems());
         if !is_shown_well(&self.name) {
             problems.push("a name is 1 to 255 characters, no control characters".to_owned());
         }
@@ -272,6 +306,8 @@ impl Project {
                 .iter()
                 .find_map(|p| attachment_problem(&p.attachment));
             problems.extend(wrong.map(|words| format!("network {name}: {words}")));
+            let unknown = places.iter().flat_map(|p| p.unknown.problems());
+            problems.extend(unknown.map(|words| format!("network {name}: {words}")));
         }
         let groups = self.storage.iter().map(|place| &place.nodes);
         problems.extend(groups_problem("storage", groups));
@@ -279,6 +315,8 @@ impl Project {
             .storage
             .iter()
             .filter_map(|p| location_problem(&p.location));
+        let unknown = self.storage.iter().flat_map(|p| p.unknown.problems());
+        let wrong = wrong.chain(unknown);
         problems.extend(wrong.map(|words| format!("storage: {words}")));
         problems
     }
@@ -362,14 +400,8 @@ mod tests {
     fn the_place_that_names_a_node_goes_before_the_one_for_all() {
         let mut project = project();
         let places = vec![
-            NetworkPlace {
-                nodes: Vec::new(),
-                attachment: bridge("br-all"),
-            },
-            NetworkPlace {
-                nodes: vec![host("kvm2")],
-                attachment: bridge("br-two"),
-            },
+            NetworkPlace::new(Vec::new(), bridge("br-all")),
+            NetworkPlace::new(vec![host("kvm2")], bridge("br-two")),
         ];
         project.networks.insert("lan".to_owned(), places);
         assert_eq!(project.problems(), Vec::<String>::new());
@@ -385,23 +417,17 @@ mod tests {
         wrong.networks.insert(
             "lan".to_owned(),
             vec![
-                NetworkPlace {
-                    nodes: vec![host("kvm1")],
-                    attachment: bridge("a"),
-                },
-                NetworkPlace {
-                    nodes: vec![host("kvm1")],
-                    attachment: NicAttachment::User,
-                },
+                NetworkPlace::new(vec![host("kvm1")], bridge("a")),
+                NetworkPlace::new(vec![host("kvm1")], NicAttachment::User),
             ],
         );
         for path in ["relative", "/a/../b", "/a//b", "/a/", "/"] {
-            wrong.storage = vec![StoragePlace {
-                nodes: Vec::new(),
-                location: Location::Directory {
+            wrong.storage = vec![StoragePlace::new(
+                Vec::new(),
+                Location::Directory {
                     path: path.to_owned(),
                 },
-            }];
+            )];
             assert_eq!(wrong.problems().len(), 3, "{path}: {:?}", wrong.problems());
         }
     }

@@ -85,6 +85,7 @@ async fn one_operation_has_a_node_and_a_request_makes_one(store: Store) {
             returning: Returning::All,
             mode: drover_model::operation::MoveMode::Live,
             max_parallel: None,
+            unknown: Default::default(),
         }),
     );
     let rival = begin(&store, &restore, "u3").await;

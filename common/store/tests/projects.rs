@@ -195,10 +195,7 @@ async fn a_change_that_cannot_be_leaves_the_project(store: Store) {
     let change = ProjectChange {
         enabled: Some(false),
         name: Some(String::new()),
-        storage: Some(vec![StoragePlace {
-            nodes: vec![],
-            location: relative,
-        }]),
+        storage: Some(vec![StoragePlace::new(vec![], relative)]),
         ..ProjectChange::default()
     };
     let refused = store.change_project("p1", &change).await.unwrap_err();

@@ -13,6 +13,7 @@ use clap_complete::Shell;
 use drover_model::{
     ids::HostName,
     migration::{BlockMigration, ColdOptions, Flavor, LiveOptions, Way},
+    unknown::Unknown,
 };
 
 const EXIT_CODES: &str = "\
@@ -254,6 +255,7 @@ impl LiveHow {
             bandwidth_mib_s: how.bandwidth,
             max_downtime_ms: self.max_downtime_ms,
             progress_timeout_s: how.progress_timeout,
+            unknown: Unknown::default(),
         }
     }
 }
@@ -291,6 +293,7 @@ impl ColdHow {
             bandwidth_mib_s: how.bandwidth,
             progress_timeout_s: how.progress_timeout,
             flavor,
+            unknown: Unknown::default(),
         }
     }
 }

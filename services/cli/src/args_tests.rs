@@ -100,6 +100,7 @@ fn all_options_of_a_migration_arrive() {
             bandwidth_mib_s: Some(100),
             max_downtime_ms: Some(300),
             progress_timeout_s: Some(60),
+            ..Default::default()
         })
     );
     assert!(migrate.change.no_wait);
@@ -129,6 +130,7 @@ fn all_options_of_a_cold_migration_arrive() {
                 vcpus: 2,
                 memory_mb: 256,
             }),
+            ..Default::default()
         })
     );
     assert_eq!(migrate.patience.timeout, Some(180));
@@ -216,6 +218,7 @@ fn all_options_of_a_transfer_arrive() {
         force_stop_after_s: Some(180),
         bandwidth_mib_s: Some(100),
         progress_timeout_s: Some(60),
+        ..Default::default()
     };
     assert_eq!(cold, Ok(expected));
     assert_eq!(handover("--live"), Ok(TransferOptions::default()));

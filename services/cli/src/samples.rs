@@ -325,22 +325,21 @@ pub(crate) fn offer() -> Offer {
 
 /// A project that has something, and soon more.
 pub(crate) fn project(id: &str) -> ProjectView {
-    let bridge = |name: &str, nodes| NetworkPlace {
-        nodes,
-        attachment: NicAttachment::Bridge {
-            bridge: name.to_owned(),
-        },
+    let bridge = |name: &str, nodes| {
+        NetworkPlace::new(
+            nodes,
+            NicAttachment::Bridge {
+                bridge: name.to_owned(),
+            },
+        )
     };
-    let elsewhere = NetworkPlace {
-        nodes: Vec::new(),
-        attachment: NicAttachment::Network {
+    let elsewhere = NetworkPlace::new(
+        Vec::new(),
+        NicAttachment::Network {
             network: "blue".to_owned(),
         },
-    };
-    let storage = |name, location| StoragePlace {
-        nodes: vec![host(name)],
-        location,
-    };
+    );
+    let storage = |name, location| StoragePlace::new(vec![host(name)], location);
     let lan = vec![
         bridge("br-blue", vec![host("kvm1"), host("kvm2")]),
         elsewhere,
@@ -354,6 +353,7 @@ pub(crate) fn project(id: &str) -> ProjectView {
             vcpus: Limit::Unlimited,
             memory_mb: Limit::AtMost(4096),
             disk_gb: Limit::AtMost(50),
+            ..Default::default()
         },
         networks: [
             ("lan".to_owned(), lan),

@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::MigrationType;
-use crate::ids::{HostName, OperationId, ProjectId};
+use crate::{
+    ids::{HostName, OperationId, ProjectId},
+    unknown::Unknown,
+};
 
 /// Whether disks are copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -23,7 +26,7 @@ pub enum BlockMigration {
 
 /// How a live migration is to be done. `None` leaves it to the settings.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct LiveOptions {
     /// Whether disks are copied.
     pub block_migration: BlockMigration,
@@ -40,26 +43,32 @@ pub struct LiveOptions {
     pub max_downtime_ms: Option<u64>,
     /// Give up when nothing has got nearer to the end for so long, seconds.
     pub progress_timeout_s: Option<u64>,
+    /// What a newer version wishes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl LiveOptions {
     /// What is wrong with these options in themselves; empty if nothing is.
     pub fn problems(&self) -> Vec<String> {
         let connections = self.parallel_connections.map(u64::from);
-        out_of_bounds(&[
-            ("parallel_connections", connections, 2, 255),
-            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
-            // QEMU's own limit is 2000 s; a guest that stands still for longer than
-            // a minute is not migrated live.
-            ("max_downtime_ms", self.max_downtime_ms, 1, 60_000),
-            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
-        ])
+        problems(
+            &self.unknown,
+            &[
+                ("parallel_connections", connections, 2, 255),
+                ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
+                // QEMU's own limit is 2000 s; a guest that stands still for longer than
+                // a minute is not migrated live.
+                ("max_downtime_ms", self.max_downtime_ms, 1, 60_000),
+                ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
+            ],
+        )
     }
 }
 
 /// How a cold migration is to be done. `None` leaves it to the settings.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct ColdOptions {
     /// How long the guest may take to shut down when asked to, seconds.
     pub shutdown_timeout_s: Option<u64>,
@@ -74,6 +83,9 @@ pub struct ColdOptions {
     pub progress_timeout_s: Option<u64>,
     /// New size of the guest on the destination (Nova's *resize*).
     pub flavor: Option<Flavor>,
+    /// What a newer version wishes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl ColdOptions {
@@ -83,14 +95,17 @@ impl ColdOptions {
             vcpus: 1,
             memory_mb: 1,
         });
-        out_of_bounds(&[
-            ("shutdown_timeout_s", self.shutdown_timeout_s, 1, 86_400),
-            ("force_stop_after_s", self.force_stop_after_s, 0, 86_400),
-            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
-            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
-            ("flavor.vcpus", Some(flavor.vcpus.into()), 1, 4096),
-            ("flavor.memory_mb", Some(flavor.memory_mb), 1, 1 << 30),
-        ])
+        problems(
+            &self.unknown,
+            &[
+                ("shutdown_timeout_s", self.shutdown_timeout_s, 1, 86_400),
+                ("force_stop_after_s", self.force_stop_after_s, 0, 86_400),
+                ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
+                ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
+                ("flavor.vcpus", Some(flavor.vcpus.into()), 1, 4096),
+                ("flavor.memory_mb", Some(flavor.memory_mb), 1, 1 << 30),
+            ],
+        )
     }
 }
 
@@ -132,6 +147,9 @@ pub struct TransferOptions {
     pub bandwidth_mib_s: Option<u64>,
     /// Give up when nothing has got nearer to the end for so long, seconds.
     pub progress_timeout_s: Option<u64>,
+    /// What a newer version wishes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl TransferOptions {
@@ -139,12 +157,15 @@ impl TransferOptions {
     pub fn problems(&self) -> Vec<String> {
         /// Networks that are named at the most.
         const MOST_NETWORKS: usize = 64;
-        let mut problems = out_of_bounds(&[
-            ("shutdown_timeout_s", self.shutdown_timeout_s, 1, 86_400),
-            ("force_stop_after_s", self.force_stop_after_s, 0, 86_400),
-            ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
-            ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
-        ]);
+        let mut problems = problems(
+            &self.unknown,
+            &[
+                ("shutdown_timeout_s", self.shutdown_timeout_s, 1, 86_400),
+                ("force_stop_after_s", self.force_stop_after_s, 0, 86_400),
+                ("bandwidth_mib_s", self.bandwidth_mib_s, 1, 1_000_000),
+                ("progress_timeout_s", self.progress_timeout_s, 5, 86_400),
+            ],
+        );
         if self.networks.len() > MOST_NETWORKS {
             problems.push(format!("at most {MOST_NETWORKS} networks are mapped"));
         }
@@ -273,12 +294,12 @@ impl Default for Way {
     }
 }
 
-fn out_of_bounds(values: &[(&str, Option<u64>, u64, u64)]) -> Vec<String> {
-    let broken = values.iter().filter_map(|(name, value, low, high)| {
+fn problems(unknown: &Unknown, values: &[(&str, Option<u64>, u64, u64)]) -> Vec<String> {
+    let out_of_bounds = values.iter().filter_map(|(name, value, low, high)| {
         let v = value.filter(|v| !(low..=high).contains(&v))?;
         Some(format!("{name} is {v}; it may be {low} to {high}"))
     });
-    broken.collect()
+    out_of_bounds.chain(unknown.problems()).collect()
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use drover_model::{
     operation::{
         BalanceOptions, DrainOptions, EvacuateOptions, MoveMode, RestoreOptions, Returning,
     },
+    unknown::Unknown,
 };
 
 use super::{Change, How, LiveHow, Patience, seconds, some_text};
@@ -136,6 +137,7 @@ impl Drain {
             bandwidth_mib_s: self.how.bandwidth,
             progress_timeout_s: self.how.progress_timeout,
             flavor: None,
+            unknown: Unknown::default(),
         };
         for way in [Way::Live(live.clone()), Way::Cold(cold.clone())] {
             if let Some(problem) = way.problems().first() {
@@ -153,6 +155,7 @@ impl Drain {
             reason: self.reason.clone(),
             live,
             cold,
+            unknown: Unknown::default(),
         })
     }
 }
@@ -207,6 +210,7 @@ impl Restore {
             returning,
             mode: self.mode.chosen(),
             max_parallel: self.at_once.max_parallel,
+            unknown: Unknown::default(),
         }
     }
 }
@@ -250,6 +254,7 @@ impl Evacuate {
             max_parallel: self.at_once.max_parallel,
             confirmed_off: self.i_confirm_host_is_off,
             despite_many_lost: self.despite_many_lost,
+            unknown: Unknown::default(),
         }
     }
 }
@@ -295,6 +300,7 @@ impl Balance {
             max_parallel: self.at_once.max_parallel,
             max_moves: self.max_moves,
             automatic: false,
+            unknown: Unknown::default(),
         }
     }
 }

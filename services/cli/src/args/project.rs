@@ -199,7 +199,7 @@ fn network(text: &str) -> Result<(String, NetworkPlace), String> {
         },
         (kind, _) => return Err(format!("'{kind}' is neither bridge nor network")),
     };
-    Ok((name, NetworkPlace { nodes, attachment }))
+    Ok((name, NetworkPlace::new(nodes, attachment)))
 }
 
 fn storage(text: &str) -> Result<StoragePlace, String> {
@@ -214,7 +214,7 @@ fn storage(text: &str) -> Result<StoragePlace, String> {
         },
         (kind, _) => return Err(format!("'{kind}' is neither directory nor pool")),
     };
-    Ok(StoragePlace { nodes, location })
+    Ok(StoragePlace::new(nodes, location))
 }
 
 /// `WHAT@HOST,HOST`: what, and on which nodes; none named is on all.

@@ -4,7 +4,10 @@
 use std::collections::BTreeMap;
 
 use clap::{Args, Subcommand, builder::NonEmptyStringValueParser};
-use drover_model::migration::{TransferMode, TransferOptions};
+use drover_model::{
+    migration::{TransferMode, TransferOptions},
+    unknown::Unknown,
+};
 
 use super::{Change, Patience, long_seconds, pair, seconds, some_text};
 
@@ -178,6 +181,7 @@ impl Handover {
             force_stop_after_s: self.force_stop_after,
             bandwidth_mib_s: self.bandwidth,
             progress_timeout_s: self.progress_timeout,
+            unknown: Unknown::default(),
         };
         match options.problems().as_slice() {
             [] => Ok(options),

@@ -91,6 +91,7 @@ fn a_whole_record_of_a_cold_one_looks_so() {
             vcpus: 2,
             memory_mb: 256,
         }),
+        ..Default::default()
     });
     m.warnings = vec!["kvm1: /var/lib/x stays".to_owned()];
     let expected = "\

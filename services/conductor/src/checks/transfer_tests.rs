@@ -30,17 +30,14 @@ fn project(id: &str) -> Project {
     let mut project = Project::new(id.parse().unwrap());
     project.networks.insert(
         "lan".to_owned(),
-        vec![NetworkPlace {
-            nodes: Vec::new(),
-            attachment: bridge(&format!("br-{id}")),
-        }],
+        vec![NetworkPlace::new(Vec::new(), bridge(&format!("br-{id}")))],
     );
-    project.storage = vec![StoragePlace {
-        nodes: Vec::new(),
-        location: Location::Directory {
+    project.storage = vec![StoragePlace::new(
+        Vec::new(),
+        Location::Directory {
             path: format!("/projects/{id}"),
         },
-    }];
+    )];
     project
 }
 

@@ -167,7 +167,8 @@ fn bounds(task: &Task) -> Vec<CheckFailure> {
         let value = value.filter(|v| !(low..=high).contains(v))?;
         Some(format!("{name} is {value}; it may be {low} to {high}"))
     });
-    let problems = numbers.chain(live).chain(cold);
+    let unknown = task.unknown().problems();
+    let problems = numbers.chain(live).chain(cold).chain(unknown);
     let failure = |message| CheckFailure {
         code: CheckCode::Options,
         side: Side::Request,

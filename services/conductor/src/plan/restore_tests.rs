@@ -14,6 +14,7 @@ fn options(returning: Returning) -> RestoreOptions {
         returning,
         mode: MoveMode::Live,
         max_parallel: None,
+        unknown: Default::default(),
     }
 }
 

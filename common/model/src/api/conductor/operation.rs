@@ -160,7 +160,6 @@ pub struct Automation {
 
 /// An agent asks what of its node lives elsewhere by now.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ListEvacuated {
     /// Its node.
     pub host: HostName,
@@ -191,7 +190,6 @@ pub struct EvacuatedAnswer {
 
 /// An agent tells that it removed the old copy of an evacuated instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct EvacuatedRemoved {
     /// Its node.
     pub host: HostName,

@@ -9,6 +9,7 @@ use drover_compute::{
     AgentSettings,
     app::{Agent, AgentHandle},
     hypervisor::fake::{Fabric, NodeSpec},
+    journal::StateDisk,
 };
 use drover_conductor::{
     app::{Conductor, Context},
@@ -65,6 +66,7 @@ pub struct Cloud {
     conductors: BTreeMap<String, Conductor>,
     agents: BTreeMap<String, AgentHandle>,
     directories: TempDir,
+    disks: BTreeMap<String, StateDisk>,
     client: RpcClient,
 }
 
@@ -104,6 +106,7 @@ impl Cloud {
             conductors: BTreeMap::new(),
             agents: BTreeMap::new(),
             directories: TempDir::new().expect("a temporary directory"),
+            disks: BTreeMap::new(),
             client,
         };
         cloud.start_conductor().await;
@@ -181,6 +184,7 @@ impl Cloud {
             endpoint: self.fabric.endpoint(host),
             policy: AllocationPolicy::default(),
             state_dir: self.state_dir(host),
+            state_disk: self.state_disk(host),
             report_interval_s: 5,
             max_downtime_ms: 500,
             progress_timeout_s: 150,
@@ -198,6 +202,18 @@ impl Cloud {
         let mut agent = started.expect("an agent in memory starts");
         agent.ready().await;
         self.agents.insert(host.to_owned(), agent);
+    }
+
+    /// The disk below the state directory of a node's agent, which may be filled.
+    pub fn state_disk(&mut self, host: &str) -> StateDisk {
+        self.disks.entry(host.to_owned()).or_default().clone()
+    }
+
+    /// Loses what a node's agent has written down, as when the node is installed
+    /// again; the agent is not running meanwhile.
+    pub fn lose_state(&self, host: &str) {
+        let lost = std::fs::remove_dir_all(self.state_dir(host));
+        lost.expect("an agent has been there");
     }
 
     fn state_dir(&self, host: &str) -> PathBuf {

@@ -45,6 +45,18 @@ uuid_id!(
     OperationId
 );
 
+uuid_id!(
+    /// An agent's state directory, from its making: another one is another journal.
+    StateId
+);
+
+impl StateId {
+    /// A new id.
+    pub fn generate() -> Self {
+        Self(Uuid::new_v4())
+    }
+}
+
 impl OperationId {
     /// A new id, ordered by time of making.
     pub fn generate() -> Self {

@@ -49,7 +49,7 @@ impl Agent {
         settings: AgentSettings,
         clock: Clock,
     ) -> Result<AgentHandle, JournalError> {
-        let journal = Journal::open(&settings.state_dir)?;
+        let journal = Journal::open(&settings.state_dir, &settings.state_disk)?;
         let client = RpcClient::new(transport.clone(), messaging);
         let (conductor, reports) = Conductor::new(client.clone(), transport.clone());
         let node = Arc::new(Node {

@@ -11,7 +11,7 @@ use drover_runtime::config::{ConfigError, Document};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use crate::{hypervisor::libvirt::LibvirtSettings, node::AgentSettings};
+use crate::{hypervisor::libvirt::LibvirtSettings, journal::StateDisk, node::AgentSettings};
 
 const SECTION: &str = "compute";
 /// The kernel's name for this boot.
@@ -156,6 +156,7 @@ fn settings(section: Section) -> Result<AgentSettings, Problem> {
             reserved_memory_mib: section.reserved_memory_mib,
         },
         state_dir: section.state_dir,
+        state_disk: StateDisk::default(),
         report_interval_s: section.report_interval_s,
         max_downtime_ms: section.max_downtime_ms,
         progress_timeout_s: section.progress_timeout_s,

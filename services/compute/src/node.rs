@@ -18,7 +18,11 @@ use drover_model::{
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{conductor::Conductor, hypervisor::Hypervisor, journal::Journal};
+use crate::{
+    conductor::Conductor,
+    hypervisor::Hypervisor,
+    journal::{Journal, StateDisk},
+};
 
 /// The wall clock: milliseconds since 1970. Waiting is tokio's.
 pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
@@ -34,6 +38,8 @@ pub struct AgentSettings {
     pub policy: AllocationPolicy,
     /// Where the journal is.
     pub state_dir: std::path::PathBuf,
+    /// The disk it is on.
+    pub state_disk: StateDisk,
     /// Time between reports, seconds.
     pub report_interval_s: u64,
     /// Downtime of a migration that asks for none in particular, ms.

@@ -3,6 +3,7 @@
 //! migration's UUID; asked twice, it answers with what is there.
 
 mod evacuation;
+mod known;
 mod transfer;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ pub use evacuation::{
     CheckEvacuation, DirtyRate, EvacuationFacts, InstanceOnNode, KeptDefinition, ProbeAddress,
     ProbeAnswer, RebuildInstance, StorageIdentity,
 };
+pub use known::{Doing, Ended, GuestLocation, Known};
 pub use transfer::{
     CheckTransfer, DiskMove, LocationFact, NicMove, PrepTransfer, SharedFile, TransferFacts,
     TransferPart, TransferPlan, TransferWork,
@@ -18,7 +20,7 @@ pub use transfer::{
 
 use crate::{
     guest::{Guest, NicAttachment, Presence},
-    ids::{HostName, InstanceId, MigrationId},
+    ids::{HostName, InstanceId, MigrationId, StateId},
     migration::{ColdOptions, Flavor, LiveOptions, Progress},
     node::{Endpoint, Inventory},
 };
@@ -148,6 +150,9 @@ pub struct AgentStatus {
     pub libvirt: Result<Inventory, String>,
     /// Migrations it is carrying out.
     pub migrations: Vec<MigrationId>,
+    /// Which state directory it works from; none of an agent too old to say.
+    #[serde(default)]
+    pub state: Option<StateId>,
     /// Counters since it started, by name.
     pub counters: std::collections::BTreeMap<String, u64>,
 }
@@ -435,15 +440,6 @@ pub enum Outcome {
         #[serde(default)]
         of_guest: bool,
     },
-}
-
-/// Where an agent sees a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuestLocation {
-    /// The answer of this node's libvirt, asked now.
-    pub presence: Presence,
-    /// Whether a libvirt migration job runs on it here.
-    pub migrating: bool,
 }
 
 /// What a clean-up did. A failed part is a warning (invariant 2).

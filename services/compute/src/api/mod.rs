@@ -307,6 +307,7 @@ impl Steps {
                 .await
                 .map_err(|e| e.to_string()),
             migrations,
+            state: Some(self.node.journal.state()),
             counters,
         }
     }
@@ -325,6 +326,8 @@ impl Steps {
         Ok(GuestLocation {
             presence,
             migrating: matches!(job, Job::Migration(_)),
+            known: self.registry.known(step.migration),
+            state: Some(self.node.journal.state()),
         })
     }
 }

@@ -2,32 +2,31 @@
 //! more file, read by the destination's. So what is secret in them goes neither
 //! over the broker nor into the conductor's record.
 
-use std::{
-    fs,
-    io::{self, Read},
-    os::unix::fs::OpenOptionsExt,
-    path::Path,
+use std::{fs, io, os::unix::fs::OpenOptionsExt, path::Path};
+
+use super::{
+    JournalError, StateDisk,
+    files::{self, Flush, MAX_BYTES, Unread, failed, off_the_runtime},
 };
-
-use super::{Flush, JournalError, failed, off_the_runtime, replace};
 use crate::hypervisor::Definition;
-
-/// Longest definition that is read, bytes.
-const MAX_BYTES: u64 = 64 << 20;
 
 /// Writes one down, readable for this process's user alone.
 ///
 /// # Errors
 /// The file system refuses.
-pub async fn write(path: &Path, definition: &Definition) -> Result<(), JournalError> {
-    let (path, definition) = (path.to_owned(), definition.clone());
+pub async fn write(
+    path: &Path,
+    definition: &Definition,
+    disk: &StateDisk,
+) -> Result<(), JournalError> {
+    let (path, definition, disk) = (path.to_owned(), definition.clone(), disk.clone());
     off_the_runtime(move || {
         make_directory(&path)?;
         let text = serde_json::to_vec(&definition).map_err(io::Error::other);
         let text = text.map_err(failed("write", &path))?;
-        replace(&path, &text, Flush::ToDisk).map_err(failed("write", &path))
+        files::replace(&path, &text, Flush::ToDisk, &disk)
     })
-    .await
+    .await?
 }
 
 /// Makes an empty file for one to come; one that is there stays.
@@ -46,7 +45,7 @@ pub async fn reserve(path: &Path) -> Result<(), JournalError> {
             .open(&path);
         opened.map(drop).map_err(failed("make", &path))
     })
-    .await
+    .await?
 }
 
 /// Reads one that has come.
@@ -56,16 +55,14 @@ pub async fn reserve(path: &Path) -> Result<(), JournalError> {
 pub async fn read(path: &Path) -> Result<Definition, JournalError> {
     let path = path.to_owned();
     off_the_runtime(move || {
-        let mut text = Vec::new();
-        let file = fs::File::open(&path).map_err(failed("read", &path))?;
-        let length = file.take(MAX_BYTES + 1).read_to_end(&mut text);
-        if length.map_err(failed("read", &path))? as u64 > MAX_BYTES {
-            let error = io::Error::other(format!("longer than {MAX_BYTES} bytes"));
-            return Err(failed("read", &path)(error));
-        }
+        let text = files::read(&path, MAX_BYTES).and_then(|text| {
+            let missing = || Unread::NotNow("it is not there".to_owned());
+            text.ok_or_else(missing)
+        });
+        let text = text.map_err(|why| failed("read", &path)(io::Error::other(why)))?;
         serde_json::from_slice(&text).map_err(|e| failed("read", &path)(io::Error::other(e)))
     })
-    .await
+    .await?
 }
 
 /// Removes one; one that is not there is no error.
@@ -74,11 +71,7 @@ pub async fn read(path: &Path) -> Result<Definition, JournalError> {
 /// The file system refuses.
 pub async fn remove(path: &Path) -> Result<(), JournalError> {
     let path = path.to_owned();
-    off_the_runtime(move || match fs::remove_file(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", &path)(e)),
-        _ => Ok(()),
-    })
-    .await
+    off_the_runtime(move || files::remove(&path, Flush::ToDisk)).await?
 }
 
 fn make_directory(path: &Path) -> Result<(), JournalError> {

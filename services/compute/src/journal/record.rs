@@ -2,7 +2,7 @@
 
 use drover_model::{
     api::compute::{
-        CarriedFile, ColdPart, FileRole, Frozen, LiveMigration, Mark, Outcome, TransferPart,
+        CarriedFile, ColdPart, Doing, FileRole, Frozen, LiveMigration, Mark, Outcome, TransferPart,
         TransferPlan,
     },
     guest::Disk,
@@ -11,6 +11,7 @@ use drover_model::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::Shelved;
 use crate::hypervisor::{Definition, Overlay, Standing};
 
 /// What this node does for a migration.
@@ -43,6 +44,28 @@ impl Record {
             Self::Rebuild(record) => record.instance,
         }
     }
+}
+
+impl Shelved for Record {
+    type Summary = Doing;
+
+    fn summary(&self) -> Doing {
+        match self {
+            Self::Source(_) => Doing::Sending,
+            Self::Destination(_) => Doing::Arriving,
+            Self::Leaving(record) if record.aside => Doing::SetAside,
+            Self::Leaving(_) => Doing::Leaving,
+            Self::Coming(_) => Doing::Coming,
+            Self::Transfer(_) => Doing::Transferring,
+            Self::Rebuild(_) => Doing::Rebuilding,
+        }
+    }
+}
+
+impl Shelved for MarksRecord {
+    type Summary = ();
+
+    fn summary(&self) {}
 }
 
 /// A migration from this node.

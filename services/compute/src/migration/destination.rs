@@ -5,7 +5,9 @@ use std::path::Path;
 
 use drover_model::{
     api::{
-        compute::{CheckDestination, CleanUp, DestinationFacts, Mark, PreLiveMigration, StepRef},
+        compute::{
+            CheckDestination, CleanUp, DestinationFacts, Ended, Mark, PreLiveMigration, StepRef,
+        },
         fault::Fault,
     },
     guest::{Disk, DiskSource, Guest, PowerState, Presence},
@@ -223,6 +225,7 @@ impl Actor {
         }
         if matches!(self.stage, Stage::Arriving(_)) {
             let finished = Finished {
+                how: Ended::Arrived,
                 job: None,
                 clean_up: clean_up.clone(),
             };
@@ -263,7 +266,7 @@ impl Actor {
         }
         info!(migration = %self.migration, instance = %step.instance,
             removed = ?clean_up.removed, "took back what was made ready for the guest");
-        self.forget_if_clean(step, clean_up).await
+        self.forget_if_clean(step, Ended::TakenBack, clean_up).await
     }
 
     /// The journal knows of nothing that this migration made here.

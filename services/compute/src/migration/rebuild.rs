@@ -15,7 +15,8 @@
 use drover_model::{
     api::{
         compute::{
-            CheckEvacuation, CleanUp, EvacuationFacts, GuestLocation, RebuildInstance, StepRef,
+            CheckEvacuation, CleanUp, Ended, EvacuationFacts, GuestLocation, RebuildInstance,
+            StepRef,
         },
         fault::Fault,
     },
@@ -107,8 +108,12 @@ impl Actor {
 
     async fn write_rebuilding(&self, record: &RebuildRecord) -> Result<(), Fault> {
         let entry = Record::Rebuild(Box::new(record.clone()));
-        let shelf = &self.node.journal.migrations;
-        Ok(shelf.store(self.migration, &entry).await?)
+        Ok(self
+            .node
+            .journal
+            .migrations
+            .store(self.migration, &entry)
+            .await?)
     }
 
     async fn define_rebuilt(&self, record: &RebuildRecord) -> Result<(), Fault> {
@@ -163,7 +168,7 @@ impl Actor {
             let message = format!("the guest does not run on this node ({presence:?})");
             return Err(Fault::refused(message));
         }
-        self.forget(step, Finished::default()).await?;
+        self.forget(step, Finished::with(Ended::Arrived)).await?;
         Ok(CleanUp::default())
     }
 
@@ -198,7 +203,8 @@ impl Actor {
                 generation, "a domain of the instance is here that this migration did not \
                  define: left alone"),
         }
-        self.forget_if_clean(step, CleanUp::default()).await
+        self.forget_if_clean(step, Ended::TakenBack, CleanUp::default())
+            .await
     }
 }
 

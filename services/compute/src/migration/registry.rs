@@ -12,7 +12,7 @@ use std::{
 
 use drover_model::{
     api::{
-        compute::{CleanUp, JobState, StepRef},
+        compute::{CleanUp, Ended, JobState, Known, StepRef},
         fault::{Fault, code},
     },
     error::ErrorClass,
@@ -47,12 +47,25 @@ struct State {
 }
 
 /// What is remembered of a migration after its last step here.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Finished {
+    /// How it ended here.
+    pub(super) how: Ended,
     /// How the transfer ended, if this was the source.
     pub(super) job: Option<JobState>,
     /// What the last step answered.
     pub(super) clean_up: CleanUp,
+}
+
+impl Finished {
+    /// With nothing more to say of it.
+    pub(super) fn with(how: Ended) -> Self {
+        Self {
+            how,
+            job: None,
+            clean_up: CleanUp::default(),
+        }
+    }
 }
 
 impl Registry {
@@ -61,8 +74,8 @@ impl Registry {
     /// # Errors
     /// The journal's directories cannot be read.
     pub(crate) fn start(node: Arc<Node>) -> Result<Arc<Self>, JournalError> {
-        let migrations = node.journal.migrations.load()?;
-        let marks = node.journal.marks.load()?;
+        let migrations = node.journal.migrations.load()?.read;
+        let marks = node.journal.marks.load()?.read;
         let registry = Arc::new(Self {
             node,
             state: Mutex::default(),
@@ -193,6 +206,15 @@ impl Registry {
         let state = self.lock();
         let found = state.finished.iter().rev().find(|(id, _)| *id == migration);
         found.map(|(_, finished)| finished.clone())
+    }
+
+    /// What the journal knows of a migration here.
+    pub(crate) fn known(&self, migration: MigrationId) -> Known {
+        match (self.finished(migration), self.node.journal.doing(migration)) {
+            (_, Some(doing)) => Known::UnderWay { doing },
+            (Some(Finished { how, .. }), None) => Known::Ended { how },
+            (None, None) => Known::Nothing,
+        }
     }
 
     /// The migration that has an instance.

@@ -2,7 +2,7 @@
 
 use drover_model::{
     api::{
-        compute::{CleanUp, GuestLocation, JobState, Outcome, StepRef},
+        compute::{CleanUp, Ended, GuestLocation, JobState, Outcome, StepRef},
         fault::Fault,
     },
     error::ErrorClass,
@@ -51,10 +51,12 @@ impl Actor {
     pub(super) async fn forget_if_clean(
         &mut self,
         step: StepRef,
+        how: Ended,
         clean_up: CleanUp,
     ) -> Result<CleanUp, Fault> {
         if clean_up.warnings.is_empty() {
             let finished = Finished {
+                how,
                 job: None,
                 clean_up: clean_up.clone(),
             };
@@ -67,8 +69,9 @@ impl Actor {
     pub(super) async fn location(&self, instance: InstanceId) -> Result<GuestLocation, Fault> {
         let presence = self.node.hypervisor.presence(instance).await;
         Ok(GuestLocation {
-            presence: presence.map_err(fault)?,
-            migrating: false,
+            known: self.registry.known(self.migration),
+            state: Some(self.node.journal.state()),
+            ..GuestLocation::seen(presence.map_err(fault)?)
         })
     }
 
@@ -114,7 +117,11 @@ impl Actor {
             let left = left.map(|disk| format!("{} is left over: remove it", disk.from));
             clean_up.warnings = left.collect();
         }
-        let finished = Finished { job, clean_up };
+        let finished = Finished {
+            how: Ended::MadeWay,
+            job,
+            clean_up,
+        };
         self.forget(self.step(instance), finished).await
     }
 

@@ -4,8 +4,8 @@
 use drover_model::{
     api::{
         compute::{
-            CheckPath, CheckSource, CleanUp, JobState, LiveMigration, PathFacts, PostLiveMigration,
-            SourceFacts, StepRef,
+            CheckPath, CheckSource, CleanUp, Ended, JobState, LiveMigration, PathFacts,
+            PostLiveMigration, SourceFacts, StepRef,
         },
         fault::Fault,
     },
@@ -254,7 +254,8 @@ impl Actor {
             self.remove_disk(&disk.path, &mut clean_up).await?;
         }
         self.remove_marks().await;
-        self.finish_source(step, &record, clean_up).await
+        self.finish_source(step, Ended::Left, &record, clean_up)
+            .await
     }
 
     /// Forgets a transfer that did not happen; the guest stays and runs on.
@@ -272,7 +273,7 @@ impl Actor {
                 hypervisor.resume(step.instance).await.map_err(fault)?;
             }
         }
-        self.finish_source(step, &record, CleanUp::default())
+        self.finish_source(step, Ended::Stayed, &record, CleanUp::default())
             .await?;
         Ok(())
     }
@@ -307,11 +308,13 @@ impl Actor {
     async fn finish_source(
         &mut self,
         step: StepRef,
+        how: Ended,
         record: &SourceRecord,
         clean_up: CleanUp,
     ) -> Result<CleanUp, Fault> {
         let job = Some(job_of(record));
         let finished = Finished {
+            how,
             job,
             clean_up: clean_up.clone(),
         };

@@ -6,6 +6,7 @@ use drover_compute::{
     AgentSettings,
     app::{Agent, AgentHandle},
     hypervisor::fake::{At, Fabric, Fault as Mishap, GuestBuilder, NodeSpec},
+    journal::StateDisk,
 };
 use drover_model::{
     api::{
@@ -46,6 +47,7 @@ pub(crate) struct World {
     pub(crate) heard: Arc<Heard>,
     agents: HashMap<&'static str, AgentHandle>,
     state: TempDir,
+    disks: HashMap<&'static str, StateDisk>,
     began: Instant,
     _conductor: RpcServer,
 }
@@ -82,6 +84,7 @@ impl World {
             heard,
             agents: HashMap::new(),
             state: tempfile::tempdir().unwrap(),
+            disks: HashMap::new(),
             began: Instant::now(),
             _conductor: conductor,
         }
@@ -89,6 +92,11 @@ impl World {
 
     pub(crate) fn state_dir(&self, node: &str) -> std::path::PathBuf {
         self.state.path().join(node)
+    }
+
+    /// The disk below a node's state directory.
+    pub(crate) fn disk(&self, node: &str) -> &StateDisk {
+        &self.disks[node]
     }
 
     /// Starts a node's agent, or starts it again.
@@ -104,6 +112,7 @@ impl World {
             endpoint: self.fabric.endpoint(node),
             policy: AllocationPolicy::default(),
             state_dir: self.state_dir(node),
+            state_disk: self.disks.entry(node).or_default().clone(),
             report_interval_s: 5,
             max_downtime_ms: 500,
             progress_timeout_s: 30,

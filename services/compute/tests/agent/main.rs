@@ -6,6 +6,7 @@
 mod destination;
 mod harness;
 mod listener;
+mod memory;
 mod nova;
 mod rebuild;
 mod reports;

@@ -18,8 +18,8 @@ fn all() -> Vec<Option<GuestLocation>> {
     let known = presences.into_iter().flat_map(|presence| {
         [false, true].map(|migrating| {
             Some(GuestLocation {
-                presence,
                 migrating,
+                ..GuestLocation::seen(presence)
             })
         })
     });
@@ -27,10 +27,7 @@ fn all() -> Vec<Option<GuestLocation>> {
 }
 
 fn at(presence: Presence) -> Option<GuestLocation> {
-    Some(GuestLocation {
-        presence,
-        migrating: false,
-    })
+    Some(GuestLocation::seen(presence))
 }
 
 fn verdict(source: Option<GuestLocation>, dest: Option<GuestLocation>) -> Verdict {

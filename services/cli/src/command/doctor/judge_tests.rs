@@ -18,6 +18,7 @@ fn agent(host: &str) -> AgentStatus {
         clock_ms: samples::T0,
         libvirt: Ok(samples::inventory()),
         migrations: Vec::new(),
+        state: None,
         counters: std::collections::BTreeMap::new(),
     }
 }

@@ -5,7 +5,7 @@
 use drover_model::{
     api::{
         compute::{
-            CarriedFile, CleanUp, ColdPart, FileRole, FinishResize, GuestLocation, Inbox,
+            CarriedFile, CleanUp, ColdPart, Ended, FileRole, FinishResize, GuestLocation, Inbox,
             PrepResize, RevertResize, StepRef,
         },
         fault::Fault,
@@ -287,7 +287,7 @@ impl Actor {
         definition::remove(&path).await?;
         info!(migration = %self.migration, instance = %step.instance,
             removed = ?clean_up.removed, "took back what was made for the guest");
-        self.forget_if_clean(step, clean_up).await
+        self.forget_if_clean(step, Ended::TakenBack, clean_up).await
     }
 
     /// What came is on stable storage and the guest's for good.
@@ -312,7 +312,7 @@ impl Actor {
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::remove(&path).await?;
-        self.forget(step, Finished::default()).await?;
+        self.forget(step, Finished::with(Ended::Arrived)).await?;
         Ok(CleanUp::default())
     }
 

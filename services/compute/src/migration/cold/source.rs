@@ -6,8 +6,8 @@ use std::time::Duration;
 use drover_model::{
     api::{
         compute::{
-            CarriedFile, CleanUp, ColdPart, FileRole, FinishRevertResize, GuestLocation, JobState,
-            Outcome, ResizeInstance, StepRef,
+            CarriedFile, CleanUp, ColdPart, Ended as Over, FileRole, FinishRevertResize,
+            GuestLocation, JobState, Outcome, ResizeInstance, StepRef,
         },
         fault::Fault,
     },
@@ -279,7 +279,7 @@ impl Actor {
             }
         };
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
-        definition::write(&path, &taken).await?;
+        definition::write(&path, &taken, self.node.journal.disk()).await?;
         record.definition = Some(taken);
         Ok(path.display().to_string())
     }
@@ -367,7 +367,7 @@ impl Actor {
         definition::remove(&path).await?;
         info!(migration = %self.migration, instance = %step.instance,
             "the guest is here as it was before");
-        self.forget(reference, Finished::default()).await?;
+        self.forget(reference, Finished::with(Over::Stayed)).await?;
         self.location(step.instance).await
     }
 
@@ -470,7 +470,7 @@ impl Actor {
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::remove(&path).await?;
-        self.forget_if_clean(step, clean_up).await
+        self.forget_if_clean(step, Over::Left, clean_up).await
     }
 }
 

@@ -6,8 +6,8 @@ use std::path::Path;
 use drover_model::{
     api::{
         compute::{
-            CheckTransfer, CleanUp, JobState, Outcome, PrepTransfer, StepRef, TransferFacts,
-            TransferPart, TransferWork,
+            CheckTransfer, CleanUp, Ended as Over, JobState, Outcome, PrepTransfer, StepRef,
+            TransferFacts, TransferPart, TransferWork,
         },
         fault::Fault,
     },
@@ -194,7 +194,7 @@ impl Actor {
                         hypervisor.remove_disk(path).await.map_err(fault)?;
                     }
                     let step = self.step(record.instance);
-                    self.forget(step, Finished::default()).await?;
+                    self.forget(step, Finished::with(Over::TakenBack)).await?;
                     return Err(fault(HypervisorError::Exists(path)));
                 }
                 Err(HypervisorError::Exists(_)) if self.is_empty(&disk.to).await? => {}
@@ -352,7 +352,7 @@ impl Actor {
         for disk in &record.plan.disks {
             self.remove_disk(&disk.from, &mut clean_up).await?;
         }
-        self.forget_if_clean(step, clean_up).await
+        self.forget_if_clean(step, Over::HandedOver, clean_up).await
     }
 
     /// Forgets a transfer that was taken back.
@@ -363,14 +363,15 @@ impl Actor {
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
             // Whatever of it is still on its way here comes too late.
-            self.registry.release(step, Some(Finished::default()));
+            self.registry
+                .release(step, Some(Finished::with(Over::NeverBegun)));
             return Ok(CleanUp::default());
         }
         let record = self.transferring()?;
         if !record.begun.is_empty() && !record.done.contains(&TransferPart::TakeBack) {
             return Err(Fault::refused("the transfer was not taken back here"));
         }
-        self.forget(step, Finished::default()).await?;
+        self.forget(step, Finished::with(Over::Stayed)).await?;
         Ok(CleanUp::default())
     }
 }

@@ -79,17 +79,24 @@ impl Cloud {
     /// The same over a broker that loses, delays, doubles and reorders.
     pub async fn with_faults(seed: u64, faults: Faults) -> Self {
         let store = Store::in_memory().await.expect("memory needs nothing");
-        Self::around(seed, faults, store, None).await
+        let settings = ConductorSettings::default();
+        Self::around(seed, faults, settings, (store, None)).await
     }
 
     /// The same on a database, which each conductor opens for itself. It works in
     /// real time: its server does not wait for ours.
-    pub async fn on_database(seed: u64, url: &str) -> Self {
+    pub async fn on_database(seed: u64, url: &str, settings: ConductorSettings) -> Self {
         let store = Store::open(url).await.expect("the database opens");
-        Self::around(seed, Faults::default(), store, Some(url.to_owned())).await
+        let record = (store, Some(url.to_owned()));
+        Self::around(seed, Faults::default(), settings, record).await
     }
 
-    async fn around(seed: u64, faults: Faults, store: Store, database_url: Option<String>) -> Self {
+    async fn around(
+        seed: u64,
+        faults: Faults,
+        settings: ConductorSettings,
+        (store, database_url): (Store, Option<String>),
+    ) -> Self {
         let fabric = Fabric::new(seed);
         let broker = MemoryBroker::new(seed, Faults::default());
         let messaging = MessagingSettings::default();
@@ -99,7 +106,7 @@ impl Cloud {
             broker,
             store,
             fences: Fences::default(),
-            settings: ConductorSettings::default(),
+            settings,
             database_url,
             began: Instant::now(),
             messaging,

@@ -22,7 +22,7 @@ use drover_model::{
     migration::{Evacuation, Migration, MigrationStatus as S, ProofOfDeath, Requester, Way},
     operation::{EvacuateOptions, FenceAnswer, MoveWay, Operation, OperationStatus, Task, Verdict},
 };
-use drover_store::Store;
+use drover_store::{Store, Term};
 use drover_tests::cloud::{Cloud, eventually};
 
 const IMAGES: &str = "/var/lib/libvirt/images";
@@ -126,7 +126,15 @@ async fn begin(cloud: &Cloud, id: InstanceId, to: &[&str]) -> Migration {
         ..Migration::new(id, row.host, way, at_ms)
     };
     // Its lease has run out: the next pass of the conductor takes it up.
-    cloud.store.admit(&m, None, 0).await.expect("writable");
+    let no_term = Term {
+        now_ms: 0,
+        lease_ms: 0,
+    };
+    cloud
+        .store
+        .admit(&m, None, None, no_term)
+        .await
+        .expect("writable");
     cloud.store.migration(m.uuid).await.expect("on the record")
 }
 

@@ -7,15 +7,21 @@ use std::collections::HashMap;
 use drover_model::{
     guest::PowerState,
     ids::{HostName, InstanceId, MigrationId},
+    migration::Migration,
     node::{AllocationPolicy, HypervisorReport, Inventory, NodeReport},
 };
-use sqlx::{Any, Row, Transaction};
+use sqlx::{Any, Row, Transaction, any::AnyRow};
 
-use crate::{Result, Store, from_json, signed, unsigned};
+use crate::{Result, Store, StoreError, from_json, instances, signed, unsigned};
 
 /// Instances that use what they were given: one that is shut off holds neither
 /// memory nor CPU time.
 const RUNS: &str = "power_state NOT IN ('\"shutdown\"', '\"crashed\"')";
+
+/// Sums of amounts.
+const SUMS: &str = "CAST(COALESCE(SUM(vcpus), 0) AS BIGINT) AS vcpus, \
+     CAST(COALESCE(SUM(memory_mib), 0) AS BIGINT) AS memory_mib, \
+     CAST(COALESCE(SUM(disk_bytes), 0) AS BIGINT) AS disk_bytes";
 
 /// Amounts of what a node can give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -122,14 +128,10 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn usage(&self, report: &NodeReport) -> Result<Usage> {
-        let work = async {
-            let mut tx = self.begin().await?;
-            usage(&mut tx, report, None).await
-        };
-        self.steady(work).await
+        self.steady(usage(&self.pool, report, None)).await
     }
 
-    /// The room of many nodes, in their order, by two questions in all.
+    /// The room of many nodes, in their order, by one question in all.
     ///
     /// # Errors
     /// The database failed.
@@ -146,43 +148,35 @@ impl Store {
     }
 
     async fn used_by_host(&self) -> Result<HashMap<String, Resources>> {
-        let mut tx = self.begin().await?;
-        let running = format!(
-            "SELECT host, CAST(SUM(vcpus) AS BIGINT) AS vcpus, \
-             CAST(SUM(memory_mib) AS BIGINT) AS memory_mib, CAST(0 AS BIGINT) AS disk_bytes \
-             FROM instances WHERE {RUNS} GROUP BY host"
+        let sql = format!(
+            "SELECT host, {SUMS} FROM (SELECT host, vcpus, memory_mib, \
+             CAST(0 AS BIGINT) AS disk_bytes FROM instances WHERE {RUNS} \
+             UNION ALL SELECT host, vcpus, memory_mib, disk_bytes FROM claims) AS parts \
+             GROUP BY host"
         );
-        let promised = "SELECT host, CAST(SUM(vcpus) AS BIGINT) AS vcpus, \
-             CAST(SUM(memory_mib) AS BIGINT) AS memory_mib, \
-             CAST(SUM(disk_bytes) AS BIGINT) AS disk_bytes FROM claims GROUP BY host";
-        let mut used = HashMap::<String, Resources>::new();
-        for sql in [running.as_str(), promised] {
-            let query = sqlx::query(sqlx::AssertSqlSafe(sql.to_owned()));
-            for row in query.fetch_all(&mut *tx).await? {
-                let sum = used.entry(row.try_get("host")?).or_default();
-                sum.vcpus += unsigned(row.try_get("vcpus")?);
-                sum.memory_mib += unsigned(row.try_get("memory_mib")?);
-                sum.disk_bytes += unsigned(row.try_get("disk_bytes")?);
-            }
-        }
-        Ok(used)
+        let query = sqlx::query(sqlx::AssertSqlSafe(sql));
+        let rows = query.fetch_all(&self.pool).await?;
+        rows.iter()
+            .map(|row| Ok((row.try_get("host")?, resources(row)?)))
+            .collect()
     }
 
     /// Promises room on a node to a migration, or says what is missing. A claim
     /// that is there already is replaced, so asking twice claims once.
     ///
     /// # Errors
-    /// The database failed, or the node is unknown.
+    /// [`StoreError::NotFound`] if the node is unknown, or the database failed.
     pub async fn claim(
         &self,
         migration: MigrationId,
         host: &HostName,
         wanted: Resources,
     ) -> Result<std::result::Result<(), Vec<Shortfall>>> {
-        self.steady(self.claim_inner(migration, host, wanted)).await
+        self.attempt(|| self.try_claim(migration, host, wanted))
+            .await
     }
 
-    async fn claim_inner(
+    async fn try_claim(
         &self,
         migration: MigrationId,
         host: &HostName,
@@ -193,10 +187,11 @@ impl Store {
             "UPDATE nodes SET claim_serial = claim_serial + 1 WHERE host = $1 RETURNING report",
         )
         .bind(host.as_str())
-        .fetch_one(&mut *tx)
+        .fetch_optional(&mut *tx)
         .await?;
+        let row = row.ok_or_else(|| StoreError::NotFound(format!("node {host}")))?;
         let report: NodeReport = from_json("a node", row.try_get("report")?)?;
-        let short = usage(&mut tx, &report, Some(migration))
+        let short = usage(&mut *tx, &report, Some(migration))
             .await?
             .shortfalls(&wanted);
         if !short.is_empty() {
@@ -213,13 +208,10 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn release_claim(&self, migration: MigrationId) -> Result<()> {
-        let work = async {
-            let mut tx = self.begin().await?;
-            release(&mut tx, migration).await?;
-            tx.commit().await?;
-            Ok(())
-        };
-        self.steady(work).await
+        let statement = "DELETE FROM claims WHERE migration_uuid = $1";
+        self.execute(|| sqlx::query(statement).bind(migration.to_string()))
+            .await?;
+        Ok(())
     }
 
     /// Records that the guest is on a node, and turns the claim there into the
@@ -238,20 +230,43 @@ impl Store {
         keep: Option<(&HostName, Resources)>,
         now_ms: u64,
     ) -> Result<()> {
-        let work = async {
+        self.attempt(|| async {
             let mut tx = self.begin().await?;
-            crate::instances::moved(&mut tx, instance, host, now_ms).await?;
-            if let Some(state) = state {
-                crate::instances::seen_in(&mut tx, instance, state).await?;
-            }
-            release(&mut tx, migration).await?;
-            if let Some((host, resources)) = keep {
-                insert(&mut tx, migration, host, resources).await?;
+            settle(&mut tx, (migration, instance), host, state, keep, now_ms).await?;
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// The same long after, for a migration that went by without it. Only a guest
+    /// that is still on the record where the migration `took` it from follows;
+    /// one that others have moved since is left where they put it, and what is
+    /// claimed for it is given back.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn settle_late(
+        &self,
+        migration: &Migration,
+        took: &HostName,
+        host: &HostName,
+        state: Option<PowerState>,
+        keep: Option<(&HostName, Resources)>,
+        now_ms: u64,
+    ) -> Result<()> {
+        let ids = (migration.uuid, migration.instance_uuid);
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            if is_still_on(&mut tx, migration, took).await? {
+                settle(&mut tx, ids, host, state, keep, now_ms).await?;
+            } else if keep.is_none() {
+                release(&mut tx, migration.uuid).await?;
             }
             tx.commit().await?;
             Ok(())
-        };
-        self.steady(work).await
+        })
+        .await
     }
 
     /// Migrations that hold a claim.
@@ -262,16 +277,48 @@ impl Store {
         let query = sqlx::query("SELECT * FROM claims ORDER BY migration_uuid");
         let rows = self.steady(query.fetch_all(&self.pool)).await?;
         rows.iter()
-            .map(|row| {
-                let resources = Resources {
-                    vcpus: unsigned(row.try_get("vcpus")?),
-                    memory_mib: unsigned(row.try_get("memory_mib")?),
-                    disk_bytes: unsigned(row.try_get("disk_bytes")?),
-                };
-                Ok((row.try_get("migration_uuid")?, resources))
-            })
+            .map(|row| Ok((row.try_get("migration_uuid")?, resources(row)?)))
             .collect()
     }
+}
+
+async fn settle(
+    tx: &mut Transaction<'static, Any>,
+    (migration, instance): (MigrationId, InstanceId),
+    host: &HostName,
+    state: Option<PowerState>,
+    keep: Option<(&HostName, Resources)>,
+    now_ms: u64,
+) -> Result<()> {
+    instances::moved(tx, instance, host, now_ms).await?;
+    if let Some(state) = state {
+        instances::seen_in(tx, instance, state).await?;
+    }
+    release(tx, migration).await?;
+    if let Some((host, resources)) = keep {
+        insert(tx, migration, host, resources).await?;
+    }
+    Ok(())
+}
+
+/// Whether the instance of a migration is still on a node, nobody having moved it
+/// since; it is held there until this commit.
+pub(crate) async fn is_still_on(
+    tx: &mut Transaction<'static, Any>,
+    migration: &Migration,
+    host: &HostName,
+) -> Result<bool> {
+    let row = instances::lock(tx, migration.instance_uuid).await?;
+    let newer = sqlx::query(
+        "SELECT COUNT(*) AS newer FROM migrations WHERE instance_uuid = $1 AND id > $2 \
+         AND status NOT IN ('failed', 'cancelled')",
+    )
+    .bind(migration.instance_uuid.to_string())
+    .bind(migration.id)
+    .fetch_one(&mut **tx)
+    .await?;
+    let newer: i64 = newer.try_get("newer")?;
+    Ok(newer == 0 && row.is_some_and(|row| row.host == *host))
 }
 
 async fn insert(
@@ -305,8 +352,11 @@ pub(crate) async fn release(
     Ok(())
 }
 
+/// What runs on a node and what is promised there to other migrations than
+/// `except`. One statement, so that a guest that arrives meanwhile is seen either on
+/// its way or there.
 async fn usage(
-    tx: &mut Transaction<'static, Any>,
+    database: impl sqlx::Executor<'_, Database = Any>,
     report: &NodeReport,
     except: Option<MigrationId>,
 ) -> Result<Usage> {
@@ -314,33 +364,25 @@ async fn usage(
         return Ok(Usage::default());
     };
     let row = sqlx::query(sqlx::AssertSqlSafe(format!(
-        "SELECT CAST(COALESCE(SUM(vcpus), 0) AS BIGINT) AS vcpus, \
-         CAST(COALESCE(SUM(memory_mib), 0) AS BIGINT) AS memory_mib FROM instances \
-         WHERE host = $1 AND {RUNS}"
+        "SELECT {SUMS} FROM (SELECT vcpus, memory_mib, CAST(0 AS BIGINT) AS disk_bytes \
+         FROM instances WHERE host = $1 AND {RUNS} \
+         UNION ALL SELECT vcpus, memory_mib, disk_bytes FROM claims \
+         WHERE host = $1 AND migration_uuid <> $2) AS parts"
     )))
     .bind(report.host.as_str())
-    .fetch_one(&mut **tx)
+    .bind(except.map_or_else(String::new, |m| m.to_string()))
+    .fetch_one(database)
     .await?;
-    let mut used = Resources {
+    Ok(Usage {
+        used: resources(&row)?,
+        usable: usable(inventory, &report.policy),
+    })
+}
+
+fn resources(row: &AnyRow) -> Result<Resources> {
+    Ok(Resources {
         vcpus: unsigned(row.try_get("vcpus")?),
         memory_mib: unsigned(row.try_get("memory_mib")?),
-        disk_bytes: 0,
-    };
-    let row = sqlx::query(
-        "SELECT CAST(COALESCE(SUM(vcpus), 0) AS BIGINT) AS vcpus, \
-         CAST(COALESCE(SUM(memory_mib), 0) AS BIGINT) AS memory_mib, \
-         CAST(COALESCE(SUM(disk_bytes), 0) AS BIGINT) AS disk_bytes FROM claims \
-         WHERE host = $1 AND migration_uuid <> $2",
-    )
-    .bind(report.host.as_str())
-    .bind(except.map_or_else(String::new, |m| m.to_string()))
-    .fetch_one(&mut **tx)
-    .await?;
-    used.vcpus += unsigned(row.try_get("vcpus")?);
-    used.memory_mib += unsigned(row.try_get("memory_mib")?);
-    used.disk_bytes += unsigned(row.try_get("disk_bytes")?);
-    Ok(Usage {
-        used,
-        usable: usable(inventory, &report.policy),
+        disk_bytes: unsigned(row.try_get("disk_bytes")?),
     })
 }

@@ -7,7 +7,7 @@ use drover_model::{
     ids::{HostName, InstanceId, MigrationId},
     migration::{Migration, MigrationStatus, MigrationType},
 };
-use sqlx::Row;
+use sqlx::{Any, Row, Transaction};
 
 use crate::{Result, Store, claims, from_json, instances, migrations, signed, to_json, unsigned};
 
@@ -40,7 +40,8 @@ impl Store {
             .collect()
     }
 
-    /// Keeps a definition in place of any older one of the instance.
+    /// Keeps a definition in place of any older one of the instance, if that is on
+    /// the record on the node that tells it; says whether.
     ///
     /// # Errors
     /// The database failed.
@@ -49,8 +50,23 @@ impl Store {
         host: &HostName,
         kept: &KeptDefinition,
         now_ms: u64,
-    ) -> Result<()> {
-        let query = sqlx::query(
+    ) -> Result<bool> {
+        self.attempt(|| self.try_keep_definition(host, kept, now_ms))
+            .await
+    }
+
+    async fn try_keep_definition(
+        &self,
+        host: &HostName,
+        kept: &KeptDefinition,
+        now_ms: u64,
+    ) -> Result<bool> {
+        let mut tx = self.begin().await?;
+        let row = instances::lock(&mut tx, kept.instance).await?;
+        if row.is_none_or(|row| row.host != *host) {
+            return Ok(false);
+        }
+        sqlx::query(
             "INSERT INTO definitions (instance_uuid, host, digest, taken_at_ms, record) \
              VALUES ($1, $2, $3, $4, $5) ON CONFLICT (instance_uuid) DO UPDATE SET \
              host = excluded.host, digest = excluded.digest, \
@@ -60,9 +76,11 @@ impl Store {
         .bind(host.as_str())
         .bind(&kept.digest)
         .bind(signed(now_ms))
-        .bind(to_json("a definition", kept)?);
-        self.steady(query.execute(&self.pool)).await?;
-        Ok(())
+        .bind(to_json("a definition", kept)?)
+        .execute(&mut *tx)
+        .await?;
+        tx.commit().await?;
+        Ok(true)
     }
 
     /// The definition of an instance, if one was told.
@@ -91,10 +109,9 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn prune_definitions(&self) -> Result<()> {
-        let query = sqlx::query(
-            "DELETE FROM definitions WHERE instance_uuid NOT IN (SELECT uuid FROM instances)",
-        );
-        self.steady(query.execute(&self.pool)).await?;
+        let statement =
+            "DELETE FROM definitions WHERE instance_uuid NOT IN (SELECT uuid FROM instances)";
+        self.execute(|| sqlx::query(statement)).await?;
         Ok(())
     }
 
@@ -105,8 +122,8 @@ impl Store {
     /// The database failed.
     pub async fn evacuated_from(&self, host: &HostName) -> Result<Vec<(Migration, Evacuated)>> {
         let query = sqlx::query(
-            "SELECT m.version, m.record, d.generation FROM migrations m \
-             JOIN instances d ON d.uuid = m.instance_uuid \
+            "SELECT m.version, m.record, m.generation AS since, d.generation FROM migrations m \
+             LEFT JOIN instances d ON d.uuid = m.instance_uuid \
              WHERE m.source_host = $1 AND m.migration_type = $2 AND m.old_copy = 1 ORDER BY m.id",
         )
         .bind(host.as_str())
@@ -115,11 +132,17 @@ impl Store {
         let mut found = Vec::new();
         for row in &rows {
             let migration = migrations::record(row)?;
-            let generation = unsigned(row.try_get("generation")?);
             let over = migration.status == MigrationStatus::Completed;
             if migration.status.is_final() && !over {
                 continue;
             }
+            // The instance may be gone since: what it had when it came up elsewhere
+            // is what its old copy is measured by.
+            let since: Option<i64> = row.try_get("since")?;
+            let now: Option<i64> = row.try_get("generation")?;
+            let Some(generation) = now.max(since).map(unsigned) else {
+                continue;
+            };
             let evacuated = Evacuated {
                 instance: migration.instance_uuid,
                 migration: migration.uuid,
@@ -147,20 +170,39 @@ impl Store {
         generation: u64,
         now_ms: u64,
     ) -> Result<()> {
-        let work = async {
+        let ids = (migration, instance);
+        self.attempt(|| async {
             let mut tx = self.begin().await?;
-            instances::moved(&mut tx, instance, host, now_ms).await?;
-            instances::seen_in(&mut tx, instance, PowerState::Running).await?;
-            sqlx::query("UPDATE instances SET generation = $2 WHERE uuid = $1")
-                .bind(instance.to_string())
-                .bind(signed(generation))
-                .execute(&mut *tx)
-                .await?;
-            claims::release(&mut tx, migration).await?;
+            rebuilt(&mut tx, ids, host, generation, now_ms).await?;
             tx.commit().await?;
             Ok(())
-        };
-        self.steady(work).await
+        })
+        .await
+    }
+
+    /// The same long after, for an evacuation that went by without it: only if nobody
+    /// has moved the guest since. What is claimed is given back.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn rebuilt_late(
+        &self,
+        evacuation: &Migration,
+        host: &HostName,
+        generation: u64,
+        now_ms: u64,
+    ) -> Result<()> {
+        let ids = (evacuation.uuid, evacuation.instance_uuid);
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            match claims::is_still_on(&mut tx, evacuation, &evacuation.source_host).await? {
+                true => rebuilt(&mut tx, ids, host, generation, now_ms).await?,
+                false => claims::release(&mut tx, evacuation.uuid).await?,
+            }
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
     }
 
     /// The node that came back has given up its copy.
@@ -168,11 +210,35 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn old_copy_removed(&self, host: &HostName, migration: MigrationId) -> Result<()> {
-        let query =
-            sqlx::query("UPDATE migrations SET old_copy = 0 WHERE uuid = $1 AND source_host = $2")
+        let statement = "UPDATE migrations SET old_copy = 0 WHERE uuid = $1 AND source_host = $2";
+        self.execute(|| {
+            sqlx::query(statement)
                 .bind(migration.to_string())
-                .bind(host.as_str());
-        self.steady(query.execute(&self.pool)).await?;
+                .bind(host.to_string())
+        })
+        .await?;
         Ok(())
     }
+}
+
+async fn rebuilt(
+    tx: &mut Transaction<'static, Any>,
+    (migration, instance): (MigrationId, InstanceId),
+    host: &HostName,
+    generation: u64,
+    now_ms: u64,
+) -> Result<()> {
+    instances::moved(tx, instance, host, now_ms).await?;
+    instances::seen_in(tx, instance, PowerState::Running).await?;
+    sqlx::query("UPDATE instances SET generation = $2 WHERE uuid = $1")
+        .bind(instance.to_string())
+        .bind(signed(generation))
+        .execute(&mut **tx)
+        .await?;
+    sqlx::query("UPDATE migrations SET generation = $2 WHERE uuid = $1")
+        .bind(migration.to_string())
+        .bind(signed(generation))
+        .execute(&mut **tx)
+        .await?;
+    claims::release(tx, migration).await
 }

@@ -16,7 +16,7 @@ use drover_model::{
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
-use crate::{Result, Store, StoreError, corrupt, from_json, signed, to_json, unsigned};
+use crate::{Result, Statement, Store, StoreError, corrupt, from_json, signed, to_json, unsigned};
 
 /// For how long an instance that its node no longer lists stays on the record
 /// (it may be about to turn up elsewhere), ms.
@@ -47,6 +47,15 @@ pub struct InstanceRow {
     pub changed_at_ms: u64,
     /// Since when its node no longer does, milliseconds since 1970.
     pub missing_since_ms: Option<u64>,
+}
+
+impl InstanceRow {
+    /// Whether what was found of the one holds of the other: where it is, whose, and
+    /// which of its lives.
+    pub(crate) fn is_where_it_was(&self, seen: &Self) -> bool {
+        let place = |row: &Self| (row.host.clone(), row.project.clone(), row.generation);
+        place(self) == place(seen)
+    }
 }
 
 /// What a report changes about the instances on the record.
@@ -160,19 +169,21 @@ pub(crate) async fn take_in(
     else {
         return Ok(Vec::new());
     };
-    let mut rows = HashMap::new();
+    let (mut rows, mut serials) = (HashMap::new(), HashMap::new());
     for row in sqlx::query("SELECT * FROM instances WHERE host = $1")
         .bind(report.host.as_str())
         .fetch_all(&mut **tx)
         .await?
     {
-        let row = instance(&row)?;
+        let (row, serial) = with_serial(&row)?;
+        serials.insert(row.id, serial);
         rows.insert(row.id, row);
     }
     for seen in listed {
         if !rows.contains_key(&seen.id)
-            && let Some(row) = by_id(tx, seen.id).await?
+            && let Some((row, serial)) = by_id(tx, seen.id).await?
         {
+            serials.insert(row.id, serial);
             rows.insert(row.id, row);
         }
     }
@@ -180,19 +191,22 @@ pub(crate) async fn take_in(
     let mut notes = Vec::new();
     for change in reconcile(report, listed, &rows, &under_way, now_ms) {
         match change {
-            Change::Keep(row) => put(tx, &row).await?,
+            Change::Keep(row) => match serials.get(&row.id) {
+                None => add(tx, &row).await?,
+                Some(serial) => replace(tx, &row, *serial).await?,
+            },
             Change::Missing(id) => {
-                sqlx::query("UPDATE instances SET missing_since_ms = $2 WHERE uuid = $1")
-                    .bind(id.to_string())
-                    .bind(signed(now_ms))
-                    .execute(&mut **tx)
-                    .await?;
+                let missing = sqlx::query(
+                    "UPDATE instances SET missing_since_ms = $3, serial = serial + 1 \
+                     WHERE uuid = $1 AND serial = $2",
+                );
+                let missing = missing.bind(id.to_string()).bind(serials[&id]);
+                as_it_was(tx, id, missing.bind(signed(now_ms))).await?;
             }
             Change::Forget(id) => {
-                sqlx::query("DELETE FROM instances WHERE uuid = $1")
-                    .bind(id.to_string())
-                    .execute(&mut **tx)
-                    .await?;
+                let forget = sqlx::query("DELETE FROM instances WHERE uuid = $1 AND serial = $2");
+                let forget = forget.bind(id.to_string()).bind(serials[&id]);
+                as_it_was(tx, id, forget).await?;
             }
             Change::Note(note) => notes.push(note),
         }
@@ -200,12 +214,20 @@ pub(crate) async fn take_in(
     Ok(notes)
 }
 
-async fn by_id(tx: &mut Transaction<'static, Any>, id: InstanceId) -> Result<Option<InstanceRow>> {
+async fn by_id(
+    tx: &mut Transaction<'static, Any>,
+    id: InstanceId,
+) -> Result<Option<(InstanceRow, i64)>> {
     let row = sqlx::query("SELECT * FROM instances WHERE uuid = $1")
         .bind(id.to_string())
         .fetch_optional(&mut **tx)
         .await?;
-    row.as_ref().map(instance).transpose()
+    row.as_ref().map(with_serial).transpose()
+}
+
+/// A row with its serial: it is written again only while that is the same.
+fn with_serial(row: &AnyRow) -> Result<(InstanceRow, i64)> {
+    Ok((instance(row)?, row.try_get("serial")?))
 }
 
 async fn under_way(tx: &mut Transaction<'static, Any>) -> Result<UnderWay> {
@@ -225,30 +247,64 @@ async fn under_way(tx: &mut Transaction<'static, Any>) -> Result<UnderWay> {
     Ok(found)
 }
 
-async fn put(tx: &mut Transaction<'static, Any>, row: &InstanceRow) -> Result<()> {
-    sqlx::query(
-        "INSERT INTO instances (uuid, name, project_id, host, power_state, vcpus, memory_mib, \
-         disk_bytes, generation, changed_at_ms, missing_since_ms) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, NULL) ON CONFLICT (uuid) DO UPDATE SET \
-         name = excluded.name, project_id = excluded.project_id, host = excluded.host, \
-         power_state = excluded.power_state, vcpus = excluded.vcpus, \
-         memory_mib = excluded.memory_mib, disk_bytes = excluded.disk_bytes, \
-         generation = excluded.generation, changed_at_ms = excluded.changed_at_ms, \
-         missing_since_ms = NULL",
-    )
-    .bind(row.id.to_string())
-    .bind(&row.name)
-    .bind(&row.project)
-    .bind(row.host.as_str())
-    .bind(to_json("a power state", &row.power_state)?)
-    .bind(i64::from(row.vcpus))
-    .bind(signed(row.memory_mib))
-    .bind(signed(row.disk_bytes))
-    .bind(signed(row.generation))
-    .bind(signed(row.changed_at_ms))
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
+/// Puts a new instance on the record.
+async fn add(tx: &mut Transaction<'static, Any>, row: &InstanceRow) -> Result<()> {
+    let add = sqlx::query(
+        "INSERT INTO instances (uuid, serial, name, project_id, host, power_state, vcpus, \
+         memory_mib, disk_bytes, generation, changed_at_ms) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+    );
+    let add = add.bind(row.id.to_string()).bind(0_i64);
+    as_it_was(tx, row.id, values(add, row)?).await
+}
+
+/// Puts a row in place of the one of a serial.
+async fn replace(tx: &mut Transaction<'static, Any>, row: &InstanceRow, serial: i64) -> Result<()> {
+    let replace = sqlx::query(
+        "UPDATE instances SET serial = serial + 1, name = $3, project_id = $4, host = $5, \
+         power_state = $6, vcpus = $7, memory_mib = $8, disk_bytes = $9, generation = $10, \
+         changed_at_ms = $11, missing_since_ms = NULL WHERE uuid = $1 AND serial = $2",
+    );
+    let replace = replace.bind(row.id.to_string()).bind(serial);
+    as_it_was(tx, row.id, values(replace, row)?).await
+}
+
+fn values<'q>(statement: Statement<'q>, row: &InstanceRow) -> Result<Statement<'q>> {
+    Ok(statement
+        .bind(row.name.clone())
+        .bind(row.project.clone())
+        .bind(row.host.to_string())
+        .bind(to_json("a power state", &row.power_state)?)
+        .bind(i64::from(row.vcpus))
+        .bind(signed(row.memory_mib))
+        .bind(signed(row.disk_bytes))
+        .bind(signed(row.generation))
+        .bind(signed(row.changed_at_ms)))
+}
+
+/// Writes a row that was read before, if it is still the same.
+async fn as_it_was(
+    tx: &mut Transaction<'static, Any>,
+    id: InstanceId,
+    statement: Statement<'_>,
+) -> Result<()> {
+    match statement.execute(&mut **tx).await?.rows_affected() {
+        1 => Ok(()),
+        _ => Err(StoreError::Conflict(format!("instance {id}"))),
+    }
+}
+
+/// Holds an instance against all who would change it until this commit, and those
+/// who have read it from writing what they made of that.
+pub(crate) async fn lock(
+    tx: &mut Transaction<'static, Any>,
+    id: InstanceId,
+) -> Result<Option<InstanceRow>> {
+    let row = sqlx::query("UPDATE instances SET serial = serial + 1 WHERE uuid = $1 RETURNING *")
+        .bind(id.to_string())
+        .fetch_optional(&mut **tx)
+        .await?;
+    row.as_ref().map(instance).transpose()
 }
 
 /// Puts an instance where a saga saw it run (invariant 2).
@@ -259,7 +315,8 @@ pub(crate) async fn moved(
     now_ms: u64,
 ) -> Result<()> {
     sqlx::query(
-        "UPDATE instances SET host = $2, changed_at_ms = $3, missing_since_ms = NULL WHERE uuid = $1",
+        "UPDATE instances SET serial = serial + 1, host = $2, changed_at_ms = $3, \
+         missing_since_ms = NULL WHERE uuid = $1",
     )
     .bind(id.to_string())
     .bind(host.as_str())
@@ -275,7 +332,7 @@ pub(crate) async fn seen_in(
     id: InstanceId,
     state: PowerState,
 ) -> Result<()> {
-    sqlx::query("UPDATE instances SET power_state = $2 WHERE uuid = $1")
+    sqlx::query("UPDATE instances SET serial = serial + 1, power_state = $2 WHERE uuid = $1")
         .bind(id.to_string())
         .bind(to_json("a power state", &state)?)
         .execute(&mut **tx)
@@ -291,18 +348,9 @@ pub(crate) async fn handed_over(
     name: Option<&str>,
     now_ms: u64,
 ) -> Result<()> {
-    // Touched first by reports of its node too: one that has read the row as it
-    // is now shall not write it over what is written here.
     sqlx::query(
-        "UPDATE nodes SET claim_serial = claim_serial + 1 \
-         WHERE host = (SELECT host FROM instances WHERE uuid = $1)",
-    )
-    .bind(id.to_string())
-    .execute(&mut **tx)
-    .await?;
-    sqlx::query(
-        "UPDATE instances SET project_id = $2, name = COALESCE(CAST($3 AS TEXT), name), \
-         changed_at_ms = $4 WHERE uuid = $1",
+        "UPDATE instances SET serial = serial + 1, project_id = $2, \
+         name = COALESCE(CAST($3 AS TEXT), name), changed_at_ms = $4 WHERE uuid = $1",
     )
     .bind(id.to_string())
     .bind(project.as_str())

@@ -19,6 +19,7 @@ pub mod operations;
 pub mod outbox;
 pub mod projects;
 pub mod sagas;
+pub mod scratch;
 
 use std::{str::FromStr, time::Duration};
 
@@ -27,8 +28,8 @@ use drover_model::{
     ids::{MigrationId, OperationId},
 };
 use sqlx::{
-    Any, AnyConnection, AnyPool, Connection, Transaction,
-    any::{AnyPoolOptions, install_default_drivers},
+    Any, AnyConnection, AnyPool, Connection, Row, Transaction,
+    any::{AnyPoolOptions, AnyRow, install_default_drivers},
     migrate::{Migration as SchemaChange, MigrationType, Migrator},
 };
 use tokio::sync::{broadcast, watch};
@@ -51,7 +52,11 @@ pub enum StoreError {
     },
     /// The database failed.
     #[error("the database failed")]
-    Database(#[from] sqlx::Error),
+    Database(#[source] sqlx::Error),
+    /// The database gave this one up in favour of others that wanted the same rows;
+    /// nothing was written.
+    #[error("others were faster, again and again; try it once more")]
+    Raced(#[source] sqlx::Error),
     /// A row holds what no Drover wrote.
     #[error("the record of {what} cannot be read: {message}")]
     Corrupt {
@@ -87,13 +92,37 @@ impl StoreError {
     /// Its class.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Database(_) | Self::Conflict(_) => ErrorClass::Retryable,
+            Self::Database(_) | Self::Raced(_) | Self::Conflict(_) => ErrorClass::Retryable,
             Self::Open { .. }
             | Self::NotFound(_)
             | Self::Ambiguous(_)
             | Self::Exists(_)
             | Self::Invalid(_) => ErrorClass::Refused,
             Self::Corrupt { .. } | Self::Illegal(_) | Self::Fenced(_) => ErrorClass::Bug,
+        }
+    }
+}
+
+/// Codes of a database that lets one of several go first: PostgreSQL's for
+/// serialization failures, deadlocks and locks that were not to be had, SQLite's
+/// for a file that is busy or locked.
+const RACES: [&str; 8] = ["40001", "40P01", "55P03", "5", "6", "261", "262", "517"];
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        let Some(reported) = error.as_database_error() else {
+            return Self::Database(error);
+        };
+        if reported.is_unique_violation() {
+            let table = reported.table().unwrap_or("the record");
+            return Self::Conflict(format!("a row of {table}"));
+        }
+        let raced = reported
+            .code()
+            .is_some_and(|code| RACES.contains(&code.as_ref()));
+        match raced {
+            true => Self::Raced(error),
+            false => Self::Database(error),
         }
     }
 }
@@ -238,9 +267,122 @@ impl Store {
         })
     }
 
+    /// Begins to read in several statements what is to be of one moment.
+    async fn begin_reading(&self) -> Result<Transaction<'static, Any>> {
+        Ok(match self.kind {
+            Kind::Sqlite => self.pool.begin().await?,
+            Kind::Postgresql => {
+                let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
+                self.pool.begin_with(begin).await?
+            }
+        })
+    }
+
     async fn steady<T>(&self, work: impl Future<Output = T>) -> T {
         steady(self.hold_clock, work).await
     }
+
+    /// Does work on the record, and does it again, from its first reading on, while
+    /// others get in its way.
+    async fn attempt<T, W>(&self, work: impl Fn() -> W) -> Result<T>
+    where
+        W: Future<Output = Result<T>>,
+    {
+        let mut tries = Tries::default();
+        loop {
+            match self.steady(work()).await {
+                Ok(done) => return Ok(done),
+                Err(error) => tries.again(error).await?,
+            }
+        }
+    }
+
+    /// One statement that writes; says how many rows.
+    async fn execute<'q>(&self, statement: impl Fn() -> Statement<'q>) -> Result<u64> {
+        let work = || async { Ok(statement().execute(&self.pool).await?.rows_affected()) };
+        self.attempt(work).await
+    }
+
+    /// One statement that writes and returns rows.
+    async fn returned<'q>(&self, statement: impl Fn() -> Statement<'q>) -> Result<Vec<AnyRow>> {
+        let work = || async { Ok(statement().fetch_all(&self.pool).await?) };
+        self.attempt(work).await
+    }
+
+    /// The time by which leases are held: that of the database's server, which is
+    /// one for all conductors; of a file, that of its only one.
+    async fn lease_clock_ms(&self, term: Term) -> Result<u64> {
+        match self.kind {
+            Kind::Sqlite => Ok(term.now_ms),
+            Kind::Postgresql => {
+                let now =
+                    "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) AS now_ms";
+                let row = sqlx::query(now).fetch_one(&self.pool).await?;
+                Ok(unsigned(row.try_get("now_ms")?))
+            }
+        }
+    }
+}
+
+type Statement<'q> = sqlx::query::Query<'q, Any, <Any as sqlx::Database>::Arguments>;
+
+/// For how long something is held, from now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Term {
+    /// Now by this process's clock, milliseconds since 1970. It counts only where no
+    /// other process can hold anything.
+    pub now_ms: u64,
+    /// How long, ms.
+    pub lease_ms: u64,
+}
+
+/// Tries at what others may get in the way of.
+#[derive(Default)]
+pub(crate) struct Tries(u32);
+
+impl Tries {
+    /// More would be a fault of ours, not a race.
+    const MOST: u32 = 20;
+
+    /// Waits until it may be tried again, or gives the error back.
+    pub(crate) async fn again(&mut self, error: StoreError) -> Result<()> {
+        let passes = matches!(error, StoreError::Conflict(_) | StoreError::Raced(_));
+        self.0 += 1;
+        if !passes || self.0 == Self::MOST {
+            return Err(error);
+        }
+        // Not all at the same time: they would meet again.
+        let most_ms = 1 << self.0.min(6);
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(0..most_ms))).await;
+        Ok(())
+    }
+}
+
+/// The next number of a kind.
+pub(crate) async fn next_number(tx: &mut Transaction<'static, Any>, kind: Numbered) -> Result<i64> {
+    // A conductor of an older build may have given out more.
+    let row = sqlx::query(match kind {
+        Numbered::Migrations => {
+            "UPDATE counters SET last = 1 + CASE \
+             WHEN last < (SELECT COALESCE(MAX(id), 0) FROM migrations) \
+             THEN (SELECT COALESCE(MAX(id), 0) FROM migrations) ELSE last END \
+             WHERE name = 'migrations' RETURNING last"
+        }
+        Numbered::Operations => {
+            "UPDATE counters SET last = 1 + CASE \
+             WHEN last < (SELECT COALESCE(MAX(id), 0) FROM operations) \
+             THEN (SELECT COALESCE(MAX(id), 0) FROM operations) ELSE last END \
+             WHERE name = 'operations' RETURNING last"
+        }
+    });
+    Ok(row.fetch_one(&mut **tx).await?.try_get("last")?)
+}
+
+/// What has numbers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Numbered {
+    Migrations,
+    Operations,
 }
 
 /// Keeps a paused tokio clock from running ahead of the database's thread.
@@ -318,6 +460,11 @@ fn schema() -> Migrator {
             3,
             "operations",
             include_str!("../migrations/0003_operations.sql"),
+        ),
+        change(
+            4,
+            "soundness",
+            include_str!("../migrations/0004_soundness.sql"),
         ),
     ])
 }

@@ -11,8 +11,9 @@ use drover_model::{
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, corrupt, from_json, instances::shown, offers, signed, to_json,
-    unsigned,
+    Numbered, Result, Store, StoreError, Term, Tries, corrupt, from_json,
+    instances::{self, InstanceRow, shown},
+    next_number, offers, signed, to_json, unsigned,
 };
 
 /// What came of asking for a migration to be put on the record.
@@ -26,6 +27,9 @@ pub enum Admitted {
     Busy(Box<Migration>),
     /// The offer that it comes of can no longer be accepted.
     OfferTaken(Box<Offer>),
+    /// The instance is no longer as it was seen: elsewhere, another project's, of
+    /// another generation; or gone.
+    Changed(Option<Box<InstanceRow>>),
 }
 
 /// Who drives a migration's saga. Every write of the saga names it; a write
@@ -41,18 +45,20 @@ pub struct Lease {
 impl Store {
     /// Puts a new migration on the record, with the request that asked for it
     /// and the offer it accepts, in one commit (invariants 4 and 5). Its `id` and
-    /// `version` are given here.
+    /// `version` are given here. `seen` is the instance as it was when the
+    /// migration was found possible: it must still be so.
     ///
     /// # Errors
     /// [`StoreError::NotFound`] if there is no such offer, or the database failed.
     pub async fn admit(
         &self,
         new: &Migration,
+        seen: Option<&InstanceRow>,
         unique_id: Option<&str>,
-        lease_until_ms: u64,
+        term: Term,
     ) -> Result<Admitted> {
         let admitted = self
-            .steady(self.admit_inner(new, unique_id, lease_until_ms))
+            .attempt(|| self.try_admit(new, seen, unique_id, term))
             .await?;
         if let Admitted::New(m) = &admitted {
             self.changed(m.uuid);
@@ -60,23 +66,28 @@ impl Store {
         Ok(admitted)
     }
 
-    async fn admit_inner(
+    async fn try_admit(
         &self,
         new: &Migration,
+        seen: Option<&InstanceRow>,
         unique_id: Option<&str>,
-        lease_until_ms: u64,
+        term: Term,
     ) -> Result<Admitted> {
+        let lease_until_ms = self.lease_clock_ms(term).await? + term.lease_ms;
         let mut tx = self.begin().await?;
-        if let Some(unique_id) = unique_id {
-            let row = sqlx::query(
-                "SELECT m.version, m.record FROM migrations m \
-                 JOIN requests r ON r.migration_uuid = m.uuid WHERE r.unique_id = $1",
-            )
-            .bind(unique_id)
-            .fetch_optional(&mut *tx)
-            .await?;
-            if let Some(row) = row {
-                return Ok(Admitted::Repeated(Box::new(record(&row)?)));
+        if let Some(unique_id) = unique_id
+            && let Some(made) = requested(&mut *tx, unique_id).await?
+        {
+            return Ok(Admitted::Repeated(Box::new(made)));
+        }
+        if let Some(seen) = seen {
+            let now = instances::lock(&mut tx, seen.id).await?;
+            if !now.as_ref().is_some_and(|now| now.is_where_it_was(seen)) {
+                // One that is under way is busy, wherever it is.
+                return Ok(match active(&mut *tx, new.instance_uuid).await? {
+                    Some(active) => Admitted::Busy(Box::new(active)),
+                    None => Admitted::Changed(now.map(Box::new)),
+                });
             }
         }
         let accepted = new.consent.as_ref().and_then(|consent| consent.offer);
@@ -92,11 +103,8 @@ impl Store {
         {
             return Ok(Admitted::Busy(Box::new(active)));
         }
-        let row = sqlx::query("SELECT COALESCE(MAX(id), 0) + 1 AS next FROM migrations")
-            .fetch_one(&mut *tx)
-            .await?;
         let mut migration = new.clone();
-        migration.id = row.try_get("next")?;
+        migration.id = next_number(&mut tx, Numbered::Migrations).await?;
         migration.version = 1;
         insert(&mut tx, &migration, lease_until_ms).await?;
         if let Some(offer) = accepted {
@@ -121,13 +129,7 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn requested(&self, unique_id: &str) -> Result<Option<Migration>> {
-        let query = sqlx::query(
-            "SELECT m.version, m.record FROM migrations m \
-             JOIN requests r ON r.migration_uuid = m.uuid WHERE r.unique_id = $1",
-        )
-        .bind(unique_id);
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
-        row.as_ref().map(record).transpose()
+        self.steady(requested(&self.pool, unique_id)).await
     }
 
     /// The migration of an integer id, a UUID, or a unique prefix of one.
@@ -208,13 +210,13 @@ impl Store {
         id: MigrationId,
         mut change: impl FnMut(&mut Migration) -> bool + Send,
     ) -> Result<Migration> {
-        for _ in 0..20 {
+        let mut tries = Tries::default();
+        loop {
             match self.steady(self.try_update(id, &mut change)).await {
-                Err(StoreError::Conflict(_)) => {}
-                other => return other,
+                Ok(updated) => return Ok(updated),
+                Err(error) => tries.again(error).await?,
             }
         }
-        Err(StoreError::Conflict(format!("migration {id}")))
     }
 
     async fn try_update(
@@ -240,11 +242,12 @@ impl Store {
     /// The database failed.
     pub async fn set_outcome(&self, id: MigrationId, outcome: &Outcome) -> Result<()> {
         let text = to_json("an outcome", outcome)?;
-        let query =
+        self.execute(|| {
             sqlx::query("UPDATE migrations SET outcome = $2 WHERE uuid = $1 AND active = 1")
                 .bind(id.to_string())
-                .bind(text);
-        self.steady(query.execute(&self.pool)).await?;
+                .bind(text.clone())
+        })
+        .await?;
         self.changed(id);
         Ok(())
     }
@@ -276,23 +279,20 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub async fn adopt(
-        &self,
-        owner: &str,
-        own_too: bool,
-        now_ms: u64,
-        lease_until_ms: u64,
-    ) -> Result<Vec<Lease>> {
-        let query = sqlx::query(
-            "UPDATE migrations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
-             WHERE active = 1 AND status <> 'finished' AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) \
-             RETURNING uuid, epoch",
-        )
-        .bind(owner)
-        .bind(signed(lease_until_ms))
-        .bind(i64::from(own_too))
-        .bind(signed(now_ms));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+    pub async fn adopt(&self, owner: &str, own_too: bool, term: Term) -> Result<Vec<Lease>> {
+        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        let statement = || {
+            sqlx::query(
+                "UPDATE migrations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
+                 WHERE active = 1 AND status <> 'finished' \
+                 AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) RETURNING uuid, epoch",
+            )
+            .bind(owner.to_owned())
+            .bind(signed(now_ms + term.lease_ms))
+            .bind(i64::from(own_too))
+            .bind(signed(now_ms))
+        };
+        let rows = self.returned(statement).await?;
         rows.iter()
             .map(|row| {
                 let uuid: String = row.try_get("uuid")?;
@@ -308,24 +308,22 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NotFound`] if it is not unfinished, or the database failed.
-    pub async fn adopt_one(
-        &self,
-        id: MigrationId,
-        owner: &str,
-        lease_until_ms: u64,
-    ) -> Result<Lease> {
-        let query = sqlx::query(
-            "UPDATE migrations SET owner = $2, epoch = epoch + 1, lease_until_ms = $3 \
-             WHERE uuid = $1 AND active = 1 RETURNING epoch",
-        )
-        .bind(id.to_string())
-        .bind(owner)
-        .bind(signed(lease_until_ms));
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
-        let row = row.ok_or_else(|| StoreError::NotFound(format!("unfinished migration {id}")))?;
+    pub async fn adopt_one(&self, id: MigrationId, owner: &str, term: Term) -> Result<Lease> {
+        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        let statement = || {
+            sqlx::query(
+                "UPDATE migrations SET owner = $2, epoch = epoch + 1, lease_until_ms = $3 \
+                 WHERE uuid = $1 AND active = 1 RETURNING epoch",
+            )
+            .bind(id.to_string())
+            .bind(owner.to_owned())
+            .bind(signed(now_ms + term.lease_ms))
+        };
+        let rows = self.returned(statement).await?;
+        let unfinished = || StoreError::NotFound(format!("unfinished migration {id}"));
         Ok(Lease {
             migration: id,
-            epoch: row.try_get("epoch")?,
+            epoch: rows.first().ok_or_else(unfinished)?.try_get("epoch")?,
         })
     }
 
@@ -334,8 +332,9 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn prune_requests(&self, before_ms: u64) -> Result<()> {
-        let query = sqlx::query("DELETE FROM requests WHERE at_ms < $1").bind(signed(before_ms));
-        self.steady(query.execute(&self.pool)).await?;
+        let statement = "DELETE FROM requests WHERE at_ms < $1";
+        self.execute(|| sqlx::query(statement).bind(signed(before_ms)))
+            .await?;
         Ok(())
     }
 
@@ -344,13 +343,14 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub async fn renew_leases(&self, owner: &str, lease_until_ms: u64) -> Result<()> {
-        let query = sqlx::query(
-            "UPDATE migrations SET lease_until_ms = $2 WHERE owner = $1 AND active = 1",
-        )
-        .bind(owner)
-        .bind(signed(lease_until_ms));
-        self.steady(query.execute(&self.pool)).await?;
+    pub async fn renew_leases(&self, owner: &str, term: Term) -> Result<()> {
+        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        self.execute(|| {
+            sqlx::query("UPDATE migrations SET lease_until_ms = $2 WHERE owner = $1 AND active = 1")
+                .bind(owner.to_owned())
+                .bind(signed(now_ms + term.lease_ms))
+        })
+        .await?;
         Ok(())
     }
 }
@@ -362,8 +362,9 @@ async fn insert(
 ) -> Result<()> {
     sqlx::query(
         "INSERT INTO migrations (uuid, id, instance_uuid, status, active, source_host, dest_host, \
-         owner, epoch, lease_until_ms, version, record, migration_type, operation_uuid, old_copy) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10, $11, $12, $13, $14)",
+         owner, epoch, lease_until_ms, version, record, migration_type, operation_uuid, old_copy, \
+         ended_at_ms) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10, $11, $12, $13, $14, $15)",
     )
     .bind(m.uuid.to_string())
     .bind(m.id)
@@ -379,6 +380,7 @@ async fn insert(
     .bind(m.way.migration_type().to_string())
     .bind(m.operation.map(|id| id.to_string()))
     .bind(i64::from(matches!(m.way, Way::Evacuation(_))))
+    .bind(ended_at_ms(m))
     .execute(&mut **tx)
     .await?;
     Ok(())
@@ -409,7 +411,7 @@ pub(crate) async fn write(
     after.version = before.version + 1;
     let done = sqlx::query(
         "UPDATE migrations SET status = $2, active = $3, dest_host = $4, version = $5, \
-         record = $6 WHERE uuid = $1 AND version = $7 AND ($8 = 0 OR epoch = $8)",
+         record = $6, ended_at_ms = $9 WHERE uuid = $1 AND version = $7 AND ($8 = 0 OR epoch = $8)",
     )
     .bind(after.uuid.to_string())
     .bind(after.status.as_str())
@@ -419,12 +421,34 @@ pub(crate) async fn write(
     .bind(to_json("a migration", after)?)
     .bind(signed(before.version))
     .bind(epoch.unwrap_or(0))
+    .bind(ended_at_ms(after))
     .execute(&mut **tx)
     .await?;
     match done.rows_affected() {
         1 => Ok(()),
         _ => Err(StoreError::Conflict(format!("migration {}", after.id))),
     }
+}
+
+/// When it came to its end, if it has.
+fn ended_at_ms(m: &Migration) -> Option<i64> {
+    let at_ms = m.finished_at_ms.unwrap_or(0).max(m.updated_at_ms);
+    m.status.is_final().then(|| signed(at_ms))
+}
+
+/// What the request of a unique id made.
+async fn requested(
+    database: impl sqlx::Executor<'_, Database = Any>,
+    unique_id: &str,
+) -> Result<Option<Migration>> {
+    let row = sqlx::query(
+        "SELECT m.version, m.record FROM migrations m \
+         JOIN requests r ON r.migration_uuid = m.uuid WHERE r.unique_id = $1",
+    )
+    .bind(unique_id)
+    .fetch_optional(database)
+    .await?;
+    row.as_ref().map(record).transpose()
 }
 
 /// The unfinished migration of an instance.

@@ -38,16 +38,19 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn record_report(&self, report: &NodeReport, heard_at_ms: u64) -> Result<Reported> {
-        self.steady(self.record_report_inner(report, heard_at_ms))
+        self.attempt(|| self.try_record_report(report, heard_at_ms))
             .await
     }
 
-    async fn record_report_inner(&self, report: &NodeReport, heard_at_ms: u64) -> Result<Reported> {
+    async fn try_record_report(&self, report: &NodeReport, heard_at_ms: u64) -> Result<Reported> {
         let mut tx = self.begin().await?;
-        let row = sqlx::query("SELECT report FROM nodes WHERE host = $1")
-            .bind(report.host.as_str())
-            .fetch_optional(&mut *tx)
-            .await?;
+        // Reports of one node wait for each other here, so that the newest stays.
+        let row = sqlx::query(
+            "UPDATE nodes SET claim_serial = claim_serial WHERE host = $1 RETURNING report",
+        )
+        .bind(report.host.as_str())
+        .fetch_optional(&mut *tx)
+        .await?;
         if let Some(row) = row {
             let last: NodeReport = from_json("a node", row.try_get("report")?)?;
             let order = |r: &NodeReport| (r.agent_started_ms, r.sequence);
@@ -75,11 +78,13 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn heard(&self, host: &HostName, now_ms: u64) -> Result<()> {
-        let query =
-            sqlx::query("UPDATE nodes SET heard_at_ms = $2 WHERE host = $1 AND heard_at_ms < $2")
-                .bind(host.as_str())
-                .bind(signed(now_ms));
-        self.steady(query.execute(&self.pool)).await?;
+        let statement = "UPDATE nodes SET heard_at_ms = $2 WHERE host = $1 AND heard_at_ms < $2";
+        self.execute(|| {
+            sqlx::query(statement)
+                .bind(host.to_string())
+                .bind(signed(now_ms))
+        })
+        .await?;
         Ok(())
     }
 
@@ -122,12 +127,14 @@ impl Store {
         enabled: bool,
         reason: Option<&str>,
     ) -> Result<NodeRow> {
-        let query =
-            sqlx::query("UPDATE nodes SET enabled = $2, disabled_reason = $3 WHERE host = $1")
-                .bind(host.as_str())
+        let statement = "UPDATE nodes SET enabled = $2, disabled_reason = $3 WHERE host = $1";
+        self.execute(|| {
+            sqlx::query(statement)
+                .bind(host.to_string())
                 .bind(i64::from(enabled))
-                .bind(reason.filter(|_| !enabled));
-        self.steady(query.execute(&self.pool)).await?;
+                .bind(reason.filter(|_| !enabled).map(ToOwned::to_owned))
+        })
+        .await?;
         self.node(host).await
     }
 
@@ -136,10 +143,13 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], or the database failed.
     pub async fn force_down(&self, host: &HostName, forced_down: bool) -> Result<NodeRow> {
-        let query = sqlx::query("UPDATE nodes SET forced_down = $2 WHERE host = $1")
-            .bind(host.as_str())
-            .bind(i64::from(forced_down));
-        self.steady(query.execute(&self.pool)).await?;
+        let statement = "UPDATE nodes SET forced_down = $2 WHERE host = $1";
+        self.execute(|| {
+            sqlx::query(statement)
+                .bind(host.to_string())
+                .bind(i64::from(forced_down))
+        })
+        .await?;
         self.node(host).await
     }
 }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     Result, Store, StoreError, corrupt, from_json,
-    instances::{InstanceRow, shown},
+    instances::{self, InstanceRow, shown},
     migrations::uuid_pattern,
     signed, to_json, unsigned,
 };
@@ -144,27 +144,21 @@ impl Store {
         &self,
         new: &NewOffer<'_>,
     ) -> Result<std::result::Result<(Offer, OfferKey), Offer>> {
-        self.steady(self.create_offer_inner(new)).await
+        let tried = self.attempt(|| self.try_create_offer(new)).await?;
+        let gone = || StoreError::Conflict(format!("instance {}", new.instance.id));
+        tried.ok_or_else(gone)
     }
 
-    async fn create_offer_inner(
+    /// Nothing if the instance is no longer as its giver saw it.
+    async fn try_create_offer(
         &self,
         new: &NewOffer<'_>,
-    ) -> Result<std::result::Result<(Offer, OfferKey), Offer>> {
+    ) -> Result<Option<std::result::Result<(Offer, OfferKey), Offer>>> {
         let mut tx = self.begin().await?;
         // Two that offer the same instance wait for each other here.
-        let held = sqlx::query(
-            "UPDATE instances SET changed_at_ms = changed_at_ms WHERE uuid = $1 AND project_id = $2",
-        )
-        .bind(new.instance.id.to_string())
-        .bind(&new.instance.project)
-        .execute(&mut *tx)
-        .await?;
-        if held.rows_affected() == 0 {
-            return Err(StoreError::Conflict(format!(
-                "instance {}",
-                new.instance.id
-            )));
+        let held = instances::lock(&mut tx, new.instance.id).await?;
+        if held.is_none_or(|held| held.project != new.instance.project) {
+            return Ok(None);
         }
         let open = sqlx::query(offers_now!("WHERE state = 'open' AND instance_uuid = $3"))
             .bind(signed(new.now_ms))
@@ -173,13 +167,13 @@ impl Store {
             .fetch_optional(&mut *tx)
             .await?;
         if let Some(row) = open {
-            return Ok(Err(offer(&row)?));
+            return Ok(Some(Err(offer(&row)?)));
         }
         let (id, key) = (OfferId::generate(), OfferKey::generate());
         insert(&mut tx, id, &key, new).await?;
         let made = load(&mut tx, id, new.now_ms).await?;
         tx.commit().await?;
-        Ok(Ok((made, key)))
+        Ok(Some(Ok((made, key))))
     }
 
     /// The offer of a UUID, or a unique prefix of one (4 characters at least).
@@ -218,7 +212,7 @@ impl Store {
     /// [`StoreError::Invalid`] if it is no longer open, [`StoreError::NotFound`],
     /// [`StoreError::Ambiguous`], or the database failed.
     pub async fn withdraw_offer(&self, reference: &str, now_ms: u64) -> Result<Offer> {
-        let work = async {
+        self.attempt(|| async {
             let mut tx = self.begin().await?;
             let id = find(&mut tx, reference, now_ms).await?.id;
             let offer = lock(&mut tx, id, now_ms).await?;
@@ -235,8 +229,8 @@ impl Store {
             let offer = load(&mut tx, id, now_ms).await?;
             tx.commit().await?;
             Ok(offer)
-        };
-        self.steady(work).await
+        })
+        .await
     }
 
     /// Tries a key on an offer. A text that is no key at all is a wrong one.
@@ -244,11 +238,11 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Ambiguous`], or the database failed.
     pub async fn try_key(&self, reference: &str, key: &str, now_ms: u64) -> Result<KeyTried> {
-        self.steady(self.try_key_inner(reference, key, now_ms))
+        self.attempt(|| self.try_key_once(reference, key, now_ms))
             .await
     }
 
-    async fn try_key_inner(&self, reference: &str, key: &str, now_ms: u64) -> Result<KeyTried> {
+    async fn try_key_once(&self, reference: &str, key: &str, now_ms: u64) -> Result<KeyTried> {
         let mut tx = self.begin().await?;
         let id = find(&mut tx, reference, now_ms).await?.id;
         // Tries wait for each other here: none goes uncounted.

@@ -12,7 +12,7 @@ use drover_model::{
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, corrupt, from_json, migrations,
+    Numbered, Result, Store, StoreError, Term, Tries, corrupt, from_json, migrations, next_number,
     outbox::{self, Notification},
     signed, to_json, unsigned,
 };
@@ -73,10 +73,10 @@ impl Store {
         &self,
         new: &Operation,
         unique_id: Option<&str>,
-        lease_until_ms: u64,
+        term: Term,
     ) -> Result<Begun> {
         let begun = self
-            .steady(self.begin_inner(new, unique_id, lease_until_ms))
+            .attempt(|| self.try_begin(new, unique_id, term))
             .await?;
         if let Begun::New(operation) = &begun {
             self.operation_changed(operation.uuid);
@@ -84,12 +84,13 @@ impl Store {
         Ok(begun)
     }
 
-    async fn begin_inner(
+    async fn try_begin(
         &self,
         new: &Operation,
         unique_id: Option<&str>,
-        lease_until_ms: u64,
+        term: Term,
     ) -> Result<Begun> {
+        let lease_until_ms = self.lease_clock_ms(term).await? + term.lease_ms;
         let mut tx = self.begin().await?;
         if let Some(unique_id) = unique_id {
             let row = sqlx::query(
@@ -109,15 +110,13 @@ impl Store {
         {
             return Ok(Begun::Busy(Box::new(active)));
         }
-        let row = sqlx::query("SELECT COALESCE(MAX(id), 0) + 1 AS next FROM operations")
-            .fetch_one(&mut *tx)
-            .await?;
         let mut operation = new.clone();
-        operation.id = row.try_get("next")?;
+        operation.id = next_number(&mut tx, Numbered::Operations).await?;
         operation.version = 1;
         sqlx::query(
             "INSERT INTO operations (uuid, id, kind, subject, active, owner, epoch, \
-             lease_until_ms, version, record) VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8)",
+             lease_until_ms, version, record, ended_at_ms) \
+             VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9)",
         )
         .bind(operation.uuid.to_string())
         .bind(operation.id)
@@ -127,6 +126,7 @@ impl Store {
         .bind(&operation.owner)
         .bind(signed(lease_until_ms))
         .bind(to_json("an operation", &operation)?)
+        .bind(ended_at_ms(&operation))
         .execute(&mut *tx)
         .await?;
         let made = (operation.uuid.0, operation.created_at_ms);
@@ -227,16 +227,14 @@ impl Store {
         lease: Option<OperationLease>,
         mut change: impl FnMut(&mut Operation) -> Option<Vec<Notification>> + Send,
     ) -> Result<Operation> {
-        for _ in 0..20 {
-            match self
-                .steady(self.try_update_operation(id, lease, &mut change))
-                .await
-            {
-                Err(StoreError::Conflict(_)) => {}
-                other => return other,
+        let mut tries = Tries::default();
+        loop {
+            let tried = self.try_update_operation(id, lease, &mut change);
+            match self.steady(tried).await {
+                Ok(updated) => return Ok(updated),
+                Err(error) => tries.again(error).await?,
             }
         }
-        Err(StoreError::Conflict(format!("operation {id}")))
     }
 
     async fn try_update_operation(
@@ -267,7 +265,7 @@ impl Store {
             )));
         }
         after.version = before.version + 1;
-        write(&mut tx, &before, &after).await?;
+        write(&mut tx, &before, &after, lease).await?;
         for notification in &told {
             outbox::put(&mut tx, notification).await?;
         }
@@ -285,19 +283,21 @@ impl Store {
         &self,
         owner: &str,
         own_too: bool,
-        now_ms: u64,
-        lease_until_ms: u64,
+        term: Term,
     ) -> Result<Vec<OperationLease>> {
-        let query = sqlx::query(
-            "UPDATE operations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
-             WHERE active = 1 AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) \
-             RETURNING uuid, epoch",
-        )
-        .bind(owner)
-        .bind(signed(lease_until_ms))
-        .bind(i64::from(own_too))
-        .bind(signed(now_ms));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        let statement = || {
+            sqlx::query(
+                "UPDATE operations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
+                 WHERE active = 1 AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) \
+                 RETURNING uuid, epoch",
+            )
+            .bind(owner.to_owned())
+            .bind(signed(now_ms + term.lease_ms))
+            .bind(i64::from(own_too))
+            .bind(signed(now_ms))
+        };
+        let rows = self.returned(statement).await?;
         rows.iter()
             .map(|row| {
                 let uuid: String = row.try_get("uuid")?;
@@ -313,13 +313,14 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub async fn renew_operation_leases(&self, owner: &str, lease_until_ms: u64) -> Result<()> {
-        let query = sqlx::query(
-            "UPDATE operations SET lease_until_ms = $2 WHERE owner = $1 AND active = 1",
-        )
-        .bind(owner)
-        .bind(signed(lease_until_ms));
-        self.steady(query.execute(&self.pool)).await?;
+    pub async fn renew_operation_leases(&self, owner: &str, term: Term) -> Result<()> {
+        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        self.execute(|| {
+            sqlx::query("UPDATE operations SET lease_until_ms = $2 WHERE owner = $1 AND active = 1")
+                .bind(owner.to_owned())
+                .bind(signed(now_ms + term.lease_ms))
+        })
+        .await?;
         Ok(())
     }
 
@@ -353,10 +354,10 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], or the database failed.
     pub async fn take_turn(&self, migration: MigrationId, limits: TurnLimits) -> Result<Turn> {
-        self.steady(self.take_turn_inner(migration, limits)).await
+        self.attempt(|| self.try_take_turn(migration, limits)).await
     }
 
-    async fn take_turn_inner(&self, migration: MigrationId, limits: TurnLimits) -> Result<Turn> {
+    async fn try_take_turn(&self, migration: MigrationId, limits: TurnLimits) -> Result<Turn> {
         let mut tx = self.begin().await?;
         sqlx::query("UPDATE switches SET is_on = 0 WHERE name = 'turns'")
             .execute(&mut *tx)
@@ -411,9 +412,9 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn end_turn(&self, migration: MigrationId) -> Result<()> {
-        let query = sqlx::query("UPDATE migrations SET sending = 0 WHERE uuid = $1")
-            .bind(migration.to_string());
-        self.steady(query.execute(&self.pool)).await?;
+        let statement = "UPDATE migrations SET sending = 0 WHERE uuid = $1";
+        self.execute(|| sqlx::query(statement).bind(migration.to_string()))
+            .await?;
         self.changed(migration);
         self.turn_given_back();
         Ok(())
@@ -435,13 +436,15 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn switch(&self, name: &str, is_on: bool) -> Result<()> {
-        let query = sqlx::query(
-            "INSERT INTO switches (name, is_on) VALUES ($1, $2) \
-             ON CONFLICT (name) DO UPDATE SET is_on = excluded.is_on",
-        )
-        .bind(name)
-        .bind(i64::from(is_on));
-        self.steady(query.execute(&self.pool)).await?;
+        self.execute(|| {
+            sqlx::query(
+                "INSERT INTO switches (name, is_on) VALUES ($1, $2) \
+                 ON CONFLICT (name) DO UPDATE SET is_on = excluded.is_on",
+            )
+            .bind(name.to_owned())
+            .bind(i64::from(is_on))
+        })
+        .await?;
         Ok(())
     }
 }
@@ -466,22 +469,31 @@ async fn write(
     tx: &mut Transaction<'static, Any>,
     before: &Operation,
     after: &Operation,
+    lease: Option<OperationLease>,
 ) -> Result<()> {
     let done = sqlx::query(
-        "UPDATE operations SET active = $2, version = $3, record = $4 \
-         WHERE uuid = $1 AND version = $5",
+        "UPDATE operations SET active = $2, version = $3, record = $4, ended_at_ms = $7 \
+         WHERE uuid = $1 AND version = $5 AND ($6 = 0 OR epoch = $6)",
     )
     .bind(after.uuid.to_string())
     .bind(i64::from(!after.status.is_final()))
     .bind(signed(after.version))
     .bind(to_json("an operation", after)?)
     .bind(signed(before.version))
+    .bind(lease.map_or(0, |lease| lease.epoch))
+    .bind(ended_at_ms(after))
     .execute(&mut **tx)
     .await?;
     match done.rows_affected() {
         1 => Ok(()),
         _ => Err(StoreError::Conflict(format!("operation {}", after.id))),
     }
+}
+
+/// When it came to its end, if it has.
+fn ended_at_ms(operation: &Operation) -> Option<i64> {
+    let at_ms = operation.finished_at_ms.unwrap_or(operation.created_at_ms);
+    operation.status.is_final().then(|| signed(at_ms))
 }
 
 fn record(row: &AnyRow) -> Result<Operation> {

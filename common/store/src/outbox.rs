@@ -71,8 +71,9 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn published(&self, id: Uuid) -> Result<()> {
-        let query = sqlx::query("DELETE FROM outbox WHERE id = $1").bind(id.to_string());
-        self.steady(query.execute(&self.pool)).await?;
+        let statement = "DELETE FROM outbox WHERE id = $1";
+        self.execute(|| sqlx::query(statement).bind(id.to_string()))
+            .await?;
         Ok(())
     }
 }

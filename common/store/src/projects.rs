@@ -7,12 +7,14 @@ use std::collections::BTreeMap;
 use drover_model::{
     api::conductor::{ProjectChange, ProjectView},
     ids::{InstanceId, MigrationId, ProjectId},
+    migration::Migration,
     project::{Project, ProjectUsage, QuotaShortfall},
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, from_json, instances, instances::shown, signed, to_json, unsigned,
+    Result, Store, StoreError, claims, from_json, instances, instances::shown, signed, to_json,
+    unsigned,
 };
 
 /// What a project has, and what it is promised.
@@ -41,18 +43,17 @@ impl Store {
     /// is taken, or the database failed.
     pub async fn create_project(&self, project: &Project) -> Result<Project> {
         hold_to_rules(project)?;
-        let query = sqlx::query(
-            "INSERT INTO projects (id, name, claim_serial, record) VALUES ($1, $2, 0, $3) \
-             ON CONFLICT (id) DO NOTHING",
-        )
-        .bind(project.id.as_str())
-        .bind(&project.name)
-        .bind(to_json("a project", project)?);
-        match self
-            .steady(query.execute(&self.pool))
-            .await?
-            .rows_affected()
-        {
+        let record = to_json("a project", project)?;
+        let statement = || {
+            sqlx::query(
+                "INSERT INTO projects (id, name, claim_serial, record) VALUES ($1, $2, 0, $3) \
+                 ON CONFLICT (id) DO NOTHING",
+            )
+            .bind(project.id.to_string())
+            .bind(project.name.clone())
+            .bind(record.clone())
+        };
+        match self.execute(statement).await? {
             0 => Err(StoreError::Exists(named(project.id.as_str()))),
             _ => Ok(project.clone()),
         }
@@ -65,15 +66,11 @@ impl Store {
     /// then), [`StoreError::NotFound`], [`StoreError::Ambiguous`], or the
     /// database failed.
     pub async fn change_project(&self, reference: &str, change: &ProjectChange) -> Result<Project> {
-        self.steady(self.change_project_inner(reference, change))
+        self.attempt(|| self.try_change_project(reference, change))
             .await
     }
 
-    async fn change_project_inner(
-        &self,
-        reference: &str,
-        change: &ProjectChange,
-    ) -> Result<Project> {
+    async fn try_change_project(&self, reference: &str, change: &ProjectChange) -> Result<Project> {
         let mut tx = self.begin().await?;
         let id = find(&mut tx, reference).await?.id;
         let changed = change.applied(&lock(&mut tx, &id).await?);
@@ -94,7 +91,7 @@ impl Store {
     /// [`StoreError::NotFound`], [`StoreError::Ambiguous`], or the database failed.
     pub async fn find_project(&self, reference: &str) -> Result<Project> {
         let work = async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.begin_reading().await?;
             find(&mut tx, reference).await
         };
         self.steady(work).await
@@ -110,7 +107,7 @@ impl Store {
     }
 
     async fn project_view_inner(&self, reference: &str) -> Result<ProjectView> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_reading().await?;
         let (project, created) = match (find(&mut tx, reference).await, reference.parse()) {
             (Ok(project), _) => (project, true),
             (Err(StoreError::NotFound(_)), Ok(id)) => (Project::new(id), false),
@@ -132,7 +129,7 @@ impl Store {
     }
 
     async fn project_views_inner(&self) -> Result<Vec<ProjectView>> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_reading().await?;
         let rows = sqlx::query("SELECT record FROM projects")
             .fetch_all(&mut *tx)
             .await?;
@@ -164,11 +161,11 @@ impl Store {
         project: &ProjectId,
         wanted: ProjectUsage,
     ) -> Result<std::result::Result<(), Vec<QuotaShortfall>>> {
-        self.steady(self.claim_quota_inner(migration, project, wanted))
+        self.attempt(|| self.try_claim_quota(migration, project, wanted))
             .await
     }
 
-    async fn claim_quota_inner(
+    async fn try_claim_quota(
         &self,
         migration: MigrationId,
         project: &ProjectId,
@@ -193,13 +190,10 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn release_quota(&self, migration: MigrationId) -> Result<()> {
-        let work = async {
-            let mut tx = self.begin().await?;
-            release(&mut tx, migration).await?;
-            tx.commit().await?;
-            Ok(())
-        };
-        self.steady(work).await
+        let statement = "DELETE FROM quota_claims WHERE migration_uuid = $1";
+        self.execute(|| sqlx::query(statement).bind(migration.to_string()))
+            .await?;
+        Ok(())
     }
 
     /// Records that the instance is the project's, under a new name if there is
@@ -215,14 +209,39 @@ impl Store {
         name: Option<&str>,
         now_ms: u64,
     ) -> Result<()> {
-        let work = async {
+        self.attempt(|| async {
             let mut tx = self.begin().await?;
             instances::handed_over(&mut tx, instance, project, name, now_ms).await?;
             release(&mut tx, migration).await?;
             tx.commit().await?;
             Ok(())
-        };
-        self.steady(work).await
+        })
+        .await
+    }
+
+    /// The same long after, for a transfer that went by without it: only if nobody
+    /// has moved the instance or given it away since. What is claimed is given back.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn hand_over_late(
+        &self,
+        transfer: &Migration,
+        project: &ProjectId,
+        name: Option<&str>,
+        now_ms: u64,
+    ) -> Result<()> {
+        let (uuid, id) = (transfer.uuid, transfer.instance_uuid);
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            if claims::is_still_on(&mut tx, transfer, &transfer.source_host).await? {
+                instances::handed_over(&mut tx, id, project, name, now_ms).await?;
+            }
+            release(&mut tx, uuid).await?;
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Migrations that hold a claim of quota.

@@ -6,10 +6,10 @@ use drover_model::{
     migration::{IllegalTransition, Migration},
 };
 use drover_saga::{Event, JournalError};
-use sqlx::Row;
+use sqlx::{Any, Row};
 
 use crate::{
-    Result, Store, StoreError, from_json, migrations,
+    Result, Store, StoreError, Tries, from_json, migrations,
     migrations::Lease,
     outbox::{self, Notification},
     signed, to_json,
@@ -46,7 +46,7 @@ impl Store {
     }
 
     /// Appends events behind the `at` that are there, and with them what
-    /// `project` makes of the record and wants told.
+    /// `project` makes of the record and wants told, and what is to be tidied later.
     ///
     /// # Errors
     /// [`JournalError::Fenced`] if the lease is no longer the newest.
@@ -61,31 +61,29 @@ impl Store {
         ) -> std::result::Result<Vec<Notification>, IllegalTransition>
         + Send,
     ) -> std::result::Result<Migration, JournalError> {
-        for _ in 0..20 {
+        let mut tries = Tries::default();
+        loop {
             let tried = self
                 .steady(self.try_append((lease, saga), at, events, now_ms, &mut project))
                 .await;
-            match tried {
+            let error = match tried {
                 Ok(migration) => {
                     self.changed(lease.migration);
                     return Ok(migration);
                 }
-                // Somebody wrote the record in between (an abort, say), or took
-                // the saga over: the epoch tells.
-                Err(StoreError::Conflict(_)) => match self.steady(self.epoch(lease)).await {
-                    Ok(epoch) if epoch == lease.epoch => {}
-                    Ok(_) => return Err(JournalError::Fenced),
-                    Err(error) => return Err(unavailable(&error)),
-                },
                 Err(error @ StoreError::Illegal(_)) => {
                     return Err(JournalError::Illegal(error.to_string()));
                 }
-                Err(error) => return Err(unavailable(&error)),
+                Err(error) => error,
+            };
+            tries.again(error).await.map_err(|e| unavailable(&e))?;
+            // Somebody wrote the record in between (an abort, say), or took the
+            // saga over: the epoch tells.
+            let epoch = self.steady(self.epoch(lease)).await;
+            if epoch.map_err(|e| unavailable(&e))? != lease.epoch {
+                return Err(JournalError::Fenced);
             }
         }
-        Err(JournalError::Unavailable(
-            "the record changes too fast".to_owned(),
-        ))
     }
 
     async fn try_append(
@@ -116,6 +114,9 @@ impl Store {
             .bind(to_json("a saga's event", event)?)
             .execute(&mut *tx)
             .await?;
+            if let Event::PutOff { step, .. } = event {
+                put_off(&mut *tx, lease.migration, step, now_ms).await?;
+            }
         }
         for notification in &told {
             outbox::put(&mut tx, notification).await?;
@@ -132,20 +133,13 @@ impl Store {
         Ok(row.try_get("epoch")?)
     }
 
-    /// Remembers tidying that was put off.
+    /// Remembers undoing that was put off, before the journal says that it is undone.
     ///
     /// # Errors
     /// The database failed.
     pub async fn put_off(&self, lease: Lease, step: &str, now_ms: u64) -> Result<()> {
-        let query = sqlx::query(
-            "INSERT INTO cleanups (migration_uuid, step, at_ms) VALUES ($1, $2, $3) \
-             ON CONFLICT (migration_uuid, step) DO NOTHING",
-        )
-        .bind(lease.migration.to_string())
-        .bind(step)
-        .bind(signed(now_ms));
-        self.steady(query.execute(&self.pool)).await?;
-        Ok(())
+        self.attempt(|| put_off(&self.pool, lease.migration, step, now_ms))
+            .await
     }
 
     /// Tidying that was put off: migration and step.
@@ -166,12 +160,33 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn tidied(&self, migration: &str, step: &str) -> Result<()> {
-        let query = sqlx::query("DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2")
-            .bind(migration)
-            .bind(step);
-        self.steady(query.execute(&self.pool)).await?;
+        let statement = "DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2";
+        self.execute(|| {
+            sqlx::query(statement)
+                .bind(migration.to_owned())
+                .bind(step.to_owned())
+        })
+        .await?;
         Ok(())
     }
+}
+
+async fn put_off(
+    database: impl sqlx::Executor<'_, Database = Any>,
+    migration: MigrationId,
+    step: &str,
+    now_ms: u64,
+) -> Result<()> {
+    sqlx::query(
+        "INSERT INTO cleanups (migration_uuid, step, at_ms) VALUES ($1, $2, $3) \
+         ON CONFLICT (migration_uuid, step) DO NOTHING",
+    )
+    .bind(migration.to_string())
+    .bind(step.to_owned())
+    .bind(signed(now_ms))
+    .execute(database)
+    .await?;
+    Ok(())
 }
 
 fn unavailable(error: &StoreError) -> JournalError {

@@ -6,7 +6,7 @@
 #[macro_use]
 mod common;
 
-use common::{host, listed, migration, report};
+use common::{HELD, host, listed, migration, passed, report, term};
 use drover_model::{
     api::conductor::ListOperations,
     ids::{InstanceId, OperationId},
@@ -47,13 +47,17 @@ fn drain(n: u128, name: &str) -> Operation {
 
 async fn begin(store: &Store, new: &Operation, unique_id: &str) -> Begun {
     store
-        .begin_operation(new, Some(unique_id), 100)
+        .begin_operation(new, Some(unique_id), term(0, HELD))
         .await
         .unwrap()
 }
 
 async fn begun(store: &Store, new: &Operation) -> Operation {
-    match store.begin_operation(new, None, 100).await.unwrap() {
+    match store
+        .begin_operation(new, None, term(0, HELD))
+        .await
+        .unwrap()
+    {
         Begun::New(operation) => *operation,
         other => panic!("{other:?}"),
     }
@@ -145,8 +149,13 @@ async fn what_an_operation_has_become_stays_and_only_its_driver_writes(store: St
     let back = become_status(&store, new.uuid, OperationStatus::Planning).await;
     assert!(matches!(back, Err(StoreError::Illegal(_))), "{back:?}");
     let old = Store::first_operation_lease(new.uuid);
+    store
+        .renew_operation_leases("ctl", term(100, 0))
+        .await
+        .unwrap();
+    passed().await;
     let newer = store
-        .adopt_operations("ctl2", false, 101, 200)
+        .adopt_operations("ctl2", false, term(101, HELD))
         .await
         .unwrap();
     assert_eq!(newer, [OperationLease { epoch: 2, ..old }]);
@@ -168,11 +177,14 @@ async fn what_an_operation_has_become_stays_and_only_its_driver_writes(store: St
 async fn an_operation_is_taken_up_by_one(store: Store) {
     let mine = begun(&store, &drain(1, "kvm1")).await;
     let none = store
-        .adopt_operations("ctl2", false, 100, 200)
+        .adopt_operations("ctl2", false, term(100, HELD))
         .await
         .unwrap();
     assert_eq!(none, [], "its lease holds");
-    let own = store.adopt_operations("ctl", true, 50, 300).await.unwrap();
+    let own = store
+        .adopt_operations("ctl", true, term(50, 0))
+        .await
+        .unwrap();
     assert_eq!(
         own,
         [OperationLease {
@@ -180,9 +192,13 @@ async fn an_operation_is_taken_up_by_one(store: Store) {
             epoch: 2
         }]
     );
-    store.renew_operation_leases("ctl", 900).await.unwrap();
+    store
+        .renew_operation_leases("ctl", term(60, HELD))
+        .await
+        .unwrap();
+    passed().await;
     let none = store
-        .adopt_operations("ctl2", false, 800, 900)
+        .adopt_operations("ctl2", false, term(800, HELD))
         .await
         .unwrap();
     assert_eq!(none, [], "renewed");
@@ -190,7 +206,7 @@ async fn an_operation_is_taken_up_by_one(store: Store) {
         .await
         .unwrap();
     let none = store
-        .adopt_operations("ctl2", true, 2000, 3000)
+        .adopt_operations("ctl2", true, term(2000, HELD))
         .await
         .unwrap();
     assert_eq!(none, [], "what is over is nobody's");
@@ -201,7 +217,7 @@ async fn under_way(store: &Store, n: u128, from: &str, to: &str) -> Migration {
     let mut m = migration(n, n);
     m.source_host = host(from);
     m.dest_host = Some(host(to));
-    match store.admit(&m, None, 100).await.unwrap() {
+    match store.admit(&m, None, None, term(0, HELD)).await.unwrap() {
         Admitted::New(m) => *m,
         other => panic!("{other:?}"),
     }
@@ -291,7 +307,7 @@ async fn an_evacuated_instance_is_remembered_until_its_old_copy_is_gone(store: S
         .await
         .unwrap();
     for m in [evacuation(1, 7), evacuation(2, 8)] {
-        store.admit(&m, None, 100).await.unwrap();
+        store.admit(&m, None, None, term(0, HELD)).await.unwrap();
     }
     let [(moving, unfinished), _] = &store.evacuated_from(&kvm1).await.unwrap()[..] else {
         panic!("two")
@@ -339,6 +355,15 @@ async fn an_evacuated_instance_is_remembered_until_its_old_copy_is_gone(store: S
         1,
         "another node's word is not its own"
     );
+    // Deleted since, it is told of all the same: the old copy must not come up.
+    for (sequence, at_ms) in [(1, 30), (2, 40), (3, 100_000)] {
+        let none = report("kvm2", sequence, vec![]);
+        store.record_report(&none, at_ms).await.unwrap();
+    }
+    let gone = store.find_instance(&instance.to_string()).await;
+    assert!(matches!(gone, Err(StoreError::NotFound(_))), "{gone:?}");
+    let left = store.evacuated_from(&kvm1).await.unwrap();
+    assert_eq!((left.len(), left[0].1.generation), (1, 1));
     store.old_copy_removed(&kvm1, moving.uuid).await.unwrap();
     assert_eq!(store.evacuated_from(&kvm1).await.unwrap(), []);
 }

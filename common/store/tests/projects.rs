@@ -6,7 +6,7 @@
 #[macro_use]
 mod common;
 
-use common::{host, listed, migration, postgresql_url, report};
+use common::{HELD, host, listed, migration, postgresql_url, report, term};
 use drover_model::{
     api::conductor::{ListOffers, Offer, OfferState, ProjectChange},
     error::ErrorClass,
@@ -96,7 +96,7 @@ fn transfer(n: u128, instance: u128, offer: Option<&Offer>) -> Migration {
 }
 
 async fn admit(store: &Store, m: &Migration) -> Admitted {
-    store.admit(m, None, 100).await.unwrap()
+    store.admit(m, None, None, term(0, HELD)).await.unwrap()
 }
 
 async fn end(store: &Store, m: &Migration, status: MigrationStatus) {
@@ -526,14 +526,20 @@ async fn rival_wrong_keys_are_all_counted(store: Store) {
 async fn an_offer_is_accepted_once(store: Store) {
     let (offer, _) = offered(&store).await;
     let m = transfer(1, 7, Some(&offer));
-    let first = store.admit(&m, Some("u1"), 100).await.unwrap();
+    let first = store
+        .admit(&m, None, Some("u1"), term(0, HELD))
+        .await
+        .unwrap();
     let Admitted::New(kept) = first else {
         panic!("{first:?}")
     };
     let accepted = store.find_offer(&offer.id.to_string(), 2000).await.unwrap();
     assert_eq!(accepted.state, OfferState::Accepted);
     assert_eq!(accepted.migration, Some(m.uuid));
-    let again = store.admit(&m, Some("u1"), 100).await.unwrap();
+    let again = store
+        .admit(&m, None, Some("u1"), term(0, HELD))
+        .await
+        .unwrap();
     assert_eq!(
         again,
         Admitted::Repeated(kept),

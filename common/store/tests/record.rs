@@ -7,7 +7,7 @@ mod common;
 
 use std::path::PathBuf;
 
-use common::{host, listed, migration, report};
+use common::{HELD, host, listed, migration, passed, report, term};
 use drover_model::{
     api::{compute::Outcome, conductor::ListMigrations},
     migration::{Migration, MigrationStatus},
@@ -37,7 +37,10 @@ promises! {
 }
 
 async fn admit(store: &Store, m: &Migration, unique_id: Option<&str>) -> Admitted {
-    store.admit(m, unique_id, 100).await.unwrap()
+    store
+        .admit(m, None, unique_id, term(0, HELD))
+        .await
+        .unwrap()
 }
 
 async fn a_request_is_carried_out_once_and_an_instance_moves_once(store: Store) {
@@ -355,13 +358,15 @@ async fn a_journal_has_one_writer(store: Store) {
     // Another conductor takes over after the lease ran out.
     assert!(
         store
-            .adopt("other", false, 50, 200)
+            .adopt("other", false, term(50, 0))
             .await
             .unwrap()
             .is_empty(),
         "still held"
     );
-    let taken = store.adopt("other", false, 150, 300).await.unwrap();
+    store.renew_leases("ctl", term(100, 0)).await.unwrap();
+    passed().await;
+    let taken = store.adopt("other", false, term(150, HELD)).await.unwrap();
     assert_eq!(
         taken,
         [Lease {
@@ -383,7 +388,14 @@ async fn a_journal_has_one_writer(store: Store) {
         .await
         .unwrap();
     // Its own again at start, whatever the lease says.
-    assert_eq!(store.adopt("other", true, 0, 400).await.unwrap().len(), 1);
+    assert_eq!(
+        store
+            .adopt("other", true, term(0, HELD))
+            .await
+            .unwrap()
+            .len(),
+        1
+    );
 }
 
 async fn an_outcome_is_kept_for_whoever_drives(store: Store) {

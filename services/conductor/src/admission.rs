@@ -5,13 +5,15 @@
 //! answer at once and the checks survive the conductor. A request that is
 //! refused gets the nodes' failures too (invariant 8), and leaves a record.
 
+use std::borrow::Cow;
+
 use drover_model::{
     api::conductor::{Offer, Plan, PlannedDisk},
     check::{CheckCode, CheckFailure, Side},
     ids::{HostName, MigrationId, OperationId},
     migration::{Consent, EndReason, Migration, MigrationStatus, ProjectTransfer, Requester, Way},
 };
-use drover_store::{Store, instances::InstanceRow, migrations::Admitted};
+use drover_store::{Store, StoreError, instances::InstanceRow, migrations::Admitted};
 use tracing::info;
 
 use crate::{
@@ -53,6 +55,17 @@ pub enum Answer {
     OfferTaken(Box<Offer>),
 }
 
+/// What came of one try.
+enum Tried {
+    /// This is the answer.
+    Answered(Answer),
+    /// The instance is no longer as it was looked at.
+    Changed(Option<Box<InstanceRow>>),
+}
+
+/// Looks at an instance that is moved about while it is looked at.
+const MOST_LOOKS: usize = 5;
+
 /// Admits migrations.
 pub struct Admission<'a> {
     /// The record and the agents.
@@ -74,30 +87,61 @@ impl Admission<'_> {
         unique_id: Option<&str>,
         wanted: &Wanted,
     ) -> drover_store::Result<Answer> {
+        let mut wanted = Cow::Borrowed(wanted);
+        for _ in 0..MOST_LOOKS {
+            match self.try_admit(&requester, unique_id, &wanted).await? {
+                Tried::Answered(answer) => return Ok(answer),
+                // What was found of it is void: it is looked at where it is now. What an
+                // operation, or another owner, wants of it may be something else there.
+                Tried::Changed(Some(now))
+                    if wanted.operation.is_none() && now.project == wanted.instance.project =>
+                {
+                    wanted.to_mut().instance = *now;
+                }
+                Tried::Changed(Some(_)) => break,
+                Tried::Changed(None) => {
+                    let id = wanted.instance.id;
+                    return Err(StoreError::NotFound(format!("instance '{id}'")));
+                }
+            }
+        }
+        let id = wanted.instance.id;
+        Err(StoreError::Conflict(format!("instance {id}")))
+    }
+
+    async fn try_admit(
+        &self,
+        requester: &Requester,
+        unique_id: Option<&str>,
+        wanted: &Wanted,
+    ) -> drover_store::Result<Tried> {
         let now_ms = self.context.clock.now_ms();
-        let migration = new_record(wanted, requester, self.runner.owner(), now_ms);
+        let migration = new_record(wanted, requester.clone(), self.runner.owner(), now_ms);
         let failures = self.failures(wanted).await?;
         if !failures.is_empty() {
-            return self.refuse(unique_id, wanted, migration, failures).await;
+            let refused = self.refuse(unique_id, wanted, migration, failures).await?;
+            return Ok(Tried::Answered(refused));
         }
         let store = &self.context.store;
-        let until = self.runner.lease_until_ms();
-        match store.admit(&migration, unique_id, until).await? {
+        let (seen, term) = (Some(&wanted.instance), self.runner.term());
+        let answer = match store.admit(&migration, seen, unique_id, term).await? {
             Admitted::New(m) => {
                 info!(
                     migration = m.id, instance = %m.instance_uuid, from = %m.source_host,
                     to = m.dest_host.as_ref().map(HostName::as_str), "accepted"
                 );
                 self.runner.spawn(Store::first_lease(m.uuid));
-                Ok(Answer::Accepted(m))
+                Answer::Accepted(m)
             }
-            Admitted::Repeated(m) => Ok(repeated(m)),
+            Admitted::Repeated(m) => repeated(m),
             Admitted::Busy(active) => {
                 let busy = checks::request(&wanted.instance, &wanted.way, Some(&active));
-                self.refuse(unique_id, wanted, migration, busy).await
+                self.refuse(unique_id, wanted, migration, busy).await?
             }
-            Admitted::OfferTaken(offer) => Ok(Answer::OfferTaken(offer)),
-        }
+            Admitted::OfferTaken(offer) => Answer::OfferTaken(offer),
+            Admitted::Changed(now) => return Ok(Tried::Changed(now)),
+        };
+        Ok(Tried::Answered(answer))
     }
 
     /// What the record says against it.
@@ -142,14 +186,21 @@ impl Admission<'_> {
         // an operation has asked them for its plan, and tries another.
         let busy = checks.iter().any(|f| f.code == CheckCode::InstanceBusy);
         if !busy && wanted.operation.is_none() {
-            checks = self.plan(wanted).await?.failures;
+            let found = self.plan(wanted).await?.failures;
+            // What stood against it may have passed meanwhile. It is refused for that
+            // all the same: nobody is refused without a reason.
+            if !found.is_empty() {
+                checks = found;
+            }
         }
         migration.status = MigrationStatus::Failed;
         migration.finished_at_ms = Some(migration.created_at_ms);
         migration.end_reason = Some(EndReason::Refused {
             checks: checks.clone(),
         });
-        let admitted = self.context.store.admit(&migration, unique_id, 0).await?;
+        let term = self.runner.term();
+        let store = &self.context.store;
+        let admitted = store.admit(&migration, None, unique_id, term).await?;
         Ok(match admitted {
             // What it is busy with is, perhaps, what this request began before.
             Admitted::Repeated(m) => repeated(m),
@@ -160,8 +211,8 @@ impl Admission<'_> {
                     migration: Some(m),
                 }
             }
-            // Nothing is taken by what is refused.
-            Admitted::OfferTaken(_) => Answer::Refused {
+            // Nothing is taken by what is refused, nor compared.
+            Admitted::OfferTaken(_) | Admitted::Changed(_) => Answer::Refused {
                 checks,
                 migration: None,
             },

@@ -1,18 +1,16 @@
 //! Records to hold to promises, in both databases, and what they are filled with.
 
+#![allow(dead_code, unused_imports)] // Each test uses a part of it.
+
 use drover_model::{
     guest::PowerState,
     ids::{HostName, InstanceId, MigrationId},
     migration::{Migration, Way},
     node::{AllocationPolicy, Endpoint, HypervisorReport, InstanceReport, Inventory, NodeReport},
 };
-use drover_store::{Kind, Store};
+pub(crate) use drover_store::scratch::postgresql_url;
+use drover_store::{Kind, Store, Term};
 use uuid::Uuid;
-
-/// A server on which databases may be made, as a `postgresql://` URL.
-const POSTGRESQL: &str = "DROVER_TEST_POSTGRESQL_URL";
-/// Set to `1`, it turns the absence of one into a failure.
-const REQUIRED: &str = "DROVER_REQUIRE_REAL";
 
 /// Holds an empty record in SQLite to a promise.
 pub(crate) async fn in_sqlite(promise: impl AsyncFnOnce(Store)) {
@@ -29,26 +27,6 @@ pub(crate) async fn in_postgresql(promise: impl AsyncFnOnce(Store)) {
     promise(store).await;
 }
 
-/// An empty database of the server, or says that there is none.
-pub(crate) async fn postgresql_url() -> Option<String> {
-    let Ok(server) = std::env::var(POSTGRESQL) else {
-        let required = std::env::var(REQUIRED).is_ok_and(|value| value == "1");
-        assert!(
-            !required,
-            "{REQUIRED} is 1, and {POSTGRESQL} names no server"
-        );
-        println!("SKIPPED: {POSTGRESQL} names no server");
-        return None;
-    };
-    sqlx::any::install_default_drivers();
-    let admin = sqlx::AnyPool::connect(&server).await.unwrap();
-    // A schema of its own for each; the server goes with the tests.
-    let schema = format!("test_{}", Uuid::new_v4().simple());
-    let create = sqlx::AssertSqlSafe(format!("CREATE SCHEMA {schema}"));
-    sqlx::query(create).execute(&admin).await.unwrap();
-    Some(format!("{server}?options=-csearch_path%3D{schema}"))
-}
-
 macro_rules! promises {
     ($($promise:ident,)*) => {
         mod sqlite {
@@ -58,6 +36,19 @@ macro_rules! promises {
             $(#[tokio::test] async fn $promise() { crate::common::in_postgresql(super::$promise).await })*
         }
     };
+}
+
+/// A lease that outlasts every test, ms.
+pub(crate) const HELD: u64 = 600_000;
+
+/// Until a lease of no length has run out by the clock of any database.
+pub(crate) async fn passed() {
+    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+}
+
+/// A lease of so long, from a moment that counts in SQLite alone.
+pub(crate) fn term(now_ms: u64, lease_ms: u64) -> Term {
+    Term { now_ms, lease_ms }
 }
 
 pub(crate) fn host(name: &str) -> HostName {

@@ -39,6 +39,9 @@ pub(crate) fn store_failure(error: &StoreError) -> RemoteFailure {
         StoreError::Ambiguous(text) | StoreError::Invalid(text) => {
             nova("Invalid", text.clone(), 400)
         }
+        error @ (StoreError::Conflict(_) | StoreError::Raced(_)) => {
+            nova("Conflict", format!("{error}. Try again."), 409)
+        }
         StoreError::Exists(what) => nova("ProjectExists", format!("There is {what} already."), 409),
         other => {
             error!(error = %Chain(other), "the record failed");

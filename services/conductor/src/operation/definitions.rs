@@ -172,8 +172,9 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
         match context.agents.definition(host, id).await {
             Ok(kept) => {
                 let now_ms = context.clock.now_ms();
-                store.keep_definition(host, &kept, now_ms).await?;
-                definitions.kept(id, host, kept.digest);
+                if store.keep_definition(host, &kept, now_ms).await? {
+                    definitions.kept(id, host, kept.digest);
+                }
             }
             Err(error) => {
                 debug!(%host, instance = %id, %error, "its definition was not told");

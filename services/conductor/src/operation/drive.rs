@@ -347,9 +347,12 @@ impl Drive {
         };
         let name = format!("op-{}-{instance}-{attempt}", operation.uuid);
         let by = operation.requester.clone();
-        match admission.admit(by, Some(&name), &wanted).await? {
-            Answer::Accepted(m) => Ok(Some(Note::moving(&m))),
-            Answer::Refused { .. } | Answer::OfferTaken(_) => Ok(None),
+        match admission.admit(by, Some(&name), &wanted).await {
+            Ok(Answer::Accepted(m)) => Ok(Some(Note::moving(&m))),
+            Ok(Answer::Refused { .. } | Answer::OfferTaken(_)) => Ok(None),
+            // It is elsewhere by now, or gone: the next look sees where.
+            Err(StoreError::Conflict(_) | StoreError::NotFound(_)) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

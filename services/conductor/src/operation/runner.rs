@@ -109,9 +109,7 @@ impl OperationRunner {
     async fn adopt(&self, own_too: bool) -> Result<(), StoreError> {
         let store = &self.context.store;
         let owner = self.moves.owner();
-        let now_ms = self.context.clock.now_ms();
-        let until_ms = self.moves.lease_until_ms();
-        let leases = store.adopt_operations(owner, own_too, now_ms, until_ms);
+        let leases = store.adopt_operations(owner, own_too, self.moves.term());
         for lease in leases.await? {
             let attempted = store
                 .update_operation(lease.operation, Some(lease), |o| {
@@ -139,9 +137,9 @@ impl OperationRunner {
     }
 
     async fn pass(&self) -> Result<(), StoreError> {
-        let (owner, until_ms) = (self.moves.owner(), self.moves.lease_until_ms());
+        let (owner, term) = (self.moves.owner(), self.moves.term());
         let store = &self.context.store;
-        store.renew_operation_leases(owner, until_ms).await?;
+        store.renew_operation_leases(owner, term).await?;
         self.adopt(false).await
     }
 }

@@ -329,13 +329,7 @@ impl ColdMigrate {
 
     async fn settle(&self, data: &mut Data) -> Result<(), StepError> {
         let chosen = data.chosen()?;
-        // What the guest held on the source stays promised to it, for a way back.
-        let active = u64::from(was_running(chosen));
-        let keep = Resources {
-            vcpus: u64::from(chosen.guest.vcpus) * active,
-            memory_mib: chosen.guest.memory_mib * active,
-            disk_bytes: 0,
-        };
+        let keep = kept_for_a_way_back(chosen);
         let m = &self.job.migration;
         let now_ms = self.job.context.clock.now_ms();
         let settled = self.job.store().settle(
@@ -397,12 +391,20 @@ impl ColdMigrate {
 
     /// Does again what was put off. The guest may have come back another way since:
     /// where it is active its agent takes nothing back.
-    pub(super) async fn tidy_again(&self, step: &str, dest: &HostName) -> Result<(), StepError> {
-        match step == Self::name(Step::Prepare) {
-            true => self.roll_back(dest).await,
-            // The record itself: if it cannot be written, nor can this be put off.
-            false => Ok(()),
+    pub(super) async fn tidy_again(
+        &self,
+        step: &str,
+        dest: &HostName,
+        data: &Data,
+    ) -> Result<(), StepError> {
+        if step == Self::name(Step::Prepare) {
+            return self.roll_back(dest).await;
         }
+        let keep = Some((self.job.source(), kept_for_a_way_back(data.chosen()?)));
+        let settled = self
+            .job
+            .settle_late(self.job.source(), dest, data.arrived, keep);
+        settled.await
     }
 
     /// The guest is on the source as it was.
@@ -428,6 +430,16 @@ impl ColdMigrate {
             .finish_revert_resize(self.job.source(), &ask)
             .await;
         restored.map(drop).map_err(agent_error)
+    }
+}
+
+/// What the guest held on the source stays promised to it.
+fn kept_for_a_way_back(chosen: &Chosen) -> Resources {
+    let active = u64::from(was_running(chosen));
+    Resources {
+        vcpus: u64::from(chosen.guest.vcpus) * active,
+        memory_mib: chosen.guest.memory_mib * active,
+        disk_bytes: 0,
     }
 }
 

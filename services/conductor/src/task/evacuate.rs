@@ -398,11 +398,20 @@ impl Evacuate {
     }
 
     /// Does again what was put off.
-    pub(super) async fn tidy_again(&self, step: &str, host: &HostName) -> Result<(), StepError> {
-        match step == Self::name(Step::Prepare) {
-            true => self.take_back(host).await,
-            false => self.forget(host).await.map(drop),
+    pub(super) async fn tidy_again(
+        &self,
+        step: &str,
+        host: &HostName,
+        data: &Data,
+    ) -> Result<(), StepError> {
+        if step == Self::name(Step::Prepare) {
+            return self.take_back(host).await;
         }
+        let (m, now_ms) = (&self.job.migration, self.now_ms());
+        let store = self.job.store();
+        let settled = store.rebuilt_late(m, host, data.generation, now_ms).await;
+        settled.map_err(|e| store_error(&e))?;
+        self.forget(host).await.map(drop)
     }
 }
 

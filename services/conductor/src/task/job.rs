@@ -12,7 +12,7 @@ use drover_model::{
     migration::{EndReason, Migration},
 };
 use drover_saga::StepError;
-use drover_store::{Store, StoreError, migrations::Lease};
+use drover_store::{Store, StoreError, claims::Resources, migrations::Lease};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::broadcast, time::timeout};
 use tracing::warn;
@@ -167,6 +167,23 @@ impl Job {
         put_off.map_err(|e| store_error(&e))
     }
 
+    // ---- settling
+
+    /// What a settling that was put off would have made of the record, unless the
+    /// guest has been moved on since.
+    pub(super) async fn settle_late(
+        &self,
+        took: &HostName,
+        host: &HostName,
+        state: Option<PowerState>,
+        keep: Option<(&HostName, Resources)>,
+    ) -> Result<(), StepError> {
+        let now_ms = self.context.clock.now_ms();
+        let m = &self.migration;
+        let settled = self.store().settle_late(m, took, host, state, keep, now_ms);
+        settled.await.map_err(|e| store_error(&e))
+    }
+
     // ---- placing
 
     /// Checks both nodes, chooses a destination and claims room there; says what
@@ -175,6 +192,15 @@ impl Job {
         let uuid = self.migration.instance_uuid.to_string();
         let instance = self.store().find_instance(&uuid).await;
         let instance = instance.map_err(|e| store_error(&e))?;
+        if instance.host != *self.source() {
+            return Err(ended(EndReason::Failed {
+                message: format!(
+                    "the guest is on {} now, no longer on {}",
+                    instance.host,
+                    self.source()
+                ),
+            }));
+        }
         let survey = Survey {
             store: self.store(),
             agents: self.agents(),

@@ -103,14 +103,7 @@ impl<G: Recorded> Journal for RecordJournal<G> {
         let appended = self
             .store
             .append_saga_events(by, at, events, now_ms, project);
-        appended.await?;
-        for event in events {
-            if let Event::PutOff { step, .. } = event {
-                let kept = self.store.put_off(self.lease, step, now_ms).await;
-                kept.map_err(|e| JournalError::Unavailable(e.to_string()))?;
-            }
-        }
-        Ok(())
+        appended.await.map(drop)
     }
 }
 

@@ -471,14 +471,14 @@ impl LiveMigrate {
         if step == Self::name(Step::Prepare) {
             return self.roll_back(dest).await;
         }
-        let done = match step == Self::name(Step::Settle) {
-            true => agents
-                .post_at_destination(dest, self.job.step())
-                .await
-                .map(drop),
-            false => self.tidy_source(dest).await.map(drop),
-        };
-        done.map_err(agent_error)
+        if step != Self::name(Step::Settle) {
+            return self.tidy_source(dest).await.map(drop).map_err(agent_error);
+        }
+        self.end_turn().await?;
+        let took = self.job.source();
+        self.job.settle_late(took, dest, None, None).await?;
+        let posted = agents.post_at_destination(dest, self.job.step()).await;
+        posted.map(drop).map_err(agent_error)
     }
 
     /// Asks the destination first, as the source may have to give up a copy

@@ -95,7 +95,7 @@ impl Revert {
         Ok(())
     }
 
-    pub(super) async fn settle(&self, arrived: Option<PowerState>) -> Result<(), StepError> {
+    async fn settle(&self, arrived: Option<PowerState>) -> Result<(), StepError> {
         let m = &self.job.migration;
         let now_ms = self.job.context.clock.now_ms();
         let (id, host) = (m.instance_uuid, &m.source_host);
@@ -109,8 +109,22 @@ impl Revert {
         Ok(())
     }
 
+    /// Does again what was put off.
+    pub(super) async fn tidy_again(
+        &self,
+        step: &str,
+        dest: &HostName,
+        data: &Data,
+    ) -> Result<(), StepError> {
+        if step == Self::name(Step::Tidy) {
+            return self.tidy().await;
+        }
+        let source = self.job.source();
+        self.job.settle_late(dest, source, data.arrived, None).await
+    }
+
     /// Removes the files that came to the destination.
-    pub(super) async fn tidy(&self) -> Result<(), StepError> {
+    async fn tidy(&self) -> Result<(), StepError> {
         let (dest, step) = (self.dest()?, self.job.step());
         let tidied = self.job.agents().rollback_resize(dest, step).await;
         all_clean(tidied.map_err(agent_error)?)

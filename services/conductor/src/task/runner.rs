@@ -24,8 +24,8 @@ use drover_model::{
     ids::{HostName, MigrationId},
     migration::{Ending, Migration, MigrationStatus, Way},
 };
-use drover_saga::{DriveError, JournalError, Outcome, Patience, StepError, drive};
-use drover_store::{Store, StoreError, migrations::Lease, sagas::SagaKey};
+use drover_saga::{DriveError, Event, JournalError, Outcome, Patience, StepError, drive};
+use drover_store::{Store, StoreError, Term, migrations::Lease, sagas::SagaKey};
 use futures_util::FutureExt;
 use tokio::{sync::Semaphore, task::AbortHandle};
 use tokio_util::sync::CancellationToken;
@@ -35,7 +35,7 @@ use super::{
     cold_migrate::ColdMigrate,
     confirm::Confirm,
     evacuate::Evacuate,
-    job::{Data, Job},
+    job::{Data, Job, store_error},
     journal::{RecordJournal, Recorded},
     live_migrate::LiveMigrate,
     revert::Revert,
@@ -98,9 +98,12 @@ impl Runner {
         &self.owner
     }
 
-    /// Until when a lease taken now holds, milliseconds since 1970.
-    pub fn lease_until_ms(&self) -> u64 {
-        self.context.clock.now_ms() + self.lease_ms
+    /// For how long a lease taken now holds.
+    pub fn term(&self) -> Term {
+        Term {
+            now_ms: self.context.clock.now_ms(),
+            lease_ms: self.lease_ms,
+        }
     }
 
     /// Operations driven now.
@@ -165,10 +168,7 @@ impl Runner {
         let migration = store.migration(lease.migration).await;
         let migration = migration.map_err(|e| JournalError::Unavailable(e.to_string()))?;
         let ending = migration.ending;
-        let key = match ending {
-            None => SagaKey::of_move(migration.uuid),
-            Some(_) => SagaKey::of_ending(migration.uuid, migration.ending_attempt),
-        };
+        let key = key_of(&migration);
         let way = migration.way.clone();
         let job = self.job(lease, migration);
         match (ending, way) {
@@ -224,11 +224,8 @@ impl Runner {
     }
 
     async fn adopt(&self, own_too: bool) -> Result<(), StoreError> {
-        let now_ms = self.context.clock.now_ms();
         let store = &self.context.store;
-        let leases = store
-            .adopt(&self.owner, own_too, now_ms, self.lease_until_ms())
-            .await?;
+        let leases = store.adopt(&self.owner, own_too, self.term()).await?;
         for lease in leases {
             let attempted = store
                 .update_migration(lease.migration, |m| {
@@ -315,8 +312,8 @@ impl Runner {
     /// # Errors
     /// The record cannot be read or written.
     pub async fn resume(&self, id: MigrationId) -> Result<(), StoreError> {
-        let until = self.lease_until_ms();
-        let lease = self.context.store.adopt_one(id, &self.owner, until).await?;
+        let term = self.term();
+        let lease = self.context.store.adopt_one(id, &self.owner, term).await?;
         self.spawn(lease);
         Ok(())
     }
@@ -333,9 +330,7 @@ impl Runner {
     async fn pass(&self) -> Result<(), StoreError> {
         let store = &self.context.store;
         let now_ms = self.context.clock.now_ms();
-        store
-            .renew_leases(&self.owner, self.lease_until_ms())
-            .await?;
+        store.renew_leases(&self.owner, self.term()).await?;
         self.adopt(false).await?;
         self.resume_rested(store, now_ms).await?;
         self.confirm_overdue(store, now_ms).await?;
@@ -428,24 +423,47 @@ impl Runner {
     /// Does a tidying step again that was put off.
     async fn tidy_again(&self, m: Migration, step: &str, dest: &HostName) -> Result<(), StepError> {
         let lease = Store::first_lease(m.uuid);
+        // What its steps had learned by then; it tells of the move even after an ending.
+        let events = self.context.store.saga_events(&key_of(&m)).await;
+        let data = learned(&events.map_err(|e| store_error(&e))?);
         let (ending, way) = (m.ending, m.way.clone());
         let job = self.job(lease, m);
         match (ending, way) {
             (Some(Ending::Confirm), _) => Confirm::new(job).confirm_source().await,
-            (Some(Ending::Revert), _) if step == "revert_tidy" => Revert::new(job).tidy().await,
+            (Some(Ending::Revert), _) => Revert::new(job).tidy_again(step, dest, &data).await,
             (None, Way::Live(options)) => {
                 LiveMigrate::new(job, options).tidy_again(step, dest).await
             }
-            (Some(Ending::Revert), _) => Revert::new(job).settle(None).await,
             (None, Way::Cold(options)) => {
-                ColdMigrate::new(job, options).tidy_again(step, dest).await
+                let cold = ColdMigrate::new(job, options);
+                cold.tidy_again(step, dest, &data).await
             }
-            (None, Way::Transfer(wanted)) => Transfer::new(job, wanted).tidy().await,
+            (None, Way::Transfer(wanted)) => {
+                Transfer::new(job, wanted).tidy_again(step, &data).await
+            }
             (None, Way::Evacuation(wanted)) => {
-                Evacuate::new(job, wanted).tidy_again(step, dest).await
+                let evacuate = Evacuate::new(job, wanted);
+                evacuate.tidy_again(step, dest, &data).await
             }
         }
     }
+}
+
+/// The saga that a migration is in, or was in last.
+fn key_of(m: &Migration) -> SagaKey {
+    match m.ending {
+        None => SagaKey::of_move(m.uuid),
+        Some(_) => SagaKey::of_ending(m.uuid, m.ending_attempt),
+    }
+}
+
+/// What the steps of a saga have learned.
+fn learned(events: &[Event]) -> Data {
+    let last = events.iter().rev().find_map(|event| match event {
+        Event::Succeeded { data, .. } => serde_json::from_value(data.clone()).ok(),
+        _ => None,
+    });
+    last.unwrap_or_default()
 }
 
 fn tell(migration: MigrationId, outcome: &Outcome) {

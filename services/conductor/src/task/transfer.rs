@@ -261,8 +261,20 @@ impl Transfer {
         settled.await.map_err(|e| store_error(&e))
     }
 
+    /// Does again what was put off.
+    pub(super) async fn tidy_again(&self, step: &str, data: &Data) -> Result<(), StepError> {
+        if step != Self::name(Step::Settle) {
+            return self.tidy().await;
+        }
+        let now_ms = self.job.context.clock.now_ms();
+        let name = data.transfer()?.name.as_deref();
+        let (m, project) = (&self.job.migration, &self.wanted.project);
+        let settled = self.job.store().hand_over_late(m, project, name, now_ms);
+        settled.await.map_err(|e| store_error(&e))
+    }
+
     /// Removes what the instance had of the giver's.
-    pub(super) async fn tidy(&self) -> Result<(), StepError> {
+    async fn tidy(&self) -> Result<(), StepError> {
         let (host, step) = (self.job.source(), self.job.step());
         let tidied = self.job.agents().post_transfer(host, step).await;
         all_clean(tidied.map_err(agent_error)?)

@@ -82,6 +82,7 @@ enum Settled {
 impl Returning {
     async fn run(mut self) {
         loop {
+            self.node.admitted().await;
             let answer = self.ask().await;
             self.node.has_asked.send_replace(true);
             let is_settled = match self.settle(&answer).await {

@@ -3,7 +3,15 @@
 //! them can be killed and started again; an independent check says afterwards
 //! whether what the invariants promise held.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use drover_compute::{
     AgentSettings,
@@ -60,6 +68,7 @@ pub struct Cloud {
     /// The conductors' settings; each takes them at its start.
     pub settings: ConductorSettings,
     database_url: Option<String>,
+    ahead_ms: Arc<AtomicU64>,
     began: Instant,
     messaging: MessagingSettings,
     conductors: BTreeMap<String, Conductor>,
@@ -99,6 +108,7 @@ impl Cloud {
             fences: Fences::default(),
             settings: ConductorSettings::default(),
             database_url,
+            ahead_ms: Arc::default(),
             began: Instant::now(),
             messaging,
             conductors: BTreeMap::new(),
@@ -135,9 +145,15 @@ impl Cloud {
         self.start_conductor_named(CTL).await;
     }
 
+    /// Sets the wall clock of the conductors' machines forward, those of nodes not.
+    pub fn set_conductors_ahead(&self, by: Duration) {
+        let by_ms = u64::try_from(by.as_millis()).unwrap_or(u64::MAX);
+        self.ahead_ms.fetch_add(by_ms, Ordering::SeqCst);
+    }
+
     /// Starts a conductor beside any others.
     pub async fn start_conductor_named(&mut self, name: &str) {
-        let began = self.began;
+        let (began, ahead_ms) = (self.began, self.ahead_ms.clone());
         let store = match &self.database_url {
             Some(url) => Store::open(url).await.expect("the database opens"),
             None => self.store.clone(),
@@ -148,7 +164,7 @@ impl Cloud {
             &self.messaging,
             self.broker.transport(name),
             store,
-            Clock::from_fn(move || Self::now_ms(began)),
+            Clock::from_fn(move || Self::now_ms(began) + ahead_ms.load(Ordering::SeqCst)),
             Patience::default(),
             self.fences.clone(),
         );

@@ -5,12 +5,13 @@
 //! done and by whom; [`claims`] what is promised on a destination; [`projects`]
 //! who may have how much; [`offers`] what is offered to other projects;
 //! [`operations`] what is done with whole nodes; [`definitions`] what is kept for
-//! the day on which one is dead; [`sagas`] the journals; [`outbox`] notifications
+//! the day on which one is dead; [`fencing`] power that was cut; [`sagas`] the journals; [`outbox`] notifications
 //! on their way out. What
 //! belongs together is committed together.
 
 pub mod claims;
 pub mod definitions;
+pub mod fencing;
 pub mod instances;
 pub mod migrations;
 pub mod nodes;
@@ -319,6 +320,7 @@ fn schema() -> Migrator {
             "operations",
             include_str!("../migrations/0003_operations.sql"),
         ),
+        change(6, "fencing", include_str!("../migrations/0006_fencing.sql")),
     ])
 }
 

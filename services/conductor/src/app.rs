@@ -22,6 +22,7 @@ use crate::{
         balancer,
         definitions::{self, Definitions},
         fence::Fences,
+        hearing::{self, Hearing},
         load::Loads,
         runner::OperationRunner,
     },
@@ -39,6 +40,8 @@ const MAX_RUNNING: usize = 1024;
 /// What every part of the conductor works with. Cheap to clone.
 #[derive(Clone)]
 pub struct Context {
+    /// Name of this conductor.
+    pub name: String,
     /// The record.
     pub store: Store,
     /// The agents.
@@ -52,6 +55,8 @@ pub struct Context {
     pub confirm_window_ms: u64,
     /// What cuts nodes' power.
     pub fences: Fences,
+    /// Since when this conductor hears nodes.
+    pub hearing: Hearing,
     /// Definitions that are to be fetched.
     pub definitions: Definitions,
     /// Whether dead nodes are evacuated without being asked.
@@ -115,6 +120,8 @@ impl Conductor {
     ) -> Result<Self, StartError> {
         let client = RpcClient::new(transport.clone(), messaging);
         let context = Context {
+            name: name.to_owned(),
+            hearing: Hearing::new(clock.now_ms()),
             store: store.clone(),
             agents: AgentClient::new(client.clone(), settings.call_limits()),
             clock,
@@ -137,6 +144,7 @@ impl Conductor {
         tokio::spawn(definitions::keep(context.clone(), stop.clone()));
         let operations = OperationRunner::new(context.clone(), runner.clone());
         operations.recover().await?;
+        tokio::spawn(hearing::keep(context.clone(), stop.clone()));
         tokio::spawn(auto_evacuate::watch(operations.clone(), stop.clone()));
         let drover = Arc::new(DroverEndpoint::new(
             context.clone(),

@@ -2,6 +2,7 @@
 
 use drover_model::{
     api::conductor::{Instance, Node},
+    evidence::AgentLost,
     guest::PowerState,
     migration::{Migration, MigrationStatus, Way},
     node::HypervisorReport,
@@ -61,7 +62,12 @@ fn task_state(m: &Migration) -> Option<&'static str> {
 }
 
 /// A node, with its room.
-pub(crate) fn node(row: &NodeRow, usage: &Usage, live: Liveness) -> Node {
+pub(crate) fn node(
+    row: &NodeRow,
+    usage: &Usage,
+    agent_lost: Option<AgentLost>,
+    live: Liveness,
+) -> Node {
     let report = &row.report;
     let age_ms = live.now_ms.saturating_sub(row.heard_at_ms);
     Node {
@@ -83,6 +89,8 @@ pub(crate) fn node(row: &NodeRow, usage: &Usage, live: Liveness) -> Node {
             HypervisorReport::Up { instances, .. } => Some(instances.len() as u64),
             HypervisorReport::Down { .. } => None,
         },
+        // It may have been heard of since it was looked at last.
+        agent_lost: agent_lost.filter(|_| age_ms > live.down_after_ms),
         report: report.clone(),
     }
 }

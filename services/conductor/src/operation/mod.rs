@@ -4,7 +4,8 @@
 //! The way of one: [`begin`] admits it, [`runner`] has it planned ([`look`] reads
 //! the world and asks the nodes) and then, whenever anything changes, [`drive`]
 //! has [`crate::plan::schedule`] say what may begin. What that makes of the record
-//! is in [`record`]. An evacuation needs evidence first ([`evacuation`]);
+//! is in [`record`]. An evacuation needs evidence first ([`evacuation`], judged in
+//! [`evidence`]); [`hearing`] knows what of a silence this conductor heard;
 //! [`origin`] knows what a restored node gets back; [`load`] and [`balancer`] see
 //! to balance without being asked.
 
@@ -16,6 +17,7 @@ mod drive;
 pub mod evacuation;
 pub mod evidence;
 pub mod fence;
+pub mod hearing;
 pub mod load;
 pub mod look;
 pub mod origin;

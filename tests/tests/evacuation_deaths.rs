@@ -12,7 +12,7 @@ use drover_compute::hypervisor::{
     fake::{Call, Fabric, GuestBuilder, NodeSpec, script::Effect},
 };
 use drover_conductor::operation::{
-    evacuation::{examine, inspect, prove},
+    evacuation::{LastWord, examine, inspect, prove},
     fence::{Action, Fences},
 };
 use drover_model::{
@@ -20,10 +20,16 @@ use drover_model::{
     check::{CheckCode, CheckFailure},
     ids::{HostName, InstanceId, OperationId},
     migration::{Evacuation, Migration, MigrationStatus as S, ProofOfDeath, Requester, Way},
-    operation::{EvacuateOptions, FenceAnswer, MoveWay, Operation, OperationStatus, Task, Verdict},
+    operation::{
+        EvacuateOptions, Evidence, FenceAnswer, LifeSign, MoveWay, Operation, OperationStatus,
+        Task, Verdict,
+    },
 };
 use drover_store::{Store, Term};
 use drover_tests::cloud::{Cloud, eventually};
+
+#[path = "evacuation_deaths/silence.rs"]
+mod silence_is_not_death;
 
 const IMAGES: &str = "/var/lib/libvirt/images";
 const GIB: u64 = 1 << 30;
@@ -79,6 +85,24 @@ fn options(confirmed_off: bool) -> EvacuateOptions {
     EvacuateOptions {
         confirmed_off,
         ..EvacuateOptions::new(name("kvm1"))
+    }
+}
+
+/// A fence that an operator has used although libvirtd answers.
+fn despite() -> EvacuateOptions {
+    EvacuateOptions {
+        despite: vec![LifeSign::LibvirtReachable],
+        ..options(false)
+    }
+}
+
+/// Nothing more forbids that power is cut.
+struct Allowed;
+
+#[async_trait::async_trait]
+impl LastWord for Allowed {
+    async fn before_cut(&self, _: &Evidence) -> drover_store::Result<Vec<CheckFailure>> {
+        Ok(Vec::new())
     }
 }
 
@@ -341,7 +365,7 @@ async fn a_node_that_is_only_cut_off_is_fenced_or_left_alone() {
     // Its agent is away; libvirtd and guest are well.
     cloud.kill_agent("kvm1");
     silence().await;
-    let asked = prove(&cloud.context(), &options(false), &who).await;
+    let asked = prove(&cloud.context(), &options(false), &who, &Allowed).await;
     let (evidence, proof) = asked.expect("readable");
     assert_eq!(evidence.reach.len(), 2);
     assert!(
@@ -350,7 +374,7 @@ async fn a_node_that_is_only_cut_off_is_fenced_or_left_alone() {
     );
     let refused = proof.expect_err("silence is no proof");
     assert_eq!(codes(&refused), [CheckCode::NotFenced]);
-    let asked = prove(&cloud.context(), &options(true), &who).await;
+    let asked = prove(&cloud.context(), &options(true), &who, &Allowed).await;
     let refused = asked.expect("readable").1.expect_err("it is alive");
     assert_eq!(codes(&refused), [CheckCode::HostAlive]);
     assert_eq!(cloud.fabric.running_on(id), Some(name("kvm1")));
@@ -362,17 +386,24 @@ async fn a_node_that_is_only_cut_off_is_fenced_or_left_alone() {
         matches!(evidence.fence, FenceAnswer::On { .. }),
         "{evidence:#?}"
     );
-    assert_eq!(codes(&failures), []);
+    assert_eq!(codes(&failures), [CheckCode::HostAlive]);
     assert_eq!(
         cloud.fabric.running_on(id),
         Some(name("kvm1")),
         "to look does nothing"
     );
-    for _ in 0..2 {
-        let asked = prove(&cloud.context(), &options(false), &who).await;
-        let (evidence, proof) = asked.expect("readable");
-        assert!(proof.is_ok(), "{proof:?} {evidence:#?}");
-    }
+    let asked = prove(&cloud.context(), &options(false), &who, &Allowed).await;
+    let refused = asked.expect("readable").1.expect_err("it shows life");
+    assert_eq!(codes(&refused), [CheckCode::HostAlive]);
+    assert_eq!(cloud.fabric.running_on(id), Some(name("kvm1")));
+    let asked = prove(&cloud.context(), &despite(), &who, &Allowed).await;
+    let (evidence, proof) = asked.expect("readable");
+    assert!(proof.is_ok(), "{proof:?} {evidence:#?}");
+    assert!(evidence.cut_at_ms.is_some(), "{evidence:#?}");
+    let asked = prove(&cloud.context(), &options(false), &who, &Allowed).await;
+    let (evidence, proof) = asked.expect("readable");
+    assert!(proof.is_ok(), "safe to repeat: {proof:?} {evidence:#?}");
+    assert_eq!(evidence.cut_at_ms, None, "it is off: {evidence:#?}");
     assert_eq!(cloud.fabric.running_on(id), None);
     let found = examine(&cloud.context(), &options(false)).await;
     let found = found.expect("readable");
@@ -395,7 +426,7 @@ async fn an_operation_fences_and_starts_everything_elsewhere() {
     with_fences(&mut cloud).await;
     cloud.kill_agent("kvm1");
     silence().await;
-    let begun = cloud.operate(&Task::Evacuate(options(false))).await;
+    let begun = cloud.operate(&Task::Evacuate(despite())).await;
     let ended = cloud.operation_end(begun.expect("it is taken").uuid).await;
     check_evacuated(&cloud, &ended, id).await;
 }

@@ -169,6 +169,10 @@ codes! {
     HostAlive => "host_alive",
     /// Nothing proves that the node is off.
     NotFenced => "not_fenced",
+    /// What is known of the node does not suffice to cut its power unattended.
+    NoEvidence => "no_evidence",
+    /// As many nodes were fenced within the hour as may be unattended.
+    FenceLimit => "fence_limit",
     /// So many nodes are silent that the conductor may be the one that is cut off.
     TooManyLost => "too_many_lost",
     /// Its node never told how it is defined.

@@ -9,6 +9,7 @@
 pub mod api;
 pub mod check;
 pub mod error;
+pub mod evidence;
 pub mod guest;
 pub mod ids;
 pub mod migration;

@@ -22,6 +22,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::evidence::{Control, Evidence, FenceAnswer, LifeSign, Reach};
 use crate::{
     check::CheckFailure,
     ids::{HostName, InstanceId, MigrationId, OperationId},
@@ -206,6 +207,14 @@ pub struct EvacuateOptions {
     /// that is cut off.
     #[serde(default)]
     pub despite_many_lost: bool,
+    /// Signs of life that the caller has seen and overrules: the node's power is
+    /// cut although they are there. What is there and not named, or named and
+    /// not there, refuses it.
+    #[serde(default)]
+    pub despite: Vec<LifeSign>,
+    /// Whether the conductor began it by itself: then evidence decides alone.
+    #[serde(default)]
+    pub automatic: bool,
     /// What a newer version wishes.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -221,6 +230,8 @@ impl EvacuateOptions {
             max_parallel: None,
             confirmed_off: false,
             despite_many_lost: false,
+            despite: Vec::new(),
+            automatic: false,
             unknown: Unknown::default(),
         }
     }
@@ -533,72 +544,6 @@ pub struct Item {
     /// Where it stands.
     #[serde(flatten)]
     pub state: ItemState,
-}
-
-/// What a fencing agent said of a node's power.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "fence", rename_all = "snake_case")]
-pub enum FenceAnswer {
-    /// The settings name none for this node.
-    NotConfigured,
-    /// It is off.
-    Off {
-        /// Which agent says so.
-        agent: String,
-        /// When, milliseconds since 1970.
-        at_ms: u64,
-    },
-    /// It is on.
-    On {
-        /// Which agent says so.
-        agent: String,
-    },
-    /// It could not be told, or not be done.
-    Failed {
-        /// Which agent was asked.
-        agent: String,
-        /// What came of it.
-        message: String,
-    },
-}
-
-/// Whether another node reaches something of the node in question.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reach {
-    /// Who tried.
-    pub from: HostName,
-    /// Whether its libvirtd answers there, or why not.
-    pub libvirt: Result<(), String>,
-}
-
-/// What is known of a node that may be dead. Facts; judged by the conductor.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Evidence {
-    /// When it was collected, milliseconds since 1970.
-    pub at_ms: u64,
-    /// Since when nothing was heard of it, ms.
-    pub silent_ms: u64,
-    /// After so long it counts as down, ms.
-    pub down_after_ms: u64,
-    /// Whether an operator declared it down.
-    pub forced_down: bool,
-    /// Consumers of its queue at the broker, or why that cannot be told. (A
-    /// broker drops a consumer that lost its power only after a while.)
-    pub queue_consumers: Result<u32, String>,
-    /// What the other nodes see of it.
-    pub reach: Vec<Reach>,
-    /// Whether its agent answers, or why not; none if it was not asked.
-    #[serde(default)]
-    pub agent: Option<Result<(), String>>,
-    /// What its fencing agent says.
-    pub fence: FenceAnswer,
-    /// Who answers for its being off, if somebody said so.
-    pub confirmed_by: Option<Requester>,
-    /// Nodes that should be up, and how many of them are silent, this one among
-    /// them.
-    pub nodes_expected: u32,
-    /// See above.
-    pub nodes_silent: u32,
 }
 
 /// The record of an operation. Kept for ever.

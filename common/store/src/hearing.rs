@@ -161,6 +161,11 @@ impl Hearing {
         silent.filter(|(.., ms)| *ms >= WORTH_MS).collect()
     }
 
+    /// For how long this conductor could have heard an agent since it began, ms.
+    pub fn listened_ms(&self) -> u64 {
+        u64::try_from(self.lock().listened_ms).unwrap_or(0)
+    }
+
     /// For how long a node's agent has been silent, ms; none if nobody listens.
     /// Of one that never registered, since the conductor listens.
     pub fn silent_ms(&self, host: &HostName) -> Option<u64> {

@@ -6,13 +6,14 @@
 //! done and by whom; [`claims`] what is promised on a destination; [`projects`]
 //! who may have how much; [`offers`] what is offered to other projects;
 //! [`operations`] what is done with whole nodes; [`definitions`] what is kept for
-//! the day on which one is dead; [`sagas`] the journals; [`outbox`] notifications
+//! the day on which one is dead; [`fencing`] power that was cut; [`sagas`] the journals; [`outbox`] notifications
 //! on their way out. What
 //! belongs together is committed together.
 
 pub mod agents;
 pub mod claims;
 pub mod definitions;
+pub mod fencing;
 pub mod hearing;
 pub mod instances;
 pub mod migrations;
@@ -486,6 +487,7 @@ fn schema() -> Migrator {
             include_str!("../migrations/0004_soundness.sql"),
         ),
         change(5, "agents", include_str!("../migrations/0005_agents.sql")),
+        change(6, "fencing", include_str!("../migrations/0006_fencing.sql")),
     ])
 }
 

@@ -39,6 +39,7 @@ fn every_verb_parses() {
         "node restore kvm1 --none",
         "node restore kvm1 --only vm1 --only vm2 --live --max-parallel 2 --dry-run",
         "node evacuate kvm1 --to kvm2 --only vm1,vm2 --i-confirm-host-is-off --despite-many-lost",
+        "node evacuate kvm1 --despite agent-answers,libvirt-reachable --despite host-responds",
         "node force-down kvm1 --unset --dry-run",
         "node balance --threshold 10 --max-moves 5 --max-parallel 2 --dry-run",
         "node automation --evacuate off --balance on",
@@ -563,6 +564,10 @@ fn misuse_is_usage() {
         ),
         ("node balance --threshold 101", ErrorKind::ValueValidation),
         ("node automation --evacuate maybe", ErrorKind::InvalidValue),
+        (
+            "node evacuate kvm1 --despite everything",
+            ErrorKind::InvalidValue,
+        ),
         ("operation list --kind move", ErrorKind::InvalidValue),
         ("migration confirm 7", ErrorKind::InvalidSubcommand),
     ];

@@ -174,8 +174,10 @@ async fn a_caller_that_does_not_wait_is_told_the_number() {
 
 #[tokio::test(start_paused = true)]
 async fn an_evacuation_names_instances_by_their_uuids() {
+    let seen = json!({"evidence": samples::evidence(), "failures": []});
     let stage = Stage::with([
         ("get_instance", answer(&samples::instance("demo-1"))),
+        ("get_evidence", Act::Answer(seen)),
         ("evacuate_node", begun(first_step())),
     ])
     .await;
@@ -184,13 +186,40 @@ async fn an_evacuation_names_instances_by_their_uuids() {
     let request = &stage.asked("evacuate_node")[0];
     assert_eq!(request["only"], json!([samples::INSTANCE]));
     assert_eq!(request["confirmed_off"], true);
+    let err = stage.tape.err();
+    assert!(err.starts_with("evidence\n"), "it is shown first: {err}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_shows_life_is_told_and_nothing_is_asked_for() {
+    let seen = json!({"evidence": samples::evidence(), "failures": samples::checks()});
+    let stage = Stage::with([("get_evidence", Act::Answer(seen))]).await;
+    let line = "node evacuate kvm1 --despite agent-answers";
+    assert_eq!(stage.run(line).await, Exit::Refused);
+    let err = stage.tape.err();
+    assert!(err.contains("signs of life  libvirt-reachable\n"), "{err}");
+    assert!(err.contains("what to do: free memory on kvm2\n"), "{err}");
+    assert!(
+        err.contains("kvm1 is not evacuated: nothing was done\n"),
+        "{err}"
+    );
+    assert_eq!(
+        stage.asked("get_evidence")[0]["despite"],
+        json!(["agent-answers"])
+    );
+    assert!(stage.asked("evacuate_node").is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_refusal_names_what_was_asked_for() {
     let refusal = RemoteFailure::nova("MigrationPreCheckError", "x")
         .with_kwarg("checks", json!([samples::device()]));
-    let stage = Stage::with([("evacuate_node", Act::Fail(refusal))]).await;
+    let unserved = RemoteFailure::builtin("KeyError", "an older conductor");
+    let stage = Stage::with([
+        ("get_evidence", Act::Fail(unserved)),
+        ("evacuate_node", Act::Fail(refusal)),
+    ])
+    .await;
     assert_eq!(stage.run("node evacuate kvm1").await, Exit::Refused);
     let err = stage.tape.err();
     assert!(

@@ -91,6 +91,7 @@ impl Endpoint for Script {
             "drain_node",
             "restore_node",
             "evacuate_node",
+            "get_evidence",
             "balance_nodes",
             "get_operation",
             "wait_operation",

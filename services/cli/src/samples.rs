@@ -77,6 +77,7 @@ pub(crate) fn node(name: &str) -> Node {
         vcpus_usable: 16,
         memory_usable_mib: 7680,
         instances: Some(2),
+        agent_lost: None,
         report: NodeReport {
             host: host(name),
             agent_version: "0.1.0".to_owned(),

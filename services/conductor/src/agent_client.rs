@@ -13,6 +13,7 @@ use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target};
 use drover_runtime::error_chain::Chain;
 use drover_store::hearing::Hearing;
 use serde::{Serialize, de::DeserializeOwned};
+use tracing::warn;
 
 /// Why an agent did not do as asked.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -134,6 +135,21 @@ impl AgentClient {
         A: Serialize + Sync,
         R: DeserializeOwned,
     {
+        let called = self.called(host, method, args, options).await;
+        called.map_err(|e| agent_error(host, &e))
+    }
+
+    async fn called<A, R>(
+        &self,
+        host: &HostName,
+        method: &str,
+        args: &A,
+        options: CallOptions,
+    ) -> std::result::Result<R, RpcError>
+    where
+        A: Serialize + Sync,
+        R: DeserializeOwned,
+    {
         let target = Target::topic(api::COMPUTE_TOPIC)
             .server(host.as_str())
             .namespace(api::NAMESPACE)
@@ -142,7 +158,7 @@ impl AgentClient {
         let context = RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()))
             .with(api::INCARNATION_KEY, incarnation);
         let called = self.rpc.call_with(&target, &context, method, args, options);
-        called.await.map_err(|e| agent_error(host, &e))
+        called.await
     }
 
     /// How an agent is.
@@ -357,10 +373,23 @@ impl AgentClient {
     /// Whether an agent answers within a time.
     pub async fn answers(&self, host: &HostName, limit: Duration) -> Result<()> {
         let none = serde_json::Map::new();
-        let answered: Result<c::AgentStatus> = self
-            .ask_briefly(host, c::method::GET_STATUS, &none, limit)
-            .await;
-        answered.map(drop)
+        let options = CallOptions {
+            timeout: Some(limit),
+            ..CallOptions::default()
+        };
+        let method = c::method::GET_STATUS;
+        match self
+            .called::<_, c::AgentStatus>(host, method, &none, options)
+            .await
+        {
+            Ok(_) => Ok(()),
+            // A refusal, or what cannot be understood, comes from somebody as well.
+            Err(error @ (RpcError::Remote { .. } | RpcError::BadReply { .. })) => {
+                warn!(%host, error = %Chain(&error), "its agent answers, though not as it should");
+                Ok(())
+            }
+            Err(error) => Err(agent_error(host, &error)),
+        }
     }
 
     /// Whether a node reaches an address, asked for so long at the most.

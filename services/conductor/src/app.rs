@@ -39,6 +39,8 @@ const MAX_RUNNING: usize = 1024;
 /// What every part of the conductor works with. Cheap to clone.
 #[derive(Clone)]
 pub struct Context {
+    /// Name of this conductor.
+    pub name: String,
     /// The record.
     pub store: Store,
     /// The agents.
@@ -116,6 +118,7 @@ impl Conductor {
         let store = store.heard_apart();
         let client = RpcClient::new(transport.clone(), messaging);
         let context = Context {
+            name: name.to_owned(),
             store: store.clone(),
             agents: AgentClient::new(client.clone(), settings.call_limits())
                 .for_incarnations_of(store.hearing().clone()),

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use drover_store::fencing::FenceLimits;
 use serde::Deserialize;
 
 use crate::{
@@ -42,6 +43,11 @@ pub struct ConductorSettings {
     pub auto_evacuate_delay_s: u64,
     /// Nodes that are evacuated without being asked at one time.
     pub auto_evacuate_max_nodes: u32,
+    /// Nodes whose power is cut within an hour at the most, without being asked.
+    pub auto_evacuate_max_per_hour: u32,
+    /// How often one node's power is cut within an hour at the most, without
+    /// being asked.
+    pub auto_evacuate_max_per_node: u32,
     /// Transfers from one node at a time.
     pub max_outbound_per_node: u32,
     /// Transfers to one node at a time.
@@ -119,6 +125,8 @@ impl Default for ConductorSettings {
             auto_evacuate: false,
             auto_evacuate_delay_s: 120,
             auto_evacuate_max_nodes: 1,
+            auto_evacuate_max_per_hour: 2,
+            auto_evacuate_max_per_node: 2,
             max_outbound_per_node: 4,
             max_inbound_per_node: 4,
             max_transfers: 32,
@@ -152,6 +160,18 @@ impl ConductorSettings {
             (
                 "auto_evacuate_max_nodes",
                 self.auto_evacuate_max_nodes.into(),
+                1,
+                100,
+            ),
+            (
+                "auto_evacuate_max_per_hour",
+                self.auto_evacuate_max_per_hour.into(),
+                1,
+                100,
+            ),
+            (
+                "auto_evacuate_max_per_node",
+                self.auto_evacuate_max_per_node.into(),
                 1,
                 100,
             ),
@@ -191,6 +211,10 @@ impl ConductorSettings {
             is_on: self.auto_evacuate,
             delay_ms: self.auto_evacuate_delay_s * 1000,
             max_nodes: self.auto_evacuate_max_nodes as usize,
+            limits: FenceLimits {
+                cloud: self.auto_evacuate_max_per_hour,
+                node: self.auto_evacuate_max_per_node,
+            },
         }
     }
 

@@ -11,13 +11,14 @@ use serde::{Deserialize, Serialize};
 pub use agent::{AgentLeaves, Heartbeat, Identity, RegisterAgent, Registered, Word};
 pub use operation::{
     Automation, BalanceNodes, DrainNode, EvacuateNode, Evacuated, EvacuatedAnswer,
-    EvacuatedRemoved, ForceDown, ListEvacuated, ListOperations, OperationAnswer, OperationRef,
-    OperationView, RestoreNode, SetAutomation, WaitOperation,
+    EvacuatedRemoved, EvidenceAnswer, ForceDown, ListEvacuated, ListOperations, OperationAnswer,
+    OperationRef, OperationView, RestoreNode, SetAutomation, WaitOperation,
 };
 
 use super::compute::Outcome;
 use crate::{
     check::CheckFailure,
+    evidence::AgentLost,
     guest::PowerState,
     ids::{HostName, InstanceId, MigrationId, OfferId, ProjectId},
     migration::{Migration, MigrationType, Progress, Requester, TransferOptions, Way},
@@ -86,6 +87,8 @@ pub mod method {
     pub const RESTORE_NODE: &str = "restore_node";
     /// [`super::EvacuateNode`] → [`super::OperationAnswer`]
     pub const EVACUATE_NODE: &str = "evacuate_node";
+    /// [`super::EvacuateNode`] → [`super::EvidenceAnswer`]; nothing is done to the node.
+    pub const GET_EVIDENCE: &str = "get_evidence";
     /// [`super::BalanceNodes`] → [`super::OperationAnswer`]
     pub const BALANCE_NODES: &str = "balance_nodes";
     /// [`super::OperationRef`] → [`super::OperationView`]
@@ -631,6 +634,9 @@ pub struct Node {
     pub memory_usable_mib: u64,
     /// Instances on it; none known while its libvirt does not answer.
     pub instances: Option<u64>,
+    /// Its agent is silent, and nothing proves that the node is dead.
+    #[serde(default)]
+    pub agent_lost: Option<AgentLost>,
     /// What its agent said last.
     pub report: NodeReport,
 }

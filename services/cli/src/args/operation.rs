@@ -7,7 +7,8 @@ use drover_model::{
     ids::{HostName, InstanceId},
     migration::{ColdOptions, Way},
     operation::{
-        BalanceOptions, DrainOptions, EvacuateOptions, MoveMode, RestoreOptions, Returning,
+        BalanceOptions, DrainOptions, EvacuateOptions, LifeSign, MoveMode, RestoreOptions,
+        Returning,
     },
     unknown::Unknown,
 };
@@ -236,12 +237,37 @@ pub struct Evacuate {
     /// Go on although many nodes are lost at once and the conductor may be the one that is cut off
     #[arg(long)]
     pub despite_many_lost: bool,
+    /// Cut its power although it shows this sign of life, or these (repeated, or with commas);
+    /// whatever still runs there ends. Every sign that is seen has to be named, and no other
+    #[arg(long, value_name = "SIGN", value_delimiter = ',')]
+    pub despite: Vec<Sign>,
     /// How to do it.
     #[command(flatten)]
     pub change: Change,
     /// How long to wait.
     #[command(flatten)]
     pub patience: Patience,
+}
+
+/// Signs of life that can be overruled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Sign {
+    /// Its agent answers a question
+    AgentAnswers,
+    /// Another node reaches its libvirtd
+    LibvirtReachable,
+    /// It refuses another node's connection: no libvirtd, but a machine that runs
+    HostResponds,
+}
+
+impl Sign {
+    fn life_sign(self) -> LifeSign {
+        match self {
+            Self::AgentAnswers => LifeSign::AgentAnswers,
+            Self::LibvirtReachable => LifeSign::LibvirtReachable,
+            Self::HostResponds => LifeSign::HostResponds,
+        }
+    }
 }
 
 impl Evacuate {
@@ -254,6 +280,8 @@ impl Evacuate {
             max_parallel: self.at_once.max_parallel,
             confirmed_off: self.i_confirm_host_is_off,
             despite_many_lost: self.despite_many_lost,
+            despite: self.despite.iter().map(|sign| sign.life_sign()).collect(),
+            automatic: false,
             unknown: Unknown::default(),
         }
     }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use drover_model::{
     api::conductor::{
-        Automation, ForceDown, ListOperations, Node, OperationAnswer, OperationRef, OperationView,
-        SetAutomation, WaitOperation, method,
+        Automation, EvacuateNode, EvidenceAnswer, ForceDown, ListOperations, Node, OperationAnswer,
+        OperationRef, OperationView, SetAutomation, WaitOperation, method,
     },
     operation::Operation,
 };
@@ -29,6 +29,11 @@ impl Client {
         timeout: Duration,
     ) -> Result<OperationAnswer, Trouble> {
         self.ask_for(method, request, timeout.min(ADMISSION)).await
+    }
+
+    /// What is known of a node that may be dead; nothing is done to it.
+    pub async fn get_evidence(&self, request: &EvacuateNode) -> Result<EvidenceAnswer, Trouble> {
+        self.ask_for(method::GET_EVIDENCE, request, ADMISSION).await
     }
 
     /// Operations, newest first.

@@ -24,7 +24,9 @@ use crate::{
     exit::{Exit, Trouble},
     render::{
         clean,
-        operation::{board::Board, noun, plan},
+        describe::block,
+        operation::{board::Board, evidence, noun, plan},
+        outcome,
         screen::Manner,
     },
 };
@@ -66,9 +68,38 @@ pub async fn evacuate(session: &mut Session, order: Evacuate) -> Result<Exit, Tr
         options: options.clone(),
         dry_run: order.change.dry_run,
     };
+    if !request.dry_run && !is_accepted(session, &request).await? {
+        return Ok(Exit::Refused);
+    }
     let task = Task::Evacuate(options);
     let wish = Wish::new(method::EVACUATE_NODE, task, order.change, order.patience);
     begin(session, &request, wish).await
+}
+
+/// Shows the evidence before anything is asked for, and says whether it allows it.
+/// JSON tells the operation alone; a conductor that cannot be asked judges by
+/// itself.
+async fn is_accepted(session: &mut Session, request: &EvacuateNode) -> Result<bool, Trouble> {
+    if session.screen.manner() == Manner::Json {
+        return Ok(true);
+    }
+    let asked = session.client.get_evidence(request);
+    let seen = match heard(&mut session.interrupt, asked).await {
+        Ok(seen) => seen,
+        Err(trouble) if trouble.class.is_some() => return Ok(true),
+        Err(trouble) => return Err(trouble),
+    };
+    let evidence = block("evidence", evidence::lines(&seen.evidence));
+    session.screen.notice(&evidence);
+    if !seen.failures.is_empty() {
+        let refused = block("what stands in the way", outcome::failures(&seen.failures));
+        session.screen.notice(&refused);
+        let host = &request.options.host;
+        session
+            .screen
+            .notice(&format!("{host} is not evacuated: nothing was done"));
+    }
+    Ok(seen.failures.is_empty())
 }
 
 /// Spreads load.

@@ -13,6 +13,7 @@ use drover_model::{
 
 use super::{
     clean,
+    operation::evidence,
     outcome::{failed, failures},
     table::{NOTHING_HERE, busy, grid, placing, power, state},
     units::{bytes, mib, moment, rate, share, span, version},
@@ -26,7 +27,7 @@ pub(super) fn facts(pairs: Vec<(&str, String)>) -> String {
 }
 
 /// A heading with indented lines under it; nothing if there are none.
-pub(super) fn block(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
+pub(crate) fn block(heading: &str, lines: impl IntoIterator<Item = String>) -> String {
     let body: String = lines
         .into_iter()
         .map(|line| format!("\n  {line}"))
@@ -144,7 +145,13 @@ pub fn node(node: &Node, operations: &[Operation]) -> String {
             }
         }
     }
-    facts(pairs) + &section("instances", guests)
+    let lost = node.agent_lost.as_ref();
+    let reasons = lost.map(|lost| failures(&lost.reasons)).unwrap_or_default();
+    let seen = lost.map(|lost| evidence::lines(&lost.evidence));
+    facts(pairs)
+        + &section("its agent is lost", reasons)
+        + &section("evidence", seen.unwrap_or_default())
+        + &section("instances", guests)
 }
 
 /// An instance.

@@ -115,11 +115,15 @@ fn a_plan_of_an_evacuation_begins_with_the_evidence() {
     let text = plan::text(&task, &plan, &samples::checks(), Some(&evidence));
     let expected = "\
 evidence
+  seen at        2026-11-23 18:46:51Z by conductor ctl
+  heard last     2026-11-23 18:45:16Z, of an agent that runs since 2026-11-22 18:46:51Z
   silent for     1 min 35 s (counts as down after 1 min 0 s)
   declared down  no
   queue          nobody listens
+  agent          was not asked
   libvirtd       reached from kvm3; not reached from kvm2 (connection timed out)
   fence          none is configured for it
+  signs of life  libvirt-reachable
   nodes lost     1 of 3
 
 what stands in the way

@@ -23,7 +23,7 @@ pub(super) fn failed(n: usize) -> String {
 }
 
 /// Every failed check, with what to do about it.
-pub(super) fn failures(checks: &[CheckFailure]) -> Vec<String> {
+pub(crate) fn failures(checks: &[CheckFailure]) -> Vec<String> {
     let line = |c: &CheckFailure| {
         let first = format!("{} ({}): {}", c.code, c.side, clean(&c.message));
         let remedy = clean(&c.remedy);

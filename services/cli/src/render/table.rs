@@ -74,11 +74,13 @@ pub fn busy(node: &Node, operations: &[Operation]) -> Option<String> {
     Some(format!("{word} ({})", o.id))
 }
 
-/// Whether a node is heard of, or declared down.
+/// Whether a node is heard of, declared down, or silent without being known to be
+/// dead.
 pub fn state(node: &Node) -> &'static str {
     match (node.forced_down, node.up) {
         (true, _) => "down (declared)",
         (false, true) => "up",
+        (false, false) if node.agent_lost.is_some() => "agent lost",
         (false, false) => "down",
     }
 }
@@ -299,6 +301,10 @@ kvm2  down   disabled  -          -          2/16   0.2/7.5 GiB  -          down
         assert_eq!(busy(&samples::node("kvm2"), drain), None);
         node.enabled = true;
         assert_eq!(busy(&node, drained), None, "it was opened since");
+        node.up = false;
+        assert_eq!(state(&node), "down");
+        node.agent_lost = Some(samples::agent_lost());
+        assert_eq!(state(&node), "agent lost");
         node.forced_down = true;
         assert_eq!(state(&node), "down (declared)");
     }

@@ -3,10 +3,11 @@
 use drover_model::{
     api::conductor::OperationView,
     check::{CheckCode, CheckFailure, Side},
+    evidence::AgentLost,
     migration::Migration,
     operation::{
-        DrainOptions, Evidence, FenceAnswer, Fill, Forecast, Item, ItemState, MoveWay, Operation,
-        OperationPlan, OperationStatus, PlannedMove, Reach, Task, Tried, Verdict,
+        Control, DrainOptions, Evidence, FenceAnswer, Fill, Forecast, Item, ItemState, MoveWay,
+        Operation, OperationPlan, OperationStatus, PlannedMove, Reach, Task, Tried, Verdict,
     },
 };
 use serde_json::json;
@@ -225,14 +226,40 @@ pub(crate) fn operation_plan() -> OperationPlan {
     }
 }
 
+/// A node of which nothing proves that it is dead.
+pub(crate) fn agent_lost() -> AgentLost {
+    AgentLost {
+        since_ms: T0,
+        reasons: vec![CheckFailure {
+            code: CheckCode::HostAlive,
+            side: Side::Source,
+            message: "kvm1 is not dead: kvm3 reaches its libvirtd".to_owned(),
+            remedy: "start its agent".to_owned(),
+        }],
+        evidence: evidence(),
+    }
+}
+
 /// What is known of a node that may be dead.
 pub(crate) fn evidence() -> Evidence {
     let reach = |from: &str, libvirt| Reach {
         from: host(from),
         libvirt,
+        answered: true,
+        refused: false,
+        controls: vec![Control {
+            host: host("kvm4"),
+            reached: Ok(()),
+        }],
+        at_ms: T0,
     };
     Evidence {
         at_ms: T0,
+        conductor: "ctl".to_owned(),
+        listening_ms: 600_000,
+        endpoint: None,
+        agent_started_ms: T0 - 86_400_000,
+        heard_at_ms: T0 - 95_000,
         silent_ms: 95_000,
         down_after_ms: 60_000,
         forced_down: false,
@@ -243,6 +270,7 @@ pub(crate) fn evidence() -> Evidence {
         ],
         agent: None,
         fence: FenceAnswer::NotConfigured,
+        cut_at_ms: None,
         confirmed_by: None,
         nodes_expected: 3,
         nodes_silent: 1,

@@ -65,7 +65,9 @@ impl Steps {
             method::PROBE_ADDRESS => {
                 let which: ProbeAddress = request.args()?;
                 let reached = hypervisor.reach(&which.address, which.port).await;
-                answer(Ok(ProbeAnswer { reached }))
+                let refused = reached.as_ref().is_err_and(|e| e.refused);
+                let reached = reached.map_err(|e| e.message);
+                answer(Ok(ProbeAnswer { reached, refused }))
             }
             method::CHECK_EVACUATION => {
                 let step: Box<CheckEvacuation> = request.args()?;

@@ -29,6 +29,31 @@ pub use transfer::{Mirror, Standing, TransferDriver};
 /// Result of a driver call.
 pub type Result<T> = std::result::Result<T, HypervisorError>;
 
+/// Why a TCP port was not reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreached {
+    /// In words.
+    pub message: String,
+    /// Whether the other machine refused: nobody listens there, but it runs.
+    pub refused: bool,
+}
+
+impl Unreached {
+    /// Nothing came back.
+    pub fn silent(message: String) -> Self {
+        Self {
+            message,
+            refused: false,
+        }
+    }
+}
+
+impl From<Unreached> for String {
+    fn from(unreached: Unreached) -> Self {
+        unreached.message
+    }
+}
+
 /// What can go wrong with a hypervisor.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum HypervisorError {
@@ -216,7 +241,7 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
     ) -> Result<DestinationAnswer>;
 
     /// Whether a TCP port can be reached from this node, within a few seconds.
-    async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), String>;
+    async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), Unreached>;
 
     /// Opens a free port of the migration range for a few seconds, for another
     /// node to try; says which.

@@ -43,7 +43,7 @@ impl Actor {
             hypervisor.open_probe_port(),
         );
         Ok(DestinationFacts {
-            reach_source,
+            reach_source: reach_source.map_err(String::from),
             probe_port,
             ..facts?
         })

@@ -57,21 +57,21 @@ impl Actor {
         let there = &step.destination;
         let probe = async {
             match step.probe_port {
-                Some(port) => hypervisor.reach(&there.address, port).await,
+                Some(port) => Ok(hypervisor.reach(&there.address, port).await?),
                 None => Err("the destination opened no port to try".to_owned()),
             }
         };
         let disks = async {
             match step.disk_port {
-                Some(port) => hypervisor.reach(&there.address, port).await,
-                None => Ok(()),
+                Some(port) => Ok(hypervisor.reach(&there.address, port).await?),
+                None => Ok::<_, String>(()),
             }
         };
         let libvirt = hypervisor.reach(&there.address, there.libvirt_port);
         let (libvirt, migration_port, disk_port, ()) =
             tokio::join!(libvirt, probe, disks, self.remove_marks());
         Ok(PathFacts {
-            libvirt,
+            libvirt: libvirt.map_err(String::from),
             migration_port,
             disk_port,
         })

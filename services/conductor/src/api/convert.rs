@@ -2,6 +2,7 @@
 
 use drover_model::{
     api::conductor::{Instance, Node},
+    evidence::AgentLost,
     guest::PowerState,
     migration::{Migration, MigrationStatus, Way},
     node::HypervisorReport,
@@ -63,7 +64,12 @@ fn task_state(m: &Migration) -> Option<&'static str> {
 }
 
 /// A node, with its room.
-pub(crate) fn node(row: &NodeRow, usage: &Usage, live: Liveness) -> Node {
+pub(crate) fn node(
+    row: &NodeRow,
+    usage: &Usage,
+    agent_lost: Option<AgentLost>,
+    live: Liveness,
+) -> Node {
     let report = &row.report;
     let signed = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
     let by_report = signed(report.clock_ms) - signed(row.heard_at_ms);
@@ -87,6 +93,8 @@ pub(crate) fn node(row: &NodeRow, usage: &Usage, live: Liveness) -> Node {
             HypervisorReport::Up { instances, .. } => Some(instances.len() as u64),
             HypervisorReport::Down { .. } => None,
         },
+        // It may have been heard of since it was looked at last.
+        agent_lost: agent_lost.filter(|_| age_ms > live.down_after_ms),
         report: report.clone(),
     }
 }

@@ -106,6 +106,7 @@ impl Endpoint for DroverEndpoint {
             method::DRAIN_NODE,
             method::RESTORE_NODE,
             method::EVACUATE_NODE,
+            method::GET_EVIDENCE,
             method::BALANCE_NODES,
             method::GET_OPERATION,
             method::WAIT_OPERATION,
@@ -371,7 +372,9 @@ impl DroverEndpoint {
             .usage(&row.report)
             .await
             .map_err(|e| store_failure(&e))?;
-        Ok(convert::node(row, &usage, self.context.liveness()))
+        let lost = self.context.store.agent_lost(&row.report.host).await;
+        let lost = lost.map_err(|e| store_failure(&e))?;
+        Ok(convert::node(row, &usage, lost, self.context.liveness()))
     }
 
     async fn set_node(&self, ask: &SetNode) -> Answer {

@@ -5,12 +5,12 @@ use std::collections::HashMap;
 
 use drover_model::{
     api::conductor::{
-        Automation, BalanceNodes, DrainNode, EvacuateNode, OperationAnswer, OperationRef,
-        OperationView, RestoreNode, SetAutomation, WaitOperation, method,
+        Automation, BalanceNodes, DrainNode, EvacuateNode, EvidenceAnswer, OperationAnswer,
+        OperationRef, OperationView, RestoreNode, SetAutomation, WaitOperation, method,
     },
     ids::{MigrationId, OperationId},
     migration::Migration,
-    operation::{Operation, Task},
+    operation::{EvacuateOptions, Operation, Task},
 };
 use drover_rpc::{RemoteFailure, Request};
 use tokio::{
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     config::BalanceMode,
-    operation::{auto_evacuate, balancer, begin},
+    operation::{auto_evacuate, balancer, begin, evacuation},
 };
 
 impl DroverEndpoint {
@@ -42,9 +42,19 @@ impl DroverEndpoint {
                 self.operate(request, Task::Restore(options), dry_run).await
             }
             method::EVACUATE_NODE => {
-                let EvacuateNode { options, dry_run } = request.args()?;
+                let EvacuateNode {
+                    mut options,
+                    dry_run,
+                } = request.args()?;
+                options.automatic = false;
                 self.operate(request, Task::Evacuate(options), dry_run)
                     .await
+            }
+            method::GET_EVIDENCE => {
+                let EvacuateNode { options, .. } = request.args()?;
+                // Many nodes are asked: no unacknowledged message is held meanwhile.
+                request.accept().await;
+                to_value(&self.evidence(request, options).await?)
             }
             method::BALANCE_NODES => {
                 let BalanceNodes {
@@ -92,6 +102,24 @@ impl DroverEndpoint {
         }
         let operation = self.begin_operation(request, task).await?;
         to_value(&OperationAnswer::Accepted { operation })
+    }
+
+    async fn evidence(
+        &self,
+        request: &Request,
+        mut options: EvacuateOptions,
+    ) -> Result<EvidenceAnswer, RemoteFailure> {
+        options.automatic = false;
+        let by = requester(request.context());
+        let seen = evacuation::inspect(&self.context, &options, &by).await;
+        let (evidence, mut failures) = seen.map_err(|e| store_failure(&e))?;
+        let other = self.context.store.active_operation(Some(&options.host));
+        let other = other.await.map_err(|e| store_failure(&e))?;
+        // Asked for again, it is answered with the one that is under way.
+        if other.is_some_and(|o| matches!(o.task, Task::Evacuate(_))) {
+            failures.clear();
+        }
+        Ok(EvidenceAnswer { evidence, failures })
     }
 
     /// Puts an operation on the record and has it driven; acknowledges the

@@ -8,6 +8,7 @@ use drover_model::{
     guest::{Disk, Immovable},
     ids::HostName,
     migration::ProofOfDeath,
+    operation::FenceAnswer,
 };
 use drover_store::{definitions::DefinitionRow, nodes::NodeRow};
 
@@ -49,6 +50,20 @@ pub fn evacuated_node(
             ),
         )
     })
+}
+
+/// The node was off, and its fencing agent says that it is on. One that does not
+/// say takes nothing from the proof.
+pub fn has_power(host: &HostName, status: &FenceAnswer) -> Option<CheckFailure> {
+    let FenceAnswer::On { agent } = status else {
+        return None;
+    };
+    Some(fail(
+        CheckCode::HostAlive,
+        Side::Source,
+        format!("{host} has power again, says {agent}: it may start its guests itself"),
+        format!("see what it runs; if it is to stay off, switch it off and evacuate {host} anew"),
+    ))
 }
 
 /// What stands in the way of starting a guest from what its node told of it.

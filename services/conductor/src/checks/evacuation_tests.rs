@@ -4,11 +4,12 @@
 use drover_model::{
     api::compute::{EvacuationFacts, KeptDefinition, StorageIdentity},
     migration::ProofOfDeath,
+    operation::FenceAnswer,
 };
 use drover_store::definitions::DefinitionRow;
 
 use super::{
-    evacuation::{alone, definition, destination, evacuated_node},
+    evacuation::{alone, definition, destination, evacuated_node, has_power},
     tests::{codes, destination_facts, disk_fact, guest, host},
     *,
 };
@@ -171,4 +172,23 @@ fn a_node_that_was_heard_of_since_is_back() {
     declared.heard_at_ms = 99_000;
     assert_eq!(code(Some(&declared)), alive, "whatever was declared before");
     assert_eq!(code(None), Some(CheckCode::UnknownHost));
+}
+
+#[test]
+fn a_node_that_has_power_again_is_noticed() {
+    let kvm1 = "kvm1".parse().unwrap();
+    let agent = || "fence".to_owned();
+    let on = has_power(&kvm1, &FenceAnswer::On { agent: agent() });
+    assert_eq!(on.map(|f| f.code), Some(CheckCode::HostAlive));
+    let off = FenceAnswer::Off {
+        agent: agent(),
+        at_ms: 1,
+    };
+    let silent = FenceAnswer::Failed {
+        agent: agent(),
+        message: String::new(),
+    };
+    for says_nothing in [off, silent, FenceAnswer::NotConfigured] {
+        assert_eq!(has_power(&kvm1, &says_nothing), None);
+    }
 }

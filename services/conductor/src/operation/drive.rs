@@ -3,20 +3,29 @@
 
 use std::time::Duration;
 
+use async_trait::async_trait;
 use drover_model::{
     check::{self, CheckFailure},
     ids::{HostName, InstanceId, MigrationId, OperationId},
-    operation::{EvacuateOptions, MoveWay, Operation, OperationStatus, Task},
+    operation::{EvacuateOptions, Evidence, MoveWay, Operation, OperationStatus, Task},
 };
-use drover_store::{Store, StoreError, operations::OperationLease};
+use drover_store::{
+    Store, StoreError,
+    fencing::{COUNTED_MS, FenceClaim, FenceRefusal},
+    operations::OperationLease,
+};
 use futures_util::{StreamExt, stream};
 use tokio::{
     sync::broadcast,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
-use super::{evacuation, look, record, ways};
+use super::{
+    evacuation::{self, LastWord},
+    evidence::not_claimed,
+    look, record, ways,
+};
 use crate::{
     admission::{Admission, Answer, Wanted},
     app::Context,
@@ -200,8 +209,21 @@ impl Drive {
         if operation.proof.is_some() {
             return Ok(true);
         }
-        let proven = evacuation::prove(&self.context, options, &operation.requester).await;
+        if options.automatic && !self.has_listened() {
+            // A conductor that just took this up has no evidence of its own yet.
+            sleep(LOOK).await;
+            return Ok(false);
+        }
+        let last_word = Claim {
+            drive: self,
+            options,
+        };
+        let by = &operation.requester;
+        let proven = evacuation::prove(&self.context, options, by, &last_word).await;
         let (evidence, proof) = proven?;
+        if evidence.cut_at_ms.is_some() {
+            self.store().fence_ended(operation.uuid).await?;
+        }
         match proof {
             Ok(proof) => {
                 self.write(|o, now_ms| {
@@ -227,6 +249,54 @@ impl Drive {
                 Ok(false)
             }
         }
+    }
+
+    fn has_listened(&self) -> bool {
+        self.context.store.hearing().listened_ms() > self.context.down_after_ms
+    }
+
+    /// Keeps the evidence on which a node's power is about to be cut, and says
+    /// what forbids it.
+    async fn before_cut(
+        &self,
+        options: &EvacuateOptions,
+        evidence: &Evidence,
+    ) -> Result<Vec<CheckFailure>> {
+        let context = &self.context;
+        let (host, now_ms) = (&options.host, context.clock.now_ms());
+        let longest_ms = u64::try_from(context.fences.longest().as_millis()).unwrap_or(u64::MAX);
+        let claim = FenceClaim {
+            host,
+            lease: self.lease,
+            conductor: &context.name,
+            now_ms,
+            counted_from_ms: now_ms.saturating_sub(COUNTED_MS),
+            until_ms: now_ms.saturating_add(longest_ms),
+            heard_at_ms: evidence.heard_at_ms,
+            limits: options.automatic.then_some(context.auto_evacuate.limits),
+        };
+        match self.store().claim_fence(&claim).await? {
+            Ok(()) => {}
+            Err(FenceRefusal::UnderWay { conductor, .. }) => {
+                let what = format!("the power of {host}, which {conductor} may be cutting,");
+                return Err(StoreError::Conflict(what));
+            }
+            Err(refusal) => {
+                let failure = not_claimed(host, &refusal);
+                error!(%host, reason = %failure, "its power is not cut");
+                return Ok(vec![failure]);
+            }
+        }
+        self.write(|o, now_ms| {
+            o.evidence = Some(Evidence {
+                cut_at_ms: Some(now_ms),
+                ..evidence.clone()
+            });
+            record::decide(o, now_ms, format!("the power of {host} is cut"));
+            true
+        })
+        .await?;
+        Ok(Vec::new())
     }
 
     async fn fail(&self, refusals: Vec<CheckFailure>) -> Result<()> {
@@ -378,6 +448,19 @@ impl Drive {
             .await?;
         info!(operation = ended.id, %status, moved = ended.count("moved"), "ended");
         Ok(())
+    }
+}
+
+/// The right to cut a node's power is claimed in the record first.
+struct Claim<'a> {
+    drive: &'a Drive,
+    options: &'a EvacuateOptions,
+}
+
+#[async_trait]
+impl LastWord for Claim<'_> {
+    async fn before_cut(&self, evidence: &Evidence) -> Result<Vec<CheckFailure>> {
+        self.drive.before_cut(self.options, evidence).await
     }
 }
 

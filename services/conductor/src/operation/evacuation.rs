@@ -3,16 +3,19 @@
 
 use std::time::Duration;
 
+use async_trait::async_trait;
 use drover_model::{
-    api::compute::{CheckEvacuation, EvacuationFacts, KeptDefinition, ProbeAddress},
+    api::compute::{CheckEvacuation, EvacuationFacts, KeptDefinition, ProbeAddress, ProbeAnswer},
     check::{CheckFailure, Side},
     ids::{HostName, MigrationId},
     migration::{ProofOfDeath, Requester},
     node::Endpoint,
-    operation::{EvacuateOptions, Evidence, FenceAnswer, MoveWay, Reach},
+    operation::{Control, EvacuateOptions, Evidence, FenceAnswer, MoveWay, Reach},
 };
 use drover_store::{instances::InstanceRow, nodes::NodeRow};
 use futures_util::{FutureExt, StreamExt, future::join_all, stream};
+use tokio::time::Instant;
+use tracing::warn;
 
 use super::evidence::{count, judge, verdict};
 use crate::{
@@ -26,8 +29,17 @@ use crate::{
 const MOST_ASKED: usize = 16;
 /// Questions under way at once.
 const AT_ONCE: usize = 8;
+/// Third nodes that one who tries has to reach, one of them at least.
+const MOST_CONTROLS: usize = 2;
 /// How long one of those who try may take.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// The same of a node that showed no life before.
+const BRIEFLY: Duration = Duration::from_secs(1);
+/// How long a fencing agent may take to say whether a node has power, as a piece
+/// of evidence.
+const STATUS_LIMIT: Duration = Duration::from_secs(10);
+/// Evidence that took so much longer than its questions may is not of now.
+const STALE: Duration = Duration::from_secs(20);
 
 /// What is known of a node without doing anything to it, and everything that
 /// stands in the way of evacuating it. A fencing agent is only asked for the
@@ -45,40 +57,93 @@ pub async fn inspect(
     Ok((evidence, failures))
 }
 
+/// Whoever has the last word before a node's power is cut.
+#[async_trait]
+pub trait LastWord: Sync {
+    /// Keeps the evidence, and says what forbids it.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    async fn before_cut(&self, evidence: &Evidence) -> drover_store::Result<Vec<CheckFailure>>;
+}
+
 /// Makes sure that the node is off, by its fencing agent or by the operator's
 /// word; else says why nothing may start elsewhere. Safe to repeat.
 ///
+/// A node that its agent says is off already is not switched off. Else somebody
+/// has the last word, right before the power is cut.
+///
 /// # Errors
-/// There is no such node, or the record cannot be read.
+/// There is no such node, or the record cannot be read or written.
 pub async fn prove(
     context: &Context,
     options: &EvacuateOptions,
     requester: &Requester,
+    last_word: &dyn LastWord,
 ) -> drover_store::Result<(Evidence, Result<ProofOfDeath, Vec<CheckFailure>>)> {
-    let (mut evidence, node) = collect(context, options, requester).await?;
-    let failures = judge(options, &evidence);
+    let host = &options.host;
+    let (mut evidence, failures) = fresh(context, options, requester).await?;
     if !failures.is_empty() {
         return Ok((evidence, Err(failures)));
     }
-    if evidence.fence != FenceAnswer::NotConfigured {
-        let host = &options.host;
-        evidence.fence = context.fences.off(host, &context.clock).await;
-        let put_off = matches!(evidence.fence, FenceAnswer::Off { .. });
-        // Signs of life from before say nothing any more. That there are none
-        // now need not be seen again, and would only cost time.
-        if put_off && shows_life(&evidence) {
-            let nodes = context.store.nodes().await?;
-            let (reach, agent) = signs(context, &node, &nodes).await;
-            (evidence.reach, evidence.agent) = (reach, Some(agent));
+    match evidence.fence {
+        FenceAnswer::NotConfigured => {}
+        // Nodes were asked for some seconds since: it counts when it still says so.
+        FenceAnswer::Off { .. } => {
+            evidence.fence = context.fences.status(host, &context.clock).await;
+        }
+        FenceAnswer::On { .. } | FenceAnswer::Failed { .. } => {
+            let failures = last_word.before_cut(&evidence).await?;
+            if !failures.is_empty() {
+                return Ok((evidence, Err(failures)));
+            }
+            cut(context, options, &mut evidence).await?;
         }
     }
     let proof = verdict(options, &evidence);
     Ok((evidence, proof))
 }
 
-fn shows_life(evidence: &Evidence) -> bool {
-    let answers = evidence.agent.as_ref().is_some_and(Result::is_ok);
-    answers || evidence.reach.iter().any(|r| r.libvirt.is_ok())
+/// Evidence that is not older than a few seconds, whatever kept this process
+/// meanwhile, and what forbids going on with it.
+async fn fresh(
+    context: &Context,
+    options: &EvacuateOptions,
+    requester: &Requester,
+) -> drover_store::Result<(Evidence, Vec<CheckFailure>)> {
+    loop {
+        let began = Instant::now();
+        let (evidence, failures) = inspect(context, options, requester).await?;
+        if began.elapsed() < STALE {
+            return Ok((evidence, failures));
+        }
+    }
+}
+
+/// Has the power cut, and looks again: an agent that cut another machine's says
+/// *off* as well, and so the node must show no life any more.
+async fn cut(
+    context: &Context,
+    options: &EvacuateOptions,
+    evidence: &mut Evidence,
+) -> drover_store::Result<()> {
+    let host = &options.host;
+    warn!(%host, automatic = options.automatic, "its power is cut now");
+    evidence.cut_at_ms = Some(context.clock.now_ms());
+    evidence.fence = context.fences.off(host, &context.clock).await;
+    if evidence.fence.is_off() {
+        // What lives answers at once; what was there before is given more time.
+        let limit = match evidence.life_signs().is_empty() {
+            true => BRIEFLY,
+            false => PROBE_LIMIT,
+        };
+        let nodes = context.store.nodes().await?;
+        if let Some(node) = nodes.iter().find(|n| n.report.host == *host) {
+            let (reach, agent) = signs(context, node, &nodes, limit).await;
+            (evidence.reach, evidence.agent) = (reach, Some(agent));
+        }
+    }
+    Ok(())
 }
 
 async fn collect(
@@ -89,15 +154,25 @@ async fn collect(
     let host = &options.host;
     let node = context.store.node(host).await?;
     let nodes = context.store.nodes().await?;
-    let live = context.liveness();
-    let (nodes_expected, nodes_silent) = count(&nodes, host, live);
     let (queue_consumers, fence, (reach, agent)) = tokio::join!(
         context.agents.consumers(host, PROBE_LIMIT),
-        context.fences.status(host, &context.clock),
-        signs(context, &node, &nodes),
+        context
+            .fences
+            .status_within(host, &context.clock, STATUS_LIMIT),
+        signs(context, &node, &nodes, PROBE_LIMIT),
     );
+    // Whoever was heard of meanwhile counts.
+    let node = context.store.node(host).await?;
+    let nodes = context.store.nodes().await?;
+    let live = context.liveness();
+    let (nodes_expected, nodes_silent) = count(&nodes, host, live);
     let evidence = Evidence {
         at_ms: context.clock.now_ms(),
+        conductor: context.name.clone(),
+        listening_ms: context.store.hearing().listened_ms(),
+        endpoint: Some(node.report.endpoint.clone()),
+        agent_started_ms: node.report.agent_started_ms,
+        heard_at_ms: node.heard_at_ms,
         silent_ms: live.silent_ms(&node),
         down_after_ms: live.down_after_ms,
         forced_down: node.forced_down,
@@ -105,6 +180,7 @@ async fn collect(
         reach,
         agent: Some(agent),
         fence,
+        cut_at_ms: None,
         confirmed_by: options.confirmed_off.then(|| requester.clone()),
         nodes_expected,
         nodes_silent,
@@ -117,33 +193,75 @@ async fn signs(
     context: &Context,
     node: &NodeRow,
     nodes: &[NodeRow],
+    limit: Duration,
 ) -> (Vec<Reach>, Result<(), String>) {
     let host = &node.report.host;
     let live = context.liveness();
     let others = nodes
         .iter()
         .filter(|n| n.report.host != *host && live.is_up(n));
-    let endpoint = &node.report.endpoint;
-    let probes: Vec<_> = others
-        .take(MOST_ASKED)
-        .map(|n| probe(context, n.report.host.clone(), endpoint).boxed())
+    let others: Vec<_> = others.take(MOST_ASKED).collect();
+    let witnesses: Vec<_> = (0..others.len())
+        .map(|at| witness(context, &others, at, node, limit).boxed())
         .collect();
-    let probing = join_all(probes);
-    let (reach, agent) = tokio::join!(probing, context.agents.answers(host, PROBE_LIMIT));
+    let asking = join_all(witnesses);
+    let (reach, agent) = tokio::join!(asking, context.agents.answers(host, limit));
     (reach, agent.map_err(|e| e.message))
 }
 
-async fn probe(context: &Context, from: HostName, endpoint: &Endpoint) -> Reach {
+/// What one of the others sees of a node. The next ones in the list are what it
+/// has to reach for its word to count.
+async fn witness(
+    context: &Context,
+    others: &[&NodeRow],
+    at: usize,
+    node: &NodeRow,
+    limit: Duration,
+) -> Reach {
+    let from = &others[at].report.host;
+    let thirds = (1..others.len()).take(MOST_CONTROLS);
+    let thirds = thirds.map(|next| others[(at + next) % others.len()]);
+    let controls: Vec<_> = thirds
+        .map(|third| control(context, from, third, limit).boxed())
+        .collect();
+    let (asked, controls) = tokio::join!(
+        probe(context, from, &node.report.endpoint, limit),
+        join_all(controls)
+    );
+    let (answered, refused) = match &asked {
+        Ok(answer) => (true, answer.refused),
+        Err(_) => (false, false),
+    };
+    Reach {
+        from: from.clone(),
+        libvirt: asked.map_or_else(Err, |answer| answer.reached),
+        answered,
+        refused,
+        controls,
+        at_ms: context.clock.now_ms(),
+    }
+}
+
+async fn control(context: &Context, from: &HostName, third: &NodeRow, limit: Duration) -> Control {
+    let asked = probe(context, from, &third.report.endpoint, limit).await;
+    Control {
+        host: third.report.host.clone(),
+        reached: asked.map_or_else(Err, |answer| answer.reached),
+    }
+}
+
+async fn probe(
+    context: &Context,
+    from: &HostName,
+    endpoint: &Endpoint,
+    limit: Duration,
+) -> Result<ProbeAnswer, String> {
     let ask = ProbeAddress {
         address: endpoint.address.clone(),
         port: endpoint.libvirt_port,
     };
-    let answered = context.agents.probe(&from, &ask, PROBE_LIMIT).await;
-    let libvirt = match answered {
-        Ok(answer) => answer.reached,
-        Err(error) => Err(format!("it did not say: {}", error.message)),
-    };
-    Reach { from, libvirt }
+    let answered = context.agents.probe(from, &ask, limit).await;
+    answered.map_err(|error| format!("it did not say: {}", error.message))
 }
 
 /// What the other nodes say to each running guest of the node: which of them
@@ -262,7 +380,8 @@ pub async fn examine_destination(
     Ok((row, failures))
 }
 
-/// Whether the node of an evacuated guest is still dead, by the record.
+/// Whether the node of an evacuated guest is still dead, by the record and by
+/// its fencing agent: somebody may have switched it on again.
 ///
 /// # Errors
 /// The record cannot be read.
@@ -271,8 +390,10 @@ pub async fn still_dead(
     host: &HostName,
     proof: &ProofOfDeath,
 ) -> drover_store::Result<(Option<NodeRow>, Option<CheckFailure>)> {
+    let status = context.fences.status_lately(host, &context.clock).await;
     let row = context.store.known_node(host).await?;
     let live = context.liveness();
     let failure = checks::evacuation::evacuated_node(host, row.as_ref(), proof, live);
+    let failure = failure.or_else(|| checks::evacuation::has_power(host, &status));
     Ok((row, failure))
 }

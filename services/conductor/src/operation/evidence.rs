@@ -1,18 +1,23 @@
 //! Whether a node is dead enough for its guests to start elsewhere (invariant
-//! 1). Pure: judges what [`super::evacuation`] collected.
+//! 1), and whether its power may be cut for that (invariant 14). Pure: judges
+//! what [`super::evacuation`] collected.
 //!
-//! Before the fencing agent is asked to cut the power, [`judge`] says what
+//! Before the fencing agent is told to cut the power, [`judge`] says what
 //! forbids even that; afterwards [`verdict`] says what the agent's answer and
 //! the operator's word come to. Silence alone proves nothing: a node that is
-//! cut off runs its guests on.
+//! cut off runs its guests on, and one whose agent has died is well.
+//!
+//! Unattended, everything that can be asked has to agree. An operator may
+//! overrule what is seen, by naming it; nobody overrules a sign of life that is
+//! there after the power was cut.
 
 use drover_model::{
     check::{CheckCode, CheckFailure, Side},
     ids::HostName,
     migration::ProofOfDeath,
-    operation::{EvacuateOptions, Evidence, FenceAnswer},
+    operation::{EvacuateOptions, Evidence, FenceAnswer, LifeSign},
 };
-use drover_store::nodes::NodeRow;
+use drover_store::{fencing::FenceRefusal, nodes::NodeRow};
 
 use crate::checks::Liveness;
 
@@ -37,15 +42,95 @@ pub fn judge(options: &EvacuateOptions, evidence: &Evidence) -> Vec<CheckFailure
     let mut failures = Vec::new();
     failures.extend(up(options, evidence));
     failures.extend(many_lost(options, evidence));
-    // Where there is an agent, its answer decides, and can put a node off that
-    // is on.
-    if evidence.fence == FenceAnswer::NotConfigured {
-        match options.confirmed_off {
-            true => failures.extend(alive(&options.host, evidence)),
-            false => failures.push(no_fence(&options.host)),
-        }
+    match options.automatic {
+        true => failures.extend(unattended(&options.host, evidence)),
+        false => failures.extend(asked_for(options, evidence)),
     }
     failures
+}
+
+/// What is missing before a node's power may be cut without anybody having asked.
+fn unattended(host: &HostName, evidence: &Evidence) -> Vec<CheckFailure> {
+    let mut failures = Vec::new();
+    let missing = |message: String| {
+        fail(
+            CheckCode::NoEvidence,
+            message,
+            format!("see what {host} does; if it is dead, 'drover node evacuate {host}'"),
+        )
+    };
+    for (_, seen) in evidence.life_signs() {
+        failures.push(fail(
+            CheckCode::HostAlive,
+            format!("{host} is not dead: {seen}"),
+            format!("see what is wrong with drover-compute on {host}, and start it again"),
+        ));
+    }
+    if !evidence.has_listened() {
+        let (s, down_s) = (evidence.listening_ms / 1000, evidence.down_after_ms / 1000);
+        failures.push(missing(format!(
+            "this conductor has listened for {s} s without a break, and a silence counts from {down_s} s on"
+        )));
+    }
+    if evidence.agent.is_none() {
+        failures.push(missing(format!("the agent of {host} was not asked")));
+    }
+    if evidence.witnesses() == 0 {
+        failures.push(missing(format!(
+            "no other node can say that {host} is gone: one that answers and reaches a third is needed"
+        )));
+    }
+    if evidence.fence == FenceAnswer::NotConfigured {
+        failures.push(no_fence(host));
+    }
+    failures
+}
+
+/// What an operator has to say in addition.
+fn asked_for(options: &EvacuateOptions, evidence: &Evidence) -> Vec<CheckFailure> {
+    let host = &options.host;
+    let mut failures = Vec::new();
+    let signs = evidence.life_signs();
+    // After the power was cut, what was overruled has gone, as it should.
+    let absent = |sign: &&LifeSign| !signs.iter().any(|(seen, _)| seen == *sign);
+    if evidence.cut_at_ms.is_none() {
+        let absent = options.despite.iter().filter(absent);
+        failures.extend(absent.map(|sign| not_seen(host, *sign)));
+    }
+    // Where there is an agent, it can put a node off that is on.
+    if evidence.fence == FenceAnswer::NotConfigured {
+        match options.confirmed_off {
+            true => failures.extend(alive(host, evidence)),
+            false => failures.push(no_fence(host)),
+        }
+        return failures;
+    }
+    let told = signs
+        .iter()
+        .filter(|(sign, _)| !options.despite.contains(sign));
+    failures.extend(told.map(|(sign, seen)| {
+        fail(
+            CheckCode::HostAlive,
+            format!("{host} shows life: {seen}"),
+            format!(
+                "empty it with 'drover node drain {host}' once its agent runs; to cut its power all the same, and end its guests, add --despite {sign}"
+            ),
+        )
+    }));
+    failures
+}
+
+fn not_seen(host: &HostName, sign: LifeSign) -> CheckFailure {
+    CheckFailure {
+        side: Side::Request,
+        ..fail(
+            CheckCode::Options,
+            format!("{sign} is to be overruled, and is not seen of {host}"),
+            format!(
+                "look at the evidence with 'drover node evacuate {host} --dry-run', and name what is there"
+            ),
+        )
+    }
 }
 
 /// What the fencing agent's answer to *off*, and the operator's word, come to.
@@ -67,7 +152,8 @@ pub fn verdict(
             }),
         };
     }
-    let failure = match (&evidence.fence, options.confirmed_off) {
+    let confirmed = options.confirmed_off && !options.automatic;
+    let failure = match (&evidence.fence, confirmed) {
         (_, true) => alive(host, evidence),
         (FenceAnswer::NotConfigured, false) => Some(no_fence(host)),
         (fence, false) => Some(not_off(host, fence)),
@@ -84,6 +170,35 @@ pub fn verdict(
     }
 }
 
+/// Why a node's power is not cut now although its evidence allows it.
+pub fn not_claimed(host: &HostName, refusal: &FenceRefusal) -> CheckFailure {
+    let people = format!("see why nodes die; if {host} is dead, 'drover node evacuate {host}'");
+    match refusal {
+        FenceRefusal::Cloud(n) => fail(
+            CheckCode::FenceLimit,
+            format!("{n} nodes were fenced within the last hour: no more are without being asked"),
+            people,
+        ),
+        FenceRefusal::Node(n) => fail(
+            CheckCode::FenceLimit,
+            format!(
+                "{host} was fenced {n} times within the last hour: not again without being asked"
+            ),
+            people,
+        ),
+        FenceRefusal::Heard => fail(
+            CheckCode::HostAlive,
+            format!("{host} was heard of while its power was about to be cut"),
+            format!("see what it runs, with 'drover node show {host}'"),
+        ),
+        FenceRefusal::UnderWay { conductor, .. } => fail(
+            CheckCode::HostBusy,
+            format!("conductor {conductor} may be cutting the power of {host} just now"),
+            "wait for it, and ask again".to_owned(),
+        ),
+    }
+}
+
 fn fail(code: CheckCode, message: String, remedy: String) -> CheckFailure {
     CheckFailure {
         code,
@@ -93,9 +208,12 @@ fn fail(code: CheckCode, message: String, remedy: String) -> CheckFailure {
     }
 }
 
+/// Declared down by an operator, a node counts as down although it was just heard
+/// of; not for what nobody asked for.
 fn up(options: &EvacuateOptions, evidence: &Evidence) -> Option<CheckFailure> {
     let host = &options.host;
-    let is_up = evidence.silent_ms <= evidence.down_after_ms && !evidence.forced_down;
+    let declared = evidence.forced_down && !options.automatic;
+    let is_up = evidence.silent_ms <= evidence.down_after_ms && !declared;
     is_up.then(|| {
         fail(
             CheckCode::HostUp,
@@ -119,7 +237,8 @@ pub fn too_many(silent: u32, expected: u32) -> bool {
 fn many_lost(options: &EvacuateOptions, evidence: &Evidence) -> Option<CheckFailure> {
     let (silent, expected) = (evidence.nodes_silent, evidence.nodes_expected);
     let many = too_many(silent, expected);
-    (many && !options.despite_many_lost).then(|| {
+    let overruled = options.despite_many_lost && !options.automatic;
+    (many && !overruled).then(|| {
         fail(
             CheckCode::TooManyLost,
             format!("{silent} of {expected} nodes are silent: it is probably this conductor that is cut off"),
@@ -155,15 +274,11 @@ fn not_off(host: &HostName, fence: &FenceAnswer) -> CheckFailure {
     )
 }
 
-/// What shows that a node runs, whatever was said of it. Consumers of its queue
-/// do not: a broker keeps those of a dead node for a while.
+/// What shows that a node runs, whatever was said of it.
 fn alive(host: &HostName, evidence: &Evidence) -> Option<CheckFailure> {
-    let reached = evidence.reach.iter().find(|r| r.libvirt.is_ok());
-    let sign = match (&evidence.fence, &evidence.agent, reached) {
-        (FenceAnswer::On { agent }, ..) => format!("{agent} says that it has power"),
-        (_, Some(Ok(())), _) => "its agent answers".to_owned(),
-        (.., Some(reach)) => format!("{} reaches its libvirtd", reach.from),
-        _ => return None,
+    let sign = match &evidence.fence {
+        FenceAnswer::On { agent } => format!("{agent} says that it has power"),
+        _ => evidence.life_signs().into_iter().next()?.1,
     };
     Some(fail(
         CheckCode::HostAlive,

@@ -1,10 +1,18 @@
 //! What is judged of a node that may be dead, as tables: what is known, and what
-//! it comes to.
+//! it comes to. [`oracle`] says the same by rules of its own, for every
+//! combination there is.
 
-use drover_model::{ids::HostName, migration::Requester, operation::Reach};
+use drover_model::{
+    ids::HostName,
+    migration::Requester,
+    operation::{Control, Reach},
+};
 
 use super::*;
 use crate::tests_support::node_row;
+
+#[path = "evidence_oracle_tests.rs"]
+mod oracle;
 
 fn options(confirmed_off: bool, despite_many_lost: bool) -> EvacuateOptions {
     EvacuateOptions {
@@ -14,14 +22,34 @@ fn options(confirmed_off: bool, despite_many_lost: bool) -> EvacuateOptions {
     }
 }
 
+fn host(name: &str) -> HostName {
+    name.parse().unwrap()
+}
+
+/// A witness that reaches a third node, and not the one in question.
+fn unreached(from: &str) -> Reach {
+    Reach {
+        from: host(from),
+        libvirt: Err("timed out".into()),
+        answered: true,
+        refused: false,
+        controls: vec![Control {
+            host: host("kvm9"),
+            reached: Ok(()),
+        }],
+        at_ms: 1000,
+    }
+}
+
 /// A node that is silent and unreached, without a fence.
 fn silent() -> Evidence {
-    let unreached = |from: &str| Reach {
-        from: from.parse().unwrap(),
-        libvirt: Err("timed out".into()),
-    };
     Evidence {
         at_ms: 1000,
+        conductor: "ctl".into(),
+        listening_ms: 600_000,
+        endpoint: None,
+        agent_started_ms: 1,
+        heard_at_ms: 1,
         silent_ms: 60_000,
         down_after_ms: 30_000,
         forced_down: false,
@@ -29,6 +57,7 @@ fn silent() -> Evidence {
         reach: vec![unreached("kvm2"), unreached("kvm3")],
         agent: Some(Err("no answer".into())),
         fence: FenceAnswer::NotConfigured,
+        cut_at_ms: None,
         confirmed_by: None,
         nodes_expected: 3,
         nodes_silent: 1,
@@ -63,6 +92,13 @@ fn with(change: impl FnOnce(&mut Evidence)) -> Evidence {
 
 fn codes(failures: &[CheckFailure]) -> Vec<CheckCode> {
     failures.iter().map(|f| f.code).collect()
+}
+
+fn despite(signs: &[LifeSign]) -> EvacuateOptions {
+    EvacuateOptions {
+        despite: signs.to_vec(),
+        ..options(false, false)
+    }
 }
 
 #[test]
@@ -129,13 +165,57 @@ fn what_forbids_it_before_anything_is_done() {
             vec![C::NotFenced],
         ),
         (
-            "a fence puts off what is reached",
+            "a fence does not put off what is reached",
             &plain,
             with(|e| {
                 e.fence = on();
                 e.reach[0].libvirt = Ok(());
             }),
+            vec![C::HostAlive],
+        ),
+        (
+            "unless that is overruled by its name",
+            &despite(&[LifeSign::LibvirtReachable]),
+            with(|e| {
+                e.fence = on();
+                e.reach[0].libvirt = Ok(());
+            }),
             vec![],
+        ),
+        (
+            "every sign has its own",
+            &despite(&[LifeSign::LibvirtReachable]),
+            with(|e| {
+                e.fence = on();
+                e.reach[0].libvirt = Ok(());
+                e.reach[1].refused = true;
+                e.agent = Some(Ok(()));
+            }),
+            vec![C::HostAlive, C::HostAlive],
+        ),
+        (
+            "and only what is there is overruled",
+            &despite(&[LifeSign::AgentAnswers]),
+            with(|e| e.fence = on()),
+            vec![C::Options],
+        ),
+        (
+            "after the power was cut it has gone",
+            &despite(&[LifeSign::AgentAnswers]),
+            with(|e| {
+                e.fence = off();
+                e.cut_at_ms = Some(2000);
+            }),
+            vec![],
+        ),
+        (
+            "nobody overrules life where nothing can end it",
+            &EvacuateOptions {
+                confirmed_off: true,
+                ..despite(&[LifeSign::LibvirtReachable])
+            },
+            reached(),
+            vec![C::HostAlive],
         ),
         (
             "its agent answers",
@@ -154,6 +234,113 @@ fn what_forbids_it_before_anything_is_done() {
         assert_eq!(codes(&judge(options, &evidence)), expected, "{what}");
     }
     assert_eq!(judge(&options(false, true), &many(3, 3)), []);
+}
+
+#[test]
+fn unattended_everything_has_to_agree() {
+    use CheckCode as C;
+    let dead = |change: fn(&mut Evidence)| {
+        with(|e| {
+            e.fence = on();
+            change(e);
+        })
+    };
+    let lonely = |e: &mut Evidence| e.reach.iter_mut().for_each(|r| r.controls.clear());
+    let table: Vec<(&str, Evidence, Vec<C>)> = vec![
+        ("everything agrees", dead(|_| {}), vec![]),
+        ("it has no power", dead(|e| e.fence = off()), vec![]),
+        ("no fence", silent(), vec![C::NotFenced]),
+        (
+            "its agent answers",
+            dead(|e| e.agent = Some(Ok(()))),
+            vec![C::HostAlive],
+        ),
+        (
+            "its agent was not asked",
+            dead(|e| e.agent = None),
+            vec![C::NoEvidence],
+        ),
+        (
+            "one witness reaches it",
+            dead(|e| e.reach[1].libvirt = Ok(())),
+            vec![C::HostAlive],
+        ),
+        (
+            "even one whose silence would not count",
+            dead(|e| {
+                e.reach[1].libvirt = Ok(());
+                e.reach[1].controls.clear();
+            }),
+            vec![C::HostAlive],
+        ),
+        (
+            "the machine refuses",
+            dead(|e| e.reach[0].refused = true),
+            vec![C::HostAlive],
+        ),
+        (
+            "nobody could be asked",
+            dead(|e| e.reach.clear()),
+            vec![C::NoEvidence],
+        ),
+        (
+            "nobody answered",
+            dead(|e| e.reach.iter_mut().for_each(|r| r.answered = false)),
+            vec![C::NoEvidence],
+        ),
+        (
+            "those who answer reach nobody",
+            dead(lonely),
+            vec![C::NoEvidence],
+        ),
+        (
+            "one of them suffices",
+            dead(|e| e.reach[0].controls.clear()),
+            vec![],
+        ),
+        (
+            "the conductor has just started",
+            dead(|e| e.listening_ms = e.down_after_ms),
+            vec![C::NoEvidence],
+        ),
+        (
+            "it was heard of",
+            dead(|e| e.silent_ms = 30_000),
+            vec![C::HostUp],
+        ),
+        (
+            "though it is declared down",
+            dead(|e| {
+                e.silent_ms = 30_000;
+                e.forced_down = true;
+            }),
+            vec![C::HostUp],
+        ),
+        (
+            "many are lost",
+            dead(|e| e.nodes_silent = 2),
+            vec![C::TooManyLost],
+        ),
+        (
+            "a dead one's consumers are kept for a while",
+            dead(|e| e.queue_consumers = Ok(1)),
+            vec![],
+        ),
+    ];
+    let sure = EvacuateOptions {
+        automatic: true,
+        despite: LifeSign::ALL.to_vec(),
+        ..options(true, true)
+    };
+    let plain = EvacuateOptions {
+        automatic: true,
+        ..options(false, false)
+    };
+    for (what, evidence, expected) in table {
+        assert_eq!(codes(&judge(&plain, &evidence)), expected, "{what}");
+        let overruled = codes(&judge(&sure, &evidence));
+        assert_eq!(overruled, expected, "nobody is there to overrule: {what}");
+    }
 }
 
 #[test]
@@ -247,7 +434,7 @@ fn nodes_that_should_be_up_are_counted() {
         down_after_ms: 30_000,
         now_ms: 100_000,
     };
-    let host: HostName = "kvm1".parse().unwrap();
+    let host = host("kvm1");
     let mut nodes = vec![
         node_row("kvm1", 10_000),
         node_row("kvm2", 99_000),

@@ -12,7 +12,7 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -21,9 +21,10 @@ use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     process::Command,
-    time::timeout,
+    sync::Mutex as TurnMutex,
+    time::{Instant, timeout},
 };
-use tracing::{info, warn};
+use tracing::{error, info};
 
 use crate::clock::Clock;
 
@@ -33,6 +34,10 @@ const AGENTS: &str = "/usr/sbin";
 const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// What is kept of what an agent says, bytes: the end of it.
 const MAX_SAID: usize = 2048;
+/// An answer so old is as good as a new one to whoever starts guests.
+const LATELY: Duration = Duration::from_secs(3);
+/// How long whoever starts guests waits for an answer.
+const LATELY_LIMIT: Duration = Duration::from_secs(10);
 /// Parameters of one agent.
 const MAX_PARAMETERS: usize = 64;
 
@@ -140,7 +145,11 @@ enum Means {
 pub struct Fences {
     means: Means,
     limit: Duration,
+    lately: Arc<Mutex<BTreeMap<HostName, Latest>>>,
 }
+
+/// What an agent said last, and when; held while it is asked.
+type Latest = Arc<TurnMutex<Option<(Instant, FenceAnswer)>>>;
 
 impl Default for Fences {
     /// None at all.
@@ -155,6 +164,7 @@ impl Fences {
         Self {
             means: Means::Programs(Arc::new(of)),
             limit,
+            lately: Arc::default(),
         }
     }
 
@@ -166,6 +176,7 @@ impl Fences {
         Self {
             means: Means::Script(Arc::new(answer)),
             limit: Duration::ZERO,
+            lately: Arc::default(),
         }
     }
 
@@ -182,27 +193,55 @@ impl Fences {
         self.ask(host, Action::Status, clock).await
     }
 
-    /// Cuts a node's power, and asks whether it is gone. An agent that does not
-    /// tell is believed its *off*; one that says *on* afterwards is not. Safe to
-    /// repeat.
+    /// The same, within a time: no answer in time is one that failed.
+    pub async fn status_within(
+        &self,
+        host: &HostName,
+        clock: &Clock,
+        limit: Duration,
+    ) -> FenceAnswer {
+        let asked = timeout(limit, self.status(host, clock)).await;
+        asked.unwrap_or_else(|_| FenceAnswer::Failed {
+            agent: "its fencing agent".to_owned(),
+            message: format!("no answer within {} s", limit.as_secs()),
+        })
+    }
+
+    /// Whether a node has power, as it was a moment ago: one answer serves all who
+    /// start its guests.
+    pub async fn status_lately(&self, host: &HostName, clock: &Clock) -> FenceAnswer {
+        let latest = {
+            let mut all = self.lately.lock().unwrap_or_else(PoisonError::into_inner);
+            all.entry(host.clone()).or_default().clone()
+        };
+        let mut latest = latest.lock().await;
+        match &*latest {
+            Some((at, answer)) if at.elapsed() < LATELY => return answer.clone(),
+            _ => {}
+        }
+        let answer = self.status_within(host, clock, LATELY_LIMIT).await;
+        *latest = Some((Instant::now(), answer.clone()));
+        answer
+    }
+
+    /// How long one use may take, its status with it.
+    pub fn longest(&self) -> Duration {
+        self.limit * 2
+    }
+
+    /// Cuts a node's power, and asks whether it is gone: only an *off* that the
+    /// status confirms is one. Safe to repeat.
     pub async fn off(&self, host: &HostName, clock: &Clock) -> FenceAnswer {
         info!(%host, "its power is to be cut");
         let cut = self.ask(host, Action::Off, clock).await;
-        let FenceAnswer::Off { .. } = cut else {
-            warn!(%host, answer = ?cut, "its power was not cut");
-            return cut;
+        let answer = match cut {
+            FenceAnswer::Off { .. } => confirmed(self.ask(host, Action::Status, clock).await),
+            other => other,
         };
-        match self.ask(host, Action::Status, clock).await {
-            FenceAnswer::On { agent } => FenceAnswer::Failed {
-                message: "it said that it cut the power, and says now that it is on".to_owned(),
-                agent,
-            },
-            FenceAnswer::Failed { message, .. } => {
-                info!(%host, message, "its power is cut; its agent does not tell a status");
-                cut
-            }
-            FenceAnswer::Off { .. } | FenceAnswer::NotConfigured => cut,
+        if !answer.is_off() {
+            error!(%host, ?answer, "its power was not cut, or that is not known: its guests stay where they are");
         }
+        answer
     }
 
     async fn ask(&self, host: &HostName, action: Action, clock: &Clock) -> FenceAnswer {
@@ -245,6 +284,22 @@ impl Fences {
             (_, Some(code)) => failed(format!("exit code {code}{said}")),
             (_, None) => failed(format!("it was killed by a signal{said}")),
         }
+    }
+}
+
+/// The status after an *off* was answered, as what comes of both.
+fn confirmed(status: FenceAnswer) -> FenceAnswer {
+    const CUT: &str = "it said that it cut the power, and";
+    match status {
+        FenceAnswer::On { agent } => FenceAnswer::Failed {
+            agent,
+            message: format!("{CUT} says now that it is on"),
+        },
+        FenceAnswer::Failed { agent, message } => FenceAnswer::Failed {
+            agent,
+            message: format!("{CUT} does not confirm it: {message}"),
+        },
+        other => other,
     }
 }
 

@@ -94,14 +94,35 @@ async fn power_is_on_until_it_is_cut() {
 }
 
 #[tokio::test]
-async fn an_off_counts_unless_the_status_denies_it() {
+async fn only_an_off_that_the_status_confirms_counts() {
     let untold = rig("[ $action = off ] || { echo 'no such action' >&2; exit 3; }");
-    assert!(is_off(&untold.off().await));
+    assert!(message(&untold.off().await).contains("does not confirm it: exit code 3"));
     assert!(message(&untold.status().await).contains("exit code 3: no such action"));
     let denied = rig("exit 0");
     assert!(message(&denied.off().await).contains("says now that it is on"));
+    let odd = rig("[ $action = off ] || exit 77");
+    assert!(message(&odd.off().await).contains("does not confirm it: exit code 77"));
     let refused = rig("[ $action = status ] && exit 2; exit 1");
     assert!(message(&refused.off().await).contains("exit code 1"));
+}
+
+#[tokio::test]
+async fn an_agent_that_confirms_nothing_in_time_is_not_believed() {
+    let mut rig = rig("[ $action = off ] || exec sleep 1000");
+    rig.fences.limit = Duration::from_secs(1);
+    let answer = rig.off().await;
+    assert!(message(&answer).contains("does not confirm it: it did not end within 1 s"));
+}
+
+#[tokio::test]
+async fn one_answer_serves_all_who_start_guests_at_the_same_time() {
+    let rig = rig("echo x >> asked; exit 2");
+    let (host, clock) = (kvm1(), &rig.clock);
+    let lately = || rig.fences.status_lately(&host, clock);
+    let answers = tokio::join!(lately(), lately(), lately());
+    assert!(is_off(&answers.0) && is_off(&answers.1) && is_off(&answers.2));
+    let asked = fs::read_to_string(rig.directory.path().join("asked")).unwrap();
+    assert_eq!(asked, "x\n");
 }
 
 #[tokio::test]

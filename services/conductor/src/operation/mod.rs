@@ -4,8 +4,8 @@
 //! The way of one: [`begin`] admits it, [`runner`] has it planned ([`look`] reads
 //! the world and asks the nodes) and then, whenever anything changes, [`drive`]
 //! has [`crate::plan::schedule`] say what may begin. What that makes of the record
-//! is in [`record`]. An evacuation needs evidence first ([`evacuation`]);
-//! [`origin`] knows what a restored node gets back; [`load`] and [`balancer`] see
+//! is in [`record`]. An evacuation needs evidence first ([`evacuation`], judged in
+//! [`evidence`]); [`origin`] knows what a restored node gets back; [`load`] and [`balancer`] see
 //! to balance without being asked.
 
 pub mod auto_evacuate;

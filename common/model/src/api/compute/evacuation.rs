@@ -94,6 +94,10 @@ pub struct ProbeAddress {
 pub struct ProbeAnswer {
     /// Whether a connection was taken, or why not.
     pub reached: Result<(), String>,
+    /// Whether the connection was refused: nobody listens there, but the machine
+    /// runs.
+    #[serde(default)]
+    pub refused: bool,
 }
 
 /// How fast a guest writes memory.

@@ -45,6 +45,15 @@ pub struct EvacuateNode {
     pub dry_run: bool,
 }
 
+/// What is known of a node that may be dead.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvidenceAnswer {
+    /// What was seen just now.
+    pub evidence: Evidence,
+    /// What of it forbids an evacuation as it is asked for.
+    pub failures: Vec<CheckFailure>,
+}
+
 /// Spread load.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct BalanceNodes {

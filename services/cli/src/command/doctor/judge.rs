@@ -256,6 +256,13 @@ fn heard(node: &Node, down_after_s: u64) -> Finding {
             "when it is back and well: `drover node force-down {host} --unset`"
         ));
     }
+    if let Some(lost) = node.agent_lost.as_ref().filter(|_| !node.up) {
+        let reasons = drover_model::check::texts(&lost.reasons);
+        let message = format!("its agent is lost: not heard of for {age}; {reasons}");
+        return Finding::fail(host, "report", message).remedy(format!(
+            "its guests may be well: see that drover-compute runs on {host}; `drover node show {host}` has the evidence"
+        ));
+    }
     if node.up {
         return Finding::ok(host, "report", format!("heard of {age} ago"));
     }

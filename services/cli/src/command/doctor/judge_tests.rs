@@ -185,6 +185,22 @@ fn a_node_that_was_declared_down_is_not_called_silent() {
 }
 
 #[test]
+fn a_lost_agent_fails_with_what_is_seen_of_its_node() {
+    let conductor = answer(samples::conductor(), 0);
+    let mut lost = samples::node("kvm1");
+    lost.up = false;
+    lost.agent_lost = Some(samples::agent_lost());
+    let silent = Err(Trouble::new(Exit::TimedOut, "no answer"));
+    let findings = node(&lost, &silent, &conductor);
+    assert_eq!(level(&findings, "report"), Level::Fail);
+    assert_eq!(
+        findings[0].message,
+        "its agent is lost: not heard of for 1.2 s; host_alive (source): kvm1 is not dead: kvm3 \
+         reaches its libvirtd"
+    );
+}
+
+#[test]
 fn an_operation_that_halts_is_odd() {
     let active = [samples::drain()];
     let at = active[0].updated_at_ms;

@@ -13,7 +13,21 @@ const NAMED: usize = 4;
 
 /// Each piece a line.
 pub fn lines(e: &Evidence) -> Vec<String> {
-    let mut pairs = vec![
+    let mut pairs = vec![(
+        "seen at",
+        match e.conductor.as_str() {
+            "" => moment(e.at_ms),
+            conductor => format!("{} by conductor {}", moment(e.at_ms), clean(conductor)),
+        },
+    )];
+    if e.heard_at_ms > 0 {
+        let (heard, since) = (moment(e.heard_at_ms), moment(e.agent_started_ms));
+        pairs.push((
+            "heard last",
+            format!("{heard}, of an agent that runs since {since}"),
+        ));
+    }
+    pairs.extend([
         (
             "silent for",
             format!(
@@ -24,9 +38,23 @@ pub fn lines(e: &Evidence) -> Vec<String> {
         ),
         ("declared down", yes_no(e.forced_down).to_owned()),
         ("queue", queue(&e.queue_consumers)),
-        ("libvirtd", libvirtd(&e.reach)),
+        ("agent", agent(e.agent.as_ref())),
+        ("libvirtd", libvirtd(e)),
         ("fence", fence(&e.fence)),
-    ];
+    ]);
+    if let Some(at_ms) = e.cut_at_ms {
+        pairs.push(("power cut at", moment(at_ms)));
+    }
+    let signs = e.life_signs();
+    let signs: Vec<_> = signs.iter().map(|(sign, _)| sign.as_str()).collect();
+    pairs.push((
+        "signs of life",
+        if signs.is_empty() {
+            "none".to_owned()
+        } else {
+            signs.join(", ")
+        },
+    ));
     pairs.extend(
         e.confirmed_by
             .as_ref()
@@ -51,7 +79,16 @@ fn queue(consumers: &Result<u32, String>) -> String {
     }
 }
 
-fn libvirtd(reach: &[Reach]) -> String {
+fn agent(answer: Option<&Result<(), String>>) -> String {
+    match answer {
+        None => "was not asked".to_owned(),
+        Some(Ok(())) => "answers".to_owned(),
+        Some(Err(why)) => format!("does not answer: {}", clean(why)),
+    }
+}
+
+fn libvirtd(e: &Evidence) -> String {
+    let reach = &e.reach;
     if reach.is_empty() {
         return "no other node could be asked".to_owned();
     }
@@ -64,10 +101,22 @@ fn libvirtd(reach: &[Reach]) -> String {
     let parts = [
         ("reached from", some(reached.collect())),
         ("not reached from", some(not.collect())),
+        (
+            "of no weight, as they reach nobody:",
+            some(no_weight(reach)),
+        ),
     ];
     let parts = parts.into_iter().filter(|(_, nodes)| !nodes.is_empty());
     let parts = parts.map(|(what, nodes)| format!("{what} {nodes}"));
     parts.collect::<Vec<_>>().join("; ")
+}
+
+/// Nodes that answered, and whose word does not count.
+fn no_weight(reach: &[Reach]) -> Vec<String> {
+    let idle = reach
+        .iter()
+        .filter(|r| r.answered && r.libvirt.is_err() && !r.counts());
+    idle.map(|r| r.from.to_string()).collect()
 }
 
 fn some(nodes: Vec<String>) -> String {

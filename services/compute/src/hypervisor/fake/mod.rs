@@ -70,7 +70,7 @@ use tokio::{
 
 use super::{
     DestinationAnswer, DestinationQuestion, Event, Hypervisor, HypervisorError, Job, JobSample,
-    MigrateSpec, Result,
+    MigrateSpec, Result, Unreached,
 };
 use inbox::Process;
 use journey::Outcome;
@@ -168,7 +168,7 @@ impl FakeDriver {
     fn can_reach(&self, address: &str, port: u16) -> Reach {
         self.fabric.with(|world, now| {
             let Some(to) = world.host_at(address) else {
-                return Reach::Refused(format!("{address}: no such host"));
+                return Reach::Unknown(format!("{address}: no such host"));
             };
             let node = world.node(&to);
             let blocked = node.spec.blocked_ports.contains(&port);
@@ -194,6 +194,7 @@ impl FakeDriver {
 enum Reach {
     Open,
     Refused(String),
+    Unknown(String),
     Silent,
 }
 
@@ -298,13 +299,17 @@ impl Hypervisor for FakeDriver {
         .await
     }
 
-    async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), String> {
+    async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), Unreached> {
         match self.can_reach(address, port) {
             Reach::Open => Ok(()),
-            Reach::Refused(words) => Err(words),
+            Reach::Refused(message) => Err(Unreached {
+                message,
+                refused: true,
+            }),
+            Reach::Unknown(words) => Err(Unreached::silent(words)),
             Reach::Silent => {
                 sleep(REACH_TIMEOUT).await;
-                Err(format!("{address}:{port}: timed out"))
+                Err(Unreached::silent(format!("{address}:{port}: timed out")))
             }
         }
     }

@@ -381,7 +381,7 @@ async fn a_link_that_stays_cut_is_given_up_after_30_s() {
     assert!((29..=31).contains(&waited), "{waited} s");
     assert_eq!(scene.places(), (RUNNING, Presence::Absent));
     let reached = scene.a.reach("kvm2", 16509).await;
-    assert!(reached.is_err_and(|e| e.contains("timed out")));
+    assert!(reached.is_err_and(|e| e.message.contains("timed out") && !e.refused));
 }
 
 #[tokio::test(start_paused = true)]

@@ -71,7 +71,7 @@ use self::{
 };
 use super::{
     DestinationAnswer, DestinationQuestion, Event, Hypervisor, HypervisorError, Job, JobSample,
-    MigrateSpec, Result,
+    MigrateSpec, Result, Unreached,
 };
 
 /// A node's libvirt.
@@ -224,7 +224,7 @@ impl Hypervisor for LibvirtDriver {
         })
     }
 
-    async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), String> {
+    async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), Unreached> {
         self.ports.reach(address, port).await
     }
 

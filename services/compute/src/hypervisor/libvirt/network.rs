@@ -10,6 +10,7 @@ use tokio::{
 };
 
 use super::settings::LibvirtSettings;
+use crate::hypervisor::Unreached;
 
 /// How long a caller may keep a probe's next one waiting.
 const LONGEST_CALL: Duration = Duration::from_secs(1);
@@ -55,15 +56,18 @@ impl Ports {
     }
 
     /// Whether a TCP connection comes about.
-    pub(super) async fn reach(&self, address: &str, port: u16) -> Result<(), String> {
+    pub(super) async fn reach(&self, address: &str, port: u16) -> Result<(), Unreached> {
         let target = format!("{address} port {port}");
         match timeout(self.reach_within, TcpStream::connect((address, port))).await {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(format!("{target}: {error}")),
-            Err(_) => Err(format!(
+            Ok(Err(error)) => Err(Unreached {
+                message: format!("{target}: {error}"),
+                refused: error.kind() == std::io::ErrorKind::ConnectionRefused,
+            }),
+            Err(_) => Err(Unreached::silent(format!(
                 "{target}: no answer within {} s",
                 self.reach_within.as_secs()
-            )),
+            ))),
         }
     }
 
@@ -136,7 +140,10 @@ mod tests {
         ports.reach("127.0.0.1", port).await.unwrap();
         tokio::time::sleep(Duration::from_millis(1200)).await;
         let error = ports.reach("127.0.0.1", port).await.unwrap_err();
-        assert!(error.contains(&port.to_string()), "{error}");
+        assert!(
+            error.message.contains(&port.to_string()) && error.refused,
+            "{error:?}"
+        );
     }
 
     #[tokio::test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use drover_compute::hypervisor::{
     Hypervisor,
-    fake::{Call, Effect, GuestBuilder},
+    fake::{Call, GuestBuilder, script::Effect},
 };
 use drover_model::{
     api::conductor::Node,

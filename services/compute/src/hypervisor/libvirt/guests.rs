@@ -46,7 +46,8 @@ pub(super) fn all(connect: &Connect) -> CallResult<Vec<Found>> {
             Ok(found) => found,
             // Without the connection nothing is known of any.
             Err(error) if !connect.is_alive().unwrap_or(false) => return Err(error),
-            Err(error) => unreadable(&domain, &error.to_string()).map(Found::Unreadable),
+            Err(error) => unreadable(&domain, &error.to_string())
+                .map(|report| Found::Unreadable(Box::new(report))),
         };
         guests.extend(found);
     }
@@ -58,7 +59,7 @@ pub(super) enum Found {
     /// All that is wanted.
     Whole(Box<Whole>),
     /// What could be had of one that cannot be read.
-    Unreadable(InstanceReport),
+    Unreadable(Box<InstanceReport>),
 }
 
 /// A domain that could be read.
@@ -295,7 +296,7 @@ pub(super) async fn measured(
         .collect();
     let mut silences = measurer.fill(&mut guests).await.into_iter();
     let reports = found.into_iter().map(|found| match found {
-        Found::Unreadable(report) => report,
+        Found::Unreadable(report) => *report,
         Found::Whole(whole) => whole.report(silences.next().flatten(), usages),
     });
     reports.collect()

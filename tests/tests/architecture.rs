@@ -62,6 +62,41 @@ const PLACES: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// Acts that destroy, and where alone they may be asked for: each there takes
+/// evidence. Below the first folder only; tests and the drivers themselves apart.
+const DESTRUCTIVE: &[(&str, &[&str], &[&str])] = &[
+    (
+        "services/compute/src",
+        &[
+            ".undefine(",
+            ".withdraw(",
+            ".discard_incoming(",
+            ".discard_outgoing(",
+            ".remove_disk(",
+            ".rename_file(",
+            "hypervisor.stop(",
+            "driver.stop(",
+        ],
+        &[
+            "services/compute/src/migration/destroy.rs",
+            "services/compute/src/hypervisor",
+        ],
+    ),
+    (
+        "services/conductor/src",
+        &[
+            "Survivor {",
+            "RemoveCopy {",
+            "PostLiveMigration {",
+            "RevertResize {",
+        ],
+        &[
+            "services/conductor/src/task/proof.rs",
+            "services/conductor/src/agent_client.rs",
+        ],
+    ),
+];
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -185,6 +220,30 @@ fn foreign_names_stand_only_where_they_may() {
                 let may = folders.iter().any(|folder| path.starts_with(folder));
                 assert!(!word || may, "{path} may not say '{name}': {line}");
             }
+        }
+    }
+}
+
+#[test]
+fn what_destroys_is_asked_for_with_evidence_alone() {
+    for (path, text) in all_sources() {
+        let own = DESTRUCTIVE
+            .iter()
+            .filter(|(below, ..)| path.starts_with(below));
+        for (_, acts, places) in own {
+            if places.iter().any(|place| path.starts_with(place)) {
+                continue;
+            }
+            // A call may be broken over lines.
+            let code = text.lines().map(str::trim);
+            let code: String = code.filter(|line| !line.starts_with("//")).collect();
+            let found = acts.iter().find(|act| code.contains(**act));
+            assert_eq!(found, None, "{path} destroys without evidence");
+        }
+    }
+    for (.., places) in DESTRUCTIVE {
+        for place in *places {
+            assert!(root().join(place).exists(), "{place} is gone");
         }
     }
 }

@@ -149,6 +149,7 @@ impl Store {
                 // Until it is over the row has what the old copy has.
                 generation: generation + u64::from(!over),
                 host: migration.dest_host.clone().filter(|_| over),
+                seen: None,
                 confirmed: false,
             };
             found.push((migration, evacuated));

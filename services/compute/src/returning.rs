@@ -8,9 +8,10 @@
 //!                    └──────── libvirt's connection is back ◄───┘
 //!
 //!  of each evacuated guest of which an older copy is here:
-//!    not confirmed ────────► left as it is, not started; asked about again
-//!    confirmed, off ───────► its definition is withdrawn ─► told
-//!    confirmed, active ────► stopped hard ─► its definition is withdrawn ─► told
+//!    not confirmed ──────────────────────► left as it is, not started; asked about again
+//!    confirmed, off ─────────────────────► its definition is withdrawn ─► told
+//!    confirmed, active here and there ───► stopped hard ─► its definition is withdrawn ─► told
+//!    confirmed, active here alone ───────► left as it is; asked about again
 //!  nothing of it is here, or the new copy itself ─► told
 //! ```
 //!
@@ -40,7 +41,10 @@ use tracing::{error, info, warn};
 use crate::{
     autostart::Autostart,
     hypervisor::{self, Event},
-    migration::Registry,
+    migration::{
+        Registry,
+        destroy::{self, Superseded},
+    },
     node::Node,
 };
 
@@ -77,6 +81,11 @@ enum Settled {
     Done,
     /// It must not be started, and be asked about again.
     Left,
+}
+
+/// A copy that is active goes only where the newer one is active too.
+fn may_go(own: &InstanceReport, proof: &Superseded) -> bool {
+    proof.is_active_there() || !own.power_state.is_active()
 }
 
 impl Returning {
@@ -132,19 +141,16 @@ impl Returning {
     async fn settle_one(&self, evacuated: &Evacuated, own: Option<&InstanceReport>) -> Settled {
         let older = own.filter(|own| own.generation < evacuated.generation);
         let lives_elsewhere = evacuated.confirmed && evacuated.host.is_some();
+        let host = &self.node.settings.host;
+        let proof = older.and_then(|own| Superseded::by(evacuated, host, own.generation));
         match (older, lives_elsewhere) {
-            (Some(own), true) => match self.remove(evacuated, own).await {
-                Ok(()) => self.tell(evacuated).await,
-                Err(e) => {
-                    let instance = evacuated.instance;
-                    error!(%instance, error = %e, "the old copy cannot be removed yet");
+            (Some(own), _) => match proof.filter(|p| may_go(own, p)) {
+                Some(proof) => self.give_up(evacuated, own, &proof).await,
+                None => {
+                    self.leave(evacuated, own);
                     Settled::Left
                 }
             },
-            (Some(own), false) => {
-                self.leave(evacuated, own);
-                Settled::Left
-            }
             (None, true) => self.tell(evacuated).await,
             // It came back here by itself.
             (None, false) if own.is_some() => self.tell(evacuated).await,
@@ -152,17 +158,37 @@ impl Returning {
         }
     }
 
-    async fn remove(&self, evacuated: &Evacuated, own: &InstanceReport) -> hypervisor::Result<()> {
+    async fn give_up(
+        &self,
+        evacuated: &Evacuated,
+        own: &InstanceReport,
+        proof: &Superseded,
+    ) -> Settled {
+        match self.remove(evacuated, own, proof).await {
+            Ok(()) => self.tell(evacuated).await,
+            Err(e) => {
+                let instance = evacuated.instance;
+                error!(%instance, error = %e, "the old copy cannot be removed yet");
+                Settled::Left
+            }
+        }
+    }
+
+    async fn remove(
+        &self,
+        evacuated: &Evacuated,
+        own: &InstanceReport,
+        proof: &Superseded,
+    ) -> hypervisor::Result<()> {
         let (instance, migration) = (evacuated.instance, evacuated.migration);
         let lives_on = evacuated.host.as_ref().map_or("?", |host| host.as_str());
-        let hypervisor = &self.node.hypervisor;
         if own.power_state.is_active() {
             error!(%instance, %migration, lives_on, generation = own.generation,
                 "the guest is active here and lives elsewhere: two copies on one disk; \
                  this older one is stopped");
-            hypervisor.stop(instance).await?;
+            destroy::stop(&self.node, instance, proof).await?;
         }
-        hypervisor.withdraw(instance).await?;
+        destroy::withdraw(&self.node, instance, proof).await?;
         info!(%instance, %migration, lives_on, "the old copy of an evacuated guest is removed");
         Ok(())
     }

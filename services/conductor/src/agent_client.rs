@@ -15,6 +15,8 @@ use drover_store::hearing::Hearing;
 use serde::{Serialize, de::DeserializeOwned};
 use tracing::warn;
 
+use crate::task::proof::{NeverRan, Redundant};
+
 /// Why an agent did not do as asked.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
@@ -45,6 +47,9 @@ impl Default for CallLimits {
         }
     }
 }
+
+/// How long evidence of another copy is good for the removal of one.
+const EVIDENCE_HOLDS: Duration = Duration::from_secs(60);
 
 /// Speaks to agents. Cheap to clone.
 #[derive(Clone)]
@@ -118,6 +123,21 @@ impl AgentClient {
     {
         let options = CallOptions {
             timeout: Some(self.limits.act),
+            monitor_timeout: Some(self.limits.silence),
+            ..CallOptions::default()
+        };
+        self.call(host, method, args, options).await
+    }
+
+    /// Has something removed by evidence, which is stale before long: what is not
+    /// begun by then is not done, and has to be proven again.
+    async fn remove<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
+    where
+        A: Serialize + Sync,
+        R: DeserializeOwned,
+    {
+        let options = CallOptions {
+            timeout: Some(EVIDENCE_HOLDS.min(self.limits.act)),
             monitor_timeout: Some(self.limits.silence),
             ..CallOptions::default()
         };
@@ -220,13 +240,40 @@ impl AgentClient {
         self.ask(host, c::method::LOCATE, &step).await
     }
 
+    /// What a node sees of its copy: evidence for what removes one.
+    pub async fn look_at_copy(&self, host: &HostName, step: c::StepRef) -> Result<c::CopySeen> {
+        self.ask(host, c::method::LOOK_AT_COPY, &step).await
+    }
+
     /// Tidies the source after the switch-over.
     pub async fn post_at_source(
         &self,
         host: &HostName,
-        ask: &c::PostLiveMigration,
+        step: c::StepRef,
+        proof: &Redundant,
     ) -> Result<c::CleanUp> {
-        self.act(host, c::method::POST_LIVE_MIGRATION, ask).await
+        let survivor = proof.survivor();
+        let ask = c::PostLiveMigration {
+            migration: step.migration,
+            instance: step.instance,
+            // What agents went by that know of no evidence.
+            runs_on: proof.runs().then(|| survivor.host.clone()),
+            survivor: Some(survivor),
+        };
+        self.remove(host, c::method::POST_LIVE_MIGRATION, &ask)
+            .await
+    }
+
+    /// Has the source forget a migration whose guest is back there; it removes nothing.
+    pub async fn leave_at_source(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        let ask = c::PostLiveMigration {
+            migration: step.migration,
+            instance: step.instance,
+            runs_on: None,
+            survivor: None,
+        };
+        self.remove(host, c::method::POST_LIVE_MIGRATION, &ask)
+            .await
     }
 
     /// Tidies the destination after the switch-over.
@@ -243,8 +290,10 @@ impl AgentClient {
         &self,
         host: &HostName,
         step: c::StepRef,
+        proof: &Redundant,
     ) -> Result<c::CleanUp> {
-        self.act(host, c::method::ROLLBACK_AT_DESTINATION, &step)
+        let ask = removal(step, proof);
+        self.remove(host, c::method::ROLLBACK_AT_DESTINATION, &ask)
             .await
     }
 
@@ -285,8 +334,14 @@ impl AgentClient {
     }
 
     /// Removes what was made on the destination.
-    pub async fn rollback_resize(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
-        self.act(host, c::method::ROLLBACK_RESIZE, &step).await
+    pub async fn rollback_resize(
+        &self,
+        host: &HostName,
+        step: c::StepRef,
+        proof: &Redundant,
+    ) -> Result<c::CleanUp> {
+        let ask = removal(step, proof);
+        self.remove(host, c::method::ROLLBACK_RESIZE, &ask).await
     }
 
     /// Has the guest on the source as it was.
@@ -309,17 +364,29 @@ impl AgentClient {
     }
 
     /// Removes what the source kept.
-    pub async fn confirm_resize(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
-        self.act(host, c::method::CONFIRM_RESIZE, &step).await
+    pub async fn confirm_resize(
+        &self,
+        host: &HostName,
+        step: c::StepRef,
+        proof: &Redundant,
+    ) -> Result<c::CleanUp> {
+        let ask = removal(step, proof);
+        self.remove(host, c::method::CONFIRM_RESIZE, &ask).await
     }
 
     /// Stops the guest on the destination and takes its definition away.
     pub async fn revert_resize(
         &self,
         host: &HostName,
-        ask: &c::RevertResize,
+        step: c::StepRef,
+        proof: &Redundant,
     ) -> Result<c::GuestLocation> {
-        self.act(host, c::method::REVERT_RESIZE, ask).await
+        let ask = c::RevertResize {
+            migration: step.migration,
+            instance: step.instance,
+            survivor: Some(proof.survivor()),
+        };
+        self.remove(host, c::method::REVERT_RESIZE, &ask).await
     }
 
     // ---- between projects
@@ -442,9 +509,22 @@ impl AgentClient {
         self.act(host, c::method::POST_REBUILD, &step).await
     }
 
-    /// Takes back a guest that was defined and does not run.
-    pub async fn rollback_rebuild(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
-        self.act(host, c::method::ROLLBACK_REBUILD, &step).await
+    /// Takes back a guest that was defined and never ran there.
+    pub async fn rollback_rebuild(
+        &self,
+        host: &HostName,
+        step: c::StepRef,
+        _: &NeverRan,
+    ) -> Result<c::CleanUp> {
+        self.remove(host, c::method::ROLLBACK_REBUILD, &step).await
+    }
+}
+
+fn removal(step: c::StepRef, proof: &Redundant) -> c::RemoveCopy {
+    c::RemoveCopy {
+        migration: step.migration,
+        instance: step.instance,
+        survivor: Some(proof.survivor()),
     }
 }
 

@@ -2,12 +2,14 @@
 //! the conductor asks of an agent. Each is idempotent and keyed by the
 //! migration's UUID; asked twice, it answers with what is there.
 
+mod copy;
 mod evacuation;
 mod known;
 mod transfer;
 
 use serde::{Deserialize, Serialize};
 
+pub use copy::{AsideSeen, CopyHistory, CopySeen, FileSeen, RemoveCopy, Survivor};
 pub use evacuation::{
     CheckEvacuation, DirtyRate, EvacuationFacts, InstanceOnNode, KeptDefinition, ProbeAddress,
     ProbeAnswer, RebuildInstance, StorageIdentity,
@@ -47,12 +49,15 @@ pub mod method {
     pub const FORCE_COMPLETE: &str = "force_complete_live_migration";
     /// [`super::StepRef`] → [`super::GuestLocation`], on either side.
     pub const LOCATE: &str = "locate_instance";
+    /// [`super::StepRef`] → [`super::CopySeen`], on either side: evidence for what
+    /// removes a copy.
+    pub const LOOK_AT_COPY: &str = "look_at_instance_copy";
     /// [`super::PostLiveMigration`] → [`super::CleanUp`], on the source after the switch-over.
     pub const POST_LIVE_MIGRATION: &str = "post_live_migration";
     /// [`super::StepRef`] → [`super::CleanUp`], on the destination after the switch-over.
     pub const POST_AT_DESTINATION: &str = "post_live_migration_at_destination";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the destination, only when the
-    /// guest is known to run on the source.
+    /// [`super::RemoveCopy`] → [`super::CleanUp`], on the destination, only when the
+    /// guest's copy on the source was seen whole.
     pub const ROLLBACK_AT_DESTINATION: &str = "rollback_live_migration_at_destination";
     /// [`super::StepRef`] → `null`, on the source: forgets a migration that ended there.
     pub const ROLLBACK_AT_SOURCE: &str = "rollback_live_migration_at_source";
@@ -72,8 +77,8 @@ pub mod method {
     /// [`super::FinishResize`] → [`super::GuestLocation`], on the destination:
     /// defines the guest and starts it if it ran.
     pub const FINISH_RESIZE: &str = "finish_resize";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the destination, only when the
-    /// guest is known not to run there: takes back what was made.
+    /// [`super::RemoveCopy`] → [`super::CleanUp`], on the destination, only when
+    /// another copy was seen whole: takes back what was made.
     pub const ROLLBACK_RESIZE: &str = "rollback_resize_at_destination";
     /// [`super::FinishRevertResize`] → [`super::GuestLocation`], on the source:
     /// the guest is there as it was before.
@@ -81,7 +86,8 @@ pub mod method {
     /// [`super::StepRef`] → [`super::CleanUp`], on the destination: what came is
     /// on stable storage and is the guest's; the source's copy may go.
     pub const CONFIRM_AT_DESTINATION: &str = "confirm_resize_at_destination";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the source: removes what was set aside.
+    /// [`super::RemoveCopy`] → [`super::CleanUp`], on the source: removes what was set
+    /// aside, as the destination's copy was seen whole.
     pub const CONFIRM_RESIZE: &str = "confirm_resize";
     /// [`super::RevertResize`] → [`super::GuestLocation`], on the destination:
     /// stops the guest and takes its definition away; the disks stay.
@@ -124,7 +130,7 @@ pub mod method {
     /// to run; the evacuation is forgotten here.
     pub const POST_REBUILD: &str = "post_rebuild_instance";
     /// [`super::StepRef`] → [`super::CleanUp`], on the new home, only when the guest
-    /// does not run there: takes the definition back.
+    /// never ran there: takes the definition back.
     pub const ROLLBACK_REBUILD: &str = "rollback_rebuild_instance";
 }
 
@@ -396,6 +402,9 @@ pub struct PostLiveMigration {
     /// source gives up a copy that its libvirt left standing still.
     #[serde(default)]
     pub runs_on: Option<HostName>,
+    /// The copy on the destination, seen now. Without one nothing is removed.
+    #[serde(default)]
+    pub survivor: Option<Survivor>,
 }
 
 /// Where a migration's transfer stands on the source.
@@ -453,8 +462,11 @@ pub enum Outcome {
 pub struct CleanUp {
     /// Files that were removed.
     pub removed: Vec<String>,
-    /// What did not work.
+    /// What did not work, and is tried again.
     pub warnings: Vec<String>,
+    /// What was left for good, and why: it may be somebody's only copy.
+    #[serde(default)]
+    pub kept: Vec<String>,
     /// How long the guest stood still, measured by the hypervisor, ms. Known on
     /// the destination alone.
     #[serde(default)]
@@ -592,4 +604,8 @@ pub struct RevertResize {
     pub migration: MigrationId,
     /// The instance.
     pub instance: InstanceId,
+    /// The copy that the source keeps aside, seen now. Without one nothing is
+    /// stopped.
+    #[serde(default)]
+    pub survivor: Option<Survivor>,
 }

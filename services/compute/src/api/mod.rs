@@ -15,7 +15,8 @@ use drover_model::api::{
     compute::{
         AgentStatus, CheckDestination, CheckPath, CheckSource, CheckTransfer, FinishResize,
         FinishRevertResize, GuestLocation, LiveMigration, PostLiveMigration, PreLiveMigration,
-        PrepResize, PrepTransfer, ResizeInstance, RevertResize, StepRef, TransferWork, method,
+        PrepResize, PrepTransfer, RemoveCopy, ResizeInstance, RevertResize, StepRef, TransferWork,
+        method,
     },
     fault::Fault,
 };
@@ -42,6 +43,7 @@ const METHODS: &[&str] = &[
     method::ABORT,
     method::FORCE_COMPLETE,
     method::LOCATE,
+    method::LOOK_AT_COPY,
     method::POST_LIVE_MIGRATION,
     method::POST_AT_DESTINATION,
     method::ROLLBACK_AT_DESTINATION,
@@ -162,7 +164,7 @@ impl Steps {
                 )
             }
             method::POST_LIVE_MIGRATION => {
-                let step: PostLiveMigration = request.args()?;
+                let step: Box<PostLiveMigration> = request.args()?;
                 answer(
                     actors
                         .ask(step.migration, |to| C::PostLiveMigration(step, to))
@@ -182,7 +184,27 @@ impl Steps {
             | method::PROBE_ADDRESS
             | method::CHECK_EVACUATION
             | method::PREP_REBUILD => self.serve_evacuation(request).await,
+            method::ROLLBACK_AT_DESTINATION | method::ROLLBACK_RESIZE | method::CONFIRM_RESIZE => {
+                self.serve_removal(request).await
+            }
             _ => self.serve_by_reference(request).await,
+        }
+    }
+
+    /// Steps that remove a copy, by evidence of another.
+    async fn serve_removal(&self, request: &Request) -> Result<Value, RemoteFailure> {
+        use Command as C;
+        let step: Box<RemoveCopy> = request.args()?;
+        let (actors, id) = (&self.registry, step.migration);
+        match request.method() {
+            method::ROLLBACK_AT_DESTINATION => {
+                let asked = actors.ask(id, |to| C::RollbackAtDestination(step, to));
+                answer(asked.await)
+            }
+            method::ROLLBACK_RESIZE => {
+                answer(actors.ask(id, |to| C::RollbackResize(step, to)).await)
+            }
+            _ => answer(actors.ask(id, |to| C::ConfirmResize(step, to)).await),
         }
     }
 
@@ -212,7 +234,7 @@ impl Steps {
                 answer(actors.ask(id, |to| C::FinishRevertResize(step, to)).await)
             }
             _ => {
-                let step: RevertResize = request.args()?;
+                let step: Box<RevertResize> = request.args()?;
                 let id = step.migration;
                 answer(actors.ask(id, |to| C::RevertResize(step, to)).await)
             }
@@ -254,23 +276,15 @@ impl Steps {
             method::POST_AT_DESTINATION => {
                 answer(actors.ask(id, |to| C::PostAtDestination(step, to)).await)
             }
-            method::ROLLBACK_AT_DESTINATION => answer(
-                actors
-                    .ask(id, |to| C::RollbackAtDestination(step, to))
-                    .await,
-            ),
             method::ROLLBACK_AT_SOURCE => {
                 answer(actors.ask(id, |to| C::RollbackAtSource(step, to)).await)
             }
             method::ABORT_RESIZE => answer(actors.ask(id, |to| C::AbortResize(step, to)).await),
             method::SET_ASIDE => answer(actors.ask(id, |to| C::SetAside(step, to)).await),
-            method::ROLLBACK_RESIZE => {
-                answer(actors.ask(id, |to| C::RollbackResize(step, to)).await)
-            }
+            method::LOOK_AT_COPY => answer(actors.ask(id, |to| C::LookAtCopy(step, to)).await),
             method::CONFIRM_AT_DESTINATION => {
                 answer(actors.ask(id, |to| C::ConfirmAtDestination(step, to)).await)
             }
-            method::CONFIRM_RESIZE => answer(actors.ask(id, |to| C::ConfirmResize(step, to)).await),
             method::ABORT_TRANSFER => answer(actors.ask(id, |to| C::AbortTransfer(step, to)).await),
             method::POST_TRANSFER => answer(actors.ask(id, |to| C::PostTransfer(step, to)).await),
             method::ROLLBACK_TRANSFER => {

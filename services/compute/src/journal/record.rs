@@ -81,6 +81,9 @@ pub struct SourceRecord {
     pub was_running: bool,
     /// Whether a force-complete was about to pause the guest.
     pub paused_by_force_complete: bool,
+    /// The guest's generation when it began.
+    #[serde(default)]
+    pub generation: u64,
     /// When it began, milliseconds since 1970.
     pub started_at_ms: u64,
     /// What was decided on the way, the last few.
@@ -116,6 +119,9 @@ pub struct DestinationRecord {
     pub disks: Vec<NewDisk>,
     /// Whether all of them are there.
     pub prepared: bool,
+    /// The guest was seen to be active here: nothing of it is taken back any more.
+    #[serde(default)]
+    pub ran_here: bool,
 }
 
 /// A disk that a migration creates on its destination. Nothing was at its path
@@ -150,6 +156,12 @@ pub struct LeavingRecord {
     pub overlays: Vec<Overlay>,
     /// Files that are set aside, or are to be.
     pub kept: Vec<KeptFile>,
+    /// Images under them, which stay where they are.
+    #[serde(default)]
+    pub under: Vec<String>,
+    /// The guest's generation when it began.
+    #[serde(default)]
+    pub generation: u64,
     /// Whether all that is done.
     pub aside: bool,
 }
@@ -176,6 +188,17 @@ pub struct ComingRecord {
     pub prepared: bool,
     /// The guest's definition, once it has come whole.
     pub definition: Option<Definition>,
+    /// Whether it was, or was about to be, started here: its files are not taken
+    /// back any more, unless it is reverted.
+    #[serde(default)]
+    pub ran_here: bool,
+    /// Whether it was once here as it was to be: what becomes of it then is its
+    /// owner's doing.
+    #[serde(default)]
+    pub arrived: bool,
+    /// It is to be reverted; whether it was active when that was asked for.
+    #[serde(default)]
+    pub reverted: Option<bool>,
 }
 
 /// A file of a guest that comes. One that is not `present` was not there when
@@ -261,7 +284,7 @@ pub struct RebuildRecord {
     pub domain: String,
     /// Generation that it is defined with: what has it is this evacuation's own.
     pub generation: u64,
-    /// Whether it was, or was about to be, started.
+    /// Whether it was, or was about to be, started. Not if the hypervisor refused to.
     pub started: bool,
 }
 

@@ -7,16 +7,20 @@ use drover_model::{
     api::{
         compute::{
             CheckDestination, CheckEvacuation, CheckPath, CheckSource, CheckTransfer, CleanUp,
-            ColdPart, DestinationFacts, EvacuationFacts, FinishResize, FinishRevertResize,
-            GuestLocation, Inbox, JobState, LiveMigration, PathFacts, PostLiveMigration,
-            PreLiveMigration, PrepResize, PrepTransfer, RebuildInstance, ResizeInstance,
-            RevertResize, SourceFacts, StepRef, TransferFacts, TransferPart, TransferWork,
+            ColdPart, CopySeen, DestinationFacts, EvacuationFacts, FinishResize,
+            FinishRevertResize, GuestLocation, Inbox, JobState, LiveMigration, PathFacts,
+            PostLiveMigration, PreLiveMigration, PrepResize, PrepTransfer, RebuildInstance,
+            RemoveCopy, ResizeInstance, RevertResize, SourceFacts, StepRef, TransferFacts,
+            TransferPart, TransferWork,
         },
         fault::Fault,
     },
     ids::{InstanceId, MigrationId},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{
+    broadcast::{self, error::RecvError},
+    mpsc, oneshot,
+};
 
 use super::{
     cold::Leaving,
@@ -27,6 +31,7 @@ use super::{
     transfer::Transferring,
 };
 use crate::{
+    hypervisor::Event,
     journal::{
         ComingRecord, DestinationRecord, Ended, MarksRecord, RebuildRecord, Record, SourceRecord,
     },
@@ -46,20 +51,21 @@ pub(crate) enum Command {
     GetJob(StepRef, Reply<JobState>),
     Abort(StepRef, Reply<()>),
     ForceComplete(StepRef, Reply<()>),
-    PostLiveMigration(PostLiveMigration, Reply<CleanUp>),
+    LookAtCopy(StepRef, Reply<CopySeen>),
+    PostLiveMigration(Box<PostLiveMigration>, Reply<CleanUp>),
     PostAtDestination(StepRef, Reply<CleanUp>),
-    RollbackAtDestination(StepRef, Reply<CleanUp>),
+    RollbackAtDestination(Box<RemoveCopy>, Reply<CleanUp>),
     RollbackAtSource(StepRef, Reply<()>),
     PrepResize(Box<PrepResize>, Reply<Inbox>),
     ResizeInstance(Box<ResizeInstance>, Reply<JobState>),
     AbortResize(StepRef, Reply<()>),
     SetAside(StepRef, Reply<CleanUp>),
     FinishResize(FinishResize, Reply<GuestLocation>),
-    RollbackResize(StepRef, Reply<CleanUp>),
+    RollbackResize(Box<RemoveCopy>, Reply<CleanUp>),
     FinishRevertResize(FinishRevertResize, Reply<GuestLocation>),
     ConfirmAtDestination(StepRef, Reply<CleanUp>),
-    ConfirmResize(StepRef, Reply<CleanUp>),
-    RevertResize(RevertResize, Reply<GuestLocation>),
+    ConfirmResize(Box<RemoveCopy>, Reply<CleanUp>),
+    RevertResize(Box<RevertResize>, Reply<GuestLocation>),
     CheckTransfer(CheckTransfer, Reply<TransferFacts>),
     PrepTransfer(Box<PrepTransfer>, Reply<()>),
     Transfer(TransferWork, Reply<JobState>),
@@ -103,6 +109,7 @@ pub(super) struct Actor {
     pub(super) stage: Stage,
     pub(super) marks: Option<Marks>,
     inbox: mpsc::Receiver<Command>,
+    events: broadcast::Receiver<Event>,
 }
 
 enum Happening {
@@ -111,6 +118,8 @@ enum Happening {
     Worked(ColdPart, Ended),
     Transferred(TransferPart, Ended),
     MarksAreDue,
+    /// Something happened to a guest that is to come.
+    Stirs,
 }
 
 impl Actor {
@@ -120,8 +129,10 @@ impl Actor {
         stage: Stage,
         inbox: mpsc::Receiver<Command>,
     ) -> Self {
+        let node = registry.node().clone();
         Self {
-            node: registry.node().clone(),
+            events: node.hypervisor.events(),
+            node,
             registry: registry.clone(),
             migration,
             stage,
@@ -169,6 +180,7 @@ impl Actor {
 
     pub(super) async fn run(mut self) {
         self.reopen().await;
+        self.note_arrival().await;
         loop {
             let idle = matches!(self.stage, Stage::Idle) && self.marks.is_none();
             if idle && self.registry.retire(self.migration, &self.inbox) {
@@ -181,6 +193,7 @@ impl Actor {
                 Some(Happening::Worked(part, ended)) => self.worked(part, ended).await,
                 Some(Happening::Transferred(part, ended)) => self.transferred(part, ended).await,
                 Some(Happening::MarksAreDue) => self.remove_marks().await,
+                Some(Happening::Stirs) => self.note_arrival().await,
                 None => return,
             }
         }
@@ -189,7 +202,7 @@ impl Actor {
     async fn next(&mut self) -> Option<Happening> {
         tokio::select! {
             command = self.inbox.recv() => command.map(Happening::Step),
-            happening = over(&mut self.stage) => Some(happening),
+            happening = over(&mut self.stage, &mut self.events) => Some(happening),
             () = due(&self.marks) => Some(Happening::MarksAreDue),
         }
     }
@@ -220,8 +233,12 @@ impl Actor {
             C::GetJob(step, to) => self.answer(to, self.get_job(step)),
             C::Abort(step, to) => self.order(step, Order::Abort, to),
             C::ForceComplete(step, to) => self.order(step, Order::ForceComplete, to),
+            C::LookAtCopy(step, to) => {
+                let seen = self.look_at_copy(step).await;
+                self.answer(to, seen);
+            }
             C::PostLiveMigration(step, to) => {
-                let clean_up = self.post_live_migration(step).await;
+                let clean_up = self.post_live_migration(*step).await;
                 self.answer(to, clean_up);
             }
             C::PostAtDestination(step, to) => {
@@ -229,7 +246,7 @@ impl Actor {
                 self.answer(to, clean_up);
             }
             C::RollbackAtDestination(step, to) => {
-                let clean_up = self.rollback_at_destination(step).await;
+                let clean_up = self.rollback_at_destination(*step).await;
                 self.answer(to, clean_up);
             }
             C::RollbackAtSource(step, to) => {
@@ -257,7 +274,7 @@ impl Actor {
                 self.answer(to, location);
             }
             C::RollbackResize(step, to) => {
-                let clean_up = self.rollback_resize(step).await;
+                let clean_up = self.rollback_resize(*step).await;
                 self.answer(to, clean_up);
             }
             C::FinishRevertResize(step, to) => {
@@ -269,11 +286,11 @@ impl Actor {
                 self.answer(to, clean_up);
             }
             C::ConfirmResize(step, to) => {
-                let clean_up = self.confirm_resize(step).await;
+                let clean_up = self.confirm_resize(*step).await;
                 self.answer(to, clean_up);
             }
             C::RevertResize(step, to) => {
-                let location = self.revert_resize(step).await;
+                let location = self.revert_resize(*step).await;
                 self.answer(to, location);
             }
             C::StepAside(instance, to) => {
@@ -370,8 +387,9 @@ impl Actor {
     }
 }
 
-/// The end of a transfer or of a part of the work; for ever silent where none runs.
-async fn over(stage: &mut Stage) -> Happening {
+/// The end of a transfer or of a part of the work, or news of a guest that is to
+/// come; for ever silent where there is nothing to wait for.
+async fn over(stage: &mut Stage, events: &mut broadcast::Receiver<Event>) -> Happening {
     match stage {
         Stage::Sending(sending) => Happening::Sent(sending.over().await),
         Stage::Leaving(leaving) => {
@@ -382,7 +400,23 @@ async fn over(stage: &mut Stage) -> Happening {
             let (part, ended) = transferring.parts.over().await;
             Happening::Transferred(part, ended)
         }
+        Stage::Arriving(record) if !record.ran_here => {
+            stirs(events, record.instance).await;
+            Happening::Stirs
+        }
         _ => std::future::pending().await,
+    }
+}
+
+/// Something may have happened to a guest.
+async fn stirs(events: &mut broadcast::Receiver<Event>, instance: InstanceId) {
+    loop {
+        match events.recv().await {
+            Ok(Event::Guest(id) | Event::JobCompleted(id)) if id == instance => return,
+            Ok(Event::Connection { up: true }) | Err(RecvError::Lagged(_)) => return,
+            Ok(_) => {}
+            Err(RecvError::Closed) => std::future::pending().await,
+        }
     }
 }
 

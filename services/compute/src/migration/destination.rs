@@ -1,23 +1,24 @@
 //! The destination's steps: what it answers, what it makes ready, and what it
 //! keeps or takes back. It never touches what a migration did not make here.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use drover_model::{
     api::{
         compute::{
-            CheckDestination, CleanUp, DestinationFacts, Ended, Mark, PreLiveMigration, StepRef,
+            CheckDestination, CleanUp, DestinationFacts, Ended, Mark, PreLiveMigration, RemoveCopy,
+            StepRef,
         },
         fault::Fault,
     },
     guest::{Disk, DiskSource, Guest, PowerState, Presence},
-    ids::InstanceId,
 };
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Stage},
+    destroy::{self, Redundant, Unused},
     registry::Finished,
 };
 use crate::{
@@ -114,6 +115,7 @@ impl Actor {
             instance,
             disks,
             prepared: false,
+            ran_here: false,
         };
         let begun = async {
             self.nothing_is_here(&record).await?;
@@ -148,17 +150,24 @@ impl Actor {
         mut record: DestinationRecord,
         first: bool,
     ) -> Result<(), Fault> {
+        // A former attempt may have left half a file, and it is ours.
+        let clear = match first {
+            true => None,
+            false => {
+                let presence = self.node.hypervisor.presence(record.instance).await;
+                Some(Arc::new(Unused::of(&record, presence.map_err(fault)?)?))
+            }
+        };
         let mut creating = JoinSet::new();
         for new in record.disks.iter().filter(|new| !new.created).cloned() {
-            let hypervisor = self.node.hypervisor.clone();
+            let (node, clear) = (self.node.clone(), clear.clone());
             creating.spawn(async move {
-                // A former attempt may have left half a file, and it is ours.
-                let cleared = match first {
-                    true => Ok(()),
-                    false => hypervisor.remove_disk(&new.path).await,
+                let cleared = match clear {
+                    None => Ok(()),
+                    Some(unused) => destroy::remove(&node, &new.path, &*unused).await,
                 };
                 let created = match cleared {
-                    Ok(()) => hypervisor.create_disk(&new.disk).await,
+                    Ok(()) => node.hypervisor.create_disk(&new.disk).await,
                     Err(e) => Err(e),
                 };
                 (new.path, created)
@@ -198,18 +207,16 @@ impl Actor {
             .await?)
     }
 
-    /// Confirms that the guest runs here and will be here tomorrow.
+    /// The guest came: what was made for it is its own from now on, whatever became
+    /// of it since. Nothing is removed.
     pub(super) async fn post_at_destination(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
         self.same_instance(step)?;
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
         match presence {
-            Presence::Present(state) if state.is_active() => {}
+            Presence::Present(_) => {}
             Presence::Incoming => return Err(Fault::not_now("the guest is still arriving")),
-            Presence::Absent | Presence::Present(_) => {
-                let message = format!("the guest does not run on this node ({presence:?})");
-                return Err(Fault::refused(message));
-            }
+            Presence::Absent => return self.leave_what_came(step).await,
         }
         let (guest, job) = tokio::join!(
             hypervisor.guest(step.instance),
@@ -234,13 +241,32 @@ impl Actor {
         Ok(clean_up)
     }
 
-    /// Takes back what this migration made here. Only for a guest that is known
-    /// to run on its source; refused if it is active here (invariants 1 and 3).
+    /// The guest came, and is no longer defined here: its disks may be the newest
+    /// there are.
+    async fn leave_what_came(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
+        let Stage::Arriving(record) = &self.stage else {
+            return Ok(self.remembered());
+        };
+        let left = record.disks.iter().map(|disk| &disk.path);
+        let left = left.map(|path| format!("{path} is left: the guest was taken away by hand"));
+        let clean_up = CleanUp {
+            kept: left.collect(),
+            ..CleanUp::default()
+        };
+        warn!(migration = %self.migration, instance = %step.instance, kept = ?clean_up.kept,
+            "the guest that came is no longer defined on this node");
+        self.forget_if_clean(step, Ended::Arrived, clean_up).await
+    }
+
+    /// Takes back what this migration made here for a guest that never came, by
+    /// evidence of the copy that stays (invariant 11).
     pub(super) async fn rollback_at_destination(
         &mut self,
-        step: StepRef,
+        ask: RemoveCopy,
     ) -> Result<CleanUp, Fault> {
+        let step = self.step(ask.instance);
         self.same_instance(step)?;
+        self.note_arrival().await;
         let presence = self.node.hypervisor.presence(step.instance).await;
         let presence = presence.map_err(fault)?;
         if presence.is_active() {
@@ -259,10 +285,22 @@ impl Actor {
                 ));
             }
         };
-        self.remove_domain(step.instance, presence).await?;
+        if record.ran_here || presence != Presence::Absent && presence != Presence::Incoming {
+            return Err(Fault::refused(format!(
+                "the guest ran on this node ({presence:?} now): nothing of it is taken back"
+            )));
+        }
         let mut clean_up = CleanUp::default();
-        for disk in &record.disks {
-            self.remove_disk(&disk.path, &mut clean_up).await?;
+        if presence == Presence::Incoming || !record.disks.is_empty() {
+            let proof = self.source_stays(&ask, &record)?;
+            if presence == Presence::Incoming {
+                let discarded = destroy::discard_incoming(&self.node, step.instance, &proof);
+                discarded.await.map_err(fault)?;
+            }
+            for disk in &record.disks {
+                let removed = destroy::remove(&self.node, &disk.path, &proof).await;
+                self.note_removed(&disk.path, removed, &mut clean_up)?;
+            }
         }
         info!(migration = %self.migration, instance = %step.instance,
             removed = ?clean_up.removed, "took back what was made ready for the guest");
@@ -278,15 +316,20 @@ impl Actor {
         }
     }
 
-    /// Removes a domain that appeared since the journal said there was none.
-    async fn remove_domain(&self, instance: InstanceId, presence: Presence) -> Result<(), Fault> {
-        let hypervisor = &self.node.hypervisor;
-        let removed = match presence {
-            Presence::Absent => Ok(()),
-            Presence::Incoming => hypervisor.discard_incoming(instance).await,
-            Presence::Present(_) => hypervisor.undefine(instance).await,
-        };
-        removed.map_err(fault)
+    fn source_stays(
+        &self,
+        ask: &RemoveCopy,
+        record: &DestinationRecord,
+    ) -> Result<Redundant, Fault> {
+        let survivor = ask.survivor.as_ref();
+        if let Some(there) = survivor.filter(|s| s.copy.known.moved_away) {
+            return Err(Fault::refused(format!(
+                "{} handed the guest over to this node: nothing of it is taken back",
+                there.host
+            )));
+        }
+        let disks = record.disks.iter().map(|disk| disk.path.as_str());
+        Redundant::by(survivor, &self.node.settings.host, 0, disks)
     }
 }
 
@@ -320,8 +363,10 @@ fn arrival_warnings(guest: Result<Option<Guest>, HypervisorError>) -> Vec<String
                         .to_owned(),
                 );
             }
-            if guest.power_state == PowerState::Paused {
-                warnings.push("the guest is paused".to_owned());
+            match guest.power_state {
+                PowerState::Paused => warnings.push("the guest is paused".to_owned()),
+                state if !state.is_active() => warnings.push("the guest is off".to_owned()),
+                _ => {}
             }
         }
         Ok(None) => warnings.push("libvirt no longer knows the guest".to_owned()),

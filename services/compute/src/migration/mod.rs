@@ -19,10 +19,15 @@
 //! * [`cold`]: the same for guests that are off while they move. [`transfer`]: for
 //!   guests that stay and change hands. [`work`]: what takes long in either.
 //! * [`rebuild`]: guests of dead nodes, which come from what was kept of them.
+//! * [`destroy`]: everything that removes, withdraws, renames away or stops hard, and
+//!   the evidence that it takes. [`look`]: what this node sees of its copy, which is
+//!   evidence for another.
 
 mod actor;
 mod cold;
 mod destination;
+pub(crate) mod destroy;
+mod look;
 mod marks;
 mod monitor;
 mod orders;

@@ -20,17 +20,19 @@ use drover_model::{
         },
         fault::Fault,
     },
+    error::ErrorClass,
     guest::{Disk, Presence},
 };
 use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Stage},
+    destroy::{self, NeverRan},
     registry::Finished,
 };
 use crate::{
     faults::hypervisor as fault,
-    hypervisor::StorageFact,
+    hypervisor::{HypervisorError, StorageFact},
     journal::{RebuildRecord, Record},
 };
 
@@ -135,6 +137,7 @@ impl Actor {
             return Err(Fault::refused(message));
         };
         let mut record = (**record).clone();
+        let ran_before = record.started;
         if !record.started {
             record.started = true;
             self.write_rebuilding(&record).await?;
@@ -143,11 +146,31 @@ impl Actor {
         // Nothing if it is there. Never starts what another has put in its place.
         self.define_rebuilt(&record).await?;
         let started = self.node.hypervisor.start(step.instance).await;
-        started.map_err(fault)?;
+        if let Err(error) = started {
+            return Err(self.not_started(record, ran_before, error).await?);
+        }
         let location = self.location(step.instance).await?;
         info!(migration = %self.migration, instance = %step.instance,
             presence = ?location.presence, "the guest of a dead node is started");
         Ok(location)
+    }
+
+    /// What the hypervisor refused to start never ran here, unless it may have been
+    /// started before.
+    async fn not_started(
+        &mut self,
+        mut record: RebuildRecord,
+        ran_before: bool,
+        error: HypervisorError,
+    ) -> Result<Fault, Fault> {
+        let presence = self.node.hypervisor.presence(record.instance).await;
+        let presence = presence.map_err(fault)?;
+        if error.class() == ErrorClass::Refused && !ran_before && !presence.is_active() {
+            record.started = false;
+            self.write_rebuilding(&record).await?;
+            self.stage = Stage::Rebuilding(Box::new(record));
+        }
+        Ok(fault(error))
     }
 
     /// The guest is here for good.
@@ -159,12 +182,8 @@ impl Actor {
         let started = record.started;
         let presence = self.node.hypervisor.presence(step.instance).await;
         let presence = presence.map_err(fault)?;
-        let is_here = match started {
-            true => presence.is_active(),
-            // One that was off, and stays so.
-            false => matches!(presence, Presence::Present(_)),
-        };
-        if !is_here {
+        // Whether it is off by now is its owner's doing.
+        if !started || !matches!(presence, Presence::Present(_)) {
             let message = format!("the guest does not run on this node ({presence:?})");
             return Err(Fault::refused(message));
         }
@@ -172,8 +191,7 @@ impl Actor {
         Ok(CleanUp::default())
     }
 
-    /// Takes back what this migration defined here. Refused if the guest is
-    /// active here (invariants 1 and 3).
+    /// Takes back what this migration defined here. Refused if the guest ran here.
     pub(super) async fn rollback_rebuild(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
         self.same_instance(step)?;
         let record = match &self.stage {
@@ -187,15 +205,13 @@ impl Actor {
         };
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
-        if presence.is_active() || presence == Presence::Incoming {
-            let message = format!("the guest is active on this node ({presence:?})");
-            return Err(Fault::refused(message));
-        }
+        let proof = NeverRan::of(&record, presence)?;
         let here = hypervisor.guest(step.instance).await.map_err(fault)?;
         match here.map(|guest| guest.generation) {
             None => {}
             Some(generation) if generation == record.generation => {
-                hypervisor.withdraw(step.instance).await.map_err(fault)?;
+                let withdrawn = destroy::withdraw(&self.node, step.instance, &proof).await;
+                withdrawn.map_err(fault)?;
                 info!(migration = %self.migration, instance = %step.instance,
                     "took back the definition that was made for the guest");
             }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     faults::{self, hypervisor as fault},
-    hypervisor::Job,
+    hypervisor::{HypervisorError, Job},
 };
 
 impl Actor {
@@ -27,14 +27,15 @@ impl Actor {
         finished.map(|f| f.clean_up).unwrap_or_default()
     }
 
-    /// Removes one of the migration's own disks. What does not work is a
-    /// warning, unless libvirt is away: then it is for later.
-    pub(super) async fn remove_disk(
+    /// What came of removing one of the migration's own files. What does not work
+    /// is a warning, unless libvirt is away: then it is for later.
+    pub(super) fn note_removed(
         &self,
         path: &str,
+        removed: Result<(), HypervisorError>,
         clean_up: &mut CleanUp,
     ) -> Result<(), Fault> {
-        match self.node.hypervisor.remove_disk(path).await {
+        match removed {
             Ok(()) => clean_up.removed.push(path.to_owned()),
             Err(e) if e.class() == ErrorClass::Refused => {
                 let warning = format!("{path} was not removed: {e}");
@@ -115,7 +116,7 @@ impl Actor {
             // For whoever asks again: they are still there.
             let left = transferring.record.plan.disks.iter();
             let left = left.map(|disk| format!("{} is left over: remove it", disk.from));
-            clean_up.warnings = left.collect();
+            clean_up.kept = left.collect();
         }
         let finished = Finished {
             how: Ended::MadeWay,

@@ -15,10 +15,10 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Reply, Stage},
+    destroy::{self, Redundant},
     orders::Order,
     registry::Finished,
     sending::{MonitorDied, Sending, job_of, spec},
-    shared::has_moved,
 };
 use crate::{
     faults::hypervisor as fault,
@@ -148,6 +148,7 @@ impl Actor {
             memory_bytes: guest.memory_mib << 20,
             was_running: guest.power_state == PowerState::Running,
             paused_by_force_complete: false,
+            generation: guest.generation,
             started_at_ms: self.node.now_ms(),
             decisions: Vec::new(),
             ended: None,
@@ -217,45 +218,67 @@ impl Actor {
         self.stage = Stage::Ended(record);
     }
 
-    /// Tidies the source after the guest has moved: what libvirt left of the
-    /// domain, and the disks that were copied.
+    /// Tidies the source after the guest has moved, by evidence of its copy there:
+    /// what libvirt left of the domain, and the disks that were copied.
     pub(super) async fn post_live_migration(
         &mut self,
-        step: PostLiveMigration,
+        ask: PostLiveMigration,
     ) -> Result<CleanUp, Fault> {
-        let seen_elsewhere = step
-            .runs_on
-            .is_some_and(|host| host != self.node.settings.host);
-        let step = self.step(step.instance);
+        let step = self.step(ask.instance);
         let Some(record) = self.ended(step).await? else {
             return Ok(self.remembered());
         };
-        let moved = seen_elsewhere || has_moved(&job_of(&record));
-        let hypervisor = &self.node.hypervisor;
-        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        let presence = self.node.hypervisor.presence(step.instance).await;
+        let presence = presence.map_err(fault)?;
+        let disks = record.disks.iter().map(|disk| disk.path.as_str());
+        let own = &self.node.settings.host;
+        let proof = Redundant::by(ask.survivor.as_ref(), own, record.generation, disks);
+        let runs_there = proof.as_ref().is_ok_and(Redundant::runs);
+        let mut clean_up = CleanUp::default();
+        let mut how = Ended::Left;
+        match presence {
+            Presence::Absent if record.disks.is_empty() => {}
+            Presence::Present(PowerState::Running) if !runs_there => {
+                // Somebody brought it back: it is on these disks.
+                how = Ended::MadeWay;
+                clean_up.kept = vec!["the guest runs here again: nothing is removed".to_owned()];
+            }
+            _ => {
+                let proof = proof?;
+                self.remove_what_moved(step, presence, &proof).await?;
+                for disk in &record.disks {
+                    let removed = destroy::remove(&self.node, &disk.path, &proof).await;
+                    self.note_removed(&disk.path, removed, &mut clean_up)?;
+                }
+            }
+        }
+        self.remove_marks().await;
+        self.finish_source(step, how, &record, clean_up).await
+    }
+
+    /// What libvirt left of the domain.
+    async fn remove_what_moved(
+        &self,
+        step: StepRef,
+        presence: Presence,
+        proof: &Redundant,
+    ) -> Result<(), Fault> {
         let removed = match presence {
             Presence::Absent => Ok(()),
-            Presence::Present(state) if !state.is_active() && moved => {
-                hypervisor.undefine(step.instance).await
+            Presence::Present(state) if !state.is_active() => {
+                destroy::undefine(&self.node, step.instance, proof).await
             }
-            Presence::Present(PowerState::Paused) if seen_elsewhere => {
-                hypervisor.discard_outgoing(step.instance).await
+            Presence::Present(PowerState::Paused) if proof.runs() => {
+                destroy::discard_outgoing(&self.node, step.instance, proof).await
             }
-            // Invariant 3: its disks may be the only ones.
+            // Its disks may be the only ones.
             Presence::Present(_) | Presence::Incoming => {
                 return Err(Fault::refused(format!(
                     "the guest is still on the source ({presence:?}): nothing is removed"
                 )));
             }
         };
-        removed.map_err(fault)?;
-        let mut clean_up = CleanUp::default();
-        for disk in &record.disks {
-            self.remove_disk(&disk.path, &mut clean_up).await?;
-        }
-        self.remove_marks().await;
-        self.finish_source(step, Ended::Left, &record, clean_up)
-            .await
+        removed.map_err(fault)
     }
 
     /// Forgets a transfer that did not happen; the guest stays and runs on.

@@ -22,7 +22,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{transfer, voice::Voice};
+use super::{
+    destroy::{self, Allowed},
+    transfer,
+    voice::Voice,
+};
 use crate::{
     hypervisor::{Event, HypervisorError, SendError, SendSpec, Sent},
     journal::Ended,
@@ -255,20 +259,20 @@ impl Worker {
             let now = Instant::now();
             let seen = self.node.hypervisor.presence(self.instance).await;
             let mut pause = LOOK;
-            match seen {
-                Ok(Presence::Present(state)) if !state.is_active() => return done(),
-                Ok(Presence::Absent) => return failed("the guest is no longer on this node"),
-                Ok(_) if force_at.is_some_and(|at| now >= at) => {
+            match (seen, Allowed::by(options, begun, now)) {
+                (Ok(Presence::Present(state)), _) if !state.is_active() => return done(),
+                (Ok(Presence::Absent), _) => return failed("the guest is no longer on this node"),
+                (Ok(_), Some(allowed)) => {
                     self.voice.decided(format!(
                         "stopped hard, as allowed, after {} s",
                         now.duration_since(begun).as_secs()
                     ));
-                    if let Err(e) = self.node.hypervisor.stop(self.instance).await {
+                    if let Err(e) = destroy::stop(&self.node, self.instance, &allowed).await {
                         warn!(instance = %self.instance, error = %e, "the guest was not stopped");
                         pause = AWAY;
                     }
                 }
-                Ok(_) if now >= given_up_at => {
+                (Ok(_), None) if now >= given_up_at => {
                     return Outcome::Stalled {
                         message: format!(
                             "the guest did not shut down within {patience_s} s of being asked to"
@@ -276,12 +280,12 @@ impl Worker {
                         of_guest: true,
                     };
                 }
-                Ok(Presence::Present(PowerState::Running)) if now >= ask_at => {
+                (Ok(Presence::Present(PowerState::Running)), None) if now >= ask_at => {
                     ask_at = now + ASK_AGAIN;
                     self.ask_to_shut_down().await;
                 }
-                Ok(_) => {}
-                Err(error) => {
+                (Ok(_), None) => {}
+                (Err(error), _) => {
                     pause = AWAY;
                     let since = *away_since.get_or_insert(now);
                     if now.duration_since(since) >= LONGEST_AWAY {

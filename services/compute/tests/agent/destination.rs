@@ -6,7 +6,7 @@ use drover_compute::hypervisor::{
 };
 use drover_model::{
     api::{
-        compute::{Outcome, method},
+        compute::{CopyHistory, CopySeen, FileSeen, Outcome, Survivor, method},
         fault::code,
     },
     error::ErrorClass,
@@ -281,4 +281,97 @@ async fn while_libvirt_is_away_nothing_is_removed_or_forgotten() {
     pause(1000).await;
     world.take_back(&m).await;
     world.assert_tidy(&m, A);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_taken_back_without_the_sight_of_another_copy() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    let refused = world.remove(B, method::ROLLBACK_AT_DESTINATION, &m, None);
+    let refused = refused.await.unwrap_err();
+    assert!(refused.message.contains("no copy is named"), "{refused}");
+    let mut absent = world.survivor(A, &m).await.unwrap();
+    absent.copy.presence = Presence::Absent;
+    let mut lost = world.survivor(A, &m).await.unwrap();
+    lost.copy.files[0].exists = false;
+    let mut gave = world.survivor(A, &m).await.unwrap();
+    gave.copy.known.moved_away = true;
+    for evidence in [absent, lost, gave] {
+        let asked = world.remove(B, method::ROLLBACK_AT_DESTINATION, &m, Some(evidence));
+        let refused = asked.await.unwrap_err();
+        assert_eq!(refused.class, ErrorClass::Refused);
+        assert!(world.fabric.file(B, DISK).is_some(), "{refused}");
+    }
+    world.take_back(&m).await;
+    world.assert_tidy(&m, A);
+}
+
+/// Its agent has seen it run, or finds so when it is back; the journal has it then.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_ran_here_is_never_taken_back_also_when_it_is_off() {
+    for agent_restarts in [false, true] {
+        let mut world = World::new().await;
+        let m = world.migration(small());
+        world.prepare(&m).await.unwrap();
+        world.send(&m).await.unwrap();
+        assert!(matches!(world.outcome(&m).await, Outcome::Moved { .. }));
+        if agent_restarts {
+            world.restart(B).await;
+        }
+        pause(1_000).await;
+        world.fabric.kill_guest(m.step.instance);
+        world.restart(B).await;
+        let evidence = Survivor {
+            host: host(A),
+            seen_at_ms: 1,
+            copy: CopySeen {
+                presence: Presence::Present(PowerState::Shutdown),
+                migrating: false,
+                generation: Some(0),
+                files: vec![FileSeen {
+                    path: DISK.to_owned(),
+                    exists: true,
+                    length_bytes: 1 << 30,
+                }],
+                aside: None,
+                known: CopyHistory::default(),
+            },
+        };
+        let asked = world.remove(B, method::ROLLBACK_AT_DESTINATION, &m, Some(evidence));
+        let refused = asked.await.unwrap_err();
+        assert!(refused.message.contains("ran on this node"), "{refused}");
+        assert!(world.fabric.file(B, DISK).is_some());
+        let (there, here) = world.settle(&m).await;
+        assert!(
+            there.warnings.iter().any(|w| w.contains("off")),
+            "{there:?}"
+        );
+        assert_eq!(
+            here.removed,
+            [DISK.to_owned()],
+            "the newer one is seen at B"
+        );
+        assert!(world.fabric.file(B, DISK).is_some());
+        assert_eq!(world.journal_files(B), Vec::<String>::new());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_gives_nothing_up_without_the_sight_of_the_copy_there() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    world.send(&m).await.unwrap();
+    assert!(matches!(world.outcome(&m).await, Outcome::Moved { .. }));
+    let mut lost = world.survivor(B, &m).await.unwrap();
+    lost.copy.files.clear();
+    for evidence in [None, Some(lost)] {
+        let asked = world.remove(A, method::POST_LIVE_MIGRATION, &m, evidence);
+        let refused = asked.await.unwrap_err();
+        assert_eq!(refused.class, ErrorClass::Refused, "{refused}");
+        assert!(world.fabric.file(A, DISK).is_some(), "{refused}");
+    }
+    world.settle(&m).await;
+    world.assert_tidy(&m, B);
 }

@@ -12,9 +12,9 @@ use drover_model::{
     api::{
         COMPUTE_TOPIC, CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         compute::{
-            CheckDestination, CheckPath, CheckSource, CleanUp, DestinationFacts, GuestLocation,
-            JobState, LiveMigration, Outcome, PathFacts, PreLiveMigration, SourceFacts, StepRef,
-            method,
+            CheckDestination, CheckPath, CheckSource, CleanUp, CopySeen, DestinationFacts,
+            GuestLocation, JobState, LiveMigration, Outcome, PathFacts, PreLiveMigration,
+            RemoveCopy, SourceFacts, StepRef, Survivor, method,
         },
         conductor::{EvacuatedAnswer, MigrationReport},
         fault::Fault,
@@ -256,7 +256,46 @@ impl World {
         method: &str,
         m: &Move,
     ) -> Result<CleanUp, Fault> {
-        self.call(node, method, &m.step).await
+        let removes = [
+            method::ROLLBACK_AT_DESTINATION,
+            method::POST_LIVE_MIGRATION,
+            method::ROLLBACK_RESIZE,
+            method::CONFIRM_RESIZE,
+        ];
+        match removes.contains(&method) {
+            true => {
+                let other = if node == A { B } else { A };
+                let survivor = self.survivor(other, m).await;
+                self.remove(node, method, m, survivor).await
+            }
+            false => self.call(node, method, &m.step).await,
+        }
+    }
+
+    /// What a node sees of its copy, as evidence for the other.
+    pub(crate) async fn survivor(&self, node: &str, m: &Move) -> Option<Survivor> {
+        let seen: Result<CopySeen, Fault> = self.call(node, method::LOOK_AT_COPY, &m.step).await;
+        seen.ok().map(|copy| Survivor {
+            host: host(node),
+            seen_at_ms: 1,
+            copy,
+        })
+    }
+
+    /// Asks for a removal by that evidence, or by none.
+    pub(crate) async fn remove(
+        &self,
+        node: &str,
+        method: &str,
+        m: &Move,
+        survivor: Option<Survivor>,
+    ) -> Result<CleanUp, Fault> {
+        let ask = RemoveCopy {
+            migration: m.step.migration,
+            instance: m.step.instance,
+            survivor,
+        };
+        self.call(node, method, &ask).await
     }
 
     pub(crate) async fn job(&self, m: &Move) -> JobState {

@@ -4,7 +4,7 @@
 use drover_compute::hypervisor::fake::GuestBuilder;
 use drover_model::{
     api::{
-        compute::{StepRef, method},
+        compute::{CopyHistory, CopySeen, StepRef, method},
         conductor::{Evacuated, EvacuatedAnswer},
     },
     guest::{PowerState, Presence},
@@ -34,6 +34,17 @@ fn guest(name: &str) -> GuestBuilder {
     GuestBuilder::new(name).disk(&format!("{SHARED}/{name}.qcow2"), 10)
 }
 
+fn seen(presence: Presence, generation: u64) -> CopySeen {
+    CopySeen {
+        presence,
+        migrating: false,
+        generation: Some(generation),
+        files: Vec::new(),
+        aside: None,
+        known: CopyHistory::default(),
+    }
+}
+
 /// The conductor says so of a guest from now on.
 fn evacuated(world: &World, instance: InstanceId, confirmed: bool) -> MigrationId {
     let migration = MigrationId::generate();
@@ -44,6 +55,7 @@ fn evacuated(world: &World, instance: InstanceId, confirmed: bool) -> MigrationI
             generation: 1,
             host: confirmed.then(|| host(B)),
             confirmed,
+            seen: confirmed.then(|| seen(RUNNING, 1)),
         }],
     });
     migration
@@ -201,4 +213,25 @@ async fn it_is_asked_again_when_libvirt_is_back() {
     pause(5_000).await;
     assert_eq!(on_a(&world, id), Presence::Absent);
     assert_eq!(removed(&world), [migration]);
+}
+
+/// What the answer says is not what counts, but what was seen.
+#[tokio::test(start_paused = true)]
+async fn an_old_copy_stays_without_the_sight_of_a_newer_one() {
+    let off_there = seen(OFF, 1);
+    let same_age = seen(RUNNING, 0);
+    for evidence in [None, Some(off_there), Some(same_age)] {
+        let mut world = cloud().await;
+        let id = world.fabric.add_guest(A, guest("web"));
+        world.kill(A);
+        evacuated(&world, id, true);
+        let set = |answer: &mut Option<EvacuatedAnswer>| {
+            answer.as_mut().unwrap().instances[0].seen = evidence.clone();
+        };
+        set(&mut world.heard.evacuated.lock().unwrap());
+        world.start(A).await;
+        pause(5_000).await;
+        assert_eq!(on_a(&world, id), RUNNING, "{evidence:?}");
+        assert_eq!(removed(&world), [], "{evidence:?}");
+    }
 }

@@ -2,7 +2,10 @@
 
 use drover_model::{
     api::conductor::{Evacuated, EvacuatedAnswer, EvacuatedRemoved, ForceDown, ListEvacuated},
-    api::{compute::StepRef, conductor::method},
+    api::{
+        compute::{CopySeen, StepRef},
+        conductor::method,
+    },
     guest::Presence,
     ids::HostName,
 };
@@ -90,8 +93,14 @@ impl DroverEndpoint {
             migration: evacuated.migration,
             instance: evacuated.instance,
         };
-        let seen = self.context.agents.locate(&row.host, step).await;
-        evacuated.confirmed = seen.is_ok_and(|l| matches!(l.presence, Presence::Present(_)));
+        let seen = self.context.agents.look_at_copy(&row.host, step).await;
+        let generation = evacuated.generation;
+        let newer = |seen: &CopySeen| {
+            let is_there = matches!(seen.presence, Presence::Present(_));
+            is_there && seen.generation.is_some_and(|theirs| theirs >= generation)
+        };
+        evacuated.seen = seen.ok().filter(newer);
+        evacuated.confirmed = evacuated.seen.is_some();
         evacuated.host = Some(row.host);
         Ok(Some(evacuated))
     }

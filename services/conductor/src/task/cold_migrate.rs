@@ -40,6 +40,7 @@ use drover_store::claims::Resources;
 use super::{
     job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
+    proof::{self, TakeBack},
 };
 use crate::survey::Chosen;
 
@@ -117,7 +118,7 @@ impl Saga for ColdMigrate {
         match step {
             Step::Place => self.job.release_claim().await,
             Step::Prepare => self.undo_prepare(data).await,
-            Step::Finish => self.take_back(&data.chosen()?.host).await,
+            Step::Finish => self.take_back_or_lose(&data.chosen()?.host).await,
             Step::PreCopy | Step::Stop => self.restore(data).await,
             Step::Copy => {
                 let (source, step) = (self.job.source(), self.job.step());
@@ -306,21 +307,28 @@ impl ColdMigrate {
         let presence = match finished {
             Ok(location) => location.presence,
             // Whatever was said, where the guest is decides (invariant 9).
-            Err(error) => match self.job.locate(&chosen.host).await {
-                Ok(location) if location.presence.is_active() => location.presence,
+            Err(error) => match self.job.look_at(&chosen.host).await {
+                Ok(seen) if seen.is_active() => seen.copy().presence,
+                // It may have run there: it is asked for again.
+                Ok(seen) if seen.copy().known.ran_here => return Err(lost(error.message)),
                 Ok(_) if error.class == ErrorClass::Refused => return Err(agent_error(error)),
                 Ok(_) | Err(_) => return Err(patient(error)),
             },
         };
         data.arrived = presence.power_state();
-        let came = match start {
-            true => presence.is_active(),
-            false => matches!(presence, Presence::Present(_)),
-        };
-        if !came {
-            return Err(ended(EndReason::Failed {
-                message: format!("the guest did not come up on {}: {presence:?}", chosen.host),
-            }));
+        match presence {
+            Presence::Present(state) if start && !state.is_active() => {
+                let words = format!("it was started on {}, and is off again", chosen.host);
+                data.warn(Self::name(Step::Finish), vec![words]);
+            }
+            Presence::Present(_) => {}
+            // Somebody took away what had come: nothing is undone on a guess.
+            _ => {
+                return Err(lost(format!(
+                    "the guest came to {} and is not there any more: {presence:?}",
+                    chosen.host
+                )));
+            }
         }
         let now_ms = self.job.context.clock.now_ms();
         data.downtime_ms = data.stopped_at_ms.map(|at| now_ms.saturating_sub(at));
@@ -360,37 +368,43 @@ impl ColdMigrate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        let taken_back = self.take_back(&chosen.host).await;
-        match data.handed_over {
-            true => taken_back,
-            false => {
-                let step = Self::name(Step::Prepare);
-                self.job.or_put_off(&chosen.host, step, taken_back).await
+        if data.handed_over {
+            return self.take_back_or_lose(&chosen.host).await;
+        }
+        let step = Self::name(Step::Prepare);
+        match self.take_back(&chosen.host).await {
+            Ok(None) => Ok(()),
+            Ok(Some(unproven)) => self.job.put_off(&chosen.host, step, &unproven).await,
+            Err(error) => self.job.or_put_off(&chosen.host, step, Err(error)).await,
+        }
+    }
+
+    /// Takes back what was made on the destination, if the nodes' answers prove that
+    /// another copy stays (invariant 11): on the source, aside there, or where the
+    /// guest has moved since. Says what is not proven.
+    async fn take_back(&self, dest_host: &HostName) -> Result<Option<String>, StepError> {
+        let stays = self.job.look_for_it(self.job.source(), dest_host).await?;
+        let dest = self.job.look_at(dest_host).await?;
+        match proof::cold_destination(&stays, &dest) {
+            TakeBack::Redundant(proof) => {
+                let (agents, step) = (self.job.agents(), self.job.step());
+                let undone = agents.rollback_resize(dest_host, step, &proof).await;
+                all_clean(undone.map_err(agent_error)?)?;
+                Ok(None)
             }
+            TakeBack::Stays(why) | TakeBack::Unproven(why) => Ok(Some(why)),
         }
     }
 
-    /// Both nodes are asked before anything is removed (invariant 3).
-    async fn take_back(&self, dest_host: &HostName) -> Result<(), StepError> {
-        let source = self.job.locate(self.job.source()).await?;
-        let dest = self.job.locate(dest_host).await?;
-        if dest.presence.is_active() {
-            return Err(lost(format!(
-                "the guest is active on {dest_host} ({} says {:?}): its destination is not taken back",
-                self.job.source(),
-                source.presence
-            )));
+    async fn take_back_or_lose(&self, dest_host: &HostName) -> Result<(), StepError> {
+        match self.take_back(dest_host).await? {
+            None => Ok(()),
+            Some(unproven) => Err(lost(unproven)),
         }
-        self.roll_back(dest_host).await
     }
 
-    async fn roll_back(&self, dest: &HostName) -> Result<(), StepError> {
-        let undone = self.job.agents().rollback_resize(dest, self.job.step());
-        all_clean(undone.await.map_err(agent_error)?)
-    }
-
-    /// Does again what was put off. The guest may have come back another way since:
-    /// where it is active its agent takes nothing back.
+    /// Does again what was put off. The world may have changed since, so it is looked
+    /// at anew. A guest that somebody defined there meanwhile keeps what it has.
     pub(super) async fn tidy_again(
         &self,
         step: &str,
@@ -398,7 +412,7 @@ impl ColdMigrate {
         data: &Data,
     ) -> Result<(), StepError> {
         if step == Self::name(Step::Prepare) {
-            return self.roll_back(dest).await;
+            return self.take_back_or_lose(dest).await;
         }
         let keep = Some((self.job.source(), kept_for_a_way_back(data.chosen()?)));
         let settled = self
@@ -429,7 +443,14 @@ impl ColdMigrate {
             .agents()
             .finish_revert_resize(self.job.source(), &ask)
             .await;
-        restored.map(drop).map_err(agent_error)
+        let there = restored.map_err(agent_error)?.presence;
+        match data.handed_over && !matches!(there, Presence::Present(_)) {
+            false => Ok(()),
+            true => Err(lost(format!(
+                "{} no longer has the guest that it had set aside ({there:?})",
+                self.job.source()
+            ))),
+        }
     }
 }
 

@@ -6,16 +6,17 @@
 //! | — | *point of no return* | |
 //! | `confirm_source` | source: removes what was set aside; the room for a way back is free | |
 //!
-//! The destination is asked first: the source's copy goes only when the other is
-//! known to be whole and in place (invariant 3).
+//! The destination is asked first: the source's copy goes only when the other was
+//! seen whole and in place, then and again when it goes (invariant 11).
 
 use async_trait::async_trait;
 use drover_model::migration::{EndReason, Migration, MigrationStatus as S, Phase};
 use drover_saga::{Saga, StepError};
 
 use super::{
-    job::{Data, Job, agent_error, all_clean, ended},
+    job::{Data, Job, agent_error, all_clean, ended, lost},
     journal::{Recorded, Told},
+    proof,
 };
 
 /// The steps.
@@ -42,6 +43,11 @@ impl Confirm {
             let message = "no destination is on the record".to_owned();
             return Err(ended(EndReason::Failed { message }));
         };
+        let there = self.job.look_at(dest).await?;
+        // One that does not answer is looked at when its copy goes.
+        let source = self.job.look_at(self.job.source()).await.ok();
+        let whole = proof::may_confirm(source.as_ref(), &there);
+        whole.map_err(|message| ended(EndReason::Failed { message }))?;
         let step = self.job.step();
         let confirmed = self.job.agents().confirm_at_destination(dest, step).await;
         confirmed.map(drop).map_err(agent_error)
@@ -50,8 +56,13 @@ impl Confirm {
     /// Removes what the source keeps, and its claim.
     pub(super) async fn confirm_source(&self) -> Result<(), StepError> {
         let (source, step) = (self.job.source(), self.job.step());
-        let confirmed = self.job.agents().confirm_resize(source, step).await;
-        all_clean(confirmed.map_err(agent_error)?)?;
+        let dest = self.job.migration.dest_host.as_ref().unwrap_or(source);
+        let stays = self.job.look_for_it(dest, source).await?;
+        let proof = proof::kept_aside(source, &stays).map_err(lost)?;
+        let confirmed = self.job.agents().confirm_resize(source, step, &proof).await;
+        let cleaned = confirmed.map_err(agent_error)?;
+        self.job.note_kept(cleaned.kept.clone()).await?;
+        all_clean(cleaned)?;
         self.job.release_claim().await
     }
 }

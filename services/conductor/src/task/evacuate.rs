@@ -36,6 +36,7 @@ use tokio::time::Instant;
 use super::{
     job::{Data, Job, agent_error, all_clean, ended, lost, repeatable, store_error},
     journal::{Recorded, Told},
+    proof::NeverRan,
 };
 use crate::{
     checks,
@@ -301,15 +302,13 @@ impl Evacuate {
         self.job.or_put_off(&chosen.host, step, taken_back).await
     }
 
-    /// Takes the definition back where the guest does not run.
+    /// Takes the definition back where the guest was never started.
     async fn take_back(&self, host: &HostName) -> Result<(), StepError> {
-        let there = self.job.locate(host).await?;
-        if there.presence.is_active() {
-            return Err(lost(format!(
-                "the guest runs on {host}: it is not taken back"
-            )));
-        }
-        let undone = self.job.agents().rollback_rebuild(host, self.job.step());
+        let home = self.job.look_at(host).await?;
+        let proof = NeverRan::there(&home)
+            .map_err(|why| lost(format!("{why}: its definition is not taken back")))?;
+        let agents = self.job.agents();
+        let undone = agents.rollback_rebuild(host, self.job.step(), &proof);
         all_clean(undone.await.map_err(agent_error)?)
     }
 
@@ -344,9 +343,15 @@ impl Evacuate {
                 (_, Err(e)) if matches!(e.class, ErrorClass::Refused | ErrorClass::Bug) => {
                     return Err(failed(e.message.clone()));
                 }
+                // It ran there: with its generation it is the only one that may.
+                (Presence::Present(_), Ok(())) => {
+                    let words = format!("it was started on {host}, and is off again: {there:?}");
+                    data.warn(Self::name(Step::Start), vec![words]);
+                    break;
+                }
                 (there, Ok(())) => {
-                    return Err(failed(format!(
-                        "it was started on {host}, and is off again: {there:?}"
+                    return Err(lost(format!(
+                        "it was started on {host}, and is not there any more: {there:?}"
                     )));
                 }
                 (_, Err(e)) if began.elapsed() >= LOOK_FOR => return Err(lost(e.message.clone())),

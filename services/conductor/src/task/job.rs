@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{sync::broadcast, time::timeout};
 use tracing::warn;
 
+use super::proof::Seen;
 use crate::{
     agent_client::{AgentClient, AgentError},
     app::Context,
@@ -143,7 +144,72 @@ impl Job {
         located.map_err(agent_error)
     }
 
+    // ---- proving
+
+    /// What a node sees of its copy now.
+    pub(super) async fn look_at(&self, host: &HostName) -> Result<Seen, StepError> {
+        let at_ms = self.context.clock.now_ms();
+        let seen = self.agents().look_at_copy(host, self.step()).await;
+        let seen = seen.map_err(agent_error)?;
+        Ok(Seen::new(self.migration.uuid, host.clone(), at_ms, seen))
+    }
+
+    /// Where the guest is: there, or on the node that the record names by now.
+    pub(super) async fn look_for_it(
+        &self,
+        first: &HostName,
+        but_not_on: &HostName,
+    ) -> Result<Seen, StepError> {
+        let seen = self.look_at(first).await?;
+        if seen.is_present() || seen.copy().is_kept_aside() {
+            return Ok(seen);
+        }
+        let id = self.migration.instance_uuid.to_string();
+        let home = match self.store().find_instance(&id).await {
+            Ok(row) => row.host,
+            Err(StoreError::NotFound(_)) => return Ok(seen),
+            Err(error) => return Err(store_error(&error)),
+        };
+        match home == *first || home == *but_not_on {
+            true => Ok(seen),
+            false => self.look_at(&home).await,
+        }
+    }
+
+    /// What was left for good goes on the record.
+    pub(super) async fn note_kept(&self, kept: Vec<String>) -> Result<(), StepError> {
+        if kept.is_empty() {
+            return Ok(());
+        }
+        let noted = self
+            .store()
+            .update_migration(self.lease.migration, |m| {
+                let new = kept.iter().filter(|text| !m.warnings.contains(text));
+                let new: Vec<String> = new.cloned().collect();
+                let changes = !new.is_empty();
+                m.warnings.extend(new);
+                changes
+            })
+            .await;
+        noted.map(drop).map_err(|e| store_error(&e))
+    }
+
     // ---- undoing
+
+    /// Nobody shows a copy that would stay: what was made there is kept, and looked
+    /// at again later. The guest need not wait for that.
+    pub(super) async fn put_off(
+        &self,
+        host: &HostName,
+        step: &str,
+        why: &str,
+    ) -> Result<(), StepError> {
+        warn!(%host, why, "not taken back for now");
+        let now_ms = self.context.clock.now_ms();
+        let put_off = self.store().put_off(self.lease, step, now_ms).await;
+        put_off.map_err(|e| store_error(&e))?;
+        self.note_kept(vec![why.to_owned()]).await
+    }
 
     /// How a destination was taken back. One that died has nothing running: what was
     /// made there goes when it is up again, and the guest need not wait for that.
@@ -161,10 +227,8 @@ impl Job {
         if self.context.liveness().is_up(&node) {
             return Err(error);
         }
-        warn!(%host, %error, "taken back when its node is up again");
-        let now_ms = self.context.clock.now_ms();
-        let put_off = self.store().put_off(self.lease, step, now_ms).await;
-        put_off.map_err(|e| store_error(&e))
+        let why = format!("taken back when its node is up again: {error}");
+        self.put_off(host, step, &why).await
     }
 
     // ---- settling

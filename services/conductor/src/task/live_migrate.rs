@@ -26,10 +26,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{
-        CleanUp, GuestLocation, JobState, LiveMigration, Outcome, PostLiveMigration,
-        PreLiveMigration,
-    },
+    api::compute::{CleanUp, GuestLocation, JobState, LiveMigration, Outcome, PreLiveMigration},
     error::ErrorClass,
     guest::{PowerState, Presence},
     ids::HostName,
@@ -45,6 +42,7 @@ use super::{
         ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, moved, repeatable, store_error,
     },
     journal::{Recorded, Told},
+    proof::{self, TakeBack},
 };
 use crate::{agent_client::AgentError, plan::schedule::Limits, survey::Chosen};
 
@@ -233,29 +231,43 @@ impl LiveMigrate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        let taken_back = self.take_back(&chosen.host).await;
         let step = Self::name(Step::Prepare);
-        self.job.or_put_off(&chosen.host, step, taken_back).await
-    }
-
-    /// Both nodes are asked before anything is removed (invariant 3).
-    async fn take_back(&self, dest_host: &HostName) -> Result<(), StepError> {
-        let source = self.job.locate(&self.job.migration.source_host).await?;
-        let dest = self.job.locate(dest_host).await?;
-        if dest.presence.is_active() && !source.presence.is_active() {
-            return Err(lost(format!(
-                "the guest runs on {dest_host}: its destination is not taken back"
-            )));
+        match self.take_back(&chosen.host).await {
+            Ok(None) => Ok(()),
+            Ok(Some(unproven)) => self.job.put_off(&chosen.host, step, &unproven).await,
+            Err(error) => self.job.or_put_off(&chosen.host, step, Err(error)).await,
         }
-        self.roll_back(dest_host).await
     }
 
-    async fn roll_back(&self, dest: &HostName) -> Result<(), StepError> {
-        let undone = self
-            .job
-            .agents()
-            .rollback_at_destination(dest, self.job.step());
-        all_clean(undone.await.map_err(agent_error)?)
+    /// Takes back what was made on the destination, if both nodes' answers prove that
+    /// nobody needs it (invariant 11). A guest that is or was there keeps it. Says
+    /// what is not proven.
+    async fn take_back(&self, dest_host: &HostName) -> Result<Option<String>, StepError> {
+        let source_host = &self.job.migration.source_host;
+        let source = self.job.look_at(source_host).await?;
+        let dest = self.job.look_at(dest_host).await?;
+        let stays = match source.is_present() {
+            true => source.clone(),
+            false => self.job.look_for_it(source_host, dest_host).await?,
+        };
+        let (agents, step) = (self.job.agents(), self.job.step());
+        match proof::live_destination(&source, &stays, &dest) {
+            TakeBack::Redundant(proof) => {
+                let undone = agents.rollback_at_destination(dest_host, step, &proof);
+                all_clean(undone.await.map_err(agent_error)?)?;
+                Ok(None)
+            }
+            TakeBack::Stays(why) => {
+                let left = agents.post_at_destination(dest_host, step).await;
+                let left = left.map_err(agent_error)?;
+                warn!(migration = %self.job.migration.uuid, why, "nothing is taken back");
+                let words = format!("{why}: what was made there is not taken back");
+                let kept = std::iter::once(words).chain(left.kept);
+                self.job.note_kept(kept.collect()).await?;
+                Ok(None)
+            }
+            TakeBack::Unproven(why) => Ok(Some(why)),
+        }
     }
 
     // ---- turn
@@ -305,7 +317,9 @@ impl LiveMigrate {
         if let Outcome::Moved { downtime_ms, .. } = &outcome {
             data.downtime_ms = *downtime_ms;
         }
-        self.verdict(&chosen, outcome).await
+        let noted = self.verdict(&chosen, outcome).await?;
+        data.warn(Self::name(Step::Transfer), noted);
+        Ok(())
     }
 
     /// Has the source start, or finds it started, and waits for the end.
@@ -394,16 +408,18 @@ impl LiveMigrate {
     }
 
     /// Where the guest is, whatever was said of the job.
-    async fn verdict(&self, chosen: &Chosen, outcome: Outcome) -> Result<(), StepError> {
+    /// Says what is to be noted about a guest that has moved.
+    async fn verdict(&self, chosen: &Chosen, outcome: Outcome) -> Result<Vec<String>, StepError> {
         let source_host = &self.job.migration.source_host;
         let began = tokio::time::Instant::now();
         loop {
             let dest = self.job.locate(&chosen.host).await;
             let source = self.job.locate(source_host).await;
-            match judge(source.as_ref().ok(), dest.as_ref().ok()) {
-                Verdict::Moved => return Ok(()),
+            let told = self.told(chosen, &outcome, dest.as_ref().ok()).await;
+            match judge(source.as_ref().ok(), dest.as_ref().ok(), told) {
+                Verdict::Moved => return Ok(moved_how(&chosen.host, dest.as_ref().ok())),
                 Verdict::Stayed => return Err(ended(reason(outcome, source_host))),
-                Verdict::Gone => {
+                Verdict::Stopped => {
                     return Err(ended(EndReason::Failed {
                         message: format!(
                             "the guest stopped during the migration: {}",
@@ -421,6 +437,28 @@ impl LiveMigrate {
                     )));
                 }
             }
+        }
+    }
+
+    /// What the nodes know beyond where the guest is now. Asked only where it is
+    /// not seen on the destination.
+    async fn told(
+        &self,
+        chosen: &Chosen,
+        outcome: &Outcome,
+        dest: Option<&GuestLocation>,
+    ) -> ToldBy {
+        let moved_away = matches!(outcome, Outcome::Moved { .. });
+        if dest.is_none_or(|dest| dest.presence.is_active()) {
+            return ToldBy {
+                moved_away,
+                ran_there: false,
+            };
+        }
+        let seen = self.job.look_at(&chosen.host).await;
+        ToldBy {
+            moved_away,
+            ran_there: seen.is_ok_and(|seen| seen.copy().known.ran_here),
         }
     }
 
@@ -445,56 +483,66 @@ impl LiveMigrate {
             .await;
         let cleaned = cleaned.map_err(agent_error)?;
         data.downtime_ms = cleaned.downtime_ms.or(data.downtime_ms);
-        data.warn(Self::name(Step::Settle), cleaned.warnings);
+        let noted = cleaned.warnings.into_iter().chain(cleaned.kept);
+        data.warn(Self::name(Step::Settle), noted.collect());
         Ok(())
     }
 
     async fn tidy(&self, data: &mut Data) -> Result<(), StepError> {
         let source = &self.job.migration.source_host;
         let dest = &data.chosen()?.host;
-        let cleaned = self.tidy_source(dest).await.map_err(agent_error)?;
+        let cleaned = self.tidy_source(dest).await?;
         if !cleaned.removed.is_empty() {
             data.decide(
                 Self::name(Step::Tidy),
                 format!("removed from {source}: {}", cleaned.removed.join(", ")),
             );
         }
-        data.warn(Self::name(Step::Tidy), cleaned.warnings);
+        let noted = cleaned.warnings.into_iter().chain(cleaned.kept);
+        data.warn(Self::name(Step::Tidy), noted.collect());
         Ok(())
     }
 
-    /// Does a step again that was put off; says what remains amiss. The guest may
-    /// have moved on since: where it is active a destination is not taken back,
-    /// which its agent sees to.
+    /// Does a step again that was put off; says what remains amiss. The world may
+    /// have changed since, so it is looked at anew.
     pub async fn tidy_again(&self, step: &str, dest: &HostName) -> Result<(), StepError> {
-        let agents = self.job.agents();
         if step == Self::name(Step::Prepare) {
-            return self.roll_back(dest).await;
+            return match self.take_back(dest).await? {
+                None => Ok(()),
+                Some(unproven) => Err(lost(unproven)),
+            };
         }
-        if step != Self::name(Step::Settle) {
-            return self.tidy_source(dest).await.map(drop).map_err(agent_error);
-        }
-        self.end_turn().await?;
-        let took = self.job.source();
-        self.job.settle_late(took, dest, None, None).await?;
-        let posted = agents.post_at_destination(dest, self.job.step()).await;
-        posted.map(drop).map_err(agent_error)
+        let cleaned = match step == Self::name(Step::Settle) {
+            true => {
+                self.end_turn().await?;
+                let took = self.job.source();
+                self.job.settle_late(took, dest, None, None).await?;
+                let agents = self.job.agents();
+                let posted = agents.post_at_destination(dest, self.job.step()).await;
+                posted.map_err(agent_error)?
+            }
+            false => self.tidy_source(dest).await?,
+        };
+        self.job.note_kept(cleaned.kept).await
     }
 
-    /// Asks the destination first, as the source may have to give up a copy
-    /// that its libvirt left (invariant 3). Without an answer it keeps that.
-    async fn tidy_source(&self, dest: &HostName) -> Result<CleanUp, AgentError> {
-        let agents = self.job.agents();
-        let seen = agents.locate(dest, self.job.step()).await;
-        let runs = seen.is_ok_and(|l| l.presence == Presence::Present(PowerState::Running));
-        let ask = PostLiveMigration {
-            migration: self.job.migration.uuid,
-            instance: self.job.migration.instance_uuid,
-            runs_on: runs.then(|| dest.clone()),
+    /// Only by evidence of the guest's copy on its destination, or where it has moved
+    /// since (invariant 11). One that is back on the source is the source's to judge.
+    async fn tidy_source(&self, dest: &HostName) -> Result<CleanUp, StepError> {
+        let (agents, source) = (self.job.agents(), &self.job.migration.source_host);
+        let stays = self.job.look_for_it(dest, source).await?;
+        let cleaned = match proof::live_source(source, &stays) {
+            Ok(proof) => agents.post_at_source(source, self.job.step(), &proof).await,
+            Err(unproven) => {
+                let here = self.job.look_at(source).await?;
+                if here.copy().presence != Presence::Present(PowerState::Running) {
+                    return Err(lost(unproven));
+                }
+                // Somebody brought it back.
+                agents.leave_at_source(source, self.job.step()).await
+            }
         };
-        agents
-            .post_at_source(&self.job.migration.source_host, &ask)
-            .await
+        cleaned.map_err(agent_error)
     }
 }
 
@@ -547,37 +595,76 @@ fn taken(what: &str, result: Result<(), AgentError>) -> bool {
 /// Where a guest is after a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    /// On the destination.
+    /// On the destination, or it was.
     Moved,
     /// On the source, and only there.
     Stayed,
-    /// On neither, both having answered.
-    Gone,
+    /// Off on the source, and it never came to the destination.
+    Stopped,
     /// libvirt is still at it.
     InBetween,
     /// Nobody can say.
     Unknown,
 }
 
+/// What is known of a transfer beyond where the guest is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct ToldBy {
+    /// The source's libvirt says that it handed the guest over.
+    moved_away: bool,
+    /// The destination's journal says that it ran there.
+    ran_there: bool,
+}
+
 /// Judges what the nodes say; `None` is a node that did not answer. A guest
 /// that *runs* on the destination has switched over: QEMU lets it run there
-/// only once the source's copy stands still for good.
-fn judge(source: Option<&GuestLocation>, dest: Option<&GuestLocation>) -> Verdict {
+/// only once the source's copy stands still for good. One that arrived has moved,
+/// whatever became of it since: it may have gone off, or away. That neither node
+/// has it proves nothing.
+fn judge(source: Option<&GuestLocation>, dest: Option<&GuestLocation>, told: ToldBy) -> Verdict {
     let runs = |l: &&GuestLocation| l.presence == Presence::Present(PowerState::Running);
-    let active = |l: Option<&GuestLocation>| l.is_some_and(|l| l.presence.is_active());
-    let migrating = |l: Option<&GuestLocation>| l.is_some_and(|l| l.migrating);
     let source_runs = source.filter(runs).is_some();
+    let arrived = told.moved_away || told.ran_there;
+    if source.is_some_and(|l| l.migrating) {
+        return Verdict::InBetween;
+    }
     match (source, dest) {
-        _ if migrating(source) => Verdict::InBetween,
         (_, Some(d)) if runs(&d) && !source_runs => Verdict::Moved,
-        (Some(_), Some(_)) if active(dest) && !active(source) => Verdict::Moved,
         (Some(_), None) if source_runs => Verdict::Stayed,
-        (Some(_), Some(_)) if active(source) && !active(dest) => Verdict::Stayed,
-        (Some(_), Some(d)) if !active(source) && !active(dest) => match d.presence {
-            Presence::Incoming => Verdict::InBetween,
-            _ => Verdict::Gone,
+        (Some(s), Some(d)) => match (s.presence, d.presence) {
+            (s, d) if s.is_active() && d.is_active() => Verdict::Unknown,
+            (_, d) if d.is_active() => Verdict::Moved,
+            _ if source_runs => Verdict::Stayed,
+            // A copy that stands still may be what libvirt left of one that moved.
+            (s, Presence::Present(_)) if s.is_active() => match arrived {
+                true => Verdict::Moved,
+                false => Verdict::Unknown,
+            },
+            (s, _) if s.is_active() => match arrived {
+                true => Verdict::Unknown,
+                false => Verdict::Stayed,
+            },
+            (_, Presence::Incoming) => Verdict::InBetween,
+            // Nothing but an arrival defines it there.
+            (_, Presence::Present(_)) => Verdict::Moved,
+            (Presence::Absent, _) if arrived => Verdict::Moved,
+            (Presence::Present(_), _) if !arrived => Verdict::Stopped,
+            _ => Verdict::Unknown,
         },
         _ => Verdict::Unknown,
+    }
+}
+
+/// What is to be noted about a guest that has moved, and is not active there.
+fn moved_how(dest: &HostName, seen: Option<&GuestLocation>) -> Vec<String> {
+    match seen.map(|l| l.presence) {
+        Some(Presence::Absent) => vec![format!(
+            "it moved to {dest}, and is no longer defined there: somebody took it away"
+        )],
+        Some(presence) if !presence.is_active() => {
+            vec![format!("it moved to {dest}, and is off there by now")]
+        }
+        _ => Vec::new(),
     }
 }
 

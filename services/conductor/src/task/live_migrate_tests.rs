@@ -30,8 +30,16 @@ fn at(presence: Presence) -> Option<GuestLocation> {
     Some(GuestLocation::seen(presence))
 }
 
+fn told_verdict(
+    source: Option<GuestLocation>,
+    dest: Option<GuestLocation>,
+    told: ToldBy,
+) -> Verdict {
+    judge(source.as_ref(), dest.as_ref(), told)
+}
+
 fn verdict(source: Option<GuestLocation>, dest: Option<GuestLocation>) -> Verdict {
-    judge(source.as_ref(), dest.as_ref())
+    told_verdict(source, dest, ToldBy::default())
 }
 
 #[test]
@@ -50,16 +58,49 @@ fn the_plain_cases() {
         verdict(at(running), at(Presence::Incoming)),
         Verdict::Stayed
     );
-    assert_eq!(
-        verdict(at(Presence::Absent), at(Presence::Absent)),
-        Verdict::Gone
-    );
-    assert_eq!(verdict(at(off), at(Presence::Absent)), Verdict::Gone);
+    assert_eq!(verdict(at(off), at(Presence::Absent)), Verdict::Stopped);
     assert_eq!(
         verdict(at(paused), at(running)),
         Verdict::Moved,
         "a stale copy stands still"
     );
+}
+
+#[test]
+fn a_guest_that_arrived_has_moved_whatever_became_of_it() {
+    let (absent, off) = (Presence::Absent, Presence::Present(P::Shutdown));
+    let (paused, running) = (Presence::Present(P::Paused), Presence::Present(P::Running));
+    let moved = ToldBy {
+        moved_away: true,
+        ran_there: false,
+    };
+    let ran = ToldBy {
+        moved_away: false,
+        ran_there: true,
+    };
+    for told in [moved, ran] {
+        for dest in [off, Presence::Present(P::Crashed), paused, running, absent] {
+            let said = told_verdict(at(absent), at(dest), told);
+            assert_eq!(said, Verdict::Moved, "{dest:?} {told:?}");
+        }
+        let stale = told_verdict(at(paused), at(off), told);
+        assert_eq!(stale, Verdict::Moved, "what libvirt left stands still");
+        let back = told_verdict(at(running), at(off), told);
+        assert_eq!(back, Verdict::Stayed, "somebody brought it back");
+        let nowhere = told_verdict(at(off), at(absent), told);
+        assert_eq!(nowhere, Verdict::Unknown);
+        let nowhere = told_verdict(at(paused), at(absent), told);
+        assert_eq!(nowhere, Verdict::Unknown);
+    }
+    assert_eq!(verdict(at(absent), at(off)), Verdict::Moved);
+    assert_eq!(verdict(at(off), at(off)), Verdict::Moved);
+    assert_eq!(verdict(at(paused), at(off)), Verdict::Unknown);
+}
+
+#[test]
+fn that_neither_node_has_it_proves_nothing() {
+    let absent = at(Presence::Absent);
+    assert_eq!(verdict(absent, absent), Verdict::Unknown);
 }
 
 #[test]
@@ -96,13 +137,16 @@ fn no_pair_of_answers_contradicts_what_is_seen_to_run() {
                 );
             }
             if runs(source) {
-                assert!(!matches!(said, Verdict::Moved | Verdict::Gone), "{pair}");
+                assert!(!matches!(said, Verdict::Moved | Verdict::Stopped), "{pair}");
             }
             if runs(dest) {
-                assert!(!matches!(said, Verdict::Stayed | Verdict::Gone), "{pair}");
+                assert!(
+                    !matches!(said, Verdict::Stayed | Verdict::Stopped),
+                    "{pair}"
+                );
             }
             if source.is_none() || dest.is_none() {
-                assert_ne!(said, Verdict::Gone, "{pair}");
+                assert_ne!(said, Verdict::Stopped, "{pair}");
             }
         }
     }

@@ -7,7 +7,7 @@
 //! * [`transfer`]: a guest to another project on its node.
 //!
 //! [`journal`] turns their events into the record and the notifications; what
-//! all their steps use is in [`job`]; [`runner`] drives them, finds them again
+//! all their steps use is in [`job`]; what proves that something may go is in [`proof`]; [`runner`] drives them, finds them again
 //! after a restart, and keeps hold.
 
 pub mod cold_migrate;
@@ -16,6 +16,7 @@ pub mod evacuate;
 pub mod job;
 pub mod journal;
 pub mod live_migrate;
+pub mod proof;
 pub mod revert;
 pub mod runner;
 pub mod transfer;

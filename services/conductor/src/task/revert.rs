@@ -9,12 +9,15 @@
 //! | `settle` | record and claim follow the guest | |
 //! | `tidy` | destination: removes the files that came | |
 //!
-//! The destination is stopped before the source starts anything (invariant 1),
-//! and keeps its disks until the source has the guest.
+//! Before anything is stopped the source is asked whether it still has all that it
+//! set aside: one that has lost it refuses, and the guest runs on. The destination
+//! is stopped before the source starts anything (invariant 1), and keeps its disks
+//! until the source was seen to have the guest, with its files in place. That it is
+//! *absent* there is no success (invariant 11).
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{FinishResize, FinishRevertResize, RevertResize},
+    api::compute::{FinishResize, FinishRevertResize},
     guest::{PowerState, Presence},
     ids::HostName,
     migration::{EndReason, Migration, MigrationStatus as S, Phase, Way},
@@ -22,8 +25,9 @@ use drover_model::{
 use drover_saga::{Saga, StepError};
 
 use super::{
-    job::{Data, Job, agent_error, all_clean, ended, patient, store_error},
+    job::{Data, Job, agent_error, all_clean, ended, lost, patient, store_error},
     journal::{Recorded, Told},
+    proof::{self, TakeBack},
 };
 
 /// The steps.
@@ -56,11 +60,10 @@ impl Revert {
     }
 
     async fn revert_destination(&self) -> Result<(), StepError> {
-        let ask = RevertResize {
-            migration: self.job.migration.uuid,
-            instance: self.job.migration.instance_uuid,
-        };
-        let reverted = self.job.agents().revert_resize(self.dest()?, &ask).await;
+        let source = self.job.look_at(self.job.source()).await?;
+        let proof = proof::way_back(&source).map_err(cannot_go_back)?;
+        let (dest, step) = (self.dest()?, self.job.step());
+        let reverted = self.job.agents().revert_resize(dest, step, &proof).await;
         reverted.map(drop).map_err(patient)
     }
 
@@ -79,7 +82,15 @@ impl Revert {
             flavor,
         };
         let again = self.job.agents().finish_resize(self.dest()?, &ask).await;
-        again.map(drop).map_err(agent_error)
+        let Err(error) = again else {
+            return Ok(());
+        };
+        // An agent that knows nothing of it stopped nothing.
+        let there = self.job.look_at(self.dest()?).await?;
+        match there.is_present() && !there.copy().known.under_way {
+            true => Ok(()),
+            false => Err(agent_error(error)),
+        }
     }
 
     async fn restore(&self, data: &mut Data) -> Result<(), StepError> {
@@ -91,7 +102,14 @@ impl Revert {
         };
         let source = self.job.source();
         let restored = self.job.agents().finish_revert_resize(source, &ask).await;
-        data.arrived = restored.map_err(patient)?.presence.power_state();
+        restored.map_err(patient)?;
+        // What was answered is not enough: it is looked at.
+        let seen = self.job.look_at(source).await;
+        let seen = seen.map_err(|error| lost(error.to_string()))?;
+        if !seen.is_present() || !seen.copy().is_whole() {
+            return Err(cannot_go_back(seen.words()));
+        }
+        data.arrived = seen.copy().presence.power_state();
         Ok(())
     }
 
@@ -123,12 +141,33 @@ impl Revert {
         self.job.settle_late(dest, source, data.arrived, None).await
     }
 
-    /// Removes the files that came to the destination.
-    async fn tidy(&self) -> Result<(), StepError> {
-        let (dest, step) = (self.dest()?, self.job.step());
-        let tidied = self.job.agents().rollback_resize(dest, step).await;
-        all_clean(tidied.map_err(agent_error)?)
+    /// Removes the files that came to the destination. A guest that somebody has
+    /// brought there again keeps them.
+    pub(super) async fn tidy(&self) -> Result<(), StepError> {
+        let (dest_host, step) = (self.dest()?, self.job.step());
+        let stays = self.job.look_for_it(self.job.source(), dest_host).await?;
+        let dest = self.job.look_at(dest_host).await?;
+        let agents = self.job.agents();
+        match proof::reverted(&stays, &dest) {
+            TakeBack::Redundant(proof) => {
+                let tidied = agents.rollback_resize(dest_host, step, &proof).await;
+                all_clean(tidied.map_err(agent_error)?)
+            }
+            TakeBack::Stays(why) => {
+                let left = agents.confirm_at_destination(dest_host, step).await;
+                left.map_err(agent_error)?;
+                let words = format!("{why}: the files that came there are not removed");
+                self.job.note_kept(vec![words]).await
+            }
+            TakeBack::Unproven(why) => Err(lost(why)),
+        }
     }
+}
+
+fn cannot_go_back(why: String) -> StepError {
+    ended(EndReason::Failed {
+        message: format!("it cannot go back: {why}"),
+    })
 }
 
 #[async_trait]

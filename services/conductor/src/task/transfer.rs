@@ -277,7 +277,9 @@ impl Transfer {
     async fn tidy(&self) -> Result<(), StepError> {
         let (host, step) = (self.job.source(), self.job.step());
         let tidied = self.job.agents().post_transfer(host, step).await;
-        all_clean(tidied.map_err(agent_error)?)
+        let cleaned = tidied.map_err(agent_error)?;
+        self.job.note_kept(cleaned.kept.clone()).await?;
+        all_clean(cleaned)
     }
 
     /// Has the node do a part, or finds it at it, and waits for its end. Says

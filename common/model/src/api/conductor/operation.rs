@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    api::compute::CopySeen,
     check::CheckFailure,
     ids::{HostName, InstanceId, MigrationId},
     migration::Migration,
@@ -186,8 +187,11 @@ pub struct Evacuated {
     pub generation: u64,
     /// Where it lives now; none while its evacuation is not at its end.
     pub host: Option<HostName>,
-    /// Its new home was asked just now, and has it: the old copy may go.
+    /// Its new home was asked just now, and has it in that generation.
     pub confirmed: bool,
+    /// What the new home saw of it then: evidence without which no old copy goes.
+    #[serde(default)]
+    pub seen: Option<CopySeen>,
 }
 
 /// Everything that an agent must know before anything runs on its node.

@@ -393,6 +393,17 @@ impl Fabric {
         self.with(|world, _| world.storage.create(&node, path, file))
     }
 
+    /// Somebody copies a file to another node, over what is there.
+    pub fn copy_file(&self, from: &str, to: &str, path: &str) {
+        let (from, to) = (host(from), host(to));
+        self.with(|world, _| {
+            if let Some(file) = world.storage.file(&from, path).cloned() {
+                world.storage.remove(&to, path);
+                world.put_file(&to, path, file);
+            }
+        });
+    }
+
     /// Somebody writes to a file with text in it; fails in words.
     pub fn change_file(&self, node: &str, path: &str) -> Result<(), String> {
         let node = host(node);

@@ -17,6 +17,7 @@ fn record_of(n: u128) -> Record {
         instance: instance(n),
         disks: Vec::new(),
         prepared: false,
+        ran_here: false,
     })
 }
 

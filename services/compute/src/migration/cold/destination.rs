@@ -6,10 +6,11 @@ use drover_model::{
     api::{
         compute::{
             CarriedFile, CleanUp, ColdPart, Ended, FileRole, FinishResize, GuestLocation, Inbox,
-            PrepResize, RevertResize, StepRef,
+            PrepResize, RemoveCopy, RevertResize, StepRef,
         },
         fault::Fault,
     },
+    error::ErrorClass,
     guest::Presence,
     ids::InstanceId,
 };
@@ -18,6 +19,7 @@ use tracing::{info, warn};
 use super::{
     super::{
         actor::{Actor, Stage},
+        destroy::{self, Redundant, Reverting, lasting_files},
         registry::Finished,
     },
     files,
@@ -60,6 +62,9 @@ impl Actor {
                 token: token(),
                 prepared: false,
                 definition: None,
+                ran_here: false,
+                arrived: false,
+                reverted: None,
             };
             self.nothing_is_here_yet(&record).await?;
             self.write_coming(&record).await?;
@@ -201,49 +206,98 @@ impl Actor {
         }
     }
 
-    /// Defines the guest that has come, and starts it if it is to run.
+    /// Defines the guest that has come, and starts it if it is to run. Once it was
+    /// here so, nothing is done any more, but to take back a revert.
     pub(in super::super) async fn finish_resize(
         &mut self,
         step: FinishResize,
     ) -> Result<GuestLocation, Fault> {
-        let mut record = self.coming(step.instance)?.clone();
-        let hypervisor = self.node.hypervisor.clone();
+        let record = self.coming(step.instance)?.clone();
+        if record.arrived && record.reverted.is_none() {
+            return self.location(step.instance).await;
+        }
         self.close().await;
-        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        let presence = self.node.hypervisor.presence(step.instance).await;
+        let presence = presence.map_err(fault)?;
         if !presence.is_active() {
-            let definition = match record.definition.clone() {
-                Some(definition) => definition,
-                None => {
-                    let state_dir = &self.node.settings.state_dir;
-                    let path = files::definition_path(state_dir, self.migration);
-                    let came = definition::read(&path).await?;
-                    record.definition = Some(came.clone());
-                    // From here on nothing more is taken in.
-                    self.write_coming(&record).await?;
-                    self.stage = Stage::Coming(Box::new(record));
-                    came
-                }
-            };
-            let listed: Vec<CarriedFile> = self
-                .coming(step.instance)?
-                .files
-                .iter()
-                .map(CarriedFile::from)
-                .collect();
-            for overlay in files::overlays(&listed) {
-                hypervisor.merge_overlay(&overlay).await.map_err(fault)?;
-                hypervisor.remove_disk(&overlay.path).await.map_err(fault)?;
-            }
-            let defined = hypervisor.define(&definition, step.flavor).await;
-            defined.map_err(fault)?;
-            if step.start {
-                hypervisor.start(step.instance).await.map_err(fault)?;
+            self.define_what_came(&step, presence).await?;
+            if step.start && record.reverted != Some(false) {
+                self.start_what_came(step.instance).await?;
             }
         }
+        let mut record = self.coming(step.instance)?.clone();
+        record.ran_here |= presence.is_active();
+        record.arrived = true;
+        record.reverted = None;
+        self.keep_coming(record).await?;
         let location = self.location(step.instance).await?;
         info!(migration = %self.migration, instance = %step.instance,
             presence = ?location.presence, "the guest has come");
         Ok(location)
+    }
+
+    async fn define_what_came(
+        &mut self,
+        step: &FinishResize,
+        presence: Presence,
+    ) -> Result<(), Fault> {
+        let mut record = self.coming(step.instance)?.clone();
+        let definition = match record.definition.clone() {
+            Some(definition) => definition,
+            None if presence != Presence::Absent => {
+                return Err(Fault::refused(format!(
+                    "somebody else has defined the guest on this node ({presence:?}): that \
+                     definition is not replaced"
+                )));
+            }
+            None => {
+                let state_dir = &self.node.settings.state_dir;
+                let path = files::definition_path(state_dir, self.migration);
+                let came = definition::read(&path).await?;
+                record.definition = Some(came.clone());
+                // From here on nothing more is taken in.
+                self.keep_coming(record.clone()).await?;
+                came
+            }
+        };
+        let listed: Vec<CarriedFile> = record.files.iter().map(CarriedFile::from).collect();
+        for overlay in files::overlays(&listed) {
+            let absorbed = destroy::absorb(&self.node, &overlay).await;
+            absorbed.map_err(fault)?;
+        }
+        // As it was here, if it was: its size is in it already.
+        let flavor = step.flavor.filter(|_| record.reverted.is_none());
+        let defined = self.node.hypervisor.define(&definition, flavor).await;
+        defined.map_err(fault)
+    }
+
+    /// From before the start on the guest counts as one that ran here, unless the
+    /// hypervisor refused to start it.
+    async fn start_what_came(&mut self, instance: InstanceId) -> Result<(), Fault> {
+        let mut record = self.coming(instance)?.clone();
+        let ran_before = record.ran_here;
+        if !ran_before {
+            record.ran_here = true;
+            self.keep_coming(record.clone()).await?;
+        }
+        let hypervisor = self.node.hypervisor.clone();
+        let Err(error) = hypervisor.start(instance).await else {
+            return Ok(());
+        };
+        if error.class() == ErrorClass::Refused && !ran_before {
+            let presence = hypervisor.presence(instance).await.map_err(fault)?;
+            if !presence.is_active() {
+                record.ran_here = false;
+                self.keep_coming(record).await?;
+            }
+        }
+        Err(fault(error))
+    }
+
+    async fn keep_coming(&mut self, record: ComingRecord) -> Result<(), Fault> {
+        self.write_coming(&record).await?;
+        self.stage = Stage::Coming(Box::new(record));
+        Ok(())
     }
 
     fn coming(&self, instance: InstanceId) -> Result<&ComingRecord, Fault> {
@@ -256,31 +310,35 @@ impl Actor {
         }
     }
 
-    /// Takes back what this migration made here. Refused if the guest is active
-    /// here (invariants 1 and 3).
+    /// Takes back what this migration made here, by evidence of the copy that stays.
+    /// Refused if the guest is active here, or ran here and was not reverted.
     pub(in super::super) async fn rollback_resize(
         &mut self,
-        step: StepRef,
+        ask: RemoveCopy,
     ) -> Result<CleanUp, Fault> {
+        let step = self.step(ask.instance);
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
             return Ok(self.remembered());
         }
         let record = self.coming(step.instance)?.clone();
-        let hypervisor = self.node.hypervisor.clone();
-        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
+        let presence = self.node.hypervisor.presence(step.instance).await;
+        let presence = presence.map_err(fault)?;
         if presence.is_active() || presence == Presence::Incoming {
             let message = format!("the guest is active on this node ({presence:?})");
             return Err(Fault::refused(message));
         }
+        let proof = self.another_stays(&ask, &record, presence)?;
         self.close().await;
-        hypervisor.withdraw(step.instance).await.map_err(fault)?;
+        let withdrawn = destroy::withdraw(&self.node, step.instance, &proof).await;
+        withdrawn.map_err(fault)?;
         let mut clean_up = CleanUp::default();
         // Disks before what lies under them.
         for own in [true, false] {
             let made = record.files.iter().filter(|file| file.is_made());
             for file in made.filter(|file| super::source::is_own(file.role) == own) {
-                self.remove_disk(&file.path, &mut clean_up).await?;
+                let removed = destroy::remove_made(&self.node, &file.into(), &proof).await;
+                self.note_removed(&file.path, removed, &mut clean_up)?;
             }
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
@@ -288,6 +346,32 @@ impl Actor {
         info!(migration = %self.migration, instance = %step.instance,
             removed = ?clean_up.removed, "took back what was made for the guest");
         self.forget_if_clean(step, Ended::TakenBack, clean_up).await
+    }
+
+    fn another_stays(
+        &self,
+        ask: &RemoveCopy,
+        record: &ComingRecord,
+        presence: Presence,
+    ) -> Result<Redundant, Fault> {
+        let (survivor, own) = (ask.survivor.as_ref(), &self.node.settings.host);
+        if presence != Presence::Absent && record.definition.is_none() {
+            return Err(Fault::refused(
+                "somebody else has defined the guest on this node: nothing is removed",
+            ));
+        }
+        if !record.ran_here {
+            return Redundant::by(survivor, own, 0, lasting_files(record));
+        }
+        match (record.reverted, presence) {
+            // Withdrawn when it was reverted: whoever defined it since wants it here.
+            (Some(_), Presence::Absent) => {
+                Redundant::by_restored(survivor, own, lasting_files(record))
+            }
+            _ => Err(Fault::refused(format!(
+                "the guest ran on this node ({presence:?} now): nothing of it is taken back"
+            ))),
+        }
     }
 
     /// What came is on stable storage and the guest's for good.
@@ -316,19 +400,32 @@ impl Actor {
         Ok(CleanUp::default())
     }
 
-    /// Stops the guest and takes its definition away; its disks stay for now.
-    /// On request only: what it wrote here is lost unless its disks are shared.
+    /// Stops the guest and takes its definition away; its disks stay for now. On
+    /// request only, and with evidence of what it goes back to: what it wrote here
+    /// is lost unless its disks are shared.
     pub(in super::super) async fn revert_resize(
         &mut self,
-        step: RevertResize,
+        ask: RevertResize,
     ) -> Result<GuestLocation, Fault> {
-        self.coming(step.instance)?;
+        let mut record = self.coming(ask.instance)?.clone();
+        let own = &self.node.settings.host;
+        let proof = Reverting::to(ask.survivor.as_ref(), own, &record)?;
         let hypervisor = self.node.hypervisor.clone();
-        let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
-        if presence.is_active() {
-            hypervisor.stop(step.instance).await.map_err(fault)?;
+        let presence = hypervisor.presence(ask.instance).await.map_err(fault)?;
+        if record.reverted.is_none() {
+            record.reverted = Some(presence.is_active());
+            record.ran_here |= presence.is_active();
+            // With what was changed about it here, should it not go back.
+            let as_it_is = hypervisor.definition(ask.instance).await.map_err(fault)?;
+            record.definition = as_it_is.or(record.definition);
+            self.keep_coming(record).await?;
         }
-        hypervisor.withdraw(step.instance).await.map_err(fault)?;
-        self.location(step.instance).await
+        if presence.is_active() {
+            let stopped = destroy::stop(&self.node, ask.instance, &proof).await;
+            stopped.map_err(fault)?;
+        }
+        let withdrawn = destroy::withdraw(&self.node, ask.instance, &proof).await;
+        withdrawn.map_err(fault)?;
+        self.location(ask.instance).await
     }
 }

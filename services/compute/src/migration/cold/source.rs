@@ -7,7 +7,7 @@ use drover_model::{
     api::{
         compute::{
             CarriedFile, CleanUp, ColdPart, Ended as Over, FileRole, FinishRevertResize,
-            GuestLocation, JobState, Outcome, ResizeInstance, StepRef,
+            GuestLocation, JobState, Outcome, RemoveCopy, ResizeInstance, StepRef,
         },
         fault::Fault,
     },
@@ -20,6 +20,7 @@ use tracing::{info, warn};
 use super::{
     super::{
         actor::{Actor, Stage},
+        destroy::{self, Aside, Redundant},
         registry::Finished,
         work::{Parts, Task, Work},
     },
@@ -96,8 +97,12 @@ impl Actor {
                     return Err(Fault::refused(message));
                 }
             };
+            let guest = self.node.hypervisor.guest(step.instance).await;
+            let guest = guest.map_err(fault)?;
             let record = LeavingRecord {
                 instance: step.instance,
+                generation: guest.map(|guest| guest.generation).unwrap_or_default(),
+                under: Vec::new(),
                 was_running,
                 asked_to_stop: false,
                 done: Vec::new(),
@@ -218,6 +223,8 @@ impl Actor {
             let path = self.write_definition(step.instance, record).await?;
             paths.push(path);
             let own = step.files.iter().filter(|file| is_own(file.role));
+            let under = step.files.iter().filter(|file| !is_own(file.role));
+            record.under = under.map(|file| file.path.clone()).collect();
             record.kept = own
                 .filter(|file| file.role != FileRole::Device)
                 .map(|file| KeptFile {
@@ -316,21 +323,21 @@ impl Actor {
         self.same_instance(step)?;
         let mut record = self.leaving()?.clone();
         let clean_up = CleanUp::default();
-        if record.aside {
-            return Ok(clean_up);
-        }
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
         if presence.is_active() || presence == Presence::Incoming {
             let message = format!("the guest is active on this node ({presence:?})");
             return Err(Fault::refused(message));
         }
-        if !record.done.contains(&ColdPart::Copy) || record.definition.is_none() {
-            return Err(Fault::refused("its disks have not all been sent"));
+        let proof = Aside::of(&record)?;
+        if record.aside && presence == Presence::Absent && self.is_all_aside(&record).await? {
+            return Ok(clean_up);
         }
-        hypervisor.withdraw(step.instance).await.map_err(fault)?;
+        // Also after a way back that was broken off: some may have their own names.
+        let withdrawn = destroy::withdraw(&self.node, step.instance, &proof).await;
+        withdrawn.map_err(fault)?;
         for file in &record.kept {
-            let renamed = hypervisor.rename_file(&file.path, &file.kept).await;
+            let renamed = destroy::rename_away(&self.node, file, &proof).await;
             renamed.map_err(fault)?;
         }
         record.aside = true;
@@ -339,6 +346,12 @@ impl Actor {
             files = record.kept.len(), "the guest is set aside");
         self.keep(record);
         Ok(clean_up)
+    }
+
+    async fn is_all_aside(&self, record: &LeavingRecord) -> Result<bool, Fault> {
+        let kept = record.kept.iter().map(|file| (&file.kept, &file.kept));
+        let kept = self.see_files(kept).await?;
+        Ok(kept.iter().all(|file| file.exists))
     }
 
     fn keep(&mut self, record: LeavingRecord) {
@@ -375,10 +388,13 @@ impl Actor {
     async fn put_back(&mut self, record: &mut LeavingRecord) -> Result<(), Fault> {
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
+        if record.aside && !presence.is_active() {
+            self.nothing_is_lost(record).await?;
+        }
         if !presence.is_active() {
             // Also where the agent died while it renamed.
             for file in record.kept.iter().rev() {
-                match hypervisor.rename_file(&file.kept, &file.path).await {
+                match destroy::rename_back(&self.node, file).await {
                     Ok(()) => {}
                     // It was not renamed yet, and the guest has it.
                     Err(HypervisorError::Failed(_)) if !record.aside => {}
@@ -405,12 +421,29 @@ impl Actor {
             hypervisor.define(definition, None).await.map_err(fault)?;
         }
         for overlay in &record.overlays {
-            hypervisor.remove_disk(&overlay.path).await.map_err(fault)?;
+            let removed = destroy::remove_thawed(&self.node, overlay).await;
+            removed.map_err(fault)?;
         }
         if record.aside {
             record.aside = false;
             self.write_leaving(record).await?;
             self.keep(record.clone());
+        }
+        Ok(())
+    }
+
+    /// Every file that was set aside is there, under one name or the other. Looked
+    /// at before the first is touched.
+    async fn nothing_is_lost(&self, record: &LeavingRecord) -> Result<(), Fault> {
+        for file in &record.kept {
+            let names = [&file.kept, &file.path].map(|name| (name, name));
+            let seen = self.see_files(names.into_iter()).await?;
+            if !seen.iter().any(|name| name.exists) {
+                return Err(Fault::refused(format!(
+                    "{} was set aside as {} and is gone: the guest cannot be brought back",
+                    file.path, file.kept
+                )));
+            }
         }
         Ok(())
     }
@@ -445,14 +478,15 @@ impl Actor {
         }
     }
 
-    /// Removes what was set aside, for good.
+    /// Removes what was set aside, for good, by evidence of the destination's copy.
     pub(in super::super) async fn confirm_resize(
         &mut self,
-        step: StepRef,
+        ask: RemoveCopy,
     ) -> Result<CleanUp, Fault> {
+        let step = self.step(ask.instance);
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
-            return Ok(self.remembered());
+            return Ok(self.nothing_known());
         }
         let record = self.leaving()?.clone();
         if !record.aside {
@@ -464,13 +498,52 @@ impl Actor {
                 "the guest is defined on this node: nothing is removed",
             ));
         }
+        let proof = self.destination_stays(&ask, &record).await?;
         let mut clean_up = CleanUp::default();
         for file in &record.kept {
-            self.remove_disk(&file.kept, &mut clean_up).await?;
+            let removed = destroy::remove_kept(&self.node, file, &record.overlays, &proof).await;
+            self.note_removed(&file.kept, removed, &mut clean_up)?;
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::remove(&path).await?;
         self.forget_if_clean(step, Over::Left, clean_up).await
+    }
+
+    /// Of what lies here aside all that is still there has to be in place there. (A
+    /// file that somebody removed by hand needs no other.)
+    async fn destination_stays(
+        &self,
+        ask: &RemoveCopy,
+        record: &LeavingRecord,
+    ) -> Result<Redundant, Fault> {
+        let own = &self.node.settings.host;
+        let is_overlay = |path: &String| record.overlays.iter().any(|o| o.path == *path);
+        let kept = record.kept.iter().filter(|file| !is_overlay(&file.path));
+        let here = self.see_files(kept.map(|file| (&file.path, &file.kept)));
+        let mut here = here.await?;
+        here.retain(|file| file.exists);
+        let lengths = here.iter().map(|file| (&*file.path, file.length_bytes));
+        let survivor = ask.survivor.as_ref();
+        let paths = here.iter().map(|file| &*file.path);
+        let proof = Redundant::by(survivor, own, record.generation, paths)?;
+        Redundant::none_is_longer(survivor, lengths)?;
+        Ok(proof)
+    }
+
+    /// What was answered last; of a migration that this agent does not know, that
+    /// it may have left something here.
+    fn nothing_known(&self) -> CleanUp {
+        match self.registry.finished(self.migration) {
+            Some(finished) => finished.clean_up,
+            None => CleanUp {
+                kept: vec![format!(
+                    "{} knows nothing of this migration: files named *.kept-{} are left there, \
+                     if it kept any",
+                    self.node.settings.host, self.migration
+                )],
+                ..CleanUp::default()
+            },
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use super::{
     super::{
         actor::{Actor, Stage},
+        destroy::{self, OtherFiles, Unused},
         registry::Finished,
         work::{self, Parts, Work},
     },
@@ -188,10 +189,12 @@ impl Actor {
         let mut made = Vec::new();
         for disk in &record.plan.disks {
             match hypervisor.reserve_file(&disk.to, false).await {
-                Ok(()) => made.push(&disk.to),
+                Ok(()) => made.push(disk.to.clone()),
                 Err(HypervisorError::Exists(path)) if first => {
-                    for path in made {
-                        hypervisor.remove_disk(path).await.map_err(fault)?;
+                    let unused = Unused::places(&record, made.iter().cloned());
+                    for path in &made {
+                        let removed = destroy::remove(&self.node, path, &unused).await;
+                        removed.map_err(fault)?;
                     }
                     let step = self.step(record.instance);
                     self.forget(step, Finished::with(Over::TakenBack)).await?;
@@ -220,7 +223,8 @@ impl Actor {
     async fn give_places_up(&self, record: &TransferRecord) -> Result<(), Fault> {
         for disk in &record.plan.disks {
             if self.is_empty(&disk.to).await? {
-                let removed = self.node.hypervisor.remove_disk(&disk.to).await;
+                let unused = Unused::places(record, [disk.to.clone()]);
+                let removed = destroy::remove(&self.node, &disk.to, &unused).await;
                 removed.map_err(fault)?;
             }
         }
@@ -349,10 +353,31 @@ impl Actor {
             return Err(Fault::refused("the guest was not handed over here"));
         }
         let mut clean_up = CleanUp::default();
+        let proof = self.on_new_files(&record).await?;
         for disk in &record.plan.disks {
-            self.remove_disk(&disk.from, &mut clean_up).await?;
+            if proof.covers(&disk.from) {
+                let removed = destroy::remove(&self.node, &disk.from, &proof).await;
+                self.note_removed(&disk.from, removed, &mut clean_up)?;
+            } else {
+                clean_up.kept.push(format!(
+                    "{} is left: the guest was not seen to use {} instead",
+                    disk.from, disk.to
+                ));
+            }
         }
         self.forget_if_clean(step, Over::HandedOver, clean_up).await
+    }
+
+    /// Which of the giver's files the guest does without, now and after its next
+    /// start: it has the receiver's.
+    async fn on_new_files(&self, record: &TransferRecord) -> Result<OtherFiles, Fault> {
+        let guests = self.both(record.instance).await?;
+        let disks = &record.plan.disks;
+        let new = self.see_files(disks.iter().map(|disk| (&disk.to, &disk.to)));
+        let new = new.await?;
+        let is_there = |path: &str| new.iter().any(|f| f.path == path && f.is_in_place());
+        let pairs = disks.iter().map(|disk| (&*disk.from, &*disk.to));
+        Ok(OtherFiles::used(&guests, pairs, is_there))
     }
 
     /// Forgets a transfer that was taken back.

@@ -12,7 +12,10 @@ use drover_model::{
 };
 use tokio::time::{Instant, sleep};
 
-use super::super::work::{AWAY, LONGEST_AWAY, Worker, done, failed, millis};
+use super::super::{
+    destroy::{self, OtherFiles},
+    work::{AWAY, LONGEST_AWAY, Worker, done, failed, millis},
+};
 use crate::{
     hypervisor::{HypervisorError, Mirror},
     journal::TransferRecord,
@@ -175,7 +178,7 @@ impl Worker {
         match hypervisor.mirror_disk(self.instance, disk, limit).await {
             Err(HypervisorError::Exists(_)) => {
                 hypervisor.abandon_mirror(self.instance, disk).await?;
-                hypervisor.remove_disk(&disk.to).await?;
+                self.remove_new_one(record, disk).await?;
                 hypervisor.mirror_disk(self.instance, disk, limit).await
             }
             other => other,
@@ -389,12 +392,43 @@ impl Worker {
         Ok(())
     }
 
-    /// What the transfer made goes. The guest is on its old disks.
+    /// What the transfer made goes, if the guest is seen to be on its old disks.
     async fn remove_new(&mut self, record: &TransferRecord) -> Result<(), HypervisorError> {
         for disk in &record.plan.disks {
-            self.node.hypervisor.remove_disk(&disk.to).await?;
+            self.remove_new_one(record, disk).await?;
         }
         Ok(())
+    }
+
+    async fn remove_new_one(
+        &self,
+        record: &TransferRecord,
+        disk: &DiskMove,
+    ) -> Result<(), HypervisorError> {
+        let hypervisor = &self.node.hypervisor;
+        let paths = [disk.to.clone(), disk.from.clone()];
+        let (now, lasting, facts) = tokio::try_join!(
+            hypervisor.guest(self.instance),
+            hypervisor.lasting_guest(self.instance),
+            hypervisor.file_facts(&paths)
+        )?;
+        let exists = |path: &str| facts.iter().any(|fact| fact.path == path && fact.exists);
+        if !exists(&disk.to) {
+            return Ok(());
+        }
+        let guests: Vec<Guest> = now.into_iter().chain(lasting).collect();
+        let pair = [(&*disk.to, &*disk.from)];
+        let proof = match guests.is_empty() {
+            false => OtherFiles::used(&guests, pair, exists),
+            true => OtherFiles::never_handed_over(record, pair, exists),
+        };
+        match proof.covers(&disk.to) {
+            true => destroy::remove(&self.node, &disk.to, &proof).await,
+            false => Err(HypervisorError::Failed(format!(
+                "{} is left: the guest was not seen to be on {}",
+                disk.to, disk.from
+            ))),
+        }
     }
 }
 

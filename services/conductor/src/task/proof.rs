@@ -1,0 +1,266 @@
+//! Proof that a copy of a guest, or a part of one, may go: the only way to ask an
+//! agent for a step that removes, withdraws or stops something.
+//!
+//! | what goes | what must have been seen, now, by the nodes themselves |
+//! |---|---|
+//! | what a live migration made at its destination | the guest never came there; it is whole on its source, or where it has moved since |
+//! | what a live migration left at its source | it is whole on its destination, or where it has moved since |
+//! | what a cold migration made at its destination | the guest never ran there; it is whole on its source, or kept aside there whole |
+//! | a guest that is reverted | all that it goes back to lies aside on the source |
+//! | the files of a guest that was reverted | it is whole on the source, defined or active |
+//! | what a source keeps aside | it is whole on the destination, or where it has moved since |
+//! | what an evacuation defined | it was never started there |
+//!
+//! Absence, silence, an agent that knows nothing and an error make no proof: what
+//! is not proven stays, and is asked about again.
+
+use drover_model::{
+    api::compute::{CopySeen, Survivor},
+    guest::{PowerState, Presence},
+    ids::{HostName, MigrationId},
+};
+
+/// A node's own answer about its copy.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    migration: MigrationId,
+    host: HostName,
+    at_ms: u64,
+    copy: CopySeen,
+}
+
+impl Seen {
+    /// As the node answered when it was asked for that migration.
+    pub(super) fn new(migration: MigrationId, host: HostName, at_ms: u64, copy: CopySeen) -> Self {
+        Self {
+            migration,
+            host,
+            at_ms,
+            copy,
+        }
+    }
+
+    /// What it saw.
+    pub(super) fn copy(&self) -> &CopySeen {
+        &self.copy
+    }
+
+    /// Whether the guest's one running copy is there.
+    pub(super) fn is_active(&self) -> bool {
+        self.copy.presence.is_active()
+    }
+
+    /// Whether the domain is there, in whatever state.
+    pub(super) fn is_present(&self) -> bool {
+        matches!(self.copy.presence, Presence::Present(_))
+    }
+
+    /// In words, for people.
+    pub(super) fn words(&self) -> String {
+        let (host, presence) = (&self.host, self.copy.presence);
+        let mut words = format!("{host} says {presence:?}");
+        if self.copy.is_kept_aside() {
+            words.push_str(", kept aside");
+        }
+        let missing = self.copy.missing();
+        if !missing.is_empty() {
+            words = format!("{words}, without {}", missing.join(", "));
+        }
+        words
+    }
+
+    fn survives(&self) -> Survivor {
+        Survivor {
+            host: self.host.clone(),
+            seen_at_ms: self.at_ms,
+            copy: self.copy.clone(),
+        }
+    }
+}
+
+/// A copy may go, as this one stays.
+#[derive(Debug, Clone)]
+pub struct Redundant {
+    migration: MigrationId,
+    survivor: Survivor,
+}
+
+impl Redundant {
+    /// The copy that stays, for the agent to judge itself.
+    pub fn survivor(&self) -> Survivor {
+        self.survivor.clone()
+    }
+
+    /// Whether that copy runs.
+    pub fn runs(&self) -> bool {
+        self.survivor.copy.presence == Presence::Present(PowerState::Running)
+    }
+
+    /// Of which migration.
+    pub fn migration(&self) -> MigrationId {
+        self.migration
+    }
+
+    fn by(survivor: &Seen) -> Self {
+        Self {
+            migration: survivor.migration,
+            survivor: survivor.survives(),
+        }
+    }
+}
+
+/// Whether what a migration made at its destination may go.
+#[derive(Debug, Clone)]
+pub enum TakeBack {
+    /// It may.
+    Redundant(Box<Redundant>),
+    /// Never: the guest is there, or was.
+    Stays(String),
+    /// Nobody shows a copy that would stay.
+    Unproven(String),
+}
+
+/// What a live migration made at its destination. `stays` is where the guest is
+/// taken to be.
+pub fn live_destination(source: &Seen, stays: &Seen, dest: &Seen) -> TakeBack {
+    let runs_on_source = source.copy.presence == Presence::Present(PowerState::Running);
+    if dest.is_active() && !runs_on_source {
+        return TakeBack::Stays(format!("the guest is on {}", dest.host));
+    }
+    if dest.is_present() || dest.copy.known.ran_here || source.copy.known.moved_away {
+        return TakeBack::Stays(format!("the guest was on {}", dest.host));
+    }
+    match is_other(stays, dest) && stays.copy.is_whole() && !stays.copy.migrating {
+        true => TakeBack::Redundant(Box::new(Redundant::by(stays))),
+        false => TakeBack::Unproven(unproven(stays, dest)),
+    }
+}
+
+/// What a live migration left at its source.
+///
+/// # Errors
+/// In words, what is not proven.
+pub fn live_source(source: &HostName, stays: &Seen) -> Result<Redundant, String> {
+    whole_elsewhere(source, stays)
+}
+
+/// What a cold migration made at its destination, before the guest was seen there.
+pub fn cold_destination(stays: &Seen, dest: &Seen) -> TakeBack {
+    if dest.is_active() || dest.copy.known.ran_here {
+        return TakeBack::Stays(format!(
+            "the guest is or was active on {}: {}",
+            dest.host,
+            dest.words()
+        ));
+    }
+    let whole = stays.copy.is_whole() || stays.copy.is_kept_aside();
+    match is_other(stays, dest) && whole && !stays.copy.migrating {
+        true => TakeBack::Redundant(Box::new(Redundant::by(stays))),
+        false => TakeBack::Unproven(unproven(stays, dest)),
+    }
+}
+
+/// A guest that is to be reverted: what its source keeps.
+///
+/// # Errors
+/// In words, what it lacks.
+pub fn way_back(source: &Seen) -> Result<Redundant, String> {
+    if source.copy.is_kept_aside() {
+        return Ok(Redundant::by(source));
+    }
+    let host = &source.host;
+    Err(match &source.copy.aside {
+        None => format!(
+            "{host} keeps nothing aside of it (did its agent lose its state, or was the node \
+             installed anew?)"
+        ),
+        Some(aside) if !aside.complete || !aside.defined => {
+            format!("{host} has not all of it aside")
+        }
+        Some(_) => format!(
+            "{host} kept it aside and lacks {}",
+            source.copy.missing().join(", ")
+        ),
+    })
+}
+
+/// The files of a guest that was reverted.
+pub fn reverted(stays: &Seen, dest: &Seen) -> TakeBack {
+    if dest.is_present() || dest.copy.presence == Presence::Incoming {
+        return TakeBack::Stays(format!("the guest is on {} again", dest.host));
+    }
+    match is_other(stays, dest) && stays.copy.is_whole() && !stays.copy.migrating {
+        true => TakeBack::Redundant(Box::new(Redundant::by(stays))),
+        false => TakeBack::Unproven(unproven(stays, dest)),
+    }
+}
+
+/// What a source keeps aside.
+///
+/// # Errors
+/// In words, what is not proven.
+pub fn kept_aside(source: &HostName, stays: &Seen) -> Result<Redundant, String> {
+    whole_elsewhere(source, stays)
+}
+
+/// The destination's copy has whatever the source keeps, and is in place.
+///
+/// # Errors
+/// In words, what it lacks.
+pub fn may_confirm(source: Option<&Seen>, dest: &Seen) -> Result<(), String> {
+    let host = &dest.host;
+    if !dest.copy.is_whole() {
+        return Err(format!("{host} has no whole copy of it: {}", dest.words()));
+    }
+    let kept = source.and_then(|seen| seen.copy.aside.as_ref());
+    let mut kept = kept.into_iter().flat_map(|aside| &aside.files);
+    match kept.find(|file| file.exists && !dest.copy.has(&file.path)) {
+        Some(file) => Err(format!("the guest on {host} has no {}", file.path)),
+        None => Ok(()),
+    }
+}
+
+/// An evacuation's definition was never started.
+#[derive(Debug, Clone, Copy)]
+pub struct NeverRan(());
+
+impl NeverRan {
+    /// As its new home says.
+    ///
+    /// # Errors
+    /// In words, why that is not so.
+    pub fn there(home: &Seen) -> Result<Self, String> {
+        let copy = &home.copy;
+        let touched = home.is_active() || copy.presence == Presence::Incoming;
+        match touched || copy.known.ran_here {
+            false => Ok(Self(())),
+            true => Err(format!("the guest was started on {}", home.host)),
+        }
+    }
+}
+
+fn whole_elsewhere(source: &HostName, stays: &Seen) -> Result<Redundant, String> {
+    match stays.host != *source && stays.copy.is_whole() && !stays.copy.migrating {
+        true => Ok(Redundant::by(stays)),
+        false => Err(format!(
+            "no whole copy of the guest was seen elsewhere, so {source} keeps what it has: {}",
+            stays.words()
+        )),
+    }
+}
+
+fn is_other(stays: &Seen, goes: &Seen) -> bool {
+    stays.host != goes.host && stays.migration == goes.migration
+}
+
+fn unproven(stays: &Seen, goes: &Seen) -> String {
+    format!(
+        "no whole copy of the guest was seen, so {} keeps what it has: {}",
+        goes.host,
+        stays.words()
+    )
+}
+
+#[cfg(test)]
+#[path = "proof_tests.rs"]
+mod tests;

@@ -429,7 +429,8 @@ async fn so_many_nodes_are_fenced_within_an_hour_and_no_more() {
 #[tokio::test(start_paused = true)]
 async fn a_closed_node_that_dies_waits_for_people() {
     let (mut cloud, _, told) = unattended(Manner::Cuts).await;
-    let closed = cloud.store.set_node(&name("kvm1"), false, Some("new fans"));
+    let host = name("kvm1");
+    let closed = cloud.store.set_node(&host, false, Some("new fans"));
     closed.await.expect("writable");
     dies(&mut cloud, "kvm1");
     tokio::time::sleep(60 * MINUTE).await;

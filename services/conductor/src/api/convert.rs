@@ -94,7 +94,7 @@ pub(crate) fn node(
             HypervisorReport::Down { .. } => None,
         },
         // It may have been heard of since it was looked at last.
-        agent_lost: agent_lost.filter(|_| age_ms > live.down_after_ms),
+        agent_lost: agent_lost.filter(|_| live.silent_ms(row) > live.down_after_ms),
         report: report.clone(),
     }
 }

@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::{begin::Answer, evacuation, evidence::not_claimed, runner::OperationRunner};
-use crate::{app::Context, checks::Liveness, clock::goes_on_after};
+use crate::{app::Context, clock::goes_on_after};
 
 /// Time between two looks.
 const LOOK: Duration = Duration::from_secs(5);

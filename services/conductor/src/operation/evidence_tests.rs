@@ -120,30 +120,30 @@ fn what_forbids_it_before_anything_is_done() {
     let reached = || with(|e| e.reach[1].libvirt = Ok(()));
     let plain = options(false, false);
     let sure = options(true, false);
-    let table: Vec<(&str, &EvacuateOptions, Evidence, Vec<C>)> = vec![
+    let table: Vec<(&str, EvacuateOptions, Evidence, Vec<C>)> = vec![
         (
             "silence alone is no proof",
-            &plain,
+            plain.clone(),
             silent(),
             vec![C::NotFenced],
         ),
         ("an operator answers for it", &sure, silent(), vec![]),
         (
             "a fence will decide",
-            &plain,
+            plain.clone(),
             with(|e| e.fence = on()),
             vec![],
         ),
         (
             "one that tells no status as well",
-            &plain,
+            plain.clone(),
             with(|e| e.fence = failed()),
             vec![],
         ),
         ("not down", &plain, heard(false), vec![C::HostUp]),
         (
             "not down, whatever the operator says",
-            &sure,
+            sure.clone(),
             heard(false),
             vec![C::HostUp],
         ),
@@ -154,19 +154,19 @@ fn what_forbids_it_before_anything_is_done() {
         ("two of two", &plain, many(2, 2), vec![C::TooManyLost]),
         (
             "the operator is sure and wrong",
-            &sure,
+            sure.clone(),
             reached(),
             vec![C::HostAlive],
         ),
         (
             "a reached one without a fence",
-            &plain,
+            plain.clone(),
             reached(),
             vec![C::NotFenced],
         ),
         (
             "a fence does not put off what is reached",
-            &plain,
+            plain.clone(),
             with(|e| {
                 e.fence = on();
                 e.reach[0].libvirt = Ok(());
@@ -175,7 +175,7 @@ fn what_forbids_it_before_anything_is_done() {
         ),
         (
             "unless that is overruled by its name",
-            &despite(&[LifeSign::LibvirtReachable]),
+            despite(&[LifeSign::LibvirtReachable]),
             with(|e| {
                 e.fence = on();
                 e.reach[0].libvirt = Ok(());
@@ -184,7 +184,7 @@ fn what_forbids_it_before_anything_is_done() {
         ),
         (
             "every sign has its own",
-            &despite(&[LifeSign::LibvirtReachable]),
+            despite(&[LifeSign::LibvirtReachable]),
             with(|e| {
                 e.fence = on();
                 e.reach[0].libvirt = Ok(());
@@ -195,13 +195,13 @@ fn what_forbids_it_before_anything_is_done() {
         ),
         (
             "and only what is there is overruled",
-            &despite(&[LifeSign::AgentAnswers]),
+            despite(&[LifeSign::AgentAnswers]),
             with(|e| e.fence = on()),
             vec![C::Options],
         ),
         (
             "after the power was cut it has gone",
-            &despite(&[LifeSign::AgentAnswers]),
+            despite(&[LifeSign::AgentAnswers]),
             with(|e| {
                 e.fence = off();
                 e.cut_at_ms = Some(2000);
@@ -210,7 +210,7 @@ fn what_forbids_it_before_anything_is_done() {
         ),
         (
             "nobody overrules life where nothing can end it",
-            &EvacuateOptions {
+            EvacuateOptions {
                 confirmed_off: true,
                 ..despite(&[LifeSign::LibvirtReachable])
             },
@@ -219,19 +219,19 @@ fn what_forbids_it_before_anything_is_done() {
         ),
         (
             "its agent answers",
-            &sure,
+            sure.clone(),
             with(|e| e.agent = Some(Ok(()))),
             vec![C::HostAlive],
         ),
         (
             "a broker keeps consumers for a while",
-            &sure,
+            sure.clone(),
             with(|e| e.queue_consumers = Ok(1)),
             vec![],
         ),
     ];
     for (what, options, evidence, expected) in table {
-        assert_eq!(codes(&judge(options, &evidence)), expected, "{what}");
+        assert_eq!(codes(&judge(&options, &evidence)), expected, "{what}");
     }
     assert_eq!(judge(&options(false, true), &many(3, 3)), []);
 }

@@ -154,6 +154,7 @@ impl Server {
         .endpoint(self.steps)
         .endpoint(self.nova);
         let server = tokio::select! {
+            biased;
             server = server.start() => server?,
             () = self.stop.cancelled() => return Ok(()),
         };

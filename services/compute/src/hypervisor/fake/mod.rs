@@ -12,7 +12,7 @@
 //! running copy shows. A guest that is shut down loses its memory and no more:
 //! started again, it must find its disks as it left them.
 //!
-//! Paths below the system's directory for temporary files are the machine's own,
+//! Paths below the system's directories for temporary files are the machine's own,
 //! of which all nodes see the same ([`machine`]): agents under test have their
 //! state there.
 //!

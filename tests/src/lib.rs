@@ -3,3 +3,4 @@
 pub mod cloud;
 pub mod contract;
 pub mod devstack;
+pub mod swarm;

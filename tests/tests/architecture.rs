@@ -55,10 +55,19 @@ const PLACES: &[(&str, &[&str])] = &[
     ("lapin::", &["common/rpc/src/amqp", "tests/src/bin"]),
     ("sqlx::", &["common/store/src", "common/store/tests"]),
     ("virt::", &["services/compute/src/hypervisor/libvirt"]),
-    ("unsafe {", &["services/compute/src/hypervisor/libvirt"]),
+    (
+        "unsafe {",
+        &[
+            "services/compute/src/hypervisor/libvirt",
+            "tests/src/swarm/entropy.rs",
+        ],
+    ),
     (
         "allow(unsafe_code)",
-        &["services/compute/src/hypervisor/libvirt"],
+        &[
+            "services/compute/src/hypervisor/libvirt",
+            "tests/src/swarm/entropy.rs",
+        ],
     ),
 ];
 

@@ -134,7 +134,8 @@ async fn the_conductor_dies_at_every_turn_of_a_migration() {
 
 #[tokio::test(start_paused = true)]
 async fn the_conductor_is_away_until_all_is_over() {
-    killed_everywhere("conductor", Duration::from_secs(60)).await;
+    // Less than makes nodes count as down, of which a new one has not heard yet.
+    killed_everywhere("conductor", Duration::from_secs(25)).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,9 +1,29 @@
 //! Typed ids. Parsed once at the edge; nothing inside deals in bare strings.
 
-use std::{fmt, str::FromStr};
+use std::{cell::RefCell, fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+type Maker = Box<dyn FnMut() -> Uuid>;
+
+thread_local! {
+    static MAKER: RefCell<Option<Maker>> = const { RefCell::new(None) };
+}
+
+/// A new UUID, ordered by time of making.
+pub fn fresh() -> Uuid {
+    MAKER.with_borrow_mut(|maker| match maker {
+        Some(make) => make(),
+        None => Uuid::now_v7(),
+    })
+}
+
+/// From now on this thread's new UUIDs are made so: for a simulation, which can be
+/// repeated only if its ids can.
+pub fn made_by(make: impl FnMut() -> Uuid + 'static) {
+    MAKER.set(Some(Box::new(make)));
+}
 
 macro_rules! uuid_id {
     ($(#[$doc:meta])* $name:ident) => {
@@ -65,21 +85,21 @@ impl StateId {
 impl OperationId {
     /// A new id, ordered by time of making.
     pub fn generate() -> Self {
-        Self(Uuid::now_v7())
+        Self(fresh())
     }
 }
 
 impl OfferId {
     /// A new id, ordered by time of making.
     pub fn generate() -> Self {
-        Self(Uuid::now_v7())
+        Self(fresh())
     }
 }
 
 impl MigrationId {
     /// A new id, ordered by time of making.
     pub fn generate() -> Self {
-        Self(Uuid::now_v7())
+        Self(fresh())
     }
 }
 

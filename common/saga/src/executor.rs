@@ -168,6 +168,7 @@ impl<S: Saga> Driver<'_, S> {
             }
             info!(step = S::name(step), %error, "trying again");
             tokio::select! {
+                biased;
                 () = pause.wait() => {}
                 error = self.saga.interrupted(), if !committed && S::interruptible(step) => {
                     return Err(error);

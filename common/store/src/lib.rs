@@ -11,6 +11,7 @@
 //! belongs together is committed together.
 
 pub mod agents;
+mod at_once;
 pub mod claims;
 pub mod definitions;
 pub mod fencing;
@@ -159,7 +160,10 @@ pub struct Store {
     operation_changes: broadcast::Sender<OperationId>,
     turns: watch::Sender<()>,
     hearing: hearing::Hearing,
-    hold_clock: bool,
+    /// It answers at once, as a simulation needs it.
+    at_once: bool,
+    /// While this is true, the process that uses it stands still.
+    still: Option<watch::Receiver<bool>>,
 }
 
 /// Changes that waiters may lag behind before they are told to look themselves.
@@ -177,13 +181,42 @@ impl Store {
         Self::connect(url, false).await
     }
 
-    /// An empty record in memory. Under tokio's paused clock, time stands still
-    /// while the database (which works on a thread of its own) is busy.
+    /// An empty record in memory. It answers at once (see [`Self::open_at_once`]).
     pub async fn in_memory() -> Result<Self> {
         Self::connect("sqlite::memory:", true).await
     }
 
-    async fn connect(url: &str, hold_clock: bool) -> Result<Self> {
+    /// As [`Self::open`], for simulation: each call is over before anybody else of
+    /// this thread goes on, and tokio's paused clock stands still meanwhile.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_at_once(url: &str) -> Result<Self> {
+        Self::connect(url, true).await
+    }
+
+    /// The same record as another process has it, for simulation: what changes
+    /// through this one is not heard there. While `still` is true that process
+    /// stands still, and its calls wait.
+    pub fn of_another_process(&self, still: watch::Receiver<bool>) -> Self {
+        Self {
+            changes: broadcast::channel(CHANGES_BUFFERED).0,
+            operation_changes: broadcast::channel(CHANGES_BUFFERED).0,
+            turns: watch::Sender::new(()),
+            still: Some(still),
+            ..self.clone()
+        }
+    }
+
+    async fn connect(url: &str, at_once: bool) -> Result<Self> {
+        let connecting = Self::connect_to(url, at_once);
+        match at_once {
+            true => at_once::at_once(connecting),
+            false => connecting.await,
+        }
+    }
+
+    async fn connect_to(url: &str, at_once: bool) -> Result<Self> {
         install_default_drivers();
         let shown = shown_url(url);
         let open = |message: String, remedy| StoreError::Open {
@@ -213,10 +246,12 @@ impl Store {
             // It has served, whatever comes of its good-bye.
             let _ = probe.close().await;
         }
-        let pool = steady(hold_clock, pool_options(kind).connect_with(options))
+        let pool = pool_options(kind)
+            .connect_with(options)
             .await
             .map_err(|e| open(e.to_string(), open_remedy(kind)))?;
-        steady(hold_clock, schema().run(&pool))
+        schema()
+            .run(&pool)
             .await
             .map_err(|e| open(e.to_string(), "it may be of a newer Drover; use that one"))?;
         let (changes, _) = broadcast::channel(CHANGES_BUFFERED);
@@ -228,7 +263,8 @@ impl Store {
             operation_changes,
             turns: watch::Sender::new(()),
             hearing: hearing::Hearing::default(),
-            hold_clock,
+            at_once,
+            still: None,
         })
     }
 
@@ -298,8 +334,19 @@ impl Store {
         })
     }
 
+    /// Does work on the database, as the process that asks for it can.
     async fn steady<T>(&self, work: impl Future<Output = T>) -> T {
-        steady(self.hold_clock, work).await
+        if let Some(still) = &self.still {
+            // What froze it is gone: nobody will wake it.
+            let woken = still.clone().wait_for(|still| !still).await.is_ok();
+            if !woken {
+                std::future::pending::<()>().await;
+            }
+        }
+        match self.at_once {
+            true => at_once::at_once(work),
+            false => work.await,
+        }
     }
 
     /// Does work on the record, and does it again, from its first reading on, while
@@ -403,20 +450,6 @@ pub(crate) async fn next_number(tx: &mut Transaction<'static, Any>, kind: Number
 pub(crate) enum Numbered {
     Migrations,
     Operations,
-}
-
-/// Keeps a paused tokio clock from running ahead of the database's thread.
-async fn steady<T>(hold_clock: bool, work: impl Future<Output = T>) -> T {
-    if !hold_clock {
-        return work.await;
-    }
-    // The clock never advances on its own while a blocking task runs.
-    let (release, held) = std::sync::mpsc::channel::<()>();
-    let hold = tokio::task::spawn_blocking(move || held.recv().is_err());
-    let result = work.await;
-    drop(release);
-    let _ = hold.await;
-    result
 }
 
 fn pool_options(kind: Kind) -> AnyPoolOptions {

@@ -1,6 +1,7 @@
 //! Notifications between their commit and their publication, so that none is
 //! lost with a process and none tells of what was not committed.
 
+use drover_model::ids::fresh;
 use serde_json::Value;
 use sqlx::{Any, Row, Transaction};
 use uuid::Uuid;
@@ -24,7 +25,7 @@ impl Notification {
     /// A notification with a new id.
     pub fn new(event_type: &str, priority: &str, payload: Value) -> Self {
         Self {
-            id: Uuid::now_v7(),
+            id: fresh(),
             event_type: event_type.to_owned(),
             priority: priority.to_owned(),
             payload,

@@ -207,6 +207,7 @@ impl Server {
         .shared_endpoint(self.steps.clone())
         .shared_endpoint(self.nova.clone());
         tokio::select! {
+            biased;
             server = server.start() => server.map(Some),
             () = self.stop.cancelled() => Ok(None),
         }

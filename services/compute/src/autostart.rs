@@ -15,12 +15,13 @@
 
 use std::{
     collections::BTreeSet,
-    io,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use drover_model::{error::ErrorClass, ids::InstanceId, node::InstanceReport};
+use drover_runtime::blocking::blocking_io;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
@@ -157,10 +158,11 @@ impl Autostart {
     async fn store(&self) {
         let text = serde_json::to_vec(&self.boot).map_err(io::Error::other);
         let beside = self.file.with_extension("new");
-        let stored = async {
-            tokio::fs::write(&beside, text?).await?;
-            tokio::fs::rename(&beside, &self.file).await
-        };
+        let file = self.file.clone();
+        let stored = blocking_io(move || {
+            fs::write(&beside, text?)?;
+            fs::rename(&beside, &file)
+        });
         if let Err(error) = stored.await {
             let path = self.file.display();
             warn!(%path, %error, "which guests were started at boot cannot be written down");
@@ -169,7 +171,8 @@ impl Autostart {
 }
 
 async fn boot_id(path: &Path) -> Option<String> {
-    match tokio::fs::read_to_string(path).await {
+    let file = path.to_owned();
+    match blocking_io(move || fs::read_to_string(file)).await {
         Ok(text) => Some(text.trim().chars().take(LONGEST_ID).collect()),
         Err(error) => {
             let path = path.display();
@@ -181,6 +184,7 @@ async fn boot_id(path: &Path) -> Option<String> {
 }
 
 async fn read(path: &Path) -> Option<Boot> {
-    let text = tokio::fs::read(path).await.ok()?;
+    let file = path.to_owned();
+    let text = blocking_io(move || fs::read(file)).await.ok()?;
     serde_json::from_slice(&text).ok()
 }

@@ -34,6 +34,7 @@ impl fmt::Debug for Clock {
 /// Waits for a while; says whether to go on: not once it is told to stop.
 pub async fn goes_on_after(pause: Duration, stop: &CancellationToken) -> bool {
     tokio::select! {
+        biased;
         () = stop.cancelled() => false,
         () = tokio::time::sleep(pause) => true,
     }

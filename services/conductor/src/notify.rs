@@ -22,6 +22,7 @@ pub async fn publish(store: Store, notifier: Notifier, stop: CancellationToken) 
             warn!(error, "notifications are kept and tried again");
         }
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             _ = changes.recv() => {}
             () = tokio::time::sleep(PAUSE) => {}

@@ -196,6 +196,6 @@ pub(super) fn failed(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) 
 pub(super) async fn off_the_runtime<R: Send + 'static>(
     work: impl FnOnce() -> R + Send + 'static,
 ) -> Result<R, JournalError> {
-    let reached = tokio::task::spawn_blocking(work).await;
+    let reached = drover_runtime::blocking::blocking(work).await;
     reached.map_err(|e| failed("reach", Path::new("the journal"))(io::Error::other(e)))
 }

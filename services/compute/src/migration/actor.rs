@@ -201,6 +201,7 @@ impl Actor {
 
     async fn next(&mut self) -> Option<Happening> {
         tokio::select! {
+            biased;
             command = self.inbox.recv() => command.map(Happening::Step),
             happening = over(&mut self.stage, &mut self.events) => Some(happening),
             () = due(&self.marks) => Some(Happening::MarksAreDue),

@@ -13,6 +13,7 @@ use drover_model::{
     },
     guest::{Disk, DiskSource, Guest, PowerState, Presence},
 };
+use drover_runtime::blocking::blocking_io;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -138,7 +139,9 @@ impl Actor {
             return Err(Fault::refused(message));
         }
         for disk in &record.disks {
-            if tokio::fs::symlink_metadata(&disk.path).await.is_ok() {
+            let path = disk.path.clone();
+            let found = blocking_io(move || std::fs::symlink_metadata(path));
+            if found.await.is_ok() {
                 return Err(Fault::refused(format!("{} is there already", disk.path)));
             }
         }

@@ -296,6 +296,7 @@ impl Worker {
             }
             self.show_waiting(begun, given_up_at, force_at);
             tokio::select! {
+                biased;
                 () = self.cancel.cancelled() => return Outcome::Aborted,
                 () = something(&mut events, self.instance) => {}
                 () = sleep_until(now + pause) => {}
@@ -338,6 +339,7 @@ impl Worker {
         tokio::pin!(sending);
         let ended = loop {
             tokio::select! {
+                biased;
                 ended = &mut sending => break ended,
                 changed = view.changed() => {
                     let sent = *view.borrow_and_update();

@@ -269,6 +269,7 @@ async fn changed(
     let migration =
         async { while matches!(migrations.recv().await, Ok(other) if !of.contains_key(&other)) {} };
     tokio::select! {
+        biased;
         () = operation => {}
         () = migration => {}
     }

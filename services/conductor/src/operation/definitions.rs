@@ -125,6 +125,7 @@ pub async fn keep(context: Context, stop: CancellationToken) {
     let mut pruned = Instant::now();
     loop {
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             () = definitions.0.changed.notified() => {}
         }
@@ -142,6 +143,7 @@ pub async fn keep(context: Context, stop: CancellationToken) {
             };
             let fetched = fetch(&context, &host, wanted);
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
                 fetched = fetched => if let Err(error) = fetched {
                     warn!(%host, %error, "definitions could not be kept; tried again with its next report");

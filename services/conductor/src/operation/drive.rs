@@ -490,6 +490,7 @@ impl Watch {
         };
         let any = async {
             tokio::select! {
+                biased;
                 () = operation => {}
                 _ = self.migrations.recv() => {}
             }

@@ -268,6 +268,7 @@ impl ColdMigrate {
                 JobState::Running { .. } | JobState::Unknown => {}
             }
             tokio::select! {
+                biased;
                 () = self.job.changed(&mut changes) => {}
                 () = tokio::time::sleep(ASK_AFTER) => {}
             }

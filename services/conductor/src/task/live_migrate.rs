@@ -351,6 +351,7 @@ impl LiveMigrate {
         loop {
             self.pass_on_wishes(&mut asked).await;
             let silent = tokio::select! {
+                biased;
                 () = self.job.changed(&mut changes) => false,
                 () = tokio::time::sleep(ASK_AFTER) => true,
             };

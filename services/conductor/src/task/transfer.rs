@@ -302,6 +302,7 @@ impl Transfer {
                 JobState::Running { .. } | JobState::Unknown => {}
             }
             tokio::select! {
+                biased;
                 () = self.job.changed(&mut changes) => {}
                 () = tokio::time::sleep(ASK_AFTER) => {}
             }

@@ -524,6 +524,18 @@ impl Fabric {
         }
     }
 
+    /// Disks of which the newest bytes are nowhere any more, in words. A guest that
+    /// was let go back to older ones has lost nothing.
+    pub fn lost_bytes(&self) -> Vec<String> {
+        self.with(|world, now| world.lost_bytes(now))
+    }
+
+    /// What a guest that is defined lacks of itself where it is, in words; that it is
+    /// defined nowhere, if so.
+    pub fn incomplete(&self, id: InstanceId) -> Vec<String> {
+        self.with(|world, _| world.incomplete(id))
+    }
+
     /// What lies about and belongs to nobody, in words: copies that wait for a
     /// migration that is over, definitions and old copies of guests that are
     /// active elsewhere, second definitions of those that are off, marks, files

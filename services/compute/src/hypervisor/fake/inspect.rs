@@ -69,6 +69,55 @@ impl World {
         written.max().unwrap_or_default()
     }
 
+    /// Of each disk that a guest writes to, somewhere there must be a copy with all
+    /// that was written; also while it is on its way.
+    pub(super) fn lost_bytes(&mut self, now: Instant) -> Vec<String> {
+        self.inspect(now);
+        let mut lost = Vec::new();
+        for (id, nature) in &self.natures {
+            let ran = self.ledger.ran(*id, now);
+            for (target, token) in &nature.tokens {
+                let newest = self.newest_written(*token);
+                if newest.is_none_or(|newest| newest < ran) && !self.ledger.may_go_back(*id) {
+                    lost.push(format!(
+                        "{target} of {id} was written at {ran:?}; of it is left {newest:?}"
+                    ));
+                }
+            }
+        }
+        lost
+    }
+
+    fn newest_written(&self, of: u64) -> Option<Duration> {
+        let files = self
+            .storage
+            .volumes()
+            .flat_map(|(volume, _)| volume.files());
+        let written = files.filter_map(|(_, file)| match &file.content {
+            Content::Disk { token, written } if *token == of => Some(*written),
+            _ => None,
+        });
+        written.max()
+    }
+
+    pub(super) fn incomplete(&self, id: InstanceId) -> Vec<String> {
+        let hosts = self.hosts_where(id, |d| !d.incoming);
+        if hosts.is_empty() {
+            return vec![format!("{id} is defined nowhere")];
+        }
+        let mut lacking = Vec::new();
+        for host in hosts {
+            for (path, own) in self.domain(&host, id).map(own_disks).unwrap_or_default() {
+                let content = self.storage.file(&host, &path).map(|f| &f.content);
+                let is_own = matches!(content, Some(Content::Disk { token, .. }) if *token == own);
+                if !is_own {
+                    lacking.push(format!("{id} on {host}: {path} is {content:?}"));
+                }
+            }
+        }
+        lacking
+    }
+
     /// What belongs to nobody, in words.
     pub(super) fn leftovers(&self) -> Vec<String> {
         let mut found = Vec::new();

@@ -140,6 +140,11 @@ impl Ledger {
         self.lives.entry(guest).or_default().may_go_back = true;
     }
 
+    /// Whether there is such a leave.
+    pub(super) fn may_go_back(&self, guest: InstanceId) -> bool {
+        self.lives.get(&guest).is_some_and(|life| life.may_go_back)
+    }
+
     /// Uses such a leave up, if there is one.
     pub(super) fn goes_back(&mut self, guest: InstanceId) -> bool {
         let life = self.lives.get_mut(&guest);

@@ -10,9 +10,13 @@ use super::super::{HypervisorError, Result};
 /// Free room that is told of the machine's file system, bytes.
 const ROOM: u64 = 1 << 40;
 
+/// Where files are in memory.
+const MEMORY: &str = "/dev/shm";
+
 /// Whether a path is the machine's.
 pub(super) fn has(path: &str) -> bool {
-    Path::new(path).starts_with(std::env::temp_dir())
+    let path = Path::new(path);
+    path.starts_with(std::env::temp_dir()) || path.starts_with(MEMORY)
 }
 
 fn failed(path: &str, error: &std::io::Error) -> HypervisorError {

@@ -12,7 +12,7 @@
 //! running copy shows. A guest that is shut down loses its memory and no more:
 //! started again, it must find its disks as it left them.
 //!
-//! Paths below the system's directory for temporary files are the machine's own,
+//! Paths below the system's directories for temporary files are the machine's own,
 //! of which all nodes see the same ([`machine`]): agents under test have their
 //! state there.
 //!
@@ -103,6 +103,8 @@ pub struct FakeDriver {
     fabric: Fabric,
     host: HostName,
     process: Arc<Process>,
+    /// While this is true, that process stands still.
+    still: Option<watch::Receiver<bool>>,
 }
 
 impl FakeDriver {
@@ -112,7 +114,14 @@ impl FakeDriver {
             fabric,
             host,
             process,
+            still: None,
         }
+    }
+
+    /// The driver of a process that stands still while that is true: its calls wait.
+    pub fn still_while(self, still: watch::Receiver<bool>) -> Self {
+        let still = Some(still);
+        Self { still, ..self }
     }
 
     /// Its node.
@@ -145,6 +154,12 @@ impl FakeDriver {
             _ => Duration::ZERO,
         };
         sleep(latency + before).await;
+        if let Some(still) = &self.still {
+            // What froze it may be gone: then it is dead, and does nothing more.
+            if still.clone().wait_for(|still| !still).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
         match effect {
             Some(Effect::Refuse(error)) => Err(error),
             effect => Ok(effect),

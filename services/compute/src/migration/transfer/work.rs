@@ -70,6 +70,7 @@ impl Worker {
             self.progress.note = Some(format!("waiting for this node's libvirt: {error}"));
             self.voice.show(&self.progress);
             tokio::select! {
+                biased;
                 () = self.cancel.cancelled() => return Outcome::Aborted,
                 () = sleep(AWAY) => self.progress.note = None,
             }
@@ -143,6 +144,7 @@ impl Worker {
                 });
             }
             tokio::select! {
+                biased;
                 () = self.cancel.cancelled() => return Ok(Outcome::Aborted),
                 () = sleep(LOOK) => {}
             }
@@ -197,6 +199,7 @@ impl Worker {
         for disk in &record.plan.disks {
             let (node, cancel) = (self.node.clone(), self.cancel.clone());
             tokio::select! {
+                biased;
                 () = cancel.cancelled() => return Ok(Outcome::Aborted),
                 placed = node.hypervisor.place_disk(disk, bandwidth(record)) => placed?,
             }

@@ -1,0 +1,92 @@
+//! What happened, in its order: as a number that is the same whenever all of it is,
+//! and, if somebody wants to read it, in words.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use drover_rpc::transport::Address;
+use tokio::time::Instant;
+
+struct Book {
+    began: Instant,
+    hash: u64,
+    count: u64,
+    aloud: bool,
+}
+
+/// A run's trace. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Trace(Arc<Mutex<Book>>);
+
+impl Trace {
+    /// An empty one; `aloud`, it prints what it hears.
+    pub(super) fn new(began: Instant, aloud: bool) -> Self {
+        Self(Arc::new(Mutex::new(Book {
+            began,
+            hash: 0xcbf2_9ce4_8422_2325,
+            count: 0,
+            aloud,
+        })))
+    }
+
+    /// Something happens.
+    pub(super) fn note(&self, who: &str, what: fmt::Arguments<'_>) {
+        let mut book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = book.began.elapsed();
+        let line = format!("{who}: {what}");
+        book.mix(&at.as_nanos().to_le_bytes());
+        book.mix(line.as_bytes());
+        if book.aloud {
+            println!("{:>10.3}  {line}", at.as_secs_f64());
+        }
+    }
+
+    /// A message is sent.
+    pub(super) fn sent(&self, who: &str, to: &Address, body: &[u8]) {
+        let mut book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = book.began.elapsed();
+        book.mix(&at.as_nanos().to_le_bytes());
+        book.mix(who.as_bytes());
+        book.mix(body);
+        if book.aloud {
+            println!("{:>10.3}  {who} ─► {to}: {}", at.as_secs_f64(), gist(body));
+        }
+    }
+
+    /// The number that stands for all of it, and of how many things.
+    pub(super) fn sum(&self) -> (u64, u64) {
+        let book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (book.hash, book.count)
+    }
+}
+
+impl Book {
+    /// FNV-1a, eight bytes at a time.
+    fn mix(&mut self, bytes: &[u8]) {
+        self.count += 1;
+        let prime = 0x0100_0000_01b3;
+        for piece in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..piece.len()].copy_from_slice(piece);
+            self.hash = (self.hash ^ u64::from_le_bytes(word)).wrapping_mul(prime);
+            self.hash ^= self.hash >> 29;
+        }
+    }
+}
+
+/// What a message is about: its method, or how its answer begins.
+fn gist(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    let after = |mark: &str| {
+        let at = text.find(mark)? + mark.len();
+        Some(text[at..].chars().take(60).collect::<String>())
+    };
+    let method = after("\\\"method\\\":\\\"").or_else(|| after("\\\"method\\\": \\\""));
+    let answer = || after("\\\"result\\\":").or_else(|| after("\\\"failure\\\":"));
+    method
+        .map(|m| m.split('\\').next().unwrap_or_default().to_owned())
+        .or_else(answer)
+        .unwrap_or_else(|| format!("{} bytes", body.len()))
+}

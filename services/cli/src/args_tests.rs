@@ -40,6 +40,7 @@ fn every_verb_parses() {
         "node restore kvm1 --only vm1 --only vm2 --live --max-parallel 2 --dry-run",
         "node evacuate kvm1 --to kvm2 --only vm1,vm2 --i-confirm-host-is-off --despite-many-lost",
         "node force-down kvm1 --unset --dry-run",
+        "node forget kvm1 --dry-run",
         "node balance --threshold 10 --max-moves 5 --max-parallel 2 --dry-run",
         "node automation --evacuate off --balance on",
         "operation list --host kvm1 --kind drain --active --limit 5",

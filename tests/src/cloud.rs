@@ -3,7 +3,15 @@
 //! them can be killed and started again; an independent check says afterwards
 //! whether what the invariants promise held.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use drover_compute::{
     AgentSettings,
@@ -22,8 +30,8 @@ use drover_model::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         conductor::{
             BalanceNodes, DrainNode, EvacuateNode, Instance, InstanceRef, MigrateAnswer,
-            MigrateInstance, MigrationRef, OperationAnswer, OperationRef, OperationView,
-            RestoreNode, WaitMigration, method,
+            MigrateInstance, MigrationRef, Node, NodeRef, OperationAnswer, OperationRef,
+            OperationView, RestoreNode, WaitMigration, method,
         },
     },
     ids::{HostName, InstanceId, MigrationId, OperationId},
@@ -65,6 +73,8 @@ pub struct Cloud {
     messaging: MessagingSettings,
     conductors: BTreeMap<String, Conductor>,
     agents: BTreeMap<String, AgentHandle>,
+    /// How far each machine's clock is ahead, ms.
+    clocks: Mutex<BTreeMap<String, Arc<AtomicI64>>>,
     directories: TempDir,
     disks: BTreeMap<String, StateDisk>,
     client: RpcClient,
@@ -112,6 +122,7 @@ impl Cloud {
             messaging,
             conductors: BTreeMap::new(),
             agents: BTreeMap::new(),
+            clocks: Mutex::default(),
             directories: TempDir::new().expect("a temporary directory"),
             disks: BTreeMap::new(),
             client,
@@ -136,8 +147,24 @@ impl Cloud {
         .await;
     }
 
-    fn now_ms(began: Instant) -> u64 {
-        EPOCH_MS + u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    /// A machine's clock: virtual time, and as far ahead as it is set.
+    fn clock(&self, machine: &str) -> impl Fn() -> u64 + Send + Sync + 'static {
+        let (began, ahead_ms) = (self.began, self.ahead_ms(machine));
+        move || {
+            let elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+            (EPOCH_MS + elapsed_ms).saturating_add_signed(ahead_ms.load(Ordering::Relaxed))
+        }
+    }
+
+    fn ahead_ms(&self, machine: &str) -> Arc<AtomicI64> {
+        let mut clocks = self.clocks.lock().expect("nobody panics with it");
+        clocks.entry(machine.to_owned()).or_default().clone()
+    }
+
+    /// Sets a machine's clock (`ctl`, or a node's), now and while it runs.
+    pub fn set_clock(&self, machine: &str, ahead: i64) {
+        self.ahead_ms(machine)
+            .store(ahead.saturating_mul(1000), Ordering::Relaxed);
     }
 
     /// Starts the first conductor, which takes up what it finds.
@@ -147,7 +174,6 @@ impl Cloud {
 
     /// Starts a conductor beside any others.
     pub async fn start_conductor_named(&mut self, name: &str) {
-        let began = self.began;
         let store = match &self.database_url {
             Some(url) => Store::open(url).await.expect("the database opens"),
             None => self.store.clone(),
@@ -158,7 +184,7 @@ impl Cloud {
             &self.messaging,
             self.broker.transport(name),
             store,
-            Clock::from_fn(move || Self::now_ms(began)),
+            Clock::from_fn(self.clock(name)),
             Patience::default(),
             self.fences.clone(),
         );
@@ -186,29 +212,59 @@ impl Cloud {
 
     /// Starts a node's agent on what its last life left.
     pub async fn start_agent(&mut self, host: &str) {
+        self.launch_agent(host, host);
+        if let Some(agent) = self.agents.get_mut(host)
+            && !self.conductors.is_empty()
+        {
+            agent.ready().await;
+        }
+    }
+
+    /// Starts an agent for a node with a state directory of its own, and does not
+    /// wait until it serves. Its name in this cloud is the directory's.
+    pub fn launch_agent(&mut self, host: &str, name: &str) {
         let settings = AgentSettings {
             host: host.parse().expect("a host name"),
             endpoint: self.fabric.endpoint(host),
             policy: AllocationPolicy::default(),
-            state_dir: self.state_dir(host),
-            state_disk: self.state_disk(host),
+            state_dir: self.state_dir(name),
+            state_disk: self.state_disk(name),
             report_interval_s: 5,
             max_downtime_ms: 500,
             progress_timeout_s: 150,
             guard_autostart: true,
             boot_id_file: self.directories.path().join(format!("{host}.boot")),
         };
-        let began = self.began;
         let started = Agent::start(
             Arc::new(self.fabric.driver(host)),
-            self.broker.transport(host),
+            self.broker.transport(name),
             &self.messaging,
             settings,
-            Arc::new(move || Self::now_ms(began)),
+            Arc::new(self.clock(name)),
         );
-        let mut agent = started.expect("an agent in memory starts");
+        let agent = started.expect("an agent in memory starts");
+        self.agents.insert(name.to_owned(), agent);
+    }
+
+    /// Waits until an agent serves.
+    pub async fn serves(&mut self, name: &str) {
+        let agent = self.agents.get_mut(name).expect("it was started");
         agent.ready().await;
-        self.agents.insert(host.to_owned(), agent);
+    }
+
+    /// Stops an agent as its service manager does.
+    pub async fn stop_agent(&mut self, name: &str) {
+        let agent = self.agents.remove(name).expect("it was started");
+        agent.stop().await;
+    }
+
+    /// A node as an operator sees it.
+    pub async fn node(&self, host: &str) -> Node {
+        let ask = NodeRef {
+            host: host.parse().expect("a host name"),
+        };
+        let node = self.call(method::GET_NODE, &ask).await;
+        node.expect("the conductor answers")
     }
 
     /// The disk below the state directory of a node's agent, which may be filled.

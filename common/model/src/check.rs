@@ -69,6 +69,10 @@ macro_rules! codes {
 codes! {
     /// Its state does not allow this move.
     InstanceState => "instance_state",
+    /// It cannot be read on its node.
+    InstanceUnreadable => "instance_unreadable",
+    /// A copy of it is active on another node.
+    TwoCopies => "two_copies",
     /// Another operation has the node.
     HostBusy => "host_busy",
     /// Another operation has it.

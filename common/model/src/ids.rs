@@ -51,6 +51,11 @@ uuid_id!(
     /// An instance: the UUID of its libvirt domain.
     InstanceId
 );
+impl InstanceId {
+    /// Stands where a UUID cannot be read; no instance has it.
+    pub const NONE: Self = Self(Uuid::nil());
+}
+
 uuid_id!(
     /// A migration: keys every step on every node.
     MigrationId

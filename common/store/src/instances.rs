@@ -3,20 +3,37 @@
 //!
 //! A node that lists a domain as its own owns it, unless another node that
 //! still lists it does. While a migration is under way its saga says where the
-//! instance is (and, of a transfer between projects, whose it is), not the
-//! reports, which may be older than the switch-over.
+//! instance is (and, of a transfer between projects, whose it is), not what source
+//! and destination report, which may be older than the switch-over; for the same
+//! reason the first report of either after a move that settled does not count.
+//!
+//! Whoever else moves it, the record follows the copy that runs:
+//!
+//! ```text
+//!  B lists it active, the record has it on A ─► another copy on B: nothing may be done with it
+//!     A, heard after that, has it off or not at all ─► the record follows to B
+//!     B has it active no longer ─► the record stays
+//!     A has it active as well, twice, and B again twice after that ─► two copies run: an alarm
+//! ```
+//!
+//! Of one node one report is on its way at a time. So the second that comes after
+//! a moment was composed after it, and no clock is asked.
 
 use std::{collections::HashMap, str::FromStr};
 
 use drover_model::{
+    api::conductor::OtherCopy,
     guest::PowerState,
     ids::{HostName, InstanceId, ProjectId},
-    migration::MigrationType,
+    migration::{MigrationStatus, MigrationType},
     node::{HypervisorReport, InstanceReport, NodeReport},
 };
+use serde::{Deserialize, Serialize};
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
-use crate::{Result, Statement, Store, StoreError, corrupt, from_json, signed, to_json, unsigned};
+use crate::{
+    Result, Statement, Store, StoreError, corrupt, from_json, outbox, signed, to_json, unsigned,
+};
 
 /// For how long an instance that its node no longer lists stays on the record
 /// (it may be about to turn up elsewhere), ms.
@@ -47,6 +64,57 @@ pub struct InstanceRow {
     pub changed_at_ms: u64,
     /// Since when its node no longer does, milliseconds since 1970.
     pub missing_since_ms: Option<u64>,
+    /// What of it cannot be read, and why.
+    pub unreadable: Option<String>,
+    /// A copy of it that is active elsewhere.
+    pub other: Option<Box<Sighting>>,
+    /// Nodes whose next report may be older than a move that settled.
+    pub awaited: Vec<HostName>,
+}
+
+impl InstanceRow {
+    /// The copy that is active elsewhere, for whoever asks.
+    pub fn other_copy(&self) -> Option<OtherCopy> {
+        let other = self.other.as_ref()?;
+        Some(OtherCopy {
+            host: other.host.clone(),
+            power_state: other.seen.power_state,
+            since_ms: other.since_ms,
+            both_run: other.is_alarm(),
+        })
+    }
+}
+
+/// A copy of an instance that is active on another node than the record's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sighting {
+    /// Where.
+    pub host: HostName,
+    /// As that node lists it.
+    pub seen: InstanceReport,
+    /// Since when, milliseconds since 1970; shown alone.
+    pub since_ms: u64,
+    /// Reports of the record's node since then that had it active too.
+    pub at_home: u32,
+    /// Reports of the other node since the second of those.
+    pub again: u32,
+}
+
+impl Sighting {
+    fn new(host: &HostName, seen: &InstanceReport, now_ms: u64) -> Self {
+        Self {
+            host: host.clone(),
+            seen: seen.clone(),
+            since_ms: now_ms,
+            at_home: 0,
+            again: 0,
+        }
+    }
+
+    /// Whether both copies were seen to run at one time.
+    pub fn is_alarm(&self) -> bool {
+        self.at_home >= 2 && self.again >= 2
+    }
 }
 
 impl InstanceRow {
@@ -69,76 +137,192 @@ enum Change {
     Forget(InstanceId),
     /// Something an operator should know.
     Note(String),
+    /// Two copies of it run.
+    Alarm(Box<InstanceRow>),
 }
 
 /// Instances of which sagas know more than reports.
 #[derive(Debug, Default)]
 struct UnderWay {
     /// Under a migration of any kind: where they are.
-    moving: Vec<InstanceId>,
-    /// Those of them that go to another project: whose they are, and their names.
-    changing_hands: Vec<InstanceId>,
+    moving: HashMap<InstanceId, Moving>,
+}
+
+/// A migration that is not over.
+#[derive(Debug, Default)]
+struct Moving {
+    /// Nodes that hand the instance over: what they say of it does not count.
+    /// None once it has arrived and waits to be confirmed.
+    between: Vec<HostName>,
+    /// To another project: whose it is, and its name.
+    changes_hands: bool,
 }
 
 /// What follows from a report, given the rows that it can touch: those of its
-/// own host and those of the ids it lists.
+/// own host, those that wait for it, and those of the ids it lists.
 fn reconcile(
     report: &NodeReport,
     listed: &[InstanceReport],
     rows: &HashMap<InstanceId, InstanceRow>,
-    UnderWay {
-        moving,
-        changing_hands,
-    }: &UnderWay,
+    under_way: &UnderWay,
     now_ms: u64,
 ) -> Vec<Change> {
+    let host = &report.host;
     let mut changes = Vec::new();
-    for seen in listed.iter().filter(|seen| !seen.incoming) {
-        let fresh = || Change::Keep(Box::new(row_of(&report.host, seen, now_ms)));
-        match rows.get(&seen.id) {
-            None => changes.push(fresh()),
-            Some(row) if row.host == report.host => {
-                let mut next = row_of(&report.host, seen, row.changed_at_ms);
-                if changing_hands.contains(&row.id) {
-                    next.project.clone_from(&row.project);
-                    next.name.clone_from(&row.name);
-                }
-                // Most reports say nothing new: they cost no write.
-                if *row != next {
-                    next.changed_at_ms = now_ms;
-                    changes.push(Change::Keep(Box::new(next)));
-                }
-            }
-            Some(_) if moving.contains(&seen.id) => {}
-            Some(row) if row.missing_since_ms.is_some() => changes.push(fresh()),
-            Some(row) if seen.power_state.is_active() => changes.push(Change::Note(format!(
-                "instance {} ({}) is active on {} and on the record on {}: \
-                 should this last, two copies may be running",
-                seen.id, seen.name, report.host, row.host
-            ))),
-            Some(_) => {}
-        }
+    let by_id: HashMap<InstanceId, &InstanceReport> = listed
+        .iter()
+        .filter(|seen| !seen.incoming && seen.id != InstanceId::NONE)
+        .map(|seen| (seen.id, seen))
+        .collect();
+    for seen in by_id.values().filter(|seen| !rows.contains_key(&seen.id)) {
+        changes.push(Change::Keep(Box::new(row_of(host, seen, now_ms))));
     }
-    let gone = |row: &&InstanceRow| {
-        row.host == report.host
-            && !listed
-                .iter()
-                .any(|seen| seen.id == row.id && !seen.incoming)
-    };
-    for row in rows
-        .values()
-        .filter(gone)
-        .filter(|row| !moving.contains(&row.id))
-    {
-        match row.missing_since_ms {
-            None => changes.push(Change::Missing(row.id)),
-            Some(since) if now_ms.saturating_sub(since) > FORGET_AFTER_MS => {
-                changes.push(Change::Forget(row.id));
-            }
-            Some(_) => {}
+    for row in rows.values() {
+        if row.awaited.contains(host) {
+            let mut next = row.clone();
+            next.awaited.retain(|awaited| awaited != host);
+            changes.push(Change::Keep(Box::new(next)));
+            continue;
+        }
+        let seen = by_id.get(&row.id).copied();
+        let moving = under_way.moving.get(&row.id);
+        if row.host == *host {
+            changes.extend(at_home(row, seen, moving, now_ms));
+        } else if moving.is_none_or(|m| !m.between.contains(host)) {
+            changes.extend(elsewhere(row, host, seen, moving.is_some(), now_ms));
         }
     }
     changes
+}
+
+/// The record's own node reports.
+fn at_home(
+    row: &InstanceRow,
+    seen: Option<&InstanceReport>,
+    moving: Option<&Moving>,
+    now_ms: u64,
+) -> Vec<Change> {
+    let is_active = seen.is_some_and(|seen| seen.power_state.is_active());
+    if let Some(other) = &row.other
+        && moving.is_none()
+        && !is_active
+    {
+        let followed = row_of(&other.host, &other.seen, now_ms);
+        let words = format!(
+            "instance {} ({}) runs on {} and no longer on {}: the record follows",
+            row.id, row.name, other.host, row.host
+        );
+        return vec![Change::Keep(Box::new(followed)), Change::Note(words)];
+    }
+    let Some(seen) = seen else {
+        return gone(row, moving.is_some(), now_ms).into_iter().collect();
+    };
+    let mut next = known(row, row_of(&row.host, seen, row.changed_at_ms));
+    next.other.clone_from(&row.other);
+    next.awaited.clone_from(&row.awaited);
+    if moving.is_some_and(|m| m.changes_hands) {
+        next.project.clone_from(&row.project);
+        next.name.clone_from(&row.name);
+    }
+    if let Some(other) = &mut next.other {
+        other.at_home = other.at_home.saturating_add(1).min(2);
+    }
+    // Most reports say nothing new: they cost no write.
+    if *row == next {
+        return Vec::new();
+    }
+    next.changed_at_ms = now_ms;
+    vec![Change::Keep(Box::new(next))]
+}
+
+/// Its node does not list it.
+fn gone(row: &InstanceRow, is_moving: bool, now_ms: u64) -> Option<Change> {
+    if is_moving {
+        return None;
+    }
+    match row.missing_since_ms {
+        None => Some(Change::Missing(row.id)),
+        Some(since) if now_ms.saturating_sub(since) > FORGET_AFTER_MS => {
+            Some(Change::Forget(row.id))
+        }
+        Some(_) => None,
+    }
+}
+
+/// Another node than the record's reports.
+fn elsewhere(
+    row: &InstanceRow,
+    host: &HostName,
+    seen: Option<&InstanceReport>,
+    is_moving: bool,
+    now_ms: u64,
+) -> Vec<Change> {
+    let keep = |other: Option<Box<Sighting>>| {
+        let other = InstanceRow {
+            other,
+            ..row.clone()
+        };
+        Change::Keep(Box::new(other))
+    };
+    let sighted = row.other.as_ref().filter(|other| other.host == *host);
+    match (seen, sighted) {
+        (Some(seen), _) if row.missing_since_ms.is_some() && !is_moving => {
+            vec![Change::Keep(Box::new(row_of(host, seen, now_ms)))]
+        }
+        (Some(seen), Some(sighted)) if seen.power_state.is_active() => {
+            let mut next = sighted.clone();
+            next.seen = seen.clone();
+            if next.at_home >= 2 {
+                next.again = next.again.saturating_add(1).min(2);
+            }
+            if next == *sighted {
+                return Vec::new();
+            }
+            let begins = next.is_alarm() && !sighted.is_alarm();
+            let kept = keep(Some(next));
+            match (begins, &kept) {
+                (true, Change::Keep(row)) => vec![Change::Alarm(row.clone()), kept],
+                _ => vec![kept],
+            }
+        }
+        (_, Some(_)) => vec![keep(None)],
+        (Some(seen), None) if seen.power_state.is_active() => {
+            let words = format!(
+                "instance {} ({}) is active on {host} and on the record on {}: nothing is done                  with it until one of them is seen to have it no longer",
+                row.id, row.name, row.host
+            );
+            match &row.other {
+                // One other copy is enough to stop everything.
+                Some(_) => vec![Change::Note(words)],
+                None => {
+                    let other = Sighting::new(host, seen, now_ms);
+                    vec![keep(Some(Box::new(other))), Change::Note(words)]
+                }
+            }
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Of one that cannot be read, what was read before.
+fn known(row: &InstanceRow, mut next: InstanceRow) -> InstanceRow {
+    if next.unreadable.is_none() {
+        return next;
+    }
+    let or = |now: u64, before: u64| if now == 0 { before } else { now };
+    next.memory_mib = or(next.memory_mib, row.memory_mib);
+    next.disk_bytes = or(next.disk_bytes, row.disk_bytes);
+    next.generation = or(next.generation, row.generation);
+    if next.vcpus == 0 {
+        next.vcpus = row.vcpus;
+    }
+    if next.project.is_empty() {
+        next.project.clone_from(&row.project);
+    }
+    if next.name.is_empty() {
+        next.name.clone_from(&row.name);
+    }
+    next
 }
 
 fn row_of(host: &HostName, seen: &InstanceReport, now_ms: u64) -> InstanceRow {
@@ -154,6 +338,9 @@ fn row_of(host: &HostName, seen: &InstanceReport, now_ms: u64) -> InstanceRow {
         generation: seen.generation,
         changed_at_ms: now_ms,
         missing_since_ms: None,
+        unreadable: seen.unreadable.clone(),
+        other: None,
+        awaited: Vec::new(),
     }
 }
 
@@ -170,10 +357,12 @@ pub(crate) async fn take_in(
         return Ok(Vec::new());
     };
     let (mut rows, mut serials) = (HashMap::new(), HashMap::new());
-    for row in sqlx::query("SELECT * FROM instances WHERE host = $1")
-        .bind(report.host.as_str())
-        .fetch_all(&mut **tx)
-        .await?
+    for row in sqlx::query(
+        "SELECT * FROM instances WHERE host = $1 OR awaited IS NOT NULL OR other_copy IS NOT NULL",
+    )
+    .bind(report.host.as_str())
+    .fetch_all(&mut **tx)
+    .await?
     {
         let (row, serial) = with_serial(&row)?;
         serials.insert(row.id, serial);
@@ -209,6 +398,10 @@ pub(crate) async fn take_in(
                 as_it_was(tx, id, forget).await?;
             }
             Change::Note(note) => notes.push(note),
+            Change::Alarm(row) => {
+                notes.push(alarm(&row));
+                outbox::put(tx, &notification(&row)).await?;
+            }
         }
     }
     Ok(notes)
@@ -230,19 +423,47 @@ fn with_serial(row: &AnyRow) -> Result<(InstanceRow, i64)> {
     Ok((instance(row)?, row.try_get("serial")?))
 }
 
+fn alarm(row: &InstanceRow) -> String {
+    let other = row.other.as_ref().map_or("?", |other| other.host.as_str());
+    format!(
+        "TWO COPIES of instance {} ({}) run: on {} and on {other}; stop one of them",
+        row.id, row.name, row.host
+    )
+}
+
+fn notification(row: &InstanceRow) -> outbox::Notification {
+    let other = row.other.as_ref().map(|other| other.host.to_string());
+    let payload = serde_json::json!({
+        "instance_uuid": row.id, "display_name": row.name, "tenant_id": row.project,
+        "host": row.host, "other_host": other, "message": alarm(row),
+    });
+    outbox::Notification::new("instance.two_copies", "ERROR", payload)
+}
+
 async fn under_way(tx: &mut Transaction<'static, Any>) -> Result<UnderWay> {
-    let rows = sqlx::query("SELECT instance_uuid, migration_type FROM migrations WHERE active = 1")
-        .fetch_all(&mut **tx)
-        .await?;
+    let rows = sqlx::query(
+        "SELECT instance_uuid, migration_type, status, source_host, dest_host FROM migrations \
+         WHERE active = 1",
+    )
+    .fetch_all(&mut **tx)
+    .await?;
     let transfer = MigrationType::ProjectTransfer.to_string();
     let mut found = UnderWay::default();
     for row in &rows {
         let id: String = row.try_get("instance_uuid")?;
         let id = id.parse().map_err(|e| corrupt("a migration", &e))?;
-        found.moving.push(id);
-        if row.try_get::<String, _>("migration_type")? == transfer {
-            found.changing_hands.push(id);
+        let mut hosts: Vec<String> = vec![row.try_get("source_host")?];
+        hosts.extend(row.try_get::<Option<String>, _>("dest_host")?);
+        if row.try_get::<String, _>("status")? == MigrationStatus::Finished.as_str() {
+            hosts.clear();
         }
+        let hosts = hosts.iter().map(|host| host.parse());
+        let between = hosts.collect::<std::result::Result<_, _>>();
+        let moving = Moving {
+            between: between.map_err(|e| corrupt("a migration", &e))?,
+            changes_hands: row.try_get::<String, _>("migration_type")? == transfer,
+        };
+        found.moving.insert(id, moving);
     }
     Ok(found)
 }
@@ -251,8 +472,9 @@ async fn under_way(tx: &mut Transaction<'static, Any>) -> Result<UnderWay> {
 async fn add(tx: &mut Transaction<'static, Any>, row: &InstanceRow) -> Result<()> {
     let add = sqlx::query(
         "INSERT INTO instances (uuid, serial, name, project_id, host, power_state, vcpus, \
-         memory_mib, disk_bytes, generation, changed_at_ms) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+         memory_mib, disk_bytes, generation, changed_at_ms, missing_since_ms, unreadable, \
+         other_copy, awaited) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
     );
     let add = add.bind(row.id.to_string()).bind(0_i64);
     as_it_was(tx, row.id, values(add, row)?).await
@@ -263,7 +485,8 @@ async fn replace(tx: &mut Transaction<'static, Any>, row: &InstanceRow, serial: 
     let replace = sqlx::query(
         "UPDATE instances SET serial = serial + 1, name = $3, project_id = $4, host = $5, \
          power_state = $6, vcpus = $7, memory_mib = $8, disk_bytes = $9, generation = $10, \
-         changed_at_ms = $11, missing_since_ms = NULL WHERE uuid = $1 AND serial = $2",
+         changed_at_ms = $11, missing_since_ms = $12, unreadable = $13, other_copy = $14, \
+         awaited = $15 WHERE uuid = $1 AND serial = $2",
     );
     let replace = replace.bind(row.id.to_string()).bind(serial);
     as_it_was(tx, row.id, values(replace, row)?).await
@@ -279,7 +502,16 @@ fn values<'q>(statement: Statement<'q>, row: &InstanceRow) -> Result<Statement<'
         .bind(signed(row.memory_mib))
         .bind(signed(row.disk_bytes))
         .bind(signed(row.generation))
-        .bind(signed(row.changed_at_ms)))
+        .bind(signed(row.changed_at_ms))
+        .bind(row.missing_since_ms.map(signed))
+        .bind(row.unreadable.clone())
+        .bind(other_copy(row)?)
+        .bind(awaited(&row.awaited)?))
+}
+
+fn other_copy(row: &InstanceRow) -> Result<Option<String>> {
+    let other = row.other.as_ref();
+    other.map(|other| to_json("a copy", other)).transpose()
 }
 
 /// Writes a row that was read before, if it is still the same.
@@ -307,6 +539,14 @@ pub(crate) async fn lock(
     row.as_ref().map(instance).transpose()
 }
 
+/// None is none, so that those that wait are found.
+fn awaited(hosts: &[HostName]) -> Result<Option<String>> {
+    match hosts {
+        [] => Ok(None),
+        hosts => to_json("awaited nodes", &hosts).map(Some),
+    }
+}
+
 /// Puts an instance where a saga saw it run (invariant 2).
 pub(crate) async fn moved(
     tx: &mut Transaction<'static, Any>,
@@ -314,13 +554,20 @@ pub(crate) async fn moved(
     host: &HostName,
     now_ms: u64,
 ) -> Result<()> {
+    let mut hosts = vec![host.clone()];
+    if let Some((row, _)) = by_id(tx, id).await?
+        && row.host != *host
+    {
+        hosts.push(row.host);
+    }
     sqlx::query(
         "UPDATE instances SET serial = serial + 1, host = $2, changed_at_ms = $3, \
-         missing_since_ms = NULL WHERE uuid = $1",
+         missing_since_ms = NULL, other_copy = NULL, awaited = $4 WHERE uuid = $1",
     )
     .bind(id.to_string())
     .bind(host.as_str())
     .bind(signed(now_ms))
+    .bind(awaited(&hosts)?)
     .execute(&mut **tx)
     .await?;
     Ok(())
@@ -452,5 +699,13 @@ pub(crate) fn instance(row: &AnyRow) -> Result<InstanceRow> {
         missing_since_ms: row
             .try_get::<Option<i64>, _>("missing_since_ms")?
             .map(unsigned),
+        unreadable: row.try_get("unreadable")?,
+        other: json(row, "other_copy")?,
+        awaited: json(row, "awaited")?.unwrap_or_default(),
     })
+}
+
+fn json<T: serde::de::DeserializeOwned>(row: &AnyRow, column: &str) -> Result<Option<T>> {
+    let text: Option<String> = row.try_get(column)?;
+    text.map(|text| from_json("an instance", &text)).transpose()
 }

@@ -1,7 +1,8 @@
 //! Drover's record. The only crate that names the database: SQLite by default,
 //! PostgreSQL for several conductors, one SQL text for both.
 //!
-//! [`nodes`] and [`instances`] keep what agents report; [`migrations`] what is
+//! [`agents`] knows which run of each agent counts, [`hearing`] for how long it was
+//! silent; [`nodes`] and [`instances`] keep what agents report; [`migrations`] what is
 //! done and by whom; [`claims`] what is promised on a destination; [`projects`]
 //! who may have how much; [`offers`] what is offered to other projects;
 //! [`operations`] what is done with whole nodes; [`definitions`] what is kept for
@@ -10,9 +11,11 @@
 //! [`retention`] how long what is over is kept. What belongs together is committed
 //! together.
 
+pub mod agents;
 mod at_once;
 pub mod claims;
 pub mod definitions;
+pub mod hearing;
 pub mod instances;
 pub mod migrations;
 pub mod nodes;
@@ -157,6 +160,7 @@ pub struct Store {
     changes: broadcast::Sender<MigrationId>,
     operation_changes: broadcast::Sender<OperationId>,
     turns: watch::Sender<()>,
+    hearing: hearing::Hearing,
     /// It answers at once, as a simulation needs it.
     at_once: bool,
     /// While this is true, the process that uses it stands still.
@@ -280,9 +284,24 @@ impl Store {
             changes,
             operation_changes,
             turns: watch::Sender::new(()),
+            hearing: hearing::Hearing::default(),
             at_once,
             still: None,
         })
+    }
+
+    /// The same record for a conductor that hears with its own ears.
+    #[must_use]
+    pub fn heard_apart(self) -> Self {
+        Self {
+            hearing: hearing::Hearing::default(),
+            ..self
+        }
+    }
+
+    /// Who was heard of, as whoever works with this hears.
+    pub fn hearing(&self) -> &hearing::Hearing {
+        &self.hearing
     }
 
     /// Which database it is.

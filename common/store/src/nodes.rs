@@ -3,15 +3,23 @@
 use drover_model::{ids::HostName, node::NodeReport};
 use sqlx::{Row, any::AnyRow};
 
-use crate::{Result, Store, StoreError, from_json, instances, signed, to_json, unsigned};
+use crate::{
+    Result, Store, StoreError, agents, from_json, hearing::AgentState, instances, signed, to_json,
+    unsigned,
+};
 
 /// A node as it is kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeRow {
     /// Its last report.
     pub report: NodeReport,
-    /// When that came, by the conductor's clock, milliseconds since 1970.
+    /// When it was last heard of, by a conductor's clock, milliseconds since 1970.
     pub heard_at_ms: u64,
+    /// For how long the conductor has listened for it in vain, ms; none if nobody
+    /// listens in this process.
+    pub silent_ms: Option<u64>,
+    /// Its agent.
+    pub agent: AgentState,
     /// Whether it is open for instances to come.
     pub enabled: bool,
     /// Why it is not.
@@ -30,6 +38,11 @@ pub enum Reported {
     },
     /// A newer one was there already.
     Stale,
+    /// It is not the word of the node's agent.
+    Stranger {
+        /// In words.
+        reason: String,
+    },
 }
 
 impl Store {
@@ -44,6 +57,10 @@ impl Store {
 
     async fn try_record_report(&self, report: &NodeReport, heard_at_ms: u64) -> Result<Reported> {
         let mut tx = self.begin().await?;
+        let current = agents::incarnation(&mut tx, &report.host).await?;
+        if let Some(reason) = stranger(report, current) {
+            return Ok(Reported::Stranger { reason });
+        }
         // Reports of one node wait for each other here, so that the newest stays.
         let row = sqlx::query(
             "UPDATE nodes SET claim_serial = claim_serial WHERE host = $1 RETURNING report",
@@ -53,8 +70,10 @@ impl Store {
         .await?;
         if let Some(row) = row {
             let last: NodeReport = from_json("a node", row.try_get("report")?)?;
-            let order = |r: &NodeReport| (r.agent_started_ms, r.sequence);
-            if order(&last) >= order(report) {
+            let order = |r: &NodeReport| (r.incarnation, r.sequence);
+            // One that is too old to register counts anew at each start.
+            let anew = report.incarnation == 0 && last.agent_started_ms != report.agent_started_ms;
+            if order(&last) >= order(report) && !anew {
                 return Ok(Reported::Stale);
             }
         }
@@ -70,6 +89,7 @@ impl Store {
         .await?;
         let notes = instances::take_in(&mut tx, report, heard_at_ms).await?;
         tx.commit().await?;
+        self.hearing.note(&report.host);
         Ok(Reported::Kept { notes })
     }
 
@@ -85,6 +105,7 @@ impl Store {
                 .bind(signed(now_ms))
         })
         .await?;
+        self.hearing.note(host);
         Ok(())
     }
 
@@ -95,7 +116,7 @@ impl Store {
     pub async fn nodes(&self) -> Result<Vec<NodeRow>> {
         let rows =
             self.steady(sqlx::query("SELECT * FROM nodes ORDER BY host").fetch_all(&self.pool));
-        rows.await?.iter().map(node).collect()
+        rows.await?.iter().map(|row| self.node_of(row)).collect()
     }
 
     /// One node.
@@ -114,7 +135,7 @@ impl Store {
     pub async fn known_node(&self, host: &HostName) -> Result<Option<NodeRow>> {
         let query = sqlx::query("SELECT * FROM nodes WHERE host = $1").bind(host.as_str());
         let row = self.steady(query.fetch_optional(&self.pool)).await?;
-        row.as_ref().map(node).transpose()
+        row.as_ref().map(|row| self.node_of(row)).transpose()
     }
 
     /// Opens or closes a node for instances to come.
@@ -152,14 +173,31 @@ impl Store {
         .await?;
         self.node(host).await
     }
+
+    fn node_of(&self, row: &AnyRow) -> Result<NodeRow> {
+        let report: NodeReport = from_json("a node", row.try_get("report")?)?;
+        Ok(NodeRow {
+            heard_at_ms: unsigned(row.try_get("heard_at_ms")?),
+            silent_ms: self.hearing.silent_ms(&report.host),
+            agent: self.hearing.state(&report.host),
+            enabled: row.try_get::<i64, _>("enabled")? != 0,
+            disabled_reason: row.try_get("disabled_reason")?,
+            forced_down: row.try_get::<i64, _>("forced_down")? != 0,
+            report,
+        })
+    }
 }
 
-fn node(row: &AnyRow) -> Result<NodeRow> {
-    Ok(NodeRow {
-        report: from_json("a node", row.try_get("report")?)?,
-        heard_at_ms: unsigned(row.try_get("heard_at_ms")?),
-        enabled: row.try_get::<i64, _>("enabled")? != 0,
-        disabled_reason: row.try_get("disabled_reason")?,
-        forced_down: row.try_get::<i64, _>("forced_down")? != 0,
-    })
+/// Why a report is not the word of the node's agent.
+fn stranger(report: &NodeReport, current: Option<u64>) -> Option<String> {
+    let (host, own) = (&report.host, report.incarnation);
+    match current.unwrap_or(0) {
+        current if current == own => None,
+        current if current > own => Some(format!(
+            "incarnation {own} of the agent of {host} was followed by {current}"
+        )),
+        _ => Some(format!(
+            "nobody here gave incarnation {own} to the agent of {host}: it has to register anew"
+        )),
+    }
 }

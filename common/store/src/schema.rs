@@ -63,6 +63,12 @@ const CHANGES: &[Change] = &[
         kind: Kind::Expands,
         sql: include_str!("../migrations/0004_soundness.sql"),
     },
+    Change {
+        version: 5,
+        name: "agents",
+        kind: Kind::Expands,
+        sql: include_str!("../migrations/0005_agents.sql"),
+    },
 ];
 
 fn newest() -> i64 {

@@ -9,14 +9,19 @@ use std::path::PathBuf;
 
 use common::{HELD, host, listed, migration, passed, report, term};
 use drover_model::{
-    api::{compute::Outcome, conductor::ListMigrations},
+    api::{
+        compute::Outcome,
+        conductor::{Identity, ListMigrations, RegisterAgent, Registered},
+    },
+    guest::PowerState,
     migration::{Migration, MigrationStatus},
-    node::{HypervisorReport, InstanceReport},
+    node::{HypervisorReport, InstanceReport, NodeReport},
 };
 use drover_saga::{Event, JournalError};
 use drover_store::{
     Store, StoreError,
     claims::Resources,
+    instances::InstanceRow,
     migrations::{Admitted, Lease},
     nodes::Reported,
     sagas::SagaKey,
@@ -29,6 +34,11 @@ promises! {
     instances_are_adopted_found_and_forgotten_late,
     silence_and_old_news_change_nothing,
     two_nodes_that_list_one_instance_are_told_of_and_nothing_flips,
+    the_record_follows_the_copy_that_runs,
+    two_copies_that_run_are_an_alarm_until_one_is_gone,
+    a_report_that_was_under_way_when_a_move_settled_changes_nothing,
+    of_a_guest_that_cannot_be_read_what_was_read_is_kept,
+    an_agent_of_another_incarnation_is_refused_aloud,
     during_a_migration_reports_do_not_move_the_instance,
     claims_balance,
     rival_claims_never_exceed_the_node,
@@ -229,6 +239,176 @@ async fn two_nodes_that_list_one_instance_are_told_of_and_nothing_flips(store: S
         Reported::Kept { notes: vec![] },
         "a copy that waits is no second copy"
     );
+}
+
+/// What a node says of instance 1 in its report of that number.
+async fn says(store: &Store, node: &str, sequence: u64, state: Option<PowerState>) -> InstanceRow {
+    let seen = state.map(|power_state| InstanceReport {
+        power_state,
+        ..listed(1)
+    });
+    let report = report(node, sequence, seen.into_iter().collect());
+    store.record_report(&report, sequence).await.unwrap();
+    store.find_instance("vm1").await.unwrap()
+}
+
+const ON: Option<PowerState> = Some(PowerState::Running);
+const OFF: Option<PowerState> = Some(PowerState::Shutdown);
+
+async fn the_record_follows_the_copy_that_runs(store: Store) {
+    // Moved by hand, its old node keeps the definition.
+    says(&store, "kvm1", 1, ON).await;
+    let row = says(&store, "kvm2", 1, ON).await;
+    assert_eq!(
+        row.host.as_str(),
+        "kvm1",
+        "the first may have been moved back"
+    );
+    assert!(row.other_copy().is_some_and(|o| o.host.as_str() == "kvm2"));
+    let row = says(&store, "kvm1", 2, OFF).await;
+    assert_eq!((row.host.as_str(), row.other_copy()), ("kvm2", None));
+    // Started on its old node while it is off on the new one.
+    says(&store, "kvm2", 2, OFF).await;
+    says(&store, "kvm1", 3, ON).await;
+    let row = says(&store, "kvm2", 3, OFF).await;
+    assert_eq!(row.host.as_str(), "kvm1");
+    // Undefined where it was, before it was seen elsewhere, and after.
+    says(&store, "kvm2", 4, ON).await;
+    let row = says(&store, "kvm1", 4, None).await;
+    assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm2", None));
+    // One that goes again leaves nothing behind.
+    says(&store, "kvm1", 5, ON).await;
+    let row = says(&store, "kvm1", 6, None).await;
+    assert_eq!((row.host.as_str(), row.other_copy()), ("kvm2", None));
+    assert!(store.unpublished(10).await.unwrap().is_empty(), "no alarm");
+}
+
+async fn two_copies_that_run_are_an_alarm_until_one_is_gone(store: Store) {
+    says(&store, "kvm1", 1, ON).await;
+    for n in 1..=4 {
+        says(&store, "kvm2", n, ON).await;
+        let row = says(&store, "kvm1", n + 1, ON).await;
+        let other = row.other_copy().expect("it was seen");
+        assert_eq!(row.host.as_str(), "kvm1");
+        assert_eq!(other.both_run, n >= 4, "seen to run in turns: {n}");
+    }
+    says(&store, "kvm2", 5, ON).await;
+    let told = store.unpublished(10).await.unwrap();
+    assert_eq!(told.len(), 1, "said once");
+    assert_eq!(told[0].event_type, "instance.two_copies");
+    let row = says(&store, "kvm2", 6, OFF).await;
+    assert_eq!((row.host.as_str(), row.other_copy()), ("kvm1", None));
+}
+
+async fn a_report_that_was_under_way_when_a_move_settled_changes_nothing(store: Store) {
+    says(&store, "kvm1", 1, ON).await;
+    store
+        .record_report(&report("kvm2", 1, vec![]), 1)
+        .await
+        .unwrap();
+    let m = migration(1, 1);
+    admit(&store, &m, None).await;
+    let kvm2 = host("kvm2");
+    let id = m.instance_uuid;
+    store
+        .settle(m.uuid, id, &kvm2, None, None, 5)
+        .await
+        .unwrap();
+    store
+        .update_migration(m.uuid, |m| {
+            m.status = MigrationStatus::Completed;
+            true
+        })
+        .await
+        .unwrap();
+    // Both were composed before: the destination's has only a copy that waits.
+    let row = says(&store, "kvm2", 2, None).await;
+    assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm2", None));
+    let row = says(&store, "kvm1", 2, Some(PowerState::Paused)).await;
+    assert_eq!((row.host.as_str(), row.other_copy()), ("kvm2", None));
+    // Those after count.
+    let row = says(&store, "kvm2", 3, Some(PowerState::Paused)).await;
+    assert_eq!(row.power_state, PowerState::Paused);
+    says(&store, "kvm1", 3, ON).await;
+    let row = says(&store, "kvm2", 4, OFF).await;
+    assert_eq!(row.host.as_str(), "kvm1");
+}
+
+async fn of_a_guest_that_cannot_be_read_what_was_read_is_kept(store: Store) {
+    says(&store, "kvm1", 1, ON).await;
+    let lost = InstanceReport::unreadable(listed(1).id, "", "its XML is nested too deep");
+    let report = report("kvm1", 2, vec![lost, listed(2)]);
+    store.record_report(&report, 2).await.unwrap();
+    let row = store.find_instance("vm1").await.unwrap();
+    assert_eq!((row.vcpus, row.memory_mib), (1, 1024));
+    assert_eq!(row.project, "demo");
+    assert_eq!(
+        row.unreadable.as_deref(),
+        Some("its XML is nested too deep")
+    );
+    assert_eq!(store.find_instance("vm2").await.unwrap().unreadable, None);
+    assert_eq!(says(&store, "kvm1", 3, ON).await.unreadable, None);
+}
+
+async fn an_agent_of_another_incarnation_is_refused_aloud(store: Store) {
+    let ask = |state: &str, process: &str, held| RegisterAgent {
+        host: host("kvm1"),
+        identity: Identity {
+            state: state.into(),
+            machine: "m".into(),
+            boot: "b".into(),
+            process: process.into(),
+        },
+        agent_version: "1".into(),
+        held,
+    };
+    let admitted = |incarnation| Registered::Admitted { incarnation };
+    let register = async |ask: &RegisterAgent| store.register_agent(ask, None).await.unwrap();
+    assert_eq!(register(&ask("s", "p1", None)).await, admitted(1));
+    assert_eq!(
+        register(&ask("s", "p1", None)).await,
+        admitted(1),
+        "asked twice"
+    );
+    assert_eq!(
+        register(&ask("s", "p2", None)).await,
+        admitted(2),
+        "a restart"
+    );
+    let refused = |answer: Registered| matches!(answer, Registered::Refused { .. });
+    assert!(
+        refused(register(&ask("s", "p1", Some(1))).await),
+        "no restart"
+    );
+    assert!(refused(register(&ask("other", "p3", None)).await), "a twin");
+    let of = |incarnation, sequence| NodeReport {
+        incarnation,
+        ..report("kvm1", sequence, vec![listed(1)])
+    };
+    let kept = async |incarnation, sequence| {
+        store
+            .record_report(&of(incarnation, sequence), 1)
+            .await
+            .unwrap()
+    };
+    assert!(matches!(kept(2, 1).await, Reported::Kept { .. }));
+    assert!(matches!(kept(1, 900).await, Reported::Stranger { .. }));
+    assert!(matches!(kept(3, 1).await, Reported::Stranger { .. }));
+    assert_eq!(kept(2, 1).await, Reported::Stale);
+    // Silent for long: as of its last sign of life, and of no other.
+    let twin = ask("other", "p3", None);
+    let late = store.register_agent(&twin, Some((2, 9))).await.unwrap();
+    assert!(refused(late));
+    let now = store.register_agent(&twin, Some((2, 0))).await.unwrap();
+    assert_eq!(now, admitted(3));
+    assert!(
+        matches!(kept(3, 1).await, Reported::Kept { .. }),
+        "a low sequence counts anew"
+    );
+    store.agent_left(&host("kvm1"), 3).await.unwrap();
+    assert_eq!(register(&ask("s", "p4", None)).await, admitted(4));
+    let row = store.agent(&host("kvm1")).await.unwrap().unwrap();
+    assert!(row.refusals >= 3 && row.refusal.is_some() && !row.gone);
 }
 
 async fn during_a_migration_reports_do_not_move_the_instance(store: Store) {

@@ -1469,6 +1469,10 @@ async fn the_doctor_finds_nothing_where_all_is_well() {
         ("get_status", Act::Answer(status())),
         ("list_nodes", answer(&nodes)),
         ("list_migrations", answer(&[samples::running(first())])),
+        (
+            "list_instances",
+            answer(&Vec::<drover_model::api::conductor::Instance>::new()),
+        ),
         ("list_operations", answer(&[drain])),
         ("set_automation", answer(&automation("on", "off"))),
     ])
@@ -1498,6 +1502,10 @@ async fn the_doctor_names_what_is_wrong_and_asks_all_agents_at_once() {
         (
             "list_migrations",
             answer(&[ended(MigrationStatus::Stuck, None)]),
+        ),
+        (
+            "list_instances",
+            answer(&Vec::<drover_model::api::conductor::Instance>::new()),
         ),
         ("list_operations", answer(&Vec::<Operation>::new())),
         ("set_automation", answer(&automation("paused", "off"))),

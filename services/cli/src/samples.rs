@@ -69,6 +69,8 @@ pub(crate) fn node(name: &str) -> Node {
         heard_at_ms: T0,
         report_age_ms: 1200,
         clock_offset_ms: 3,
+        incarnation: 1,
+        refusal: None,
         vcpus_used: 2,
         memory_used_mib: 256,
         disk_claimed_bytes: 0,
@@ -79,6 +81,7 @@ pub(crate) fn node(name: &str) -> Node {
             host: host(name),
             agent_version: "0.1.0".to_owned(),
             agent_started_ms: T0,
+            incarnation: 0,
             sequence: 9,
             clock_ms: T0,
             endpoint: Endpoint {
@@ -111,6 +114,8 @@ pub(crate) fn instance(name: &str) -> Instance {
         generation: 0,
         migration: None,
         seen_at_ms: T0,
+        unreadable: None,
+        other_copy: None,
     }
 }
 

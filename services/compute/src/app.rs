@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use drover_model::api::COMPUTE_TOPIC;
+use drover_model::api::{COMPUTE_TOPIC, conductor::AgentLeaves};
 use drover_rpc::{MessagingSettings, RpcClient, RpcServer, Transport, TransportError};
 use drover_runtime::error_chain::Chain;
 use tokio::{sync::watch, task::JoinHandle};
@@ -18,6 +18,7 @@ use crate::{
     migration::Registry,
     node::{AgentSettings, Clock, Counters, Node},
     report, returning,
+    standing::{self, Standing},
 };
 
 /// How long steps under way may take when the agent is asked to stop. Transfers
@@ -50,6 +51,7 @@ impl Agent {
         clock: Clock,
     ) -> Result<AgentHandle, JournalError> {
         let journal = Journal::open(&settings.state_dir, &settings.state_disk)?;
+        let identity = standing::identity(journal.state(), &settings.boot_id_file);
         let client = RpcClient::new(transport.clone(), messaging);
         let (conductor, reports) = Conductor::new(client.clone(), transport.clone());
         let node = Arc::new(Node {
@@ -62,22 +64,26 @@ impl Agent {
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             has_asked: watch::Sender::new(false),
+            identity,
+            standing: watch::Sender::new(Standing::Asking),
+            refused: watch::Sender::new(None),
         });
         let registry = Registry::start(node.clone())?;
+        drop(node.spawn(standing::run(node.clone())));
         drop(node.spawn(report::forward(node.clone(), reports)));
         drop(node.spawn(report::run(node.clone(), registry.clone())));
         drop(node.spawn(returning::run(node.clone(), registry.clone())));
         let (set_ready, ready) = watch::channel(false);
         let stop_serving = CancellationToken::new();
         let server = Server {
-            steps: Steps {
+            steps: Arc::new(Steps {
                 node: node.clone(),
                 registry: registry.clone(),
-            },
-            nova: NovaCompute {
+            }),
+            nova: Arc::new(NovaCompute {
                 node: node.clone(),
                 registry,
-            },
+            }),
             transport,
             messaging: messaging.clone(),
             ready: set_ready,
@@ -116,15 +122,33 @@ impl AgentHandle {
     }
 
     /// Lets steps under way end, then stops. Transfers go on without the agent.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.stop_serving.cancel();
-        if let Some(serving) = self.serving {
+        if let Some(serving) = self.serving.take() {
             drop(tokio::time::timeout(STOP_GRACE * 2, serving).await);
         }
+        self.say_good_bye().await;
         self.client.close().await;
         self.node.stop.cancel();
         self.node.tasks.close();
         self.node.tasks.wait().await;
+    }
+
+    async fn say_good_bye(&self) {
+        let incarnation = self.node.standing.borrow().incarnation();
+        let Some(incarnation) = incarnation else {
+            return;
+        };
+        let who = AgentLeaves {
+            host: self.node.settings.host.clone(),
+            incarnation,
+        };
+        if let Err(e) = self.node.conductor.leave(&who).await {
+            info!(
+                "the conductor was not told that the agent stops: {}",
+                Chain(&e)
+            );
+        }
     }
 
     /// Stops at once and in the middle of everything, as `kill -9` would.
@@ -134,8 +158,8 @@ impl AgentHandle {
 }
 
 struct Server {
-    steps: Steps,
-    nova: NovaCompute,
+    steps: Arc<Steps>,
+    nova: Arc<NovaCompute>,
     transport: Arc<dyn Transport>,
     messaging: MessagingSettings,
     ready: watch::Sender<bool>,
@@ -143,25 +167,49 @@ struct Server {
 }
 
 impl Server {
+    /// Serves whenever this is the node's agent. The queue is the node's: who is
+    /// not takes nothing from it.
     async fn run(self) -> Result<(), TransportError> {
-        let host = self.steps.node.settings.host.clone();
+        let node = self.steps.node.clone();
+        let mut standing = node.standing.subscribe();
+        loop {
+            let admitted = standing.wait_for(|s| s.incarnation().is_some());
+            tokio::select! {
+                admitted = admitted => drop(admitted),
+                () = self.stop.cancelled() => return Ok(()),
+            }
+            let Some(server) = self.start().await? else {
+                return Ok(());
+            };
+            info!(host = %node.settings.host, "serving");
+            self.ready.send_replace(true);
+            let refused = standing.wait_for(|s| s.incarnation().is_none());
+            let is_over = tokio::select! {
+                refused = refused => refused.is_err(),
+                () = self.stop.cancelled() => true,
+            };
+            server.stop(STOP_GRACE).await;
+            if is_over {
+                return Ok(());
+            }
+            self.ready.send_replace(false);
+        }
+    }
+
+    async fn start(&self) -> Result<Option<RpcServer>, TransportError> {
+        let host = &self.steps.node.settings.host;
         let server = RpcServer::builder(
-            self.transport,
+            self.transport.clone(),
             &self.messaging,
             COMPUTE_TOPIC,
             host.as_str(),
         )
-        .endpoint(self.steps)
-        .endpoint(self.nova);
-        let server = tokio::select! {
+        .shared_endpoint(self.steps.clone())
+        .shared_endpoint(self.nova.clone());
+        tokio::select! {
             biased;
-            server = server.start() => server?,
-            () = self.stop.cancelled() => return Ok(()),
-        };
-        info!(%host, "serving");
-        self.ready.send_replace(true);
-        self.stop.cancelled().await;
-        server.stop(STOP_GRACE).await;
-        Ok(())
+            server = server.start() => server.map(Some),
+            () = self.stop.cancelled() => Ok(None),
+        }
     }
 }

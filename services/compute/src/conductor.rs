@@ -1,5 +1,6 @@
 //! The way to the conductor: what the agent says to it, and how losing it is
-//! borne. Reports are casts that may be lost; the conductor asks if it wonders.
+//! borne. Reports may be lost, and wait for nobody for long; the conductor asks if it
+//! wonders.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,8 +8,8 @@ use drover_model::{
     api::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         conductor::{
-            EvacuatedAnswer, EvacuatedRemoved, ListEvacuated, ListMigrations, MigrationRef,
-            MigrationReport, method,
+            AgentLeaves, EvacuatedAnswer, EvacuatedRemoved, Heartbeat, ListEvacuated,
+            ListMigrations, MigrationRef, MigrationReport, RegisterAgent, Registered, Word, method,
         },
     },
     ids::{HostName, InstanceId, MigrationId},
@@ -23,6 +24,8 @@ use tracing::debug;
 /// a minute of one migration. Beyond it the newest is dropped: nobody reads
 /// progress that old.
 const MAX_WAITING_REPORTS: usize = 64;
+/// How long a good-bye waits for the conductor.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a frontend's wish waits for the conductor.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -71,9 +74,33 @@ impl Conductor {
             .await
     }
 
-    /// Sends a report on the node.
-    pub(crate) async fn report_state(&self, report: &NodeReport) -> Result<(), RpcError> {
-        self.cast(method::REPORT_STATE, report, &service()).await
+    /// Sends a report on the node. One that nobody takes in time is worth nothing.
+    pub(crate) async fn report_state(
+        &self,
+        report: &NodeReport,
+        limit: Duration,
+    ) -> Result<Word, RpcError> {
+        self.ask_within(method::REPORT_STATE, report, limit).await
+    }
+
+    /// Asks for an incarnation.
+    pub(crate) async fn register(&self, ask: &RegisterAgent) -> Result<Registered, RpcError> {
+        self.ask(method::REGISTER_AGENT, ask, &service()).await
+    }
+
+    /// Sends a sign of life. One that nobody takes in time is worth nothing.
+    pub(crate) async fn heartbeat(
+        &self,
+        beat: &Heartbeat,
+        limit: Duration,
+    ) -> Result<Word, RpcError> {
+        self.ask_within(method::HEARTBEAT, beat, limit).await
+    }
+
+    /// Says good-bye.
+    pub(crate) async fn leave(&self, who: &AgentLeaves) -> Result<(), RpcError> {
+        self.ask_within(method::AGENT_LEAVES, who, LEAVE_TIMEOUT)
+            .await
     }
 
     /// Passes on a frontend's wish to abort.
@@ -153,8 +180,27 @@ impl Conductor {
         args: &(impl serde::Serialize + Sync),
         who: &RequestContext,
     ) -> Result<R, RpcError> {
+        self.ask_as(method, args, who, ASK_TIMEOUT).await
+    }
+
+    async fn ask_within<R: serde::de::DeserializeOwned>(
+        &self,
+        method: &str,
+        args: &(impl serde::Serialize + Sync),
+        limit: Duration,
+    ) -> Result<R, RpcError> {
+        self.ask_as(method, args, &service(), limit).await
+    }
+
+    async fn ask_as<R: serde::de::DeserializeOwned>(
+        &self,
+        method: &str,
+        args: &(impl serde::Serialize + Sync),
+        who: &RequestContext,
+        limit: Duration,
+    ) -> Result<R, RpcError> {
         let options = CallOptions {
-            timeout: Some(ASK_TIMEOUT),
+            timeout: Some(limit),
             ..CallOptions::default()
         };
         self.client

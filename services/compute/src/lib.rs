@@ -11,6 +11,7 @@
 //! | the steps, one actor per migration | [`migration`] (state diagram there) |
 //! | what must survive `kill -9` | [`journal`] |
 //! | everything asked of libvirt | [`hypervisor`]: a trait, libvirt, and a fake |
+//! | whether it is its node's agent; its heartbeat | `standing` |
 //! | what the agent says by itself | `report`, by way of `conductor` |
 //! | a node that was away | `returning`: it asks before anything runs; `autostart` |
 //!
@@ -31,5 +32,6 @@ pub mod migration;
 mod node;
 mod report;
 mod returning;
+mod standing;
 
 pub use node::{AgentSettings, Clock};

@@ -10,6 +10,7 @@ use std::{
     },
 };
 
+use drover_model::api::conductor::Identity;
 use drover_model::{
     api::compute::Outcome,
     ids::HostName,
@@ -22,6 +23,7 @@ use crate::{
     conductor::Conductor,
     hypervisor::Hypervisor,
     journal::{Journal, StateDisk},
+    standing::Standing,
 };
 
 /// The wall clock: milliseconds since 1970. Waiting is tokio's.
@@ -64,6 +66,12 @@ pub(crate) struct Node {
     pub(crate) stop: CancellationToken,
     /// Whether the conductor has told what of this node lives elsewhere by now.
     pub(crate) has_asked: watch::Sender<bool>,
+    /// Who this run of the agent is.
+    pub(crate) identity: Identity,
+    /// Whether it is its node's agent.
+    pub(crate) standing: watch::Sender<Standing>,
+    /// Why the conductor does not take its reports, if it does not.
+    pub(crate) refused: watch::Sender<Option<String>>,
 }
 
 impl Node {
@@ -75,6 +83,14 @@ impl Node {
     {
         let stop = self.stop.clone();
         self.tasks.spawn(stop.run_until_cancelled_owned(work))
+    }
+
+    /// Waits until this is the node's agent; says as which incarnation.
+    pub(crate) async fn admitted(&self) -> u64 {
+        let mut standing = self.standing.subscribe();
+        // The sender is this node's: it does not go while somebody waits here.
+        let admitted = standing.wait_for(|s| s.incarnation().is_some()).await;
+        admitted.map_or(0, |s| s.incarnation().unwrap_or(0))
     }
 
     /// The time now, milliseconds since 1970.

@@ -5,13 +5,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use drover_model::node::{HypervisorReport, NodeReport};
+use drover_model::node::{HypervisorReport, InstanceReport, NodeReport};
 use drover_runtime::error_chain::Chain;
 use tokio::{
     sync::{broadcast, mpsc},
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     hypervisor::{Event, HypervisorError},
@@ -24,7 +24,13 @@ const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Shortest time between reports, however much happens.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
 
-/// Reports for as long as the agent runs.
+/// How long the hypervisor may take to tell of its guests before it counts as down.
+const LOOKED_WITHIN: Duration = Duration::from_secs(20);
+/// How long a report may wait for a conductor that takes it. One report is on its
+/// way at a time: what follows was seen after it had come, or was worth nothing.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
+
+/// Reports for as long as the agent is its node's.
 pub(crate) async fn run(node: Arc<Node>, registry: Arc<Registry>) {
     Reporter {
         events: node.hypervisor.events(),
@@ -32,6 +38,7 @@ pub(crate) async fn run(node: Arc<Node>, registry: Arc<Registry>) {
         sequence: 0,
         libvirt_up: None,
         conductor_heard: true,
+        refused: None,
         node,
         registry,
     }
@@ -63,22 +70,33 @@ struct Reporter {
     sequence: u64,
     libvirt_up: Option<bool>,
     conductor_heard: bool,
+    refused: Option<String>,
 }
 
 impl Reporter {
     async fn run(mut self) {
         let interval = Duration::from_secs(self.node.settings.report_interval_s);
         loop {
+            let incarnation = self.node.admitted().await;
             let began = Instant::now();
-            let report = self.look().await;
+            let report = self.look(incarnation).await;
             self.send(&report).await;
             self.wait(began, interval).await;
         }
     }
 
-    async fn look(&mut self) -> NodeReport {
+    async fn look(&mut self, incarnation: u64) -> NodeReport {
         let hypervisor = &self.node.hypervisor;
-        let asked = tokio::try_join!(hypervisor.inventory(), hypervisor.guests());
+        let asking = async { tokio::try_join!(hypervisor.inventory(), hypervisor.guests()) };
+        let late = || {
+            let words = format!(
+                "the hypervisor has not answered for {} s",
+                LOOKED_WITHIN.as_secs()
+            );
+            Err(HypervisorError::Failed(words))
+        };
+        let asked = timeout(LOOKED_WITHIN, asking).await;
+        let asked = asked.unwrap_or_else(|_| late());
         self.tell_change(asked.as_ref().err());
         let hypervisor = match asked {
             Ok((inventory, mut instances)) => {
@@ -86,6 +104,8 @@ impl Reporter {
                 for instance in &mut instances {
                     instance.migration = under_way.get(&instance.id).copied();
                 }
+                let instances = instances.into_iter().map(InstanceReport::within_bounds);
+                let instances = instances.collect();
                 HypervisorReport::Up {
                     inventory,
                     instances,
@@ -101,6 +121,7 @@ impl Reporter {
             host: settings.host.clone(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             agent_started_ms: self.started_ms,
+            incarnation,
             sequence: self.sequence,
             clock_ms: self.node.now_ms(),
             endpoint: settings.endpoint.clone(),
@@ -123,22 +144,42 @@ impl Reporter {
     }
 
     async fn send(&mut self, report: &NodeReport) {
-        let sent = self.node.conductor.report_state(report).await;
+        let sent = self
+            .node
+            .conductor
+            .report_state(report, ANSWERED_WITHIN)
+            .await;
         let counters = &self.node.counters;
         match &sent {
-            Ok(()) => Counters::add(&counters.node_reports_sent),
+            Ok(_) => Counters::add(&counters.node_reports_sent),
             Err(_) => Counters::add(&counters.node_reports_lost),
+        }
+        if let Ok(word) = &sent {
+            self.tell_refusal(word.refusal());
         }
         let heard = sent.is_ok();
         if std::mem::replace(&mut self.conductor_heard, heard) == heard {
             return;
         }
         match sent {
-            Ok(()) => info!("reports go out again"),
+            Ok(_) => info!("reports are taken again"),
             Err(e) => warn!(
-                "the node's report did not go out: {}; going on trying",
+                "no conductor took the node's report: {}; going on trying",
                 Chain(&e)
             ),
+        }
+    }
+
+    /// One line when the conductor begins to refuse reports, and when it ends.
+    fn tell_refusal(&mut self, refusal: Option<&str>) {
+        if self.refused.as_deref() == refusal {
+            return;
+        }
+        self.refused = refusal.map(str::to_owned);
+        self.node.refused.send_replace(self.refused.clone());
+        match refusal {
+            Some(reason) => error!("the conductor refuses this agent's reports: {reason}"),
+            None => info!("the conductor takes this agent's reports again"),
         }
     }
 

@@ -91,6 +91,7 @@ fn may_go(own: &InstanceReport, proof: &Superseded) -> bool {
 impl Returning {
     async fn run(mut self) {
         loop {
+            self.node.admitted().await;
             let answer = self.ask().await;
             self.node.has_asked.send_replace(true);
             let is_settled = match self.settle(&answer).await {

@@ -153,6 +153,7 @@ impl Admission<'_> {
         let mut failures = checks::request(instance, &wanted.way, active.as_ref());
         if let Way::Transfer(transfer) = &wanted.way {
             failures.extend(self.survey(instance, transfer).record().await?);
+            failures.extend(self.now(wanted, failures.is_empty()).await?);
             return Ok(failures);
         }
         // The node of an evacuated guest is dead: the operation has the proof.
@@ -170,7 +171,36 @@ impl Admission<'_> {
             let row = store.known_node(host).await?;
             failures.extend(checks::node(host, row.as_ref(), Side::Destination, live));
         }
+        failures.extend(self.now(wanted, failures.is_empty()).await?);
         Ok(failures)
+    }
+
+    /// What its node's last report says against it, and says still when it is
+    /// asked now, if it is worth asking.
+    async fn now(&self, wanted: &Wanted, ask: bool) -> drover_store::Result<Vec<CheckFailure>> {
+        let Some(recorded) = checks::recorded(&wanted.instance, &wanted.way) else {
+            return Ok(Vec::new());
+        };
+        match &wanted.way {
+            Way::Evacuation(_) => Ok(vec![recorded]),
+            _ if !ask => Ok(Vec::new()),
+            Way::Transfer(transfer) => {
+                let examined = self.survey(&wanted.instance, transfer).examine().await?;
+                Ok(examined.failures)
+            }
+            Way::Live(_) | Way::Cold(_) => Ok(self.moves(wanted).source().await?.1),
+        }
+    }
+
+    fn moves<'a>(&'a self, wanted: &'a Wanted) -> Survey<'a> {
+        Survey {
+            store: &self.context.store,
+            agents: &self.context.agents,
+            live: self.context.liveness(),
+            migration: MigrationId::generate(),
+            instance: &wanted.instance,
+            way: &wanted.way,
+        }
     }
 
     /// Adds what the nodes have against it, keeps the refusal on record.
@@ -225,14 +255,7 @@ impl Admission<'_> {
             return self.plan_transfer(wanted, transfer).await;
         }
         let store = &self.context.store;
-        let survey = Survey {
-            store,
-            agents: &self.context.agents,
-            live: self.context.liveness(),
-            migration: MigrationId::generate(),
-            instance: &wanted.instance,
-            way: &wanted.way,
-        };
+        let survey = self.moves(wanted);
         let active = store.active_migration(wanted.instance.id).await?;
         let mut failures = checks::request(&wanted.instance, &wanted.way, active.as_ref());
         let (hosts, mut tried) = survey.candidates(wanted.host.as_ref()).await?;

@@ -11,6 +11,7 @@ use drover_model::{
 };
 use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target};
 use drover_runtime::error_chain::Chain;
+use drover_store::hearing::Hearing;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::task::proof::{NeverRan, Redundant};
@@ -54,6 +55,7 @@ const EVIDENCE_HOLDS: Duration = Duration::from_secs(60);
 pub struct AgentClient {
     rpc: RpcClient,
     limits: CallLimits,
+    hearing: Hearing,
 }
 
 /// Result of a call.
@@ -62,7 +64,18 @@ pub type Result<T> = std::result::Result<T, AgentError>;
 impl AgentClient {
     /// A client over this process's RPC client.
     pub fn new(rpc: RpcClient, limits: CallLimits) -> Self {
-        Self { rpc, limits }
+        Self {
+            rpc,
+            limits,
+            hearing: Hearing::default(),
+        }
+    }
+
+    /// What is asked of a node is meant for the agent that is known there, and
+    /// for none that it took the place of.
+    #[must_use]
+    pub fn for_incarnations_of(self, hearing: Hearing) -> Self {
+        Self { hearing, ..self }
     }
 
     async fn ask<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
@@ -145,7 +158,9 @@ impl AgentClient {
             .server(host.as_str())
             .namespace(api::NAMESPACE)
             .version(api::VERSION);
-        let context = RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()));
+        let incarnation = self.hearing.state(host).incarnation;
+        let context = RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()))
+            .with(api::INCARNATION_KEY, incarnation);
         let called = self.rpc.call_with(&target, &context, method, args, options);
         called.await.map_err(|e| agent_error(host, &e))
     }

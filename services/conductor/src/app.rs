@@ -16,7 +16,7 @@ use crate::{
     checks::Liveness,
     clock::Clock,
     config::{BalanceSettings, ConductorSettings},
-    notify,
+    ear, notify,
     operation::{
         auto_evacuate::{self, AutoEvacuate},
         balancer,
@@ -114,10 +114,12 @@ impl Conductor {
         patience: Patience,
         fences: Fences,
     ) -> Result<Self, StartError> {
+        let store = store.heard_apart();
         let client = RpcClient::new(transport.clone(), messaging);
         let context = Context {
             store: store.clone(),
-            agents: AgentClient::new(client.clone(), settings.call_limits()),
+            agents: AgentClient::new(client.clone(), settings.call_limits())
+                .for_incarnations_of(store.hearing().clone()),
             clock,
             down_after_ms: settings.service_down_time_s * 1000,
             confirm_window_ms: settings.resize_confirm_window_s * 1000,
@@ -129,6 +131,7 @@ impl Conductor {
             balance: settings.balance(),
             loads: Loads::new(settings.balance_duration_s * 1000),
         };
+        ear::begin(&context).await?;
         let slots = settings.max_concurrent_migrations;
         let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);
         let stop = CancellationToken::new();
@@ -159,6 +162,7 @@ impl Conductor {
             .max_running(MAX_RUNNING)
             .start()
             .await?;
+        tokio::spawn(ear::listen(context.clone(), client.clone(), stop.clone()));
         let keeper = runner.clone();
         let keeper_stop = stop.clone();
         tokio::spawn(async move { keeper.keep(keeper_stop).await });

@@ -36,8 +36,14 @@ pub struct Liveness {
 impl Liveness {
     /// Whether a node was heard from recently, and nobody declared it down.
     pub fn is_up(&self, node: &NodeRow) -> bool {
-        let heard = self.now_ms.saturating_sub(node.heard_at_ms) <= self.down_after_ms;
-        heard && !node.forced_down
+        self.silent_ms(node) <= self.down_after_ms && !node.forced_down
+    }
+
+    /// For how long a node has not been heard from, ms: as who listens measured
+    /// it, and by the clock only if nobody listens in this process.
+    pub fn silent_ms(&self, node: &NodeRow) -> u64 {
+        let by_clock = || self.now_ms.saturating_sub(node.heard_at_ms);
+        node.silent_ms.unwrap_or_else(by_clock)
     }
 }
 
@@ -55,7 +61,8 @@ fn fail(
     }
 }
 
-/// What the record alone can say about moving an instance.
+/// What the record alone can say about moving an instance, apart from what its
+/// node says of its state.
 pub fn request(instance: &InstanceRow, way: &Way, active: Option<&Migration>) -> Vec<CheckFailure> {
     let mut failures: Vec<CheckFailure> = way
         .problems()
@@ -81,17 +88,49 @@ pub fn request(instance: &InstanceRow, way: &Way, active: Option<&Migration>) ->
         ));
     }
     failures.extend(active.map(busy));
-    if let Some(since) = instance.missing_since_ms {
-        failures.push(fail(
-            CheckCode::InstanceMissing,
-            Side::Instance,
-            format!("{} no longer lists it (since {since} ms)", instance.host),
-            "look with 'virsh list --all' whether it was undefined or moved by hand",
-        ));
-    } else {
-        failures.extend(state(instance.power_state, way));
+    failures.extend(two_copies(instance));
+    // Of a dead node's guest the definition is kept that was read before.
+    if !matches!(way, Way::Evacuation(_)) {
+        failures.extend(instance.unreadable.as_deref().map(|reason| {
+            fail(
+                CheckCode::InstanceUnreadable,
+                Side::Instance,
+                format!("it cannot be read on {}: {reason}", instance.host),
+                format!("mend it on {}; the next report tells", instance.host),
+            )
+        }));
     }
     failures
+}
+
+/// Whether a copy of it is active elsewhere: then nothing is done with it.
+pub fn two_copies(instance: &InstanceRow) -> Option<CheckFailure> {
+    let other = instance.other_copy()?;
+    let (here, there) = (&instance.host, &other.host);
+    let message = match other.both_run {
+        true => format!("two copies of it run, on {here} and on {there}"),
+        false => format!("it is on the record on {here}, and a copy is active on {there}"),
+    };
+    Some(fail(
+        CheckCode::TwoCopies,
+        Side::Instance,
+        message,
+        "look with 'virsh list --all' on both, and stop the one that is not to run",
+    ))
+}
+
+/// What its node's last report says against it. It may be old: where the node can
+/// be asked now, what it says then counts.
+pub fn recorded(instance: &InstanceRow, way: &Way) -> Option<CheckFailure> {
+    let Some(since) = instance.missing_since_ms else {
+        return state(instance.power_state, way);
+    };
+    Some(fail(
+        CheckCode::InstanceMissing,
+        Side::Instance,
+        format!("{} no longer lists it (since {since} ms)", instance.host),
+        "look with 'virsh list --all' whether it was undefined or moved by hand",
+    ))
 }
 
 fn busy(m: &Migration) -> CheckFailure {
@@ -119,7 +158,7 @@ fn busy(m: &Migration) -> CheckFailure {
 }
 
 /// Whether its state allows this kind of move.
-fn state(state: PowerState, way: &Way) -> Option<CheckFailure> {
+pub fn state(state: PowerState, way: &Way) -> Option<CheckFailure> {
     use PowerState as P;
     let no = |message: String, remedy: &str| {
         let message = message.to_lowercase();
@@ -180,7 +219,7 @@ pub fn node(
         )];
     };
     let mut failures = Vec::new();
-    let silent_ms = live.now_ms.saturating_sub(row.heard_at_ms);
+    let silent_ms = live.silent_ms(row);
     if row.forced_down {
         failures.push(fail(
             CheckCode::HostDown,

@@ -5,7 +5,7 @@ use drover_model::{
     ids::InstanceId,
     node::{AllocationPolicy, Endpoint, NodeReport},
 };
-use drover_store::claims::Shortfall;
+use drover_store::{claims::Shortfall, hearing::AgentState};
 use uuid::Uuid;
 
 use super::*;
@@ -141,6 +141,9 @@ pub(super) fn instance() -> InstanceRow {
         generation: 0,
         changed_at_ms: 0,
         missing_since_ms: None,
+        unreadable: None,
+        other: None,
+        awaited: Vec::new(),
     }
 }
 
@@ -150,6 +153,7 @@ fn node_row(name: &str) -> NodeRow {
             host: host(name),
             agent_version: "0.1.0".into(),
             agent_started_ms: 1,
+            incarnation: 0,
             sequence: 1,
             clock_ms: 1_000_000,
             endpoint: Endpoint {
@@ -167,6 +171,8 @@ fn node_row(name: &str) -> NodeRow {
         enabled: true,
         disabled_reason: None,
         forced_down: false,
+        silent_ms: None,
+        agent: AgentState::default(),
     }
 }
 
@@ -211,17 +217,8 @@ fn the_record_refuses() {
         codes(&request(&row, &Way::Live(options), None))
     };
     assert_eq!(
-        of(|r, _| r.power_state = PowerState::Shutdown),
-        [CheckCode::InstanceState]
-    );
-    assert_eq!(
-        of(|r, _| r.power_state = PowerState::Crashed),
-        [CheckCode::InstanceState]
-    );
-    assert_eq!(of(|r, _| r.power_state = PowerState::Paused), []);
-    assert_eq!(
-        of(|r, _| r.missing_since_ms = Some(1)),
-        [CheckCode::InstanceMissing]
+        of(|r, _| r.unreadable = Some("its XML".into())),
+        [CheckCode::InstanceUnreadable]
     );
     assert_eq!(of(|_, o| o.max_downtime_ms = Some(0)), [CheckCode::Options]);
     let both = of(|_, o| {

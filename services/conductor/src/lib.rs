@@ -5,7 +5,7 @@
 //! committed, the request acknowledged, and [`task::runner`] drives the saga in
 //! [`task`], which asks agents through [`agent_client`]. What decides is pure:
 //! [`checks`], [`placement`], [`plan`]. What is done with whole nodes is in
-//! [`operation`]. [`app`] puts it all together.
+//! [`operation`]; which nodes live, [`ear`] hears. [`app`] puts it all together.
 
 pub mod admission;
 pub mod agent_client;
@@ -14,6 +14,7 @@ pub mod app;
 pub mod checks;
 pub mod clock;
 pub mod config;
+pub mod ear;
 pub mod notify;
 pub mod operation;
 pub mod placement;

@@ -5,7 +5,7 @@ use drover_model::{
     migration::{Migration, Way},
     node::{AllocationPolicy, Endpoint, HypervisorReport, NodeReport},
 };
-use drover_store::nodes::NodeRow;
+use drover_store::{hearing::AgentState, nodes::NodeRow};
 use uuid::Uuid;
 
 /// An open node that was heard of then, whose libvirt is down.
@@ -15,6 +15,7 @@ pub(crate) fn node_row(host: &str, heard_at_ms: u64) -> NodeRow {
             host: host.parse().unwrap(),
             agent_version: String::new(),
             agent_started_ms: 1,
+            incarnation: 0,
             sequence: 1,
             clock_ms: heard_at_ms,
             endpoint: Endpoint {
@@ -31,6 +32,8 @@ pub(crate) fn node_row(host: &str, heard_at_ms: u64) -> NodeRow {
         enabled: true,
         disabled_reason: None,
         forced_down: false,
+        silent_ms: None,
+        agent: AgentState::default(),
     }
 }
 

@@ -7,7 +7,7 @@ use drover_model::{
     check::{CheckFailure, Side},
     guest::Guest,
     ids::MigrationId,
-    migration::ProjectTransfer,
+    migration::{ProjectTransfer, Way},
     project::Project,
 };
 use drover_store::{Store, StoreError, instances::InstanceRow, nodes::NodeRow};
@@ -114,6 +114,11 @@ impl TransferSurvey<'_> {
             Ok(facts) => {
                 let judged = transfer::judge(hands, &facts);
                 examined.failures.extend(judged.failures);
+                let way = Way::Transfer(self.transfer.clone());
+                let state = facts.guest.as_ref().map(|guest| guest.power_state);
+                examined
+                    .failures
+                    .extend(state.and_then(|state| checks::state(state, &way)));
                 examined.guest = facts.guest;
                 examined.plan = judged.plan;
                 examined.words = judged.words;

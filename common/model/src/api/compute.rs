@@ -159,6 +159,12 @@ pub struct AgentStatus {
     /// Which state directory it works from; none of an agent too old to say.
     #[serde(default)]
     pub state: Option<StateId>,
+    /// Which incarnation of the node's agent it is.
+    #[serde(default)]
+    pub incarnation: u64,
+    /// Why the conductor refuses its reports, if it does.
+    #[serde(default)]
+    pub refused: Option<String>,
     /// Counters since it started, by name.
     pub counters: std::collections::BTreeMap<String, u64>,
 }

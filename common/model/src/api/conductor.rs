@@ -1,12 +1,14 @@
 //! Topic `conductor`, namespace `drover` 1.x: what operators, frontends and
 //! agents say to the conductor.
 
+mod agent;
 mod operation;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use agent::{AgentLeaves, Heartbeat, Identity, RegisterAgent, Registered, Word};
 pub use operation::{
     Automation, BalanceNodes, DrainNode, EvacuateNode, Evacuated, EvacuatedAnswer,
     EvacuatedRemoved, ForceDown, ForgetNode, ListEvacuated, ListOperations, OperationAnswer,
@@ -105,7 +107,13 @@ pub mod method {
     pub const EVACUATED_REMOVED: &str = "evacuated_removed";
     /// No arguments → [`super::ConductorStatus`]
     pub const GET_STATUS: &str = "get_status";
-    /// [`super::NodeReport`], cast by agents.
+    /// [`super::RegisterAgent`] → [`super::Registered`], by agents at their start.
+    pub const REGISTER_AGENT: &str = "register_agent";
+    /// [`super::Heartbeat`] → [`super::Word`], by agents.
+    pub const HEARTBEAT: &str = "heartbeat";
+    /// [`super::AgentLeaves`] → `null`, by agents.
+    pub const AGENT_LEAVES: &str = "agent_leaves";
+    /// [`super::NodeReport`] → [`super::Word`], by agents.
     pub const REPORT_STATE: &str = "report_state";
     /// [`super::MigrationReport`], cast by agents.
     pub const MIGRATION_PROGRESS: &str = "migration_progress";
@@ -565,6 +573,25 @@ pub struct Instance {
     pub migration: Option<MigrationId>,
     /// When its node last reported it, milliseconds since 1970.
     pub seen_at_ms: u64,
+    /// What of it cannot be read on its node, and why.
+    #[serde(default)]
+    pub unreadable: Option<String>,
+    /// A copy of it that is active on another node.
+    #[serde(default)]
+    pub other_copy: Option<OtherCopy>,
+}
+
+/// A copy of an instance that is active on another node than the record's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OtherCopy {
+    /// Where.
+    pub host: HostName,
+    /// State there.
+    pub power_state: PowerState,
+    /// Since when it is known, milliseconds since 1970.
+    pub since_ms: u64,
+    /// Whether both copies were seen to run at one time.
+    pub both_run: bool,
 }
 
 /// A node as the record has it.
@@ -585,8 +612,15 @@ pub struct Node {
     pub heard_at_ms: u64,
     /// How long ago that was, ms.
     pub report_age_ms: u64,
-    /// Its clock less the conductor's, ms, as of its last report.
+    /// Its clock less the conductor's, ms, as of its last heartbeat.
     pub clock_offset_ms: i64,
+    /// Which incarnation its agent is; 0 if none has registered.
+    #[serde(default)]
+    pub incarnation: u64,
+    /// What a conductor refused in its name lately, and why: another agent of
+    /// that name, or reports that are too old.
+    #[serde(default)]
+    pub refusal: Option<String>,
     /// vCPUs in use and on their way there.
     pub vcpus_used: u64,
     /// Memory in use and on its way there, MiB.

@@ -12,5 +12,8 @@ pub const CONDUCTOR_TOPIC: &str = "conductor";
 pub const COMPUTE_TOPIC: &str = "compute";
 /// Namespace of Drover's own methods on either topic.
 pub const NAMESPACE: &str = "drover";
+/// Key of the request context for what is asked of an agent: the incarnation that
+/// is meant, or an older one. One that it was followed by does not serve it.
+pub const INCARNATION_KEY: &str = "agent_incarnation";
 /// Version of both interfaces.
 pub const VERSION: &str = "1.0";

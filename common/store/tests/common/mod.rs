@@ -71,6 +71,7 @@ pub(crate) fn listed(n: u128) -> InstanceReport {
         usage: None,
         definition_digest: None,
         autostart: false,
+        unreadable: None,
     }
 }
 
@@ -79,6 +80,7 @@ pub(crate) fn report(name: &str, sequence: u64, instances: Vec<InstanceReport>) 
         host: host(name),
         agent_version: "0.1.0".into(),
         agent_started_ms: 1,
+        incarnation: 0,
         sequence,
         clock_ms: 0,
         endpoint: Endpoint {

@@ -6,7 +6,7 @@ pub mod judge;
 use std::{sync::Arc, time::Duration};
 
 use drover_model::{
-    api::conductor::{ListMigrations, ListOperations, Node, SetAutomation},
+    api::conductor::{ListInstances, ListMigrations, ListOperations, Node, SetAutomation},
     ids::HostName,
 };
 use drover_runtime::clock::now_ms;
@@ -90,6 +90,10 @@ async fn examine(setup: Result<Setup, Trouble>, timeout: Duration) -> Vec<Findin
     match active {
         Ok(active) => findings.extend(judge::migrations(&active)),
         Err(trouble) => findings.push(Finding::trouble("migrations", "list", &trouble)),
+    }
+    match client.list_instances(&ListInstances::default()).await {
+        Ok(instances) => findings.extend(judge::copies(&instances)),
+        Err(trouble) => findings.push(Finding::trouble("instances", "list", &trouble)),
     }
     findings.extend(operations(&client, conductor.said.clock_ms).await);
     findings

@@ -81,12 +81,14 @@ pub fn node(node: &Node, operations: &[Operation]) -> String {
         (
             "agent",
             format!(
-                "{}, since {}",
+                "{}, since {}, incarnation {}",
                 report.agent_version,
-                moment(report.agent_started_ms)
+                moment(report.agent_started_ms),
+                node.incarnation
             ),
         ),
     ];
+    pairs.extend(node.refusal.clone().map(|reason| ("refused", reason)));
     let mut guests = Vec::new();
     match &report.hypervisor {
         HypervisorReport::Down { reason } => pairs.push(("libvirt", format!("down: {reason}"))),
@@ -121,10 +123,10 @@ pub fn node(node: &Node, operations: &[Operation]) -> String {
                 ),
             ]);
             let row = |i: &drover_model::node::InstanceReport| {
-                let state = if i.incoming {
-                    "incoming"
-                } else {
-                    power(i.power_state)
+                let state = match (&i.unreadable, i.incoming) {
+                    (Some(_), _) => "unreadable",
+                    (None, true) => "incoming",
+                    (None, false) => power(i.power_state),
                 };
                 vec![
                     i.name.clone(),
@@ -147,7 +149,7 @@ pub fn node(node: &Node, operations: &[Operation]) -> String {
 
 /// An instance.
 pub fn instance(i: &Instance) -> String {
-    facts(vec![
+    let mut pairs = vec![
         ("name", i.name.clone()),
         ("uuid", i.uuid.to_string()),
         ("host", i.host.to_string()),
@@ -163,7 +165,23 @@ pub fn instance(i: &Instance) -> String {
         ("disk", bytes(i.disk_bytes)),
         ("generation", i.generation.to_string()),
         ("seen", moment(i.seen_at_ms)),
-    ])
+    ];
+    pairs.extend(i.unreadable.clone().map(|reason| ("unreadable", reason)));
+    pairs.extend(i.other_copy.as_ref().map(|other| {
+        let both = if other.both_run {
+            "TWO COPIES RUN: "
+        } else {
+            ""
+        };
+        let state = power(other.power_state);
+        let words = format!(
+            "{both}{state} on {}, since {}",
+            other.host,
+            moment(other.since_ms)
+        );
+        ("other copy", words)
+    }));
+    facts(pairs)
 }
 
 /// A migration in a few words.

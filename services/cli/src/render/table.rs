@@ -14,7 +14,7 @@ use super::{
     clean,
     describe::kind,
     progress::Shown,
-    units::{bytes, mib, moment, rate, share, span, version},
+    units::{ODD_CLOCK_MS, bytes, mib, moment, rate, share, span, version},
 };
 
 /// What stands where there is nothing.
@@ -103,9 +103,20 @@ fn node_row(node: &Node, operations: &[Operation]) -> Vec<String> {
         disk,
         libvirt,
         qemu,
-        format!("{} ago", span(node.report_age_ms)),
+        heard(node),
         node.disabled_reason.clone().unwrap_or_else(nothing),
     ]
+}
+
+/// How long ago a node was heard of, and its clock if that is off.
+fn heard(node: &Node) -> String {
+    let ago = format!("{} ago", span(node.report_age_ms));
+    let off = node.clock_offset_ms.unsigned_abs();
+    if off <= ODD_CLOCK_MS {
+        return ago;
+    }
+    let sign = if node.clock_offset_ms < 0 { '-' } else { '+' };
+    format!("{ago}, clock {sign}{}", span(off))
 }
 
 /// Whether a node takes instances, in a word.

@@ -4,6 +4,9 @@ use jiff::Timestamp;
 
 const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
 
+/// Clocks further apart than this are odd.
+pub const ODD_CLOCK_MS: u64 = 2_000;
+
 /// Bytes with a binary unit: `310 MiB`, `1.2 GiB`.
 pub fn bytes(amount: u64) -> String {
     let unit = unit_of(amount);

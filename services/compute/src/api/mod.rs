@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use drover_model::api::{
-    NAMESPACE, VERSION,
+    INCARNATION_KEY, NAMESPACE, VERSION,
     compute::{
         AgentStatus, CheckDestination, CheckPath, CheckSource, CheckTransfer, FinishResize,
         FinishRevertResize, GuestLocation, LiveMigration, PostLiveMigration, PreLiveMigration,
@@ -116,6 +116,7 @@ impl Steps {
     async fn serve(&self, request: &Request) -> Result<Value, RemoteFailure> {
         use Command as C;
         let actors = &self.registry;
+        self.is_meant(request).map_err(faults::exception)?;
         self.may_serve(request.method())
             .await
             .map_err(faults::exception)?;
@@ -301,6 +302,20 @@ impl Steps {
         }
     }
 
+    /// Refuses what is meant for the agent that took this one's place.
+    fn is_meant(&self, request: &Request) -> Result<(), Fault> {
+        let meant = request.context().get(INCARNATION_KEY);
+        let meant = meant.and_then(Value::as_u64).unwrap_or(0);
+        let own = self.node.standing.borrow().incarnation().unwrap_or(0);
+        if meant <= own {
+            return Ok(());
+        }
+        Err(Fault::not_now(format!(
+            "this is incarnation {own} of the agent of {}, and incarnation {meant} was meant",
+            self.node.settings.host
+        )))
+    }
+
     async fn status(&self) -> AgentStatus {
         let mut counters = self.node.counters.snapshot();
         if let Value::Object(messaging) = self.node.conductor.messaging_counters() {
@@ -322,6 +337,8 @@ impl Steps {
                 .map_err(|e| e.to_string()),
             migrations,
             state: Some(self.node.journal.state()),
+            incarnation: self.node.standing.borrow().incarnation().unwrap_or(0),
+            refused: self.node.refused.borrow().clone(),
             counters,
         }
     }

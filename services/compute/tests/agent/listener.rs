@@ -1,12 +1,17 @@
 //! A conductor that only listens.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicU64, Ordering},
+};
 
 use async_trait::async_trait;
 use drover_model::{
     api::{
         NAMESPACE,
-        conductor::{EvacuatedAnswer, EvacuatedRemoved, MigrationReport},
+        conductor::{
+            EvacuatedAnswer, EvacuatedRemoved, Heartbeat, MigrationReport, Registered, Word,
+        },
     },
     ids::MigrationId,
     node::NodeReport,
@@ -18,6 +23,8 @@ use tokio::time::Instant;
 /// What the conductor was told and asked.
 #[derive(Default)]
 pub(crate) struct Heard {
+    pub(crate) registered: AtomicU64,
+    pub(crate) beats: Mutex<Vec<Heartbeat>>,
     pub(crate) nodes: Mutex<Vec<NodeReport>>,
     pub(crate) migrations: Mutex<Vec<(Instant, MigrationReport)>>,
     pub(crate) wishes: Mutex<Vec<(String, Value)>>,
@@ -39,6 +46,9 @@ impl Endpoint for Listener {
 
     fn methods(&self) -> &[&str] {
         &[
+            "register_agent",
+            "heartbeat",
+            "agent_leaves",
             "report_state",
             "migration_progress",
             "abort_migration",
@@ -51,7 +61,22 @@ impl Endpoint for Listener {
 
     async fn handle(&self, request: Request) -> Result<Value, RemoteFailure> {
         match request.method() {
-            "report_state" => self.0.nodes.lock().unwrap().push(request.args()?),
+            "register_agent" => {
+                let registered = self.0.registered.fetch_add(1, Ordering::Relaxed) + 1;
+                let answer = Registered::Admitted {
+                    incarnation: registered,
+                };
+                return Ok(serde_json::to_value(answer).unwrap());
+            }
+            "heartbeat" => {
+                self.0.beats.lock().unwrap().push(request.args()?);
+                return Ok(serde_json::to_value(Word::Taken).unwrap());
+            }
+            "agent_leaves" => {}
+            "report_state" => {
+                self.0.nodes.lock().unwrap().push(request.args()?);
+                return Ok(serde_json::to_value(Word::Taken).unwrap());
+            }
             "migration_progress" => {
                 let report = (Instant::now(), request.args()?);
                 self.0.migrations.lock().unwrap().push(report);

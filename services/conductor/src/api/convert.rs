@@ -27,6 +27,8 @@ pub(crate) fn instance(row: &InstanceRow, active: &[Migration]) -> Instance {
         generation: row.generation,
         migration: moving.map(|m| m.uuid),
         seen_at_ms: row.missing_since_ms.unwrap_or(row.changed_at_ms),
+        unreadable: row.unreadable.clone(),
+        other_copy: row.other_copy(),
     }
 }
 
@@ -63,7 +65,8 @@ fn task_state(m: &Migration) -> Option<&'static str> {
 /// A node, with its room.
 pub(crate) fn node(row: &NodeRow, usage: &Usage, live: Liveness) -> Node {
     let report = &row.report;
-    let age_ms = live.now_ms.saturating_sub(row.heard_at_ms);
+    let signed = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
+    let by_report = signed(report.clock_ms) - signed(row.heard_at_ms);
     Node {
         host: report.host.clone(),
         enabled: row.enabled,
@@ -71,9 +74,10 @@ pub(crate) fn node(row: &NodeRow, usage: &Usage, live: Liveness) -> Node {
         up: live.is_up(row),
         forced_down: row.forced_down,
         heard_at_ms: row.heard_at_ms,
-        report_age_ms: age_ms,
-        clock_offset_ms: i64::try_from(report.clock_ms).unwrap_or(i64::MAX)
-            - i64::try_from(row.heard_at_ms).unwrap_or(i64::MAX),
+        report_age_ms: live.silent_ms(row),
+        clock_offset_ms: row.agent.clock_offset_ms.unwrap_or(by_report),
+        incarnation: row.agent.incarnation,
+        refusal: row.agent.refusal.clone(),
         vcpus_used: usage.used.vcpus,
         memory_used_mib: usage.used.memory_mib,
         disk_claimed_bytes: usage.used.disk_bytes,

@@ -11,14 +11,15 @@ use drover_model::{
     migration::{ColdOptions, Ending, Migration, MigrationStatus, Way},
 };
 use drover_rpc::{RemoteFailure, Request};
+use drover_store::StoreError;
 use tokio::time::timeout;
 use tracing::info;
 
 use super::{
     DroverEndpoint,
-    failure::{store_failure, wrong_state},
+    failure::{refused, store_failure, wrong_state},
 };
-use crate::admission::Wanted;
+use crate::{admission::Wanted, checks};
 
 /// How long confirming may take before a move back is not begun.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(120);
@@ -32,6 +33,7 @@ impl DroverEndpoint {
     ) -> Result<Migration, RemoteFailure> {
         let found = self.context.store.find_migration(reference).await;
         let found = found.map_err(|e| store_failure(&e))?;
+        self.runs_once(&found).await?;
         match self.runner.end_with(found.uuid, ending).await {
             Ok(Some(migration)) => Ok(migration),
             Ok(None) => {
@@ -44,6 +46,19 @@ impl DroverEndpoint {
                 Err(wrong_state(&now, what))
             }
             Err(error) => Err(store_failure(&error)),
+        }
+    }
+
+    /// Refuses to touch a guest of which a copy is active elsewhere.
+    async fn runs_once(&self, migration: &Migration) -> Result<(), RemoteFailure> {
+        let uuid = migration.instance_uuid.to_string();
+        let instance = match self.context.store.find_instance(&uuid).await {
+            Err(StoreError::NotFound(_)) => return Ok(()),
+            found => found.map_err(|e| store_failure(&e))?,
+        };
+        match checks::two_copies(&instance) {
+            Some(failure) => Err(refused(&[failure], None)),
+            None => Ok(()),
         }
     }
 

@@ -23,8 +23,9 @@ use drover_model::{
     api::{
         NAMESPACE, VERSION,
         conductor::{
-            ConductorStatus, InstanceRef, ListInstances, ListMigrations, MigrateInstance,
-            MigrationRef, MigrationReport, NodeRef, SetNode, WaitMigration, method,
+            AgentLeaves, ConductorStatus, Heartbeat, InstanceRef, ListInstances, ListMigrations,
+            MigrateInstance, MigrationRef, MigrationReport, NodeRef, RegisterAgent, SetNode,
+            WaitMigration, Word, method,
         },
     },
     ids::{InstanceId, MigrationId},
@@ -113,6 +114,9 @@ impl Endpoint for DroverEndpoint {
             method::CANCEL_OPERATION,
             method::SET_AUTOMATION,
             method::GET_STATUS,
+            method::REGISTER_AGENT,
+            method::HEARTBEAT,
+            method::AGENT_LEAVES,
             method::REPORT_STATE,
             method::MIGRATION_PROGRESS,
         ]
@@ -146,7 +150,10 @@ impl Endpoint for DroverEndpoint {
             method::LIST_NODES => self.list_nodes().await,
             method::SET_NODE => self.set_node(&request.args()?).await,
             method::GET_STATUS => to_value(&self.status()),
-            method::REPORT_STATE => self.report_state(&request.args()?).await,
+            method::REGISTER_AGENT => self.register_agent(&request.args()?).await,
+            method::HEARTBEAT => self.heartbeat(&request.args()?).await,
+            method::AGENT_LEAVES => self.agent_leaves(&request.args()?).await,
+            method::REPORT_STATE => to_value(&self.report_state(&request.args()?).await?),
             method::MIGRATION_PROGRESS => self.migration_progress(request.args()?).await,
             _ => self.handle_operations(&request).await,
         }
@@ -393,21 +400,47 @@ impl DroverEndpoint {
 
     // ---- what agents say
 
-    async fn report_state(&self, report: &NodeReport) -> Answer {
+    async fn register_agent(&self, ask: &RegisterAgent) -> Answer {
+        let answer = self.context.register(ask).await;
+        to_value(&answer.map_err(|e| store_failure(&e))?)
+    }
+
+    async fn heartbeat(&self, beat: &Heartbeat) -> Answer {
+        let word = self.context.heartbeat(beat).await;
+        to_value(&word.map_err(|e| store_failure(&e))?)
+    }
+
+    async fn agent_leaves(&self, who: &AgentLeaves) -> Answer {
+        let left = self.context.agent_leaves(who).await;
+        to_value(&left.map_err(|e| store_failure(&e))?)
+    }
+
+    async fn report_state(&self, report: &NodeReport) -> Result<Word, RemoteFailure> {
         let heard_at_ms = self.context.clock.now_ms();
-        if let Some(problem) = report.problem(heard_at_ms) {
-            warn!(host = %report.host, problem, "a report that cannot be is not kept");
-            return Err(RemoteFailure::value_error(problem));
+        if let Some(problem) = report.problem() {
+            let what = "a report that cannot be";
+            self.context.refuse(&report.host, what, problem).await;
+            let reason = problem.to_owned();
+            return Ok(Word::Unfit { reason });
         }
         let kept = self.context.store.record_report(report, heard_at_ms).await;
-        if let Reported::Kept { notes } = kept.map_err(|e| store_failure(&e))? {
-            self.context.definitions.feed(report);
-            self.context.loads.feed(report);
-            for note in notes {
-                warn!(note, "noticed in a report");
+        Ok(match kept.map_err(|e| store_failure(&e))? {
+            Reported::Kept { notes } => {
+                self.context.definitions.feed(report);
+                self.context.loads.feed(report);
+                for note in notes {
+                    warn!(note, "noticed in a report");
+                }
+                Word::Taken
             }
-        }
-        Ok(Value::Null)
+            Reported::Stale => Word::Stale {
+                reason: "a later report of this agent came before".to_owned(),
+            },
+            Reported::Stranger { reason } => {
+                self.context.refuse(&report.host, "a report", &reason).await;
+                Word::Stranger { reason }
+            }
+        })
     }
 
     async fn migration_progress(&self, report: MigrationReport) -> Answer {

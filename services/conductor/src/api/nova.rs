@@ -272,6 +272,9 @@ mod tests {
             generation: 0,
             changed_at_ms: 0,
             missing_since_ms: None,
+            unreadable: None,
+            other: None,
+            awaited: Vec::new(),
         }
     }
 

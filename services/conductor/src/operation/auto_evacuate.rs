@@ -60,7 +60,7 @@ fn due(seen: &Seen<'_>, settings: AutoEvacuate, live: Liveness) -> Vec<HostName>
     let free = settings.max_nodes.saturating_sub(under_way);
     let dead = seen.nodes.iter().filter(|node| {
         let host = &node.report.host;
-        let silent_ms = live.now_ms.saturating_sub(node.heard_at_ms);
+        let silent_ms = live.silent_ms(node);
         let (expected, lost) = count(seen.nodes, host, live);
         // Once for each time that it went down: what failed is looked at by people.
         let tried = seen.evacuations.iter().any(|o| {

@@ -224,6 +224,7 @@ mod tests {
             usage: None,
             definition_digest: (!digest.is_empty()).then(|| (*digest).to_owned()),
             autostart: false,
+            unreadable: None,
         };
         report.hypervisor = HypervisorReport::Up {
             inventory: drover_model::node::Inventory {

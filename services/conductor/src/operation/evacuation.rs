@@ -98,7 +98,7 @@ async fn collect(
     );
     let evidence = Evidence {
         at_ms: context.clock.now_ms(),
-        silent_ms: live.now_ms.saturating_sub(node.heard_at_ms),
+        silent_ms: live.silent_ms(&node),
         down_after_ms: live.down_after_ms,
         forced_down: node.forced_down,
         queue_consumers,

@@ -22,7 +22,7 @@ use crate::checks::Liveness;
 pub fn count(nodes: &[NodeRow], host: &HostName, live: Liveness) -> (u32, u32) {
     let counts = |n: &&NodeRow| n.report.host == *host || (n.enabled && !n.forced_down);
     let silent = |n: &&NodeRow| {
-        let age_ms = live.now_ms.saturating_sub(n.heard_at_ms);
+        let age_ms = live.silent_ms(n);
         // Declared down, it counts as lost although it was just heard of.
         age_ms > live.down_after_ms || n.report.host == *host
     };

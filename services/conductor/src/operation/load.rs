@@ -200,11 +200,13 @@ mod tests {
             }),
             definition_digest: None,
             autostart: false,
+            unreadable: None,
         };
         NodeReport {
             host: host.parse().unwrap(),
             agent_version: String::new(),
             agent_started_ms: 0,
+            incarnation: 0,
             sequence: 0,
             clock_ms: at_ms,
             endpoint: Endpoint {

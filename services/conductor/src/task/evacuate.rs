@@ -209,6 +209,7 @@ impl Evacuate {
         let dead = still_dead(&self.job.context, host, &self.wanted.proof).await;
         let (node, alive) = dead.map_err(|e| store_error(&e))?;
         let mut refused = checks::request(instance, &self.job.migration.way, None);
+        refused.extend(checks::recorded(instance, &self.job.migration.way));
         refused.extend(alive);
         refused.extend(checks::evacuation::definition(host, kept));
         Ok((node, refused))

@@ -4,7 +4,7 @@
 use drover_model::{
     api::{
         compute::AgentStatus,
-        conductor::{Automation, ConductorStatus, Node},
+        conductor::{Automation, ConductorStatus, Instance, Node},
     },
     ids::HostName,
     migration::{Migration, MigrationStatus},
@@ -17,12 +17,12 @@ use crate::{
     exit::Trouble,
     render::{
         operation::noun,
-        units::{span, version},
+        units::{ODD_CLOCK_MS, span, version},
     },
 };
 
-/// Clocks further apart than this are odd.
-const ODD_CLOCK_MS: u64 = 2_000;
+/// Unreadable guests of one node that are told of one by one.
+const SHOWN_GUESTS: usize = 20;
 /// Clocks further apart than this make records and logs useless.
 const WRONG_CLOCK_MS: u64 = 30_000;
 
@@ -180,7 +180,71 @@ pub fn node(node: &Node, agent: &AgentAnswer, conductor: &Answer<ConductorStatus
         &conductor.said.version,
     ));
     findings.push(clock(host, offset_ms, "the conductor's"));
+    findings.extend(refusal(node, agent));
+    findings.extend(unreadable(node));
     findings
+}
+
+/// What is refused in the node's name: a second agent, reports that are too old.
+fn refusal(node: &Node, agent: &AgentAnswer) -> Option<Finding> {
+    let said = agent.as_ref().ok().and_then(|a| a.said.refused.as_ref());
+    let reason = node.refusal.as_ref().or(said)?;
+    let finding = Finding::fail(node.host.as_str(), "refused", reason.clone());
+    Some(
+        finding.remedy(
+            "see that one drover-compute alone has this [compute] host, and restart it there",
+        ),
+    )
+}
+
+/// Guests that cannot be read on the node.
+fn unreadable(node: &Node) -> Vec<Finding> {
+    let HypervisorReport::Up { instances, .. } = &node.report.hypervisor else {
+        return Vec::new();
+    };
+    let broken = instances.iter().filter_map(|i| {
+        let reason = i.unreadable.as_ref()?;
+        let message = format!("{} ({}): {reason}", i.name, i.id);
+        let finding = Finding::warn(node.host.as_str(), "unreadable", message);
+        Some(finding.remedy("mend it on its node; meanwhile it alone cannot be moved"))
+    });
+    broken.take(SHOWN_GUESTS).collect()
+}
+
+/// Instances of which two copies are, or may be, running.
+pub fn copies(instances: &[Instance]) -> Vec<Finding> {
+    let doubled = instances.iter().filter_map(|i| {
+        let other = i.other_copy.as_ref()?;
+        let (here, there) = (&i.host, &other.host);
+        let remedy = format!(
+            "look with 'virsh list --all' on {here} and {there}, and stop the one that is not to run"
+        );
+        let finding = match other.both_run {
+            true => Finding::fail(
+                "instances",
+                "copies",
+                format!("TWO COPIES of {} ({}) run: on {here} and on {there}", i.name, i.uuid),
+            ),
+            false => Finding::warn(
+                "instances",
+                "copies",
+                format!(
+                    "{} ({}) is on the record on {here}, and a copy is active on {there}",
+                    i.name, i.uuid
+                ),
+            ),
+        };
+        Some(finding.remedy(remedy))
+    });
+    let found: Vec<Finding> = doubled.collect();
+    if found.is_empty() {
+        return vec![Finding::ok(
+            "instances",
+            "copies",
+            "each runs in one place alone",
+        )];
+    }
+    found
 }
 
 fn heard(node: &Node, down_after_s: u64) -> Finding {

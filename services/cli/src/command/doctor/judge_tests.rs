@@ -17,6 +17,8 @@ fn agent(host: &str) -> AgentStatus {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         clock_ms: samples::T0,
         libvirt: Ok(samples::inventory()),
+        incarnation: 1,
+        refused: None,
         migrations: Vec::new(),
         state: None,
         counters: std::collections::BTreeMap::new(),

@@ -61,6 +61,7 @@ impl World {
             usage: self.usage(domain, now),
             definition_digest: Some(self.digest(domain)),
             autostart: domain.autostart || notes.autostart,
+            unreadable: self.unreadable.get(&guest.id).cloned(),
             wishes: notes.wishes,
         }
     }

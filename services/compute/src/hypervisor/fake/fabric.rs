@@ -223,6 +223,14 @@ impl Fabric {
         });
     }
 
+    /// A guest cannot be read any more (its XML, its storage, …), or can again.
+    pub fn set_unreadable(&self, id: InstanceId, reason: Option<&str>) {
+        self.with(|world, _| match reason {
+            Some(reason) => drop(world.unreadable.insert(id, reason.to_owned())),
+            None => drop(world.unreadable.remove(&id)),
+        });
+    }
+
     /// A guest shuts itself down.
     pub fn shut_down_guest(&self, id: InstanceId) {
         self.kill_guest(id);

@@ -266,8 +266,13 @@ impl Hypervisor for FakeDriver {
     }
 
     async fn guest(&self, id: InstanceId) -> Result<Option<Guest>> {
-        self.call(Call::Guest, |world, host, _| Ok(world.describe(host, id)))
-            .await
+        self.call(Call::Guest, |world, host, _| {
+            match world.unreadable.get(&id) {
+                Some(reason) => Err(HypervisorError::Failed(reason.clone())),
+                None => Ok(world.describe(host, id)),
+            }
+        })
+        .await
     }
 
     async fn presence(&self, id: InstanceId) -> Result<Presence> {

@@ -43,6 +43,8 @@ pub(super) struct World {
     pub(super) ledger: Ledger,
     /// What the guests are, apart from what nodes believe.
     pub(super) natures: BTreeMap<InstanceId, Nature>,
+    /// Guests that cannot be read, and why.
+    pub(super) unreadable: BTreeMap<InstanceId, String>,
     /// A task carries the migrations on.
     pub(super) ticking: bool,
 }
@@ -68,6 +70,7 @@ impl World {
             scripts: BTreeMap::new(),
             ledger: Ledger::default(),
             natures: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
             ticking: false,
         }
     }

@@ -90,9 +90,11 @@ impl LibvirtDriver {
 impl ColdDriver for LibvirtDriver {
     async fn lasting_guest(&self, id: InstanceId) -> Result<Option<Guest>> {
         let read = move |connect: &_| guests::lasting(connect, id);
-        let Some(found) = self.calls.guest(Effect::Read, id, read).await? else {
+        let Some(mut found) = self.calls.guest(Effect::Read, id, read).await? else {
             return Ok(None);
         };
+        // What follows waits for its storage, which has to answer first.
+        self.measured(found.guest_mut()).await?;
         let places = self.places();
         let look = move || Ok(guests::with_files(found, &places));
         self.calls.files(Effect::Read, look).await.map(Some)

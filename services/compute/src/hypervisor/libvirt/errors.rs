@@ -15,6 +15,15 @@ pub(super) enum CallError {
     Decided(HypervisorError),
 }
 
+impl std::fmt::Display for CallError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Virt(error) => f.write_str(error.message()),
+            Self::Decided(error) => error.fmt(f),
+        }
+    }
+}
+
 impl From<Error> for CallError {
     fn from(error: Error) -> Self {
         Self::Virt(error)

@@ -554,7 +554,7 @@ unsafe extern "C" fn on_job_completed(
 }
 
 /// Size of and free room on a file system, bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Room {
     /// Size.
     pub(super) total_bytes: u64,

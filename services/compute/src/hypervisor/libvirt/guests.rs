@@ -14,7 +14,9 @@ use super::{
     standing::{self, presence},
     storage::{
         chain::{self, Places},
-        files, sizes,
+        files,
+        measure::Measurer,
+        sizes,
     },
     usage::Usage,
     xml::{
@@ -35,32 +37,33 @@ pub(super) fn get(connect: &Connect, id: InstanceId) -> CallResult<Domain> {
 }
 
 /// Every domain. Sizes of disks are filled in by [`measured`], without libvirt.
+/// One that cannot be read is said to be, and costs no other its place.
 pub(super) fn all(connect: &Connect) -> CallResult<Vec<Found>> {
     let autostarts = autostarts(connect)?;
     let mut guests = Vec::new();
     for domain in connect.list_all_domains(0)? {
-        // One that goes while the others are read is not there.
-        let Some(found) = errors::absent_is_none(basics(&domain))? else {
-            continue;
+        let found = match read(&domain, &autostarts) {
+            Ok(found) => found,
+            // Without the connection nothing is known of any.
+            Err(error) if !connect.is_alive().unwrap_or(false) => return Err(error),
+            Err(error) => unreadable(&domain, &error.to_string())
+                .map(|report| Found::Unreadable(Box::new(report))),
         };
-        let inactive = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE);
-        let Some(lasting) = errors::absent_is_none(inactive)? else {
-            continue;
-        };
-        let (guest, presence) = found?;
-        guests.push(Found {
-            notes: notes::read(&lasting).map_err(HypervisorError::from)?,
-            autostart: autostarts.contains(&guest.id),
-            guest,
-            presence,
-            lasting,
-        });
+        guests.extend(found);
     }
     Ok(guests)
 }
 
 /// A domain as a report tells of it.
-pub(super) struct Found {
+pub(super) enum Found {
+    /// All that is wanted.
+    Whole(Box<Whole>),
+    /// What could be had of one that cannot be read.
+    Unreadable(Box<InstanceReport>),
+}
+
+/// A domain that could be read.
+pub(super) struct Whole {
     guest: Guest,
     presence: Presence,
     /// By its lasting definition.
@@ -69,6 +72,41 @@ pub(super) struct Found {
     lasting: String,
     /// libvirt starts it at boot.
     autostart: bool,
+}
+
+fn read(domain: &Domain, autostarts: &[InstanceId]) -> CallResult<Option<Found>> {
+    // One that goes while the others are read is not there.
+    let Some(found) = errors::absent_is_none(basics(domain))? else {
+        return Ok(None);
+    };
+    let inactive = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE);
+    let Some(lasting) = errors::absent_is_none(inactive)? else {
+        return Ok(None);
+    };
+    let (guest, presence) = found?;
+    Ok(Some(Found::Whole(Box::new(Whole {
+        notes: notes::read(&lasting).map_err(HypervisorError::from)?,
+        autostart: autostarts.contains(&guest.id),
+        guest,
+        presence,
+        lasting,
+    }))))
+}
+
+/// What libvirt says of a domain without its XML.
+fn unreadable(domain: &Domain, reason: &str) -> Option<InstanceReport> {
+    let id = InstanceId(domain.uuid().ok()?);
+    let name = domain.name().unwrap_or_default();
+    let mut report = InstanceReport::unreadable(id, &name, reason);
+    if let Ok(presence) = presence(domain) {
+        report.power_state = standing::power_state(presence);
+        report.incoming = presence == Presence::Incoming;
+    }
+    if let Ok(info) = domain.info() {
+        report.vcpus = info.nr_virt_cpu;
+        report.memory_mib = info.max_mem / 1024;
+    }
+    Some(report.within_bounds())
 }
 
 /// The domains that libvirt starts at boot.
@@ -91,8 +129,8 @@ fn basics(domain: &Domain) -> std::result::Result<Basics, virt::error::Error> {
     Ok(guest.map(|guest| (guest, presence)))
 }
 
-/// One domain whole, sizes of its disks included.
-pub(super) fn whole(connect: &Connect, id: InstanceId) -> CallResult<Option<Guest>> {
+/// One domain whole, but for the sizes of its disks, and whether it is arriving.
+pub(super) fn whole(connect: &Connect, id: InstanceId) -> CallResult<Option<(Guest, bool)>> {
     let Some(domain) = find(connect, id)? else {
         return Ok(None);
     };
@@ -108,11 +146,16 @@ pub(super) fn whole(connect: &Connect, id: InstanceId) -> CallResult<Option<Gues
         let job = jobs::words(&domain)?;
         guest.active_job = job.or(guest.active_job);
     }
-    sizes::fill(&mut guest);
-    if presence != Presence::Incoming {
+    Ok(Some((guest, presence == Presence::Incoming)))
+}
+
+/// The guest with the sizes that its files did not tell; libvirt would make one
+/// that is still arriving wait.
+pub(super) fn with_missing_sizes(connect: &Connect, mut guest: Guest) -> CallResult<Guest> {
+    if let Some(domain) = find(connect, guest.id)? {
         ask_for_missing_sizes(&domain, &mut guest);
     }
-    Ok(Some(guest))
+    Ok(guest)
 }
 
 fn note_snapshots(domain: &Domain, guest: &mut Guest) -> CallResult<()> {
@@ -165,6 +208,12 @@ pub(super) struct Lasting {
     nvram: Option<String>,
 }
 
+impl Lasting {
+    pub(super) fn guest_mut(&mut self) -> &mut Guest {
+        &mut self.guest
+    }
+}
+
 /// Fills in what only files tell: sizes, what lies under disks and beside them.
 /// What cannot be carried for their sake becomes an immovable.
 pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
@@ -211,7 +260,7 @@ pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
 }
 
 /// Sizes of disks that no file of this node tells (network disks, rare
-/// formats), from libvirt; it would make a guest that is still arriving wait.
+/// formats), from libvirt.
 fn ask_for_missing_sizes(domain: &Domain, guest: &mut Guest) {
     for disk in guest.disks.iter_mut().filter(|d| is_unmeasured(d)) {
         match domain.block_info(&disk.target, 0) {
@@ -226,16 +275,36 @@ fn ask_for_missing_sizes(domain: &Domain, guest: &mut Guest) {
     }
 }
 
-fn is_unmeasured(disk: &Disk) -> bool {
+/// Whether no file told how large a disk is.
+pub(super) fn is_unmeasured(disk: &Disk) -> bool {
     use drover_model::guest::DiskSource as S;
     disk.virtual_bytes == 0 && !matches!(disk.source, S::Empty) && !disk.target.contains('\0')
 }
 
 /// Fills in sizes and makes a report's line of each.
-pub(super) fn measured(guests: Vec<Found>, usages: &Usage) -> Vec<InstanceReport> {
-    let report = |found: Found| {
-        let (mut guest, presence, notes) = (found.guest, found.presence, found.notes);
-        sizes::fill(&mut guest);
+pub(super) async fn measured(
+    mut found: Vec<Found>,
+    measurer: &Measurer,
+    usages: &Usage,
+) -> Vec<InstanceReport> {
+    let mut guests: Vec<&mut Guest> = found
+        .iter_mut()
+        .filter_map(|found| match found {
+            Found::Whole(whole) => Some(&mut whole.guest),
+            Found::Unreadable(_) => None,
+        })
+        .collect();
+    let mut silences = measurer.fill(&mut guests).await.into_iter();
+    let reports = found.into_iter().map(|found| match found {
+        Found::Unreadable(report) => *report,
+        Found::Whole(whole) => whole.report(silences.next().flatten(), usages),
+    });
+    reports.collect()
+}
+
+impl Whole {
+    fn report(self, unreadable: Option<String>, usages: &Usage) -> InstanceReport {
+        let Self { guest, notes, .. } = self;
         InstanceReport {
             disk_bytes: disk_bytes(&guest),
             id: guest.id,
@@ -243,17 +312,17 @@ pub(super) fn measured(guests: Vec<Found>, usages: &Usage) -> Vec<InstanceReport
             project: guest.project,
             generation: guest.generation,
             power_state: guest.power_state,
-            incoming: presence == Presence::Incoming,
+            incoming: self.presence == Presence::Incoming,
             vcpus: guest.vcpus,
             memory_mib: guest.memory_mib,
             migration: None,
             wishes: notes.wishes,
             usage: usages.get(&guest.id).copied(),
-            definition_digest: rebuild::digest(&found.lasting),
-            autostart: found.autostart || notes.autostart,
+            definition_digest: rebuild::digest(&self.lasting),
+            autostart: self.autostart || notes.autostart,
+            unreadable,
         }
-    };
-    guests.into_iter().map(report).collect()
+    }
 }
 
 fn disk_bytes(guest: &Guest) -> u64 {

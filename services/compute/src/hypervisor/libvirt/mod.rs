@@ -42,7 +42,11 @@ mod transfer;
 mod usage;
 mod xml;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use drover_model::{
@@ -58,10 +62,11 @@ use self::{
     blocking::{Calls, Effect},
     cold::Door,
     connection::Link,
+    ffi::Room,
     jobs::Switching,
     migrate::Mover,
     network::Ports,
-    storage::{image, marks},
+    storage::{image, marks, measure::Measurer},
     usage::Usages,
 };
 use super::{
@@ -80,6 +85,9 @@ pub struct LibvirtDriver {
     door: Door,
     switching: Arc<Switching>,
     usages: Usages,
+    measurer: Measurer,
+    /// The room of the instances' file system, as it was last known.
+    room: Mutex<Option<Room>>,
 }
 
 impl LibvirtDriver {
@@ -103,9 +111,35 @@ impl LibvirtDriver {
             door: Door::new(&settings),
             switching: Arc::default(),
             usages: Usages::default(),
+            measurer: Measurer::default(),
+            room: Mutex::default(),
             link,
             settings,
         }))
+    }
+}
+
+impl LibvirtDriver {
+    /// Fills in the sizes of a guest's local disks, if their storage answers.
+    async fn measured(&self, guest: &mut Guest) -> Result<()> {
+        let silent = self.measurer.fill(&mut [guest]).await;
+        let reason = silent.into_iter().flatten().next();
+        reason.map_or(Ok(()), |reason| Err(HypervisorError::Failed(reason)))
+    }
+
+    /// Room for instances' disks; as last known while their storage does not answer.
+    async fn room(&self, path: PathBuf) -> Result<Room> {
+        let looked = path.clone();
+        let look = move || capabilities::instances_room(&looked);
+        let last = || *self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.measurer.ask(&path, look).await {
+            Some(room) => {
+                let room = room?;
+                *self.room.lock().unwrap_or_else(PoisonError::into_inner) = Some(room);
+                Ok(room)
+            }
+            None => Ok(last().unwrap_or_default()),
+        }
     }
 }
 
@@ -114,8 +148,7 @@ impl Hypervisor for LibvirtDriver {
     async fn inventory(&self) -> Result<Inventory> {
         let path = PathBuf::from(&self.settings.instances_path);
         let mut inventory = self.calls.node(capabilities::inventory).await?;
-        let look = move || capabilities::instances_room(&path);
-        let room = self.calls.files(Effect::Read, look).await?;
+        let room = self.room(path).await?;
         inventory.disk_bytes = room.total_bytes;
         inventory.disk_free_bytes = room.free_bytes;
         Ok(inventory)
@@ -124,14 +157,21 @@ impl Hypervisor for LibvirtDriver {
     async fn guests(&self) -> Result<Vec<InstanceReport>> {
         let (found, usages) =
             tokio::join!(self.calls.node(guests::all), self.usages.ask(&self.calls));
-        let found = found?;
-        let measure = move || Ok(guests::measured(found, &usages));
-        self.calls.files(Effect::Read, measure).await
+        Ok(guests::measured(found?, &self.measurer, &usages).await)
     }
 
     async fn guest(&self, id: InstanceId) -> Result<Option<Guest>> {
         let read = move |connect: &_| guests::whole(connect, id);
-        self.calls.guest(Effect::Read, id, read).await
+        let found = self.calls.guest(Effect::Read, id, read).await?;
+        let Some((mut guest, is_arriving)) = found else {
+            return Ok(None);
+        };
+        self.measured(&mut guest).await?;
+        if is_arriving || !guest.disks.iter().any(guests::is_unmeasured) {
+            return Ok(Some(guest));
+        }
+        let ask = move |connect: &_| guests::with_missing_sizes(connect, guest);
+        self.calls.guest(Effect::Read, id, ask).await.map(Some)
     }
 
     async fn presence(&self, id: InstanceId) -> Result<Presence> {

@@ -10,6 +10,7 @@ pub(super) mod files;
 pub(super) mod identity;
 pub(super) mod image;
 pub(super) mod marks;
+pub(super) mod measure;
 pub(super) mod place;
 pub(super) mod sizes;
 

@@ -1,0 +1,296 @@
+//! Agents: which run of each is its node's, and the last that was heard of it.
+//!
+//! An incarnation is handed out to each agent that starts, a counter per host.
+//! What another incarnation says does not count. A second agent of one name is
+//! let in only in the place of one that is gone: that said good-bye, was silent
+//! for long enough, or whose restart it is.
+
+use drover_model::{
+    api::conductor::{Heartbeat, Identity, RegisterAgent, Registered},
+    ids::HostName,
+};
+use sqlx::{Any, Row, Transaction, any::AnyRow};
+
+use crate::{Result, Store, corrupt, from_json, signed, to_json, unsigned};
+
+/// An agent as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AgentRow {
+    /// Which node it serves.
+    pub host: HostName,
+    /// Which run of the node's agent counts.
+    pub incarnation: u64,
+    /// Who that is.
+    pub identity: Identity,
+    /// Whether it has said good-bye.
+    pub gone: bool,
+    /// Sequence of its last heartbeat.
+    pub beat: u64,
+    /// Its version.
+    pub agent_version: String,
+    /// Its clock less the conductor's at its last heartbeat, ms.
+    pub clock_offset_ms: i64,
+    /// For how long a conductor that could hear it has not, ms.
+    pub silent_ms: u64,
+    /// How often something in its name was refused.
+    pub refusals: u64,
+    /// Why, the last time.
+    pub refusal: Option<String>,
+}
+
+/// The last that was heard of an agent: its incarnation and its heartbeat's sequence.
+pub type Life = (u64, u64);
+
+/// A heartbeat, and the agent's clock less the conductor's at that moment, ms.
+pub type Beat = (Heartbeat, i64);
+
+/// For how long an agent has been silent since its last sign of life, ms.
+pub type Silence = (HostName, Life, u64);
+
+/// The incarnation of an agent that asks, or why it gets none. `silent_since` is
+/// the last sign of life of the one that was not heard of for the down time.
+fn judge(
+    row: &AgentRow,
+    ask: &RegisterAgent,
+    silent_since: Option<Life>,
+) -> std::result::Result<u64, String> {
+    let same = row.identity.process == ask.identity.process;
+    if row.incarnation > 0 && same && !row.gone {
+        return Ok(row.incarnation);
+    }
+    let is_restart = ask.held.is_none() && ask.identity.succeeds(&row.identity);
+    let is_silent = silent_since == Some((row.incarnation, row.beat));
+    if row.incarnation == 0 || row.gone || is_restart || is_silent {
+        return Ok(row.incarnation.max(ask.held.unwrap_or(0)) + 1);
+    }
+    let which = |i: &Identity| format!("machine {}, state {}", named(&i.machine), named(&i.state));
+    Err(format!(
+        "{} has another agent that lives ({}); this one ({}) takes its place when that one is \
+         stopped or has been silent for the down time: is [compute] host the same on two machines?",
+        ask.host,
+        which(&row.identity),
+        which(&ask.identity)
+    ))
+}
+
+/// Enough of an id to tell it from another.
+fn named(id: &str) -> &str {
+    match id.get(..8) {
+        Some(start) => start,
+        None if id.is_empty() => "unknown",
+        None => id,
+    }
+}
+
+impl Store {
+    /// Hands an agent its incarnation, unless another one is the node's.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn register_agent(
+        &self,
+        ask: &RegisterAgent,
+        silent_since: Option<Life>,
+    ) -> Result<Registered> {
+        self.attempt(|| self.register_agent_inner(ask, silent_since))
+            .await
+    }
+
+    async fn register_agent_inner(
+        &self,
+        ask: &RegisterAgent,
+        silent_since: Option<Life>,
+    ) -> Result<Registered> {
+        let mut tx = self.begin().await?;
+        sqlx::query(
+            "INSERT INTO agents (host, incarnation, identity, gone, beat, agent_version, \
+             clock_offset_ms, silent_ms, refusals) VALUES ($1, 0, '{}', 0, 0, '', 0, 0, 0) \
+             ON CONFLICT (host) DO NOTHING",
+        )
+        .bind(ask.host.as_str())
+        .execute(&mut *tx)
+        .await?;
+        // Of two that ask at once the second reads what the first wrote.
+        sqlx::query("UPDATE agents SET refusals = refusals WHERE host = $1")
+            .bind(ask.host.as_str())
+            .execute(&mut *tx)
+            .await?;
+        let row = row_of(&mut tx, &ask.host).await?;
+        let row = row.ok_or_else(|| corrupt("an agent", &"it was just written"))?;
+        let answer = match judge(&row, ask, silent_since) {
+            Ok(incarnation) if incarnation == row.incarnation => {
+                Registered::Admitted { incarnation }
+            }
+            Ok(incarnation) => {
+                sqlx::query(
+                    "UPDATE agents SET incarnation = $2, identity = $3, agent_version = $4, \
+                     gone = 0, beat = 0, silent_ms = 0 WHERE host = $1",
+                )
+                .bind(ask.host.as_str())
+                .bind(signed(incarnation))
+                .bind(to_json("an agent", &ask.identity)?)
+                .bind(&ask.agent_version)
+                .execute(&mut *tx)
+                .await?;
+                Registered::Admitted { incarnation }
+            }
+            Err(reason) => {
+                refuse(&mut tx, &ask.host, &reason).await?;
+                Registered::Refused { reason }
+            }
+        };
+        tx.commit().await?;
+        Ok(answer)
+    }
+
+    /// Notes that an agent has said good-bye.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn agent_left(&self, host: &HostName, incarnation: u64) -> Result<()> {
+        let statement = "UPDATE agents SET gone = 1 WHERE host = $1 AND incarnation = $2";
+        self.execute(|| {
+            sqlx::query(statement)
+                .bind(host.to_string())
+                .bind(signed(incarnation))
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Notes that something in an agent's name was refused.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn refused(&self, host: &HostName, reason: &str) -> Result<()> {
+        let work = || async {
+            let mut tx = self.begin().await?;
+            refuse(&mut tx, host, reason).await?;
+            tx.commit().await?;
+            Ok(())
+        };
+        self.attempt(work).await
+    }
+
+    /// One agent, if it has ever registered.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn agent(&self, host: &HostName) -> Result<Option<AgentRow>> {
+        let work = async {
+            let mut tx = self.begin().await?;
+            row_of(&mut tx, host).await
+        };
+        self.steady(work).await
+    }
+
+    /// Puts on the record what was heard, and for how long others were silent;
+    /// gives back what all conductors heard.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn hear(
+        &self,
+        beats: &[Beat],
+        silences: &[Silence],
+        now_ms: u64,
+    ) -> Result<Vec<AgentRow>> {
+        self.attempt(|| self.hear_inner(beats, silences, now_ms))
+            .await
+    }
+
+    async fn hear_inner(
+        &self,
+        beats: &[Beat],
+        silences: &[Silence],
+        now_ms: u64,
+    ) -> Result<Vec<AgentRow>> {
+        let mut tx = self.begin().await?;
+        for (beat, clock_offset_ms) in beats {
+            sqlx::query(
+                "UPDATE agents SET beat = $3, agent_version = $4, clock_offset_ms = $5, \
+                 silent_ms = 0 WHERE host = $1 AND incarnation = $2 AND beat < $3",
+            )
+            .bind(beat.host.as_str())
+            .bind(signed(beat.incarnation))
+            .bind(signed(beat.sequence))
+            .bind(&beat.agent_version)
+            .bind(*clock_offset_ms)
+            .execute(&mut *tx)
+            .await?;
+            heard_at(&mut tx, &beat.host, now_ms).await?;
+        }
+        for (host, (incarnation, beat), silent_ms) in silences {
+            sqlx::query(
+                "UPDATE agents SET silent_ms = $4 WHERE host = $1 AND incarnation = $2 \
+                 AND beat = $3 AND silent_ms < $4",
+            )
+            .bind(host.as_str())
+            .bind(signed(*incarnation))
+            .bind(signed(*beat))
+            .bind(signed(*silent_ms))
+            .execute(&mut *tx)
+            .await?;
+        }
+        let rows = sqlx::query("SELECT * FROM agents ORDER BY host")
+            .fetch_all(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        rows.iter().map(agent).collect()
+    }
+}
+
+/// Which incarnation of a host's agent counts, if any has registered.
+pub(crate) async fn incarnation(
+    tx: &mut Transaction<'static, Any>,
+    host: &HostName,
+) -> Result<Option<u64>> {
+    let row = sqlx::query("SELECT incarnation FROM agents WHERE host = $1")
+        .bind(host.as_str())
+        .fetch_optional(&mut **tx)
+        .await?;
+    row.map(|row| Ok(unsigned(row.try_get("incarnation")?)))
+        .transpose()
+}
+
+async fn heard_at(tx: &mut Transaction<'static, Any>, host: &HostName, now_ms: u64) -> Result<()> {
+    sqlx::query("UPDATE nodes SET heard_at_ms = $2 WHERE host = $1 AND heard_at_ms < $2")
+        .bind(host.as_str())
+        .bind(signed(now_ms))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+async fn refuse(tx: &mut Transaction<'static, Any>, host: &HostName, reason: &str) -> Result<()> {
+    sqlx::query("UPDATE agents SET refusals = refusals + 1, refusal = $2 WHERE host = $1")
+        .bind(host.as_str())
+        .bind(reason)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+async fn row_of(tx: &mut Transaction<'static, Any>, host: &HostName) -> Result<Option<AgentRow>> {
+    let row = sqlx::query("SELECT * FROM agents WHERE host = $1")
+        .bind(host.as_str())
+        .fetch_optional(&mut **tx)
+        .await?;
+    row.as_ref().map(agent).transpose()
+}
+
+fn agent(row: &AnyRow) -> Result<AgentRow> {
+    let host: String = row.try_get("host")?;
+    Ok(AgentRow {
+        host: host.parse().map_err(|e| corrupt("an agent", &e))?,
+        incarnation: unsigned(row.try_get("incarnation")?),
+        identity: from_json("an agent", row.try_get("identity")?)?,
+        gone: row.try_get::<i64, _>("gone")? != 0,
+        beat: unsigned(row.try_get("beat")?),
+        agent_version: row.try_get("agent_version")?,
+        clock_offset_ms: row.try_get("clock_offset_ms")?,
+        silent_ms: unsigned(row.try_get("silent_ms")?),
+        refusals: unsigned(row.try_get("refusals")?),
+        refusal: row.try_get("refusal")?,
+    })
+}

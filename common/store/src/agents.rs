@@ -162,7 +162,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub async fn refused(&self, host: &HostName, reason: &str) -> Result<()> {
+    pub async fn agent_refused(&self, host: &HostName, reason: &str) -> Result<()> {
         let work = || async {
             let mut tx = self.begin().await?;
             refuse(&mut tx, host, reason).await?;

@@ -6,9 +6,9 @@
 //! done and by whom; [`claims`] what is promised on a destination; [`projects`]
 //! who may have how much; [`offers`] what is offered to other projects;
 //! [`operations`] what is done with whole nodes; [`definitions`] what is kept for
-//! the day on which one is dead; [`fencing`] power that was cut; [`sagas`] the journals; [`outbox`] notifications
-//! on their way out. What
-//! belongs together is committed together.
+//! the day on which one is dead; [`fencing`] power that was cut; [`sagas`] the
+//! journals; [`outbox`] notifications on their way out; [`retention`] how long what
+//! is over is kept. What belongs together is committed together.
 
 pub mod agents;
 mod at_once;
@@ -23,7 +23,9 @@ pub mod offers;
 pub mod operations;
 pub mod outbox;
 pub mod projects;
+pub mod retention;
 pub mod sagas;
+mod schema;
 pub mod scratch;
 
 use std::{str::FromStr, time::Duration};
@@ -35,7 +37,6 @@ use drover_model::{
 use sqlx::{
     Any, AnyConnection, AnyPool, Connection, Row, Transaction,
     any::{AnyPoolOptions, AnyRow, install_default_drivers},
-    migrate::{Migration as SchemaChange, MigrationType, Migrator},
 };
 use tokio::sync::{broadcast, watch};
 
@@ -173,17 +174,27 @@ const POSTGRES_CONNECTIONS: u32 = 8;
 
 impl Store {
     /// Opens a database, makes it if it is a file that is not there, and brings
-    /// its schema up to date. `sqlite:///path/to/file` or `postgresql://…`.
+    /// its schema up to date if nobody else uses it. `sqlite:///path/to/file` or
+    /// `postgresql://…`.
     ///
     /// # Errors
     /// [`StoreError::Open`] with what to do about it.
     pub async fn open(url: &str) -> Result<Self> {
-        Self::connect(url, false).await
+        Self::connect(url, false, false).await
+    }
+
+    /// The same, bringing the schema up to date while others use it, as far as that
+    /// does them no harm.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] with what to do about it.
+    pub async fn migrate(url: &str) -> Result<Self> {
+        Self::connect(url, false, true).await
     }
 
     /// An empty record in memory. It answers at once (see [`Self::open_at_once`]).
     pub async fn in_memory() -> Result<Self> {
-        Self::connect("sqlite::memory:", true).await
+        Self::connect("sqlite::memory:", true, false).await
     }
 
     /// As [`Self::open`], for simulation: each call is over before anybody else of
@@ -192,7 +203,7 @@ impl Store {
     /// # Errors
     /// As [`Self::open`].
     pub async fn open_at_once(url: &str) -> Result<Self> {
-        Self::connect(url, true).await
+        Self::connect(url, true, false).await
     }
 
     /// The same record as another process has it, for simulation: what changes
@@ -208,15 +219,15 @@ impl Store {
         }
     }
 
-    async fn connect(url: &str, at_once: bool) -> Result<Self> {
-        let connecting = Self::connect_to(url, at_once);
+    async fn connect(url: &str, at_once: bool, told: bool) -> Result<Self> {
+        let connecting = Self::connect_to(url, at_once, told);
         match at_once {
             true => at_once::at_once(connecting),
             false => connecting.await,
         }
     }
 
-    async fn connect_to(url: &str, at_once: bool) -> Result<Self> {
+    async fn connect_to(url: &str, at_once: bool, told: bool) -> Result<Self> {
         install_default_drivers();
         let shown = shown_url(url);
         let open = |message: String, remedy| StoreError::Open {
@@ -242,18 +253,29 @@ impl Store {
         if kind == Kind::Postgresql {
             // A pool would hide the reason behind its own time limit.
             let probe = AnyConnection::connect_with(&options).await;
-            let probe = probe.map_err(|e| open(e.to_string(), open_remedy(kind)))?;
+            let mut probe = probe.map_err(|e| open(e.to_string(), open_remedy(kind)))?;
+            let ready = schema::bring_up(&mut probe, true, told).await;
             // It has served, whatever comes of its good-bye.
             let _ = probe.close().await;
+            ready.map_err(|unusable| {
+                let (message, remedy) = unusable.words();
+                open(message, remedy)
+            })?;
         }
         let pool = pool_options(kind)
             .connect_with(options)
             .await
             .map_err(|e| open(e.to_string(), open_remedy(kind)))?;
-        schema()
-            .run(&pool)
-            .await
-            .map_err(|e| open(e.to_string(), "it may be of a newer Drover; use that one"))?;
+        if kind == Kind::Sqlite {
+            let bring_up = async {
+                let mut connection = pool.acquire().await?;
+                schema::bring_up(&mut connection, false, told).await
+            };
+            bring_up.await.map_err(|unusable: schema::Unusable| {
+                let (message, remedy) = unusable.words();
+                open(message, remedy)
+            })?;
+        }
         let (changes, _) = broadcast::channel(CHANGES_BUFFERED);
         let (operation_changes, _) = broadcast::channel(CHANGES_BUFFERED);
         Ok(Self {
@@ -458,7 +480,9 @@ fn pool_options(kind: Kind) -> AnyPoolOptions {
         .idle_timeout(None)
         .max_lifetime(None);
     match kind {
-        Kind::Postgresql => options.max_connections(POSTGRES_CONNECTIONS),
+        Kind::Postgresql => options
+            .max_connections(POSTGRES_CONNECTIONS)
+            .after_connect(|connection, _| Box::pin(schema::hold(connection))),
         Kind::Sqlite => options
             .max_connections(1)
             .test_before_acquire(false)
@@ -495,33 +519,6 @@ fn shown_url(url: &str) -> String {
         }
         None => url.to_owned(),
     }
-}
-
-fn schema() -> Migrator {
-    let change = |version, name: &'static str, sql: &'static str| {
-        let sql = sqlx::SqlStr::from_static(sql);
-        SchemaChange::new(version, name.into(), MigrationType::Simple, sql, false)
-    };
-    Migrator::with_migrations(vec![
-        change(1, "record", include_str!("../migrations/0001_record.sql")),
-        change(
-            2,
-            "projects",
-            include_str!("../migrations/0002_projects.sql"),
-        ),
-        change(
-            3,
-            "operations",
-            include_str!("../migrations/0003_operations.sql"),
-        ),
-        change(
-            4,
-            "soundness",
-            include_str!("../migrations/0004_soundness.sql"),
-        ),
-        change(5, "agents", include_str!("../migrations/0005_agents.sql")),
-        change(6, "fencing", include_str!("../migrations/0006_fencing.sql")),
-    ])
 }
 
 /// A number for a database column. Columns are signed; ours never get that big.

@@ -15,7 +15,7 @@ use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
 use crate::{
-    Result, Store, StoreError, corrupt, from_json,
+    Result, Statement, Store, StoreError, corrupt, from_json,
     instances::{self, InstanceRow, shown},
     migrations::uuid_pattern,
     signed, to_json, unsigned,
@@ -267,6 +267,22 @@ impl Store {
         let left = MAX_WRONG_KEYS.saturating_sub(offer.wrong_keys);
         Ok(KeyTried::Wrong { offer, left })
     }
+}
+
+/// Forgets offers that nobody can accept any more and that were made before a moment,
+/// but for those whose transfer is under way.
+pub(crate) fn forget_closed<'q>(made_before_ms: i64, now_ms: u64, most: i64) -> Statement<'q> {
+    sqlx::query(sqlx::AssertSqlSafe(format!(
+        "DELETE FROM offers WHERE id IN (SELECT id FROM ({}) AS closed LIMIT $4)",
+        offers_now!(
+            "WHERE state <> 'open' AND created_at_ms < $3 AND NOT EXISTS \
+             (SELECT 1 FROM migrations t WHERE t.uuid = now.migration_uuid AND t.active = 1)"
+        )
+    )))
+    .bind(signed(now_ms))
+    .bind(i64::from(MAX_WRONG_KEYS))
+    .bind(made_before_ms)
+    .bind(most)
 }
 
 async fn insert(

@@ -6,7 +6,7 @@ use serde_json::Value;
 use sqlx::{Any, Row, Transaction};
 use uuid::Uuid;
 
-use crate::{Result, Store, from_json, to_json};
+use crate::{Result, Store, from_json, signed, to_json};
 
 /// A notification to publish.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,12 +45,16 @@ pub(crate) async fn put(tx: &mut Transaction<'static, Any>, n: &Notification) ->
 }
 
 impl Store {
-    /// The oldest unpublished notifications.
+    /// The oldest unpublished notifications, but for those that wait since they were
+    /// refused.
     ///
     /// # Errors
     /// The database failed.
-    pub async fn unpublished(&self, limit: u32) -> Result<Vec<Notification>> {
-        let query = sqlx::query("SELECT * FROM outbox ORDER BY id LIMIT $1").bind(i64::from(limit));
+    pub async fn unpublished(&self, limit: u32, now_ms: u64) -> Result<Vec<Notification>> {
+        let query =
+            sqlx::query("SELECT * FROM outbox WHERE not_before_ms <= $2 ORDER BY id LIMIT $1")
+                .bind(i64::from(limit))
+                .bind(signed(now_ms));
         let rows = self.steady(query.fetch_all(&self.pool)).await?;
         rows.iter()
             .map(|row| {
@@ -67,7 +71,26 @@ impl Store {
             .collect()
     }
 
-    /// Forgets a notification that was published.
+    /// Has a notification that was refused wait until a moment; says how often that
+    /// was by now.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn refused(&self, id: Uuid, not_before_ms: u64) -> Result<u32> {
+        let statement = "UPDATE outbox SET refusals = refusals + 1, not_before_ms = $2 \
+                         WHERE id = $1 RETURNING refusals";
+        let rows = self
+            .returned(|| {
+                sqlx::query(statement)
+                    .bind(id.to_string())
+                    .bind(signed(not_before_ms))
+            })
+            .await?;
+        let refusals = rows.first().map(|row| row.try_get::<i64, _>("refusals"));
+        Ok(u32::try_from(refusals.transpose()?.unwrap_or(0)).unwrap_or(u32::MAX))
+    }
+
+    /// Forgets a notification that was published, or never will be.
     ///
     /// # Errors
     /// The database failed.

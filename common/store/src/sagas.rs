@@ -29,6 +29,10 @@ impl SagaKey {
     pub fn of_ending(migration: MigrationId, attempt: u32) -> Self {
         Self(format!("{migration}.{attempt}"))
     }
+
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 impl Store {

@@ -264,6 +264,40 @@ async fn a_guest_that_arrives_counts_all_the_time(store: Store) {
     }
 }
 
+#[tokio::test]
+async fn a_schema_is_not_changed_under_those_who_use_it_unless_somebody_says_so() {
+    let Some(url) = postgresql_url().await else {
+        return;
+    };
+    let pool = AnyPool::connect(&url).await.unwrap();
+    let mut tables = pool.acquire().await.unwrap();
+    let at_work = Store::open(&url).await.unwrap();
+    let older = "DELETE FROM _sqlx_migrations WHERE version = 4";
+    let newer = "UPDATE _sqlx_migrations SET version = version + 96 WHERE version = 4";
+    let stop = "UPDATE compatibility SET minimum = 100";
+    sqlx::query(newer).execute(&mut *tables).await.unwrap();
+    Store::open(&url)
+        .await
+        .expect("a newer one that only expanded");
+    sqlx::query(stop).execute(&mut *tables).await.unwrap();
+    let error = Store::open(&url).await.err().expect("it contracted");
+    assert!(error.to_string().contains("use the newer one"), "{error}");
+
+    let Some(url) = postgresql_url().await else {
+        return;
+    };
+    let older_pool = AnyPool::connect(&url).await.unwrap();
+    drop(at_work);
+    let at_work = Store::open(&url).await.unwrap();
+    sqlx::query(older).execute(&older_pool).await.unwrap();
+    let error = Store::open(&url).await.err().expect("others use it");
+    assert!(
+        error.to_string().contains("drover-conductor migrate"),
+        "{error}"
+    );
+    drop(at_work);
+}
+
 /// Waits until somebody waits for a backend, and says who.
 async fn waits_for(pool: &AnyPool, pid: i32) -> i32 {
     loop {

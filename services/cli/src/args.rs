@@ -119,6 +119,14 @@ pub enum NodeVerb {
     Evacuate(operation::Evacuate),
     /// Declare a node down without waiting for its silence
     ForceDown(operation::ForceDown),
+    /// End a node that was scrapped: all that is kept for it goes
+    Forget {
+        /// Host name.
+        host: HostName,
+        /// How to do it.
+        #[command(flatten)]
+        change: Change,
+    },
     /// Move guests from nodes that are loaded more than others
     Balance(operation::Balance),
     /// What the conductor does by itself; pause it for a maintenance window

@@ -41,6 +41,7 @@ fn every_verb_parses() {
         "node evacuate kvm1 --to kvm2 --only vm1,vm2 --i-confirm-host-is-off --despite-many-lost",
         "node evacuate kvm1 --despite agent-answers,libvirt-reachable --despite host-responds",
         "node force-down kvm1 --unset --dry-run",
+        "node forget kvm1 --dry-run",
         "node balance --threshold 10 --max-moves 5 --max-parallel 2 --dry-run",
         "node automation --evacuate off --balance on",
         "operation list --host kvm1 --kind drain --active --limit 5",

@@ -132,7 +132,7 @@ fn noun(method: &str) -> &'static str {
         method::RESTORE_NODE => "restore",
         method::EVACUATE_NODE => "evacuation",
         method::BALANCE_NODES => "balance",
-        method::FORCE_DOWN => "declaration",
+        method::FORCE_DOWN | method::FORGET_NODE => "declaration",
         _ => "migration",
     }
 }

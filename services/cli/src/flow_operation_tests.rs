@@ -484,6 +484,27 @@ async fn a_node_is_declared_down_and_up_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_scrapped_node_is_forgotten() {
+    let node = samples::node("kvm1");
+    let stage = Stage::with([
+        ("get_node", answer(&node)),
+        ("forget_node", answer(&())),
+        ("get_node", answer(&node)),
+        ("forget_node", answer(&())),
+    ])
+    .await;
+    let told = stage.run("node forget kvm1 --dry-run").await;
+    assert_eq!(
+        (told, stage.last_line().as_str()),
+        (Exit::Done, "kvm1 would be forgotten")
+    );
+    assert_eq!(stage.run("node forget kvm1").await, Exit::Done);
+    assert_eq!(stage.last_line(), "kvm1 is forgotten");
+    let said = |dry_run| json!({"host": "kvm1", "dry_run": dry_run});
+    assert_eq!(stage.asked("forget_node"), [said(true), said(false)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn automation_is_shown_and_switched() {
     let stage = Stage::with([
         ("set_automation", answer(&automation("on", "shadow"))),

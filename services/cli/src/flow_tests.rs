@@ -88,6 +88,7 @@ impl Endpoint for Script {
             "set_node",
             "get_status",
             "force_down_node",
+            "forget_node",
             "drain_node",
             "restore_node",
             "evacuate_node",

@@ -26,6 +26,7 @@ use crate::{
         runner::OperationRunner,
     },
     plan::{Costs, schedule::Limits},
+    retention,
     task::runner::Runner,
 };
 
@@ -138,9 +139,17 @@ impl Conductor {
         let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);
         let stop = CancellationToken::new();
         let notifier = Notifier::new(transport.clone(), messaging, format!("conductor.{name}"));
-        tokio::spawn(notify::publish(store, notifier.clone(), stop.clone()));
+        let clock = context.clock.clone();
+        tokio::spawn(notify::publish(
+            store,
+            clock,
+            notifier.clone(),
+            stop.clone(),
+        ));
         runner.recover().await?;
         tokio::spawn(definitions::keep(context.clone(), stop.clone()));
+        let kept = settings.retention();
+        tokio::spawn(retention::keep(context.clone(), kept, stop.clone()));
         let operations = OperationRunner::new(context.clone(), runner.clone());
         operations.recover().await?;
         tokio::spawn(auto_evacuate::watch(operations.clone(), stop.clone()));

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use drover_store::fencing::FenceLimits;
+use drover_store::{fencing::FenceLimits, retention::Retention};
 use serde::Deserialize;
 
 use crate::{
@@ -74,6 +74,14 @@ pub struct ConductorSettings {
     pub balance_target_limit_percent: u32,
     /// Moves of one run at the most.
     pub balance_max_moves: u32,
+    /// What is over stays on the record for so long after its end, days: migrations,
+    /// operations, offers.
+    pub retention_days: u64,
+    /// Of each of them so many stay at the most.
+    pub retention_count: u32,
+    /// For so long after the end of a migration its journal is kept, days: only
+    /// whoever looks for a fault of Drover's needs it.
+    pub journal_retention_days: u64,
 }
 
 /// How load is balanced.
@@ -139,6 +147,9 @@ impl Default for ConductorSettings {
             balance_cool_down_s: 3600,
             balance_target_limit_percent: 80,
             balance_max_moves: 5,
+            retention_days: 90,
+            retention_count: 10_000,
+            journal_retention_days: 7,
         }
     }
 }
@@ -218,7 +229,7 @@ impl ConductorSettings {
         }
     }
 
-    fn operation_bounds(&self) -> [(&'static str, u64, u64, u64); 11] {
+    fn operation_bounds(&self) -> [(&'static str, u64, u64, u64); 14] {
         let many = |name, value: u32| (name, u64::from(value), 1, 10_000);
         let percent = |name, value: u32| (name, u64::from(value), 1, 100);
         [
@@ -246,7 +257,30 @@ impl ConductorSettings {
                 2_592_000,
             ),
             ("balance_max_moves", self.balance_max_moves.into(), 1, 1000),
+            ("retention_days", self.retention_days, 1, 36_500),
+            (
+                "retention_count",
+                self.retention_count.into(),
+                100,
+                10_000_000,
+            ),
+            (
+                "journal_retention_days",
+                self.journal_retention_days,
+                0,
+                36_500,
+            ),
         ]
+    }
+
+    /// How long what is over is kept.
+    pub fn retention(&self) -> Retention {
+        const DAY_MS: u64 = 86_400_000;
+        Retention {
+            keep_ms: self.retention_days * DAY_MS,
+            keep_count: self.retention_count,
+            journal_ms: self.journal_retention_days * DAY_MS,
+        }
     }
 
     /// Most moves at one time.

@@ -180,7 +180,7 @@ impl Context {
         if self.store.hearing().is_to_be_said(host) {
             warn!(%host, "{what} is refused: {reason}");
         }
-        if let Err(error) = self.store.refused(host, reason).await {
+        if let Err(error) = self.store.agent_refused(host, reason).await {
             warn!(%host, %error, "a refusal is not on the record");
         }
     }

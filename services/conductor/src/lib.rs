@@ -19,6 +19,7 @@ pub mod notify;
 pub mod operation;
 pub mod placement;
 pub mod plan;
+pub mod retention;
 pub mod survey;
 pub mod task;
 pub mod transfer_survey;

@@ -1,9 +1,10 @@
 //! `drover-conductor --config FILE`: reads its settings, puts the conductor
-//! together, and runs until a signal.
+//! together, and runs until a signal. `drover-conductor migrate` brings the
+//! record's schema up to date, and ends.
 
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, time::Duration};
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use drover_conductor::{
     app::Conductor,
     clock::Clock,
@@ -20,7 +21,7 @@ use drover_runtime::{
 };
 use drover_saga::Patience;
 use drover_store::Store;
-use tracing::error;
+use tracing::{error, info};
 
 /// Exit code for settings that cannot be used.
 const EXIT_USAGE: u8 = 2;
@@ -32,6 +33,17 @@ struct Args {
     /// Configuration file
     #[arg(long, value_name = "FILE", env = "DROVER_CONFIG", default_value = DEFAULT_PATH)]
     config: PathBuf,
+    /// What to do; serves if nothing is said
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What to do instead of serving.
+#[derive(Clone, Copy, Subcommand)]
+enum Command {
+    /// Bring the record's schema up to date, also while conductors of the version before
+    /// go on; those that start by themselves do so only when they are alone
+    Migrate,
 }
 
 struct Settings {
@@ -43,7 +55,8 @@ struct Settings {
 }
 
 fn main() -> ExitCode {
-    let settings = match read(&Args::parse().config) {
+    let args = Args::parse();
+    let settings = match read(&args.config) {
         Ok(settings) => settings,
         Err(message) => {
             eprintln!("drover-conductor: {message}");
@@ -62,7 +75,12 @@ fn main() -> ExitCode {
         .build();
     let ended = match runtime {
         Ok(runtime) => {
-            let ended = runtime.block_on(run(settings));
+            let ended = runtime.block_on(async {
+                match args.command {
+                    None => run(settings).await,
+                    Some(Command::Migrate) => migrate(&settings.conductor.database_url).await,
+                }
+            });
             runtime.shutdown_timeout(Duration::from_secs(2));
             ended
         }
@@ -116,6 +134,16 @@ fn host_name() -> Result<String, String> {
     let name = name
         .map_err(|e| format!("this machine's name cannot be read ({e}); set [conductor] name"))?;
     Ok(name.trim().to_owned())
+}
+
+async fn migrate(url: &str) -> Result<(), String> {
+    let migrated = Store::migrate(url).await;
+    let store = migrated.map_err(|e| Chain(&e).to_string())?;
+    info!(
+        database = store.kind().as_str(),
+        "the record's schema is up to date"
+    );
+    Ok(())
 }
 
 async fn run(settings: Settings) -> Result<(), String> {

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 pub use agent::{AgentLeaves, Heartbeat, Identity, RegisterAgent, Registered, Word};
 pub use operation::{
     Automation, BalanceNodes, DrainNode, EvacuateNode, Evacuated, EvacuatedAnswer,
-    EvacuatedRemoved, EvidenceAnswer, ForceDown, ListEvacuated, ListOperations, OperationAnswer,
-    OperationRef, OperationView, RestoreNode, SetAutomation, WaitOperation,
+    EvacuatedRemoved, EvidenceAnswer, ForceDown, ForgetNode, ListEvacuated, ListOperations,
+    OperationAnswer, OperationRef, OperationView, RestoreNode, SetAutomation, WaitOperation,
 };
 
 use super::compute::Outcome;
@@ -81,6 +81,8 @@ pub mod method {
     pub const SET_NODE: &str = "set_node";
     /// [`super::ForceDown`] → [`super::Node`]
     pub const FORCE_DOWN: &str = "force_down_node";
+    /// [`super::ForgetNode`] → `null`
+    pub const FORGET_NODE: &str = "forget_node";
     /// [`super::DrainNode`] → [`super::OperationAnswer`]
     pub const DRAIN_NODE: &str = "drain_node";
     /// [`super::RestoreNode`] → [`super::OperationAnswer`]

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use drover_model::{
     api::conductor::{
-        Automation, EvacuateNode, EvidenceAnswer, ForceDown, ListOperations, Node, OperationAnswer,
-        OperationRef, OperationView, SetAutomation, WaitOperation, method,
+        Automation, EvacuateNode, EvidenceAnswer, ForceDown, ForgetNode, ListOperations, Node,
+        OperationAnswer, OperationRef, OperationView, SetAutomation, WaitOperation, method,
     },
     operation::Operation,
 };
@@ -70,6 +70,12 @@ impl Client {
     /// Declares a node down, or takes that back.
     pub async fn force_down(&self, request: &ForceDown) -> Result<Node, Trouble> {
         self.ask(method::FORCE_DOWN, request).await
+    }
+
+    /// Ends a node that was scrapped.
+    pub async fn forget_node(&self, request: &ForgetNode) -> Result<(), Trouble> {
+        let _: Option<()> = self.ask(method::FORGET_NODE, request).await?;
+        Ok(())
     }
 
     /// What the conductor does by itself, changed or as it is.

@@ -2,7 +2,8 @@
 //! moves their guests is in [`operate`].
 
 use drover_model::{
-    api::conductor::{ForceDown, ListOperations, Node, SetNode},
+    api::conductor::{ForceDown, ForgetNode, ListOperations, Node, SetNode},
+    ids::HostName,
     operation::Operation,
 };
 
@@ -55,6 +56,7 @@ pub async fn run(session: &mut Session, verb: NodeVerb) -> Result<Exit, Trouble>
         NodeVerb::Balance(order) => return operate::balance(session, order).await,
         NodeVerb::Automation(order) => return operate::automation(session, order).await,
         NodeVerb::ForceDown(order) => force_down(session, order).await?,
+        NodeVerb::Forget { host, change } => forget(session, host, change).await?,
         NodeVerb::Enable { host, change } => {
             set(
                 session,
@@ -106,6 +108,17 @@ async fn force_down(session: &mut Session, order: order::ForceDown) -> Result<()
     let request = ForceDown { host, forced_down };
     let node = session.client.force_down(&request).await?;
     session.screen.value(&node, counts)
+}
+
+async fn forget(session: &mut Session, host: HostName, change: Change) -> Result<(), Trouble> {
+    let dry_run = change.dry_run;
+    let node = session.client.get_node(&host).await?;
+    let request = ForgetNode { host, dry_run };
+    session.client.forget_node(&request).await?;
+    session.screen.value(&node, |node| match dry_run {
+        true => format!("{} would be forgotten", node.host),
+        false => format!("{} is forgotten", node.host),
+    })
 }
 
 fn would_count(node: &Node, forced_down: bool) -> String {

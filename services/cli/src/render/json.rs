@@ -18,6 +18,7 @@
 //! | `migration watch` | one `Migration` a line, at each change |
 //! | `migration abort`, `force-complete`, `resume` | `Migration` as last seen |
 //! | `node drain`, `restore`, `evacuate`, `balance` | `OperationView` as last seen, `Operation` with `--no-wait`; for a dry run the answer as it travels: `{"answer": "plan", "plan", "failures", "evidence"}` |
+//! | `node forget` | `Node` as it was |
 //! | `node force-down` | `Node` as it is afterwards, or as it is, for a dry run |
 //! | `node automation` | `Automation` as it is afterwards, or as it is, for a dry run |
 //! | `operation list` | array of `Operation` |

@@ -1,7 +1,9 @@
 //! What operators and agents say about dead nodes, and about those that return.
 
 use drover_model::{
-    api::conductor::{Evacuated, EvacuatedAnswer, EvacuatedRemoved, ForceDown, ListEvacuated},
+    api::conductor::{
+        Evacuated, EvacuatedAnswer, EvacuatedRemoved, ForceDown, ForgetNode, ListEvacuated,
+    },
     api::{
         compute::{CopySeen, StepRef},
         conductor::method,
@@ -28,6 +30,7 @@ impl DroverEndpoint {
     pub(super) async fn handle_evacuation(&self, request: &Request) -> Answer {
         match request.method() {
             method::FORCE_DOWN => self.force_down(&request.args()?).await,
+            method::FORGET_NODE => self.forget_node(&request.args()?).await,
             method::LIST_EVACUATED => to_value(&self.list_evacuated(&request.args()?).await?),
             method::EVACUATED_REMOVED => self.evacuated_removed(&request.args()?).await,
             other => Err(RemoteFailure::runtime_error(format!(
@@ -45,6 +48,22 @@ impl DroverEndpoint {
         let row = set.map_err(|e| store_failure(&e))?;
         info!(host = %ask.host, forced_down = ask.forced_down, "node declared");
         to_value(&self.node(&row).await?)
+    }
+
+    /// Ends a node that will not come back.
+    async fn forget_node(&self, ask: &ForgetNode) -> Answer {
+        let (host, live) = (&ask.host, self.context.liveness());
+        let silent_since_ms = live.now_ms.saturating_sub(live.down_after_ms);
+        let store = &self.context.store;
+        match ask.dry_run {
+            true => store.may_forget_node(host, silent_since_ms).await,
+            false => store.forget_node(host, silent_since_ms).await,
+        }
+        .map_err(|e| store_failure(&e))?;
+        if !ask.dry_run {
+            info!(%host, "the node is forgotten");
+        }
+        Ok(Value::Null)
     }
 
     /// What of a node lives elsewhere. Of each its home is asked now: only where

@@ -101,6 +101,7 @@ impl Endpoint for DroverEndpoint {
             method::LIST_NODES,
             method::SET_NODE,
             method::FORCE_DOWN,
+            method::FORGET_NODE,
             method::LIST_EVACUATED,
             method::EVACUATED_REMOVED,
             method::DRAIN_NODE,

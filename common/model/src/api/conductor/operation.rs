@@ -144,6 +144,17 @@ pub struct ForceDown {
     pub forced_down: bool,
 }
 
+/// End a node that was scrapped. It must be silent, and nothing may need it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForgetNode {
+    /// Its host name.
+    pub host: HostName,
+    /// Check everything, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
 fn yes() -> bool {
     true
 }

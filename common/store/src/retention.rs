@@ -1,0 +1,374 @@
+//! Retention: what is over is kept for a while and then forgotten, in small
+//! commits. What is unfinished stays, and so does what something else that stays
+//! still needs. Numbers are never given out again.
+
+use drover_model::{
+    ids::{HostName, MigrationId},
+    migration::{MigrationStatus, MigrationType},
+};
+use sqlx::{Any, Row, Transaction};
+
+use crate::{
+    Result, Store, StoreError, from_json, instances::instance, offers, sagas::SagaKey, signed,
+    unsigned,
+};
+
+/// Rows of a kind that one commit forgets.
+const BATCH: i64 = 100;
+
+/// For how long what is over is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// After its end, ms.
+    pub keep_ms: u64,
+    /// Of each kind, so many at the most.
+    pub keep_count: u32,
+    /// A saga's journal after its end, ms.
+    pub journal_ms: u64,
+}
+
+/// Rows of what grows with the work done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Migrations.
+    pub migrations: u64,
+    /// Events of their sagas.
+    pub events: u64,
+    /// Operations.
+    pub operations: u64,
+    /// Requests that are known when they come again.
+    pub requests: u64,
+    /// Notifications that are not published yet.
+    pub notifications: u64,
+}
+
+impl Retention {
+    fn before(self, now_ms: u64) -> i64 {
+        signed(now_ms.saturating_sub(self.keep_ms))
+    }
+}
+
+/// Which operations are over and nothing needs. `$1` is when the old ones ended,
+/// `$2` and `$3` the newest number of an operation, and of a migration, that is one
+/// too many. The drains of a node that is still closed are what a restore goes by.
+const OPERATIONS: &str = "SELECT o.uuid FROM operations o WHERE o.active = 0 \
+     AND (o.ended_at_ms < $1 OR o.id <= $2 OR (EXISTS \
+     (SELECT 1 FROM migrations m WHERE m.operation_uuid = o.uuid) AND NOT EXISTS \
+     (SELECT 1 FROM migrations m WHERE m.operation_uuid = o.uuid AND m.id > $3))) \
+     AND NOT EXISTS (SELECT 1 FROM migrations m WHERE m.operation_uuid = o.uuid AND m.active = 1) \
+     AND NOT (o.kind = 'drain' AND EXISTS \
+     (SELECT 1 FROM nodes n WHERE n.host = o.subject AND n.enabled = 0) AND NOT EXISTS \
+     (SELECT 1 FROM operations r WHERE r.subject = o.subject AND r.kind = 'restore' \
+     AND r.active = 0 AND r.id > o.id)) ORDER BY o.id LIMIT $4";
+
+/// Which migrations are over and nothing needs. `$1` and `$2` as above. The old
+/// copy of an evacuated guest is told of as long as its node may return.
+const MIGRATIONS: &str = "SELECT m.uuid, m.record FROM migrations m WHERE m.active = 0 \
+     AND (m.ended_at_ms < $1 OR m.id <= $2) \
+     AND NOT EXISTS (SELECT 1 FROM operations o WHERE o.uuid = m.operation_uuid) \
+     AND NOT EXISTS (SELECT 1 FROM cleanups c WHERE c.migration_uuid = m.uuid) \
+     AND NOT EXISTS (SELECT 1 FROM offers f WHERE f.migration_uuid = m.uuid) \
+     AND NOT (m.old_copy = 1 AND m.migration_type = $3 AND m.status = $4 AND (EXISTS \
+     (SELECT 1 FROM nodes n WHERE n.host = m.source_host) OR m.ended_at_ms >= $1)) \
+     ORDER BY m.id LIMIT $5";
+
+/// Which migrations that are over have a journal still, and nothing to tidy by it.
+const JOURNALS: &str = "SELECT m.uuid, m.record FROM migrations m WHERE m.active = 0 \
+     AND m.ended_at_ms < $1 \
+     AND EXISTS (SELECT 1 FROM saga_events e WHERE e.saga_uuid = m.uuid) \
+     AND NOT EXISTS (SELECT 1 FROM cleanups c WHERE c.migration_uuid = m.uuid) \
+     ORDER BY m.id LIMIT $2";
+
+impl Store {
+    /// Forgets some of what has been kept for long enough; says how many rows that
+    /// was. None are left when it says 0.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn prune(&self, keep: Retention, now_ms: u64) -> Result<u64> {
+        self.note_ends(now_ms).await?;
+        Ok(self.give_up_tidying(keep, now_ms).await?
+            + self.prune_offers(keep, now_ms).await?
+            + self.prune_operations(keep, now_ms).await?
+            + self.prune_migrations(keep, now_ms).await?
+            + self.prune_journals(keep, now_ms).await?)
+    }
+
+    /// What an older build has ended has its end now.
+    async fn note_ends(&self, now_ms: u64) -> Result<()> {
+        for statement in [
+            "UPDATE migrations SET ended_at_ms = $1 WHERE active = 0 AND ended_at_ms IS NULL",
+            "UPDATE operations SET ended_at_ms = $1 WHERE active = 0 AND ended_at_ms IS NULL",
+        ] {
+            self.execute(|| sqlx::query(statement).bind(signed(now_ms)))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// The newest number of those that are over, of a kind, that is one too many.
+    async fn too_many(&self, newest: &'static str, keep: Retention) -> Result<i64> {
+        let query = sqlx::query(newest).bind(i64::from(keep.keep_count));
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(0))
+    }
+
+    /// What could not be tidied for as long as anything is kept never will be: the
+    /// migration's record says so.
+    async fn give_up_tidying(&self, keep: Retention, now_ms: u64) -> Result<u64> {
+        let statement = "SELECT migration_uuid, step FROM cleanups WHERE at_ms < $1 LIMIT $2";
+        let query = sqlx::query(statement).bind(keep.before(now_ms)).bind(BATCH);
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        for row in &rows {
+            let (uuid, step): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+            let words = format!("{step} was put off for too long, and is given up");
+            if let Ok(id) = uuid.parse::<MigrationId>() {
+                let noted = self.update_migration(id, |m| {
+                    m.warnings.push(words.clone());
+                    true
+                });
+                match noted.await {
+                    Ok(_) | Err(StoreError::NotFound(_)) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            self.tidied(&uuid, &step).await?;
+        }
+        Ok(rows.len() as u64)
+    }
+
+    async fn prune_offers(&self, keep: Retention, now_ms: u64) -> Result<u64> {
+        let newest =
+            "SELECT created_at_ms FROM offers ORDER BY created_at_ms DESC LIMIT 1 OFFSET $1";
+        let too_many = self.too_many(newest, keep).await?;
+        let made_before = keep.before(now_ms).max(too_many + 1);
+        self.execute(|| offers::forget_closed(made_before, now_ms, BATCH))
+            .await
+    }
+
+    async fn prune_operations(&self, keep: Retention, now_ms: u64) -> Result<u64> {
+        let newest =
+            "SELECT id FROM operations WHERE active = 0 ORDER BY id DESC LIMIT 1 OFFSET $1";
+        let operations = self.too_many(newest, keep).await?;
+        let migrations = self.too_many(NEWEST_MIGRATIONS, keep).await?;
+        let statement = format!("DELETE FROM operations WHERE uuid IN ({OPERATIONS})");
+        self.execute(|| {
+            sqlx::query(sqlx::AssertSqlSafe(statement.clone()))
+                .bind(keep.before(now_ms))
+                .bind(operations)
+                .bind(migrations)
+                .bind(BATCH)
+        })
+        .await
+    }
+
+    async fn prune_migrations(&self, keep: Retention, now_ms: u64) -> Result<u64> {
+        let too_many = self.too_many(NEWEST_MIGRATIONS, keep).await?;
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            let over = sqlx::query(MIGRATIONS)
+                .bind(keep.before(now_ms))
+                .bind(too_many)
+                .bind(MigrationType::Evacuation.to_string())
+                .bind(MigrationStatus::Completed.as_str())
+                .bind(BATCH);
+            let rows = over.fetch_all(&mut *tx).await?;
+            for row in &rows {
+                let uuid: String = row.try_get("uuid")?;
+                forget_journals(&mut tx, &uuid, row.try_get("record")?).await?;
+                for statement in [
+                    "DELETE FROM requests WHERE migration_uuid = $1",
+                    "DELETE FROM migrations WHERE uuid = $1",
+                ] {
+                    let forget = sqlx::query(statement).bind(uuid.clone());
+                    forget.execute(&mut *tx).await?;
+                }
+            }
+            tx.commit().await?;
+            Ok(rows.len() as u64)
+        })
+        .await
+    }
+
+    async fn prune_journals(&self, keep: Retention, now_ms: u64) -> Result<u64> {
+        let ended_before = signed(now_ms.saturating_sub(keep.journal_ms));
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            let over = sqlx::query(JOURNALS).bind(ended_before).bind(BATCH);
+            let rows = over.fetch_all(&mut *tx).await?;
+            for row in &rows {
+                let uuid: String = row.try_get("uuid")?;
+                forget_journals(&mut tx, &uuid, row.try_get("record")?).await?;
+            }
+            tx.commit().await?;
+            Ok(rows.len() as u64)
+        })
+        .await
+    }
+
+    /// How many rows there are of what grows with the work done.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn size(&self) -> Result<Size> {
+        let query = sqlx::query(
+            "SELECT (SELECT COUNT(*) FROM migrations) AS migrations, \
+             (SELECT COUNT(*) FROM saga_events) AS events, \
+             (SELECT COUNT(*) FROM operations) AS operations, \
+             (SELECT COUNT(*) FROM requests) AS requests, \
+             (SELECT COUNT(*) FROM outbox) AS notifications",
+        );
+        let row = self.steady(query.fetch_one(&self.pool)).await?;
+        let count = |column| Ok::<_, StoreError>(unsigned(row.try_get(column)?));
+        Ok(Size {
+            migrations: count("migrations")?,
+            events: count("events")?,
+            operations: count("operations")?,
+            requests: count("requests")?,
+            notifications: count("notifications")?,
+        })
+    }
+
+    /// Ends a node that was scrapped: its row, its guests' definitions, what was to be
+    /// tidied there and what was promised there. It must not have been heard of since
+    /// a moment, and nothing may need it.
+    ///
+    /// # Errors
+    /// [`StoreError::Invalid`] with every reason against it, [`StoreError::NotFound`],
+    /// or the database failed.
+    pub async fn forget_node(&self, host: &HostName, silent_since_ms: u64) -> Result<()> {
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            forget_node(&mut tx, host, silent_since_ms).await?;
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Whether that could be done now.
+    ///
+    /// # Errors
+    /// As [`Self::forget_node`].
+    pub async fn may_forget_node(&self, host: &HostName, silent_since_ms: u64) -> Result<()> {
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            forget_node(&mut tx, host, silent_since_ms).await
+        })
+        .await
+    }
+}
+
+async fn forget_node(
+    tx: &mut Transaction<'static, Any>,
+    host: &HostName,
+    silent_since_ms: u64,
+) -> Result<()> {
+    // Reports of the node, and claims there, wait here.
+    let held = sqlx::query(
+        "UPDATE nodes SET claim_serial = claim_serial WHERE host = $1 RETURNING heard_at_ms",
+    );
+    let held = held.bind(host.as_str()).fetch_optional(&mut **tx).await?;
+    let held = held.ok_or_else(|| StoreError::NotFound(format!("node {host}")))?;
+    let mut against = needed(tx, host).await?;
+    if held.try_get::<i64, _>("heard_at_ms")? > signed(silent_since_ms) {
+        against.insert(
+            0,
+            "its agent was heard of just now: stop it first".to_owned(),
+        );
+    }
+    if !against.is_empty() {
+        return Err(StoreError::Invalid(format!(
+            "node {host} cannot be forgotten: {}",
+            against.join("; ")
+        )));
+    }
+    for statement in [
+        "DELETE FROM nodes WHERE host = $1",
+        "DELETE FROM definitions WHERE host = $1",
+        "DELETE FROM claims WHERE host = $1",
+        "DELETE FROM agents WHERE host = $1",
+        "DELETE FROM agents_lost WHERE host = $1",
+        "DELETE FROM cleanups WHERE step IN ('tidy', 'confirm_source') AND migration_uuid IN \
+             (SELECT uuid FROM migrations WHERE source_host = $1)",
+        "DELETE FROM cleanups WHERE step IN ('prepare', 'settle', 'revert_tidy') \
+             AND migration_uuid IN (SELECT uuid FROM migrations WHERE dest_host = $1)",
+    ] {
+        let forget = sqlx::query(statement).bind(host.as_str());
+        forget.execute(&mut **tx).await?;
+    }
+    Ok(())
+}
+
+const NEWEST_MIGRATIONS: &str =
+    "SELECT id FROM migrations WHERE active = 0 ORDER BY id DESC LIMIT 1 OFFSET $1";
+
+async fn forget_journals(
+    tx: &mut Transaction<'static, Any>,
+    migration: &str,
+    record: &str,
+) -> Result<()> {
+    /// All of the record that tells how many journals there are.
+    #[derive(serde::Deserialize)]
+    struct Endings {
+        #[serde(default)]
+        ending_attempt: u32,
+    }
+    let id = migration
+        .parse()
+        .map_err(|e| crate::corrupt("a migration", &e))?;
+    let endings: Endings = from_json("a migration", record)?;
+    let of_endings = (1..=endings.ending_attempt).map(|n| SagaKey::of_ending(id, n));
+    for saga in std::iter::once(SagaKey::of_move(id)).chain(of_endings) {
+        sqlx::query("DELETE FROM saga_events WHERE saga_uuid = $1")
+            .bind(saga.as_str())
+            .execute(&mut **tx)
+            .await?;
+    }
+    Ok(())
+}
+
+/// What needs a node, in words.
+async fn needed(tx: &mut Transaction<'static, Any>, host: &HostName) -> Result<Vec<String>> {
+    /// Names that are told.
+    const NAMED: usize = 3;
+    let mut against = Vec::new();
+    let guests = sqlx::query("SELECT * FROM instances WHERE host = $1 ORDER BY name")
+        .bind(host.as_str())
+        .fetch_all(&mut **tx)
+        .await?;
+    let names: Vec<String> = guests
+        .iter()
+        .take(NAMED)
+        .map(|row| Ok(instance(row)?.name))
+        .collect::<Result<_>>()?;
+    let names = names.join(", ");
+    match guests.len() {
+        0 => {}
+        n if n <= NAMED => {
+            against.push(format!("{names} would be lost with it: evacuate it first"))
+        }
+        n => against.push(format!(
+            "{n} guests ({names}, …) would be lost with it: evacuate it first"
+        )),
+    }
+    let unfinished = [
+        (
+            "migration",
+            "SELECT id FROM migrations WHERE active = 1 AND (source_host = $1 OR dest_host = $1) \
+             ORDER BY id LIMIT 1",
+        ),
+        (
+            "operation",
+            "SELECT id FROM operations WHERE active = 1 AND subject = $1 ORDER BY id LIMIT 1",
+        ),
+    ];
+    for (kind, statement) in unfinished {
+        let row = sqlx::query(statement).bind(host.as_str());
+        if let Some(row) = row.fetch_optional(&mut **tx).await? {
+            let id: i64 = row.try_get("id")?;
+            against.push(format!("{kind} {id} is not at its end"));
+        }
+    }
+    Ok(against)
+}

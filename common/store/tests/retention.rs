@@ -1,0 +1,301 @@
+//! What the record forgets, and what it keeps, in both databases.
+
+#![allow(clippy::unwrap_used)] // all of it is test
+
+#[macro_use]
+mod common;
+
+use common::{HELD, host, listed, migration, report, term};
+use drover_model::{
+    api::conductor::{ListMigrations, ListOperations},
+    ids::OperationId,
+    migration::{Evacuation, Migration, MigrationStatus, ProofOfDeath, Requester, Way},
+    operation::{DrainOptions, Operation, OperationStatus, Task},
+};
+use drover_saga::Event;
+use drover_store::{
+    Store, StoreError,
+    migrations::{Admitted, Lease},
+    operations::Begun,
+    outbox::Notification,
+    retention::Retention,
+    sagas::SagaKey,
+};
+use uuid::Uuid;
+
+promises! {
+    what_is_over_goes_by_age_and_by_number_and_numbers_go_on,
+    what_is_unfinished_or_needed_stays,
+    a_journal_goes_before_its_migration,
+    operations_go_with_their_migrations,
+    what_could_not_be_tidied_is_given_up,
+    a_scrapped_node_is_forgotten_when_nothing_needs_it,
+    a_notification_that_is_refused_steps_aside,
+}
+
+const DAY_MS: u64 = 86_400_000;
+const KEEP: Retention = Retention {
+    keep_ms: 90 * DAY_MS,
+    keep_count: 1000,
+    journal_ms: 7 * DAY_MS,
+};
+
+async fn admitted(store: &Store, m: &Migration) -> Migration {
+    let unique_id = m.uuid.to_string();
+    let admitted = store.admit(m, None, Some(&unique_id), term(0, HELD));
+    match admitted.await.unwrap() {
+        Admitted::New(m) => *m,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Begins a migration, and ends it at a moment with a journal of one event.
+async fn over(store: &Store, m: &Migration, at_ms: u64) -> Migration {
+    let m = admitted(store, m).await;
+    let step = "place".to_owned();
+    let lease = Lease {
+        migration: m.uuid,
+        epoch: 1,
+    };
+    let end = |m: &mut Migration| {
+        m.status = MigrationStatus::Failed;
+        m.updated_at_ms = at_ms;
+        Ok(Vec::new())
+    };
+    let saga = SagaKey::of_move(m.uuid);
+    let events = [Event::Started { step }];
+    let ended = store.append_saga_events((lease, &saga), 0, &events, at_ms, end);
+    ended.await.unwrap()
+}
+
+async fn prune(store: &Store, keep: Retention, now_ms: u64) {
+    while store.prune(keep, now_ms).await.unwrap() > 0 {}
+}
+
+async fn numbers(store: &Store) -> Vec<i64> {
+    let all = ListMigrations {
+        limit: Some(1000),
+        ..ListMigrations::default()
+    };
+    let all = store.migrations(&all, None).await.unwrap();
+    all.iter().map(|m| m.id).collect()
+}
+
+async fn what_is_over_goes_by_age_and_by_number_and_numbers_go_on(store: Store) {
+    for n in 1..=6 {
+        over(&store, &migration(n, n), u64::try_from(n).unwrap() * DAY_MS).await;
+    }
+    prune(&store, KEEP, 60 * DAY_MS).await;
+    assert_eq!(numbers(&store).await.len(), 6, "nothing is old");
+    prune(&store, KEEP, 93 * DAY_MS).await;
+    assert_eq!(numbers(&store).await, [6, 5, 4, 3]);
+    let few = Retention {
+        keep_count: 2,
+        ..KEEP
+    };
+    prune(&store, few, 93 * DAY_MS).await;
+    assert_eq!(numbers(&store).await, [6, 5]);
+    let none = Retention { keep_ms: 0, ..KEEP };
+    prune(&store, none, 93 * DAY_MS).await;
+    assert!(numbers(&store).await.is_empty());
+    let next = admitted(&store, &migration(7, 7)).await;
+    assert_eq!(next.id, 7, "no number is given twice");
+}
+
+async fn what_is_unfinished_or_needed_stays(store: Store) {
+    let none = Retention {
+        keep_ms: 0,
+        keep_count: 0,
+        journal_ms: 0,
+    };
+    let told = report("kvm1", 1, vec![listed(3)]);
+    store.record_report(&told, 1).await.unwrap();
+    let waits = admitted(&store, &migration(1, 1)).await;
+    let tidied_later = over(&store, &migration(2, 2), 1).await;
+    let lease = Lease {
+        migration: tidied_later.uuid,
+        epoch: 1,
+    };
+    store.put_off(lease, "tidy", 500 * DAY_MS).await.unwrap();
+    let mut evacuation = migration(3, 3);
+    evacuation.way = Way::Evacuation(Evacuation {
+        operation: OperationId(Uuid::from_u128(1)),
+        proof: ProofOfDeath::Fence {
+            agent: "fence".into(),
+            at_ms: 1,
+        },
+        to: Vec::new(),
+    });
+    let evacuated = admitted(&store, &evacuation).await;
+    let completed = store.update_migration(evacuated.uuid, |m| {
+        m.status = MigrationStatus::Completed;
+        m.updated_at_ms = 1;
+        true
+    });
+    completed.await.unwrap();
+    prune(&store, none, 400 * DAY_MS).await;
+    assert_eq!(
+        numbers(&store).await,
+        [evacuated.id, tidied_later.id, waits.id]
+    );
+    // Its node has given the old copy up, and the rest is tidied.
+    let kvm1 = host("kvm1");
+    let removed = store.old_copy_removed(&kvm1, evacuated.uuid);
+    removed.await.unwrap();
+    let uuid = tidied_later.uuid.to_string();
+    store.tidied(&uuid, "tidy").await.unwrap();
+    prune(&store, none, 400 * DAY_MS).await;
+    assert_eq!(numbers(&store).await, [waits.id]);
+}
+
+async fn a_journal_goes_before_its_migration(store: Store) {
+    let m = over(&store, &migration(1, 1), DAY_MS).await;
+    let events = async || {
+        let saga = SagaKey::of_move(m.uuid);
+        store.saga_events(&saga).await.unwrap().len()
+    };
+    prune(&store, KEEP, 7 * DAY_MS).await;
+    assert_eq!(events().await, 1);
+    prune(&store, KEEP, 9 * DAY_MS).await;
+    assert_eq!(events().await, 0);
+    assert_eq!(numbers(&store).await, [1]);
+}
+
+async fn begun(store: &Store, n: u128, node: &str) -> Operation {
+    let task = Task::Drain(DrainOptions::new(host(node)));
+    let operation = Operation {
+        uuid: OperationId(Uuid::from_u128(n << 96 | n)),
+        ..Operation::new(task, Requester::default(), "ctl", 1)
+    };
+    let begun = store.begin_operation(&operation, None, term(0, HELD)).await;
+    match begun.unwrap() {
+        Begun::New(operation) => *operation,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn finish(store: &Store, operation: &Operation) {
+    let ended = store.update_operation(operation.uuid, None, |o| {
+        o.status = OperationStatus::Failed;
+        o.finished_at_ms = Some(DAY_MS);
+        true
+    });
+    ended.await.unwrap();
+}
+
+async fn operations_go_with_their_migrations(store: Store) {
+    for n in [1, 2] {
+        let operation = begun(&store, n, &format!("kvm{n}")).await;
+        for i in [10 * n, 10 * n + 1] {
+            let m = Migration {
+                operation: Some(operation.uuid),
+                ..migration(i, i)
+            };
+            over(&store, &m, DAY_MS).await;
+        }
+        if n == 1 {
+            finish(&store, &operation).await;
+        }
+    }
+    // Only one migration too many: the operation that names it stays whole.
+    let few = |keep_count| Retention { keep_count, ..KEEP };
+    prune(&store, few(3), 2 * DAY_MS).await;
+    assert_eq!(numbers(&store).await, [4, 3, 2, 1]);
+    prune(&store, few(1), 2 * DAY_MS).await;
+    assert_eq!(
+        numbers(&store).await,
+        [4, 3],
+        "what an unfinished one names"
+    );
+    let left = store.operations(&ListOperations::default()).await.unwrap();
+    assert_eq!(left.iter().map(|o| o.id).collect::<Vec<_>>(), [2]);
+}
+
+async fn what_could_not_be_tidied_is_given_up(store: Store) {
+    let m = over(&store, &migration(1, 1), 10 * DAY_MS).await;
+    let lease = Lease {
+        migration: m.uuid,
+        epoch: 1,
+    };
+    store.put_off(lease, "tidy", DAY_MS).await.unwrap();
+    prune(&store, KEEP, 92 * DAY_MS).await;
+    assert_eq!(store.put_off_steps().await.unwrap(), []);
+    let told = store.migration(m.uuid).await.unwrap().warnings;
+    assert!(told[0].contains("given up"), "{told:?}");
+}
+
+async fn a_scrapped_node_is_forgotten_when_nothing_needs_it(store: Store) {
+    let (kvm1, heard_ms) = (host("kvm1"), 1000);
+    let told = report("kvm1", 1, vec![listed(7)]);
+    store.record_report(&told, heard_ms).await.unwrap();
+    let m = admitted(&store, &migration(1, 8)).await;
+    begun(&store, 1, "kvm1").await;
+    let refused = async |silent_since_ms| match store.forget_node(&kvm1, silent_since_ms).await {
+        Err(StoreError::Invalid(words)) => words,
+        other => panic!("{other:?}"),
+    };
+    let words = refused(heard_ms - 1).await;
+    for part in ["stop it first", "vm7", "migration 1", "operation 1"] {
+        assert!(words.contains(part), "{words}");
+    }
+    let ended = store.update_migration(m.uuid, |m| {
+        m.status = MigrationStatus::Failed;
+        true
+    });
+    ended.await.unwrap();
+    finish(&store, &store.find_operation("1").await.unwrap()).await;
+    assert!(refused(heard_ms).await.contains("vm7"));
+    for (sequence, at_ms) in [(2, 2000), (3, 100_000)] {
+        let none = report("kvm1", sequence, vec![]);
+        store.record_report(&none, at_ms).await.unwrap();
+    }
+    store.may_forget_node(&kvm1, 100_000).await.unwrap();
+    store.node(&kvm1).await.unwrap();
+    store.forget_node(&kvm1, 100_000).await.unwrap();
+    let gone = store.node(&kvm1).await;
+    assert!(matches!(gone, Err(StoreError::NotFound(_))), "{gone:?}");
+    // It comes back all the same: as one that nobody knows.
+    let again = report("kvm1", 1, vec![]);
+    store.record_report(&again, 200_000).await.unwrap();
+    store.node(&kvm1).await.unwrap();
+}
+
+async fn a_notification_that_is_refused_steps_aside(store: Store) {
+    let m = admitted(&store, &migration(1, 1)).await;
+    let lease = Lease {
+        migration: m.uuid,
+        epoch: 1,
+    };
+    let event = |name: &str| Notification::new(name, "INFO", serde_json::json!({}));
+    let told = [event("first"), event("second")];
+    let tell = |_: &mut Migration| Ok(told.to_vec());
+    let saga = SagaKey::of_move(m.uuid);
+    let appended = store.append_saga_events((lease, &saga), 0, &[], 1, tell);
+    appended.await.unwrap();
+    assert_eq!(store.refused(told[0].id, 1000).await.unwrap(), 1);
+    let now = store.unpublished(10, 999).await.unwrap();
+    assert_eq!(now, [told[1].clone()]);
+    assert_eq!(store.unpublished(10, 1000).await.unwrap().len(), 2);
+    assert_eq!(store.refused(told[0].id, 2000).await.unwrap(), 2);
+}
+
+/// Ten thousand migrations later the record is as large as what is kept.
+#[tokio::test]
+async fn the_record_grows_no_larger_than_what_is_kept() {
+    let store = Store::in_memory().await.unwrap();
+    let keep = Retention {
+        keep_count: 100,
+        ..KEEP
+    };
+    for n in 1..=10_000 {
+        over(&store, &migration(n, n), u64::try_from(n).unwrap()).await;
+        if n % 1000 == 0 {
+            prune(&store, keep, u64::try_from(n).unwrap()).await;
+            let left = store.size().await.unwrap();
+            let rows = left.migrations + left.events + left.requests + left.notifications;
+            assert!(rows <= 3 * 100, "{left:?} after {n}");
+        }
+    }
+    let next = over(&store, &migration(20_000, 1), 20_000).await;
+    assert_eq!(next.id, 10_001);
+}

@@ -11,6 +11,7 @@ use drover_model::{
 };
 use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target};
 use drover_runtime::error_chain::Chain;
+use drover_store::migrations::Lease;
 use serde::{Serialize, de::DeserializeOwned};
 
 /// Why an agent did not do as asked.
@@ -49,6 +50,18 @@ impl Default for CallLimits {
 pub struct AgentClient {
     rpc: RpcClient,
     limits: CallLimits,
+    /// The epoch of the lease under which it asks; none for what is of no migration
+    /// that is driven.
+    epoch: Option<i64>,
+}
+
+/// What is asked, and under which lease.
+#[derive(Serialize)]
+struct Fenced<'a, A> {
+    #[serde(flatten)]
+    args: &'a A,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epoch: Option<i64>,
 }
 
 /// Result of a call.
@@ -57,7 +70,20 @@ pub type Result<T> = std::result::Result<T, AgentError>;
 impl AgentClient {
     /// A client over this process's RPC client.
     pub fn new(rpc: RpcClient, limits: CallLimits) -> Self {
-        Self { rpc, limits }
+        Self {
+            rpc,
+            limits,
+            epoch: None,
+        }
+    }
+
+    /// One that asks under a lease: agents refuse what comes under an older one.
+    #[must_use]
+    pub fn under(&self, lease: Lease) -> Self {
+        Self {
+            epoch: Some(lease.epoch),
+            ..self.clone()
+        }
     }
 
     async fn ask<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
@@ -126,7 +152,13 @@ impl AgentClient {
             .namespace(api::NAMESPACE)
             .version(api::VERSION);
         let context = RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()));
-        let called = self.rpc.call_with(&target, &context, method, args, options);
+        let args = Fenced {
+            args,
+            epoch: self.epoch,
+        };
+        let called = self
+            .rpc
+            .call_with(&target, &context, method, &args, options);
         called.await.map_err(|e| agent_error(host, &e))
     }
 

@@ -18,7 +18,7 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Stage},
-    registry::Finished,
+    past::Finished,
 };
 use crate::{
     faults::hypervisor as fault,
@@ -103,9 +103,7 @@ impl Actor {
         &mut self,
         step: &PreLiveMigration,
     ) -> Result<DestinationRecord, Fault> {
-        if self.registry.finished(self.migration).is_some() {
-            return Err(Fault::refused("this migration is over here"));
-        }
+        self.may_begin(self.step(step.guest.id)).await?;
         let instance = step.guest.id;
         let disks = new_disks(&step.guest, &step.copied_disks)?;
         let reference = self.step(instance);
@@ -120,7 +118,7 @@ impl Actor {
             self.write(&record).await
         };
         if let Err(fault) = begun.await {
-            self.registry.release(reference, None);
+            self.registry.release(reference);
             return Err(fault);
         }
         self.stage = Stage::Arriving(record.clone());
@@ -190,12 +188,7 @@ impl Actor {
 
     async fn write(&self, record: &DestinationRecord) -> Result<(), Fault> {
         let entry = Record::Destination(record.clone());
-        Ok(self
-            .node
-            .journal
-            .migrations
-            .store(self.migration, &entry)
-            .await?)
+        self.write_down(&entry).await
     }
 
     /// Confirms that the guest runs here and will be here tomorrow.
@@ -251,7 +244,7 @@ impl Actor {
             Stage::Arriving(record) => record.clone(),
             Stage::Idle => {
                 self.leave_alone(step, presence);
-                return Ok(self.remembered());
+                return self.never_begun(step).await;
             }
             _ => {
                 return Err(Fault::refused(

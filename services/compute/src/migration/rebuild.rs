@@ -26,7 +26,7 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Stage},
-    registry::Finished,
+    past::Finished,
 };
 use crate::{
     faults::hypervisor as fault,
@@ -78,9 +78,7 @@ impl Actor {
     }
 
     async fn begin_rebuilding(&mut self, step: RebuildInstance) -> Result<RebuildRecord, Fault> {
-        if self.registry.finished(self.migration).is_some() {
-            return Err(Fault::refused("this migration is over here"));
-        }
+        self.may_begin(self.step(step.instance)).await?;
         let reference = self.step(step.instance);
         self.registry.hold(reference).await?;
         let record = RebuildRecord {
@@ -99,7 +97,7 @@ impl Actor {
             self.write_rebuilding(&record).await
         };
         if let Err(fault) = begun.await {
-            self.registry.release(reference, None);
+            self.registry.release(reference);
             return Err(fault);
         }
         self.stage = Stage::Rebuilding(Box::new(record.clone()));
@@ -108,12 +106,7 @@ impl Actor {
 
     async fn write_rebuilding(&self, record: &RebuildRecord) -> Result<(), Fault> {
         let entry = Record::Rebuild(Box::new(record.clone()));
-        Ok(self
-            .node
-            .journal
-            .migrations
-            .store(self.migration, &entry)
-            .await?)
+        self.write_down(&entry).await
     }
 
     async fn define_rebuilt(&self, record: &RebuildRecord) -> Result<(), Fault> {
@@ -128,7 +121,8 @@ impl Actor {
         let Stage::Rebuilding(record) = &self.stage else {
             let location = self.location(step.instance).await?;
             // Kept here already, and asked for again.
-            if self.registry.finished(self.migration).is_some() && location.presence.is_active() {
+            let finished = self.registry.finished(self.migration).await?;
+            if finished.is_some() && location.presence.is_active() {
                 return Ok(location);
             }
             let message = "nothing was defined on this node for this migration";
@@ -154,7 +148,7 @@ impl Actor {
     pub(super) async fn post_rebuild(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
         self.same_instance(step)?;
         let Stage::Rebuilding(record) = &self.stage else {
-            return Ok(self.remembered());
+            return self.remembered().await;
         };
         let started = record.started;
         let presence = self.node.hypervisor.presence(step.instance).await;
@@ -178,7 +172,7 @@ impl Actor {
         self.same_instance(step)?;
         let record = match &self.stage {
             Stage::Rebuilding(record) => (**record).clone(),
-            Stage::Idle => return Ok(self.remembered()),
+            Stage::Idle => return self.never_begun(step).await,
             _ => {
                 return Err(Fault::refused(
                     "this node does something else for this migration",

@@ -16,6 +16,7 @@ use futures_util::{FutureExt, StreamExt, future::join_all, stream};
 
 use super::evidence::{count, judge, verdict};
 use crate::{
+    agent_client::AgentClient,
     app::Context,
     checks,
     plan::{Examination, Examinations},
@@ -202,7 +203,7 @@ async fn examine_guest(
         let migration = MigrationId::generate();
         let mut answers = Vec::new();
         for host in candidates {
-            let answer = ask(context, migration, &row.kept, host).await;
+            let answer = ask(&context.agents, migration, &row.kept, host).await;
             match answer {
                 Ok(facts) => {
                     let failures = checks::evacuation::destination(&row.kept, &facts, host);
@@ -225,7 +226,7 @@ async fn examine_guest(
 }
 
 async fn ask(
-    context: &Context,
+    agents: &AgentClient,
     migration: MigrationId,
     kept: &KeptDefinition,
     host: &HostName,
@@ -235,7 +236,7 @@ async fn ask(
         guest: kept.guest.clone(),
         identities: kept.identities.clone(),
     };
-    let answered = context.agents.check_evacuation(host, &ask).await;
+    let answered = agents.check_evacuation(host, &ask).await;
     answered.map_err(|e| checks::unanswered(host, Side::Destination, &e.message))
 }
 
@@ -245,6 +246,7 @@ async fn ask(
 /// The record cannot be read.
 pub async fn examine_destination(
     context: &Context,
+    agents: &AgentClient,
     migration: MigrationId,
     (kept, source): (&KeptDefinition, &HostName),
     host: &HostName,
@@ -254,7 +256,7 @@ pub async fn examine_destination(
     let mut failures = checks::node(host, row.as_ref(), Side::Destination, live);
     failures.extend(checks::same_host(source, host));
     if failures.is_empty() {
-        match ask(context, migration, kept, host).await {
+        match ask(agents, migration, kept, host).await {
             Ok(facts) => failures.extend(checks::evacuation::destination(kept, &facts, host)),
             Err(failure) => failures.push(failure),
         }

@@ -147,6 +147,7 @@ impl FakeDriver {
         sleep(latency + before).await;
         match effect {
             Some(Effect::Refuse(error)) => Err(error),
+            Some(Effect::Panic) => panic!("as scripted, at {call:?}"),
             effect => Ok(effect),
         }
     }

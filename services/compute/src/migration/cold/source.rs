@@ -7,7 +7,7 @@ use drover_model::{
     api::{
         compute::{
             CarriedFile, CleanUp, ColdPart, Ended as Over, FileRole, FinishRevertResize,
-            GuestLocation, JobState, Outcome, ResizeInstance, StepRef,
+            GuestLocation, JobState, Known, Outcome, ResizeInstance, StepRef,
         },
         fault::Fault,
     },
@@ -20,13 +20,13 @@ use tracing::{info, warn};
 use super::{
     super::{
         actor::{Actor, Stage},
-        registry::Finished,
-        work::{Parts, Task, Work},
+        past::Finished,
+        work::{self, Parts, Task, Work},
     },
     files,
 };
 use crate::{
-    faults::hypervisor as fault,
+    faults::{hypervisor as fault, journal_lost},
     hypervisor::{HypervisorError, SendSpec},
     journal::{Ended, KeptFile, LeavingRecord, Record, definition},
     node::Counters,
@@ -77,9 +77,7 @@ impl Actor {
     }
 
     async fn begin_leaving(&mut self, step: &ResizeInstance) -> Result<(), Fault> {
-        if self.registry.finished(self.migration).is_some() {
-            return Err(Fault::refused("this migration is over here"));
-        }
+        self.may_begin(self.step(step.instance)).await?;
         files::check(&step.files)?;
         let problems = step.options.problems();
         if !problems.is_empty() {
@@ -119,7 +117,7 @@ impl Actor {
                 Ok(())
             }
             Err(fault) => {
-                self.registry.release(reference, None);
+                self.registry.release(reference);
                 Err(fault)
             }
         }
@@ -127,12 +125,7 @@ impl Actor {
 
     async fn write_leaving(&self, record: &LeavingRecord) -> Result<(), Fault> {
         let entry = Record::Leaving(Box::new(record.clone()));
-        Ok(self
-            .node
-            .journal
-            .migrations
-            .store(self.migration, &entry)
-            .await?)
+        self.write_down(&entry).await
     }
 
     async fn begin_part(&mut self, step: ResizeInstance) -> Result<JobState, Fault> {
@@ -165,11 +158,20 @@ impl Actor {
         self.write_leaving(&record).await?;
         let work = Work::begin(&self.node, self.migration, step.instance, step.part, task);
         let job = work.job();
-        self.stage = Stage::Leaving(Box::new(Leaving {
-            record: Box::new(record),
-            parts: Parts::begun(work),
-        }));
+        if let Stage::Leaving(leaving) = &mut self.stage {
+            *leaving.record = record;
+            leaving.parts.begin(work);
+        }
         Ok(job)
+    }
+
+    /// How a move or a transfer that is taken back ended.
+    pub(in super::super) fn failure(&self) -> Outcome {
+        match &self.stage {
+            Stage::Leaving(leaving) => leaving.parts.failure(),
+            Stage::Transferring(transferring) => transferring.parts.failure(),
+            _ => work::failed("it was taken back"),
+        }
     }
 
     fn leaving(&self) -> Result<&LeavingRecord, Fault> {
@@ -335,6 +337,7 @@ impl Actor {
         }
         record.aside = true;
         self.write_leaving(&record).await?;
+        self.node.counters.count_outcome(&work::done());
         info!(migration = %self.migration, instance = %step.instance,
             files = record.kept.len(), "the guest is set aside");
         self.keep(record);
@@ -356,9 +359,16 @@ impl Actor {
         self.abort_resize(reference).await?;
         if matches!(self.stage, Stage::Idle) {
             // Nothing was begun here, or it was brought back before.
+            if self.registry.known(self.migration) == Known::Lost {
+                return Err(journal_lost(self.migration));
+            }
+            self.never_begun(reference).await?;
             return self.location(step.instance).await;
         }
         let mut record = self.leaving()?.clone();
+        let failure = self.failure();
+        // One that was set aside has been counted as moved.
+        let counts = !record.aside;
         self.put_back(&mut record).await?;
         if record.was_running {
             self.start_again(&record, step.runs_nowhere_else).await?;
@@ -368,6 +378,9 @@ impl Actor {
         info!(migration = %self.migration, instance = %step.instance,
             "the guest is here as it was before");
         self.forget(reference, Finished::with(Over::Stayed)).await?;
+        if counts {
+            self.node.counters.count_outcome(&failure);
+        }
         self.location(step.instance).await
     }
 
@@ -452,7 +465,7 @@ impl Actor {
     ) -> Result<CleanUp, Fault> {
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
-            return Ok(self.remembered());
+            return self.remembered().await;
         }
         let record = self.leaving()?.clone();
         if !record.aside {

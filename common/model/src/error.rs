@@ -15,4 +15,6 @@ pub enum ErrorClass {
     Lost,
     /// Drover's own mistake.
     Bug,
+    /// Whoever asked has been replaced: stop, and undo nothing on this account.
+    Fenced,
 }

@@ -123,6 +123,8 @@ impl<S: Saga> Driver<'_, S> {
                     None => self.write(&[succeeded]).await,
                 }
             }
+            // Whoever drives it now finds in the journal where it stands.
+            Err(error) if error.class == ErrorClass::Fenced => Err(JournalError::Fenced.into()),
             Err(error) if committed => {
                 warn!(step, %error, "left for later");
                 self.write(&[Event::PutOff { step, error }]).await
@@ -158,7 +160,7 @@ impl<S: Saga> Driver<'_, S> {
                 Err(error) => error,
             };
             let limit = match error.class {
-                ErrorClass::Refused | ErrorClass::Bug => return Err(error),
+                ErrorClass::Refused | ErrorClass::Bug | ErrorClass::Fenced => return Err(error),
                 _ if committed => self.patience.after_commit,
                 ErrorClass::Retryable => self.patience.forward,
                 ErrorClass::Lost => self.patience.unknown,
@@ -184,6 +186,9 @@ impl<S: Saga> Driver<'_, S> {
             let Err(error) = self.saga.undo(S::STEPS[n], &self.data).await else {
                 return self.write(&[Event::Undone { step: name::<S>(n) }]).await;
             };
+            if error.class == ErrorClass::Fenced {
+                return Err(JournalError::Fenced.into());
+            }
             if began.elapsed() >= self.patience.unknown {
                 return self.stuck(name::<S>(n), error).await;
             }

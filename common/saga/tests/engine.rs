@@ -259,6 +259,31 @@ async fn not_knowing_is_stuck_and_never_undone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_was_replaced_stops_and_leaves_all_as_it_is() {
+    for step in 0..STEPS.len() {
+        let (world, paper) = (World::failing(step, ErrorClass::Fenced), Paper::default());
+        assert!(matches!(
+            run(&world, &paper).await,
+            Err(DriveError::Journal(JournalError::Fenced))
+        ));
+        let mut expected = UNTOUCHED;
+        expected[..=step].fill(true);
+        assert_eq!(world.done(), expected, "nothing is undone on that account");
+        let last = paper.events().pop().unwrap();
+        assert!(
+            matches!(last, Event::Started { .. }),
+            "nor written: {last:?}"
+        );
+        let successor = World {
+            done: Mutex::new(expected),
+            ..World::default()
+        };
+        assert_eq!(run(&successor, &paper).await.unwrap(), Outcome::Completed);
+        assert_eq!(successor.done(), WHOLE);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn it_can_be_stopped_before_the_commit() {
     let (world, paper) = (World::default(), Paper::default());
     world.stop.notify_one();

@@ -273,6 +273,21 @@ impl Store {
         }
     }
 
+    /// The lease of a migration as it is now, whoever has it.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the database failed.
+    pub async fn lease(&self, migration: MigrationId) -> Result<Lease> {
+        let query = sqlx::query("SELECT epoch FROM migrations WHERE uuid = $1");
+        let query = query.bind(migration.to_string());
+        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = row.ok_or_else(|| StoreError::NotFound(format!("migration {migration}")))?;
+        Ok(Lease {
+            migration,
+            epoch: row.try_get("epoch")?,
+        })
+    }
+
     /// Takes up unfinished migrations that are this owner's from an earlier
     /// life, or whose owner's lease has run out. Each gets a new epoch, which
     /// shuts out whoever had it.

@@ -280,7 +280,10 @@ async fn the_record_follows_the_copy_that_runs(store: Store) {
     says(&store, "kvm1", 5, ON).await;
     let row = says(&store, "kvm1", 6, None).await;
     assert_eq!((row.host.as_str(), row.other_copy()), ("kvm2", None));
-    assert!(store.unpublished(10, u64::MAX).await.unwrap().is_empty(), "no alarm");
+    assert!(
+        store.unpublished(10, u64::MAX).await.unwrap().is_empty(),
+        "no alarm"
+    );
 }
 
 async fn two_copies_that_run_are_an_alarm_until_one_is_gone(store: Store) {

@@ -15,7 +15,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -23,9 +23,14 @@ use std::{
 use drover_model::{error::ErrorClass, ids::InstanceId, node::InstanceReport};
 use drover_runtime::blocking::blocking_io;
 use serde::{Deserialize, Serialize};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
-use crate::{hypervisor, migration::Registry, node::Node};
+use crate::{
+    hypervisor,
+    journal::{self, Unread},
+    migration::Registry,
+    node::Node,
+};
 
 /// Longest text of a boot's id, bytes; the kernel's has 37.
 const LONGEST_ID: usize = 256;
@@ -44,41 +49,70 @@ pub(crate) struct Autostart {
     node: Arc<Node>,
     registry: Arc<Registry>,
     file: PathBuf,
-    boot: Boot,
+    /// None while what was written of it cannot be read.
+    boot: Option<Boot>,
 }
 
 impl Autostart {
     /// Finds out whether the node booted since the agent ran last.
     pub(crate) async fn open(node: Arc<Node>, registry: Arc<Registry>) -> Self {
         let file = node.settings.state_dir.join("boot.json");
-        let (id, before) = tokio::join!(boot_id(&node.settings.boot_id_file), read(&file));
-        let boot = match (id, before) {
-            (Some(id), Some(before)) if id == before.id => before,
-            (None, Some(before)) => before,
-            (Some(id), Some(_)) => {
-                info!(
-                    "the node booted: guests that wish it are started once the conductor was asked"
-                );
-                Boot { id, wanted: None }
-            }
-            // An agent that is new here has nothing to catch up on.
-            (id, _) => Boot {
-                id: id.unwrap_or_default(),
-                wanted: Some(BTreeSet::new()),
-            },
-        };
-        Self {
+        let mut autostart = Self {
             node,
             registry,
             file,
-            boot,
+            boot: None,
+        };
+        autostart.remember().await;
+        autostart
+    }
+
+    /// Reads what was written at the last boot, if that was not done yet. A file that
+    /// is damaged was most likely cut short by the end of that boot: the guests that
+    /// wish it are started. One that cannot be read now is waited for.
+    async fn remember(&mut self) {
+        if self.boot.is_some() {
+            return;
         }
+        let file = self.file.display();
+        let id = boot_id(&self.node.settings.boot_id_file).await;
+        let booted = |id: Option<String>| Boot {
+            id: id.unwrap_or_default(),
+            wanted: None,
+        };
+        self.boot = match (id, journal::read_whole::<Boot>(&self.file).await) {
+            (Some(id), Ok(Some(before))) if id == before.id => Some(before),
+            (None, Ok(Some(before))) => Some(before),
+            (id, Ok(Some(_))) => {
+                info!(
+                    "the node booted: guests that wish it are started once the conductor was asked"
+                );
+                Some(booted(id))
+            }
+            // An agent that is new here has nothing to catch up on.
+            (id, Ok(None)) => Some(Boot {
+                wanted: Some(BTreeSet::new()),
+                ..booted(id)
+            }),
+            (id, Err(Unread::Corrupt(why))) => {
+                error!(%file, why, "which guests were started at the last boot is not known any \
+                    more: all that are off and wish to be started at boot are started");
+                journal::set_aside(&self.file, &why);
+                Some(booted(id))
+            }
+            (_, Err(Unread::NotNow(why))) => {
+                error!(%file, why, "whether the node booted cannot be told now: no guest is \
+                    started for that until this file can be read; it is tried again");
+                None
+            }
+        };
     }
 
     /// Takes over what libvirt would do, and starts what is to be started, except
     /// for these. Says whether nothing is left.
     pub(crate) async fn pass(&mut self, evacuated: &BTreeSet<InstanceId>) -> bool {
         self.take_over().await;
+        self.remember().await;
         match self.try_pass(evacuated).await {
             Ok(left) => left == 0,
             Err(error) => {
@@ -108,11 +142,15 @@ impl Autostart {
     }
 
     async fn try_pass(&mut self, evacuated: &BTreeSet<InstanceId>) -> hypervisor::Result<usize> {
+        let Some(mut boot) = self.boot.clone() else {
+            // All that wish it may have to be started.
+            return Ok(usize::MAX);
+        };
         if !self.node.settings.guard_autostart {
-            self.boot.wanted = Some(BTreeSet::new());
+            boot.wanted = Some(BTreeSet::new());
         }
-        if self.boot.wanted.as_ref().is_some_and(BTreeSet::is_empty) {
-            self.store().await;
+        if boot.wanted.as_ref().is_some_and(BTreeSet::is_empty) {
+            self.store(boot).await;
             return Ok(0);
         }
         let here = self.node.hypervisor.guests().await?;
@@ -123,22 +161,25 @@ impl Autostart {
             .filter(|report| report.autostart)
             .map(|report| report.id)
             .collect();
-        let mut wanted = match self.boot.wanted.take() {
+        let wanted = match boot.wanted.take() {
             Some(wanted) => wanted.intersection(&off).copied().collect(),
             None => off,
         };
-        self.boot.wanted = Some(wanted.clone());
-        self.store().await;
-        for instance in wanted.clone() {
-            let waits = evacuated.contains(&instance) || self.registry.holder(instance).is_some();
+        boot.wanted = Some(wanted.clone());
+        self.store(boot.clone()).await;
+        let mut left = wanted.clone();
+        for instance in wanted {
+            let waits = evacuated.contains(&instance)
+                || self.registry.holder(instance).is_some()
+                || self.registry.held_back(instance).is_some();
             if !waits && self.start(instance).await {
-                wanted.remove(&instance);
+                left.remove(&instance);
             }
         }
-        let left = wanted.len();
-        self.boot.wanted = Some(wanted);
-        self.store().await;
-        Ok(left)
+        let waiting = left.len();
+        boot.wanted = Some(left);
+        self.store(boot).await;
+        Ok(waiting)
     }
 
     /// Starts one; says whether that is over, well or not.
@@ -155,18 +196,12 @@ impl Autostart {
         }
     }
 
-    async fn store(&self) {
-        let text = serde_json::to_vec(&self.boot).map_err(io::Error::other);
-        let beside = self.file.with_extension("new");
-        let file = self.file.clone();
-        let stored = blocking_io(move || {
-            fs::write(&beside, text?)?;
-            fs::rename(&beside, &file)
-        });
-        if let Err(error) = stored.await {
-            let path = self.file.display();
-            warn!(%path, %error, "which guests were started at boot cannot be written down");
+    async fn store(&mut self, boot: Boot) {
+        let stored = journal::write_whole(&self.file, &boot, self.node.journal.disk()).await;
+        if let Err(error) = stored {
+            warn!(%error, "which guests were started at boot cannot be written down");
         }
+        self.boot = Some(boot);
     }
 }
 
@@ -181,10 +216,4 @@ async fn boot_id(path: &Path) -> Option<String> {
             None
         }
     }
-}
-
-async fn read(path: &Path) -> Option<Boot> {
-    let file = path.to_owned();
-    let text = blocking_io(move || fs::read(file)).await.ok()?;
-    serde_json::from_slice(&text).ok()
 }

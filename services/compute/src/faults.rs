@@ -31,6 +31,30 @@ pub(crate) fn busy(instance: InstanceId, holder: MigrationId) -> Fault {
     Fault::new(ErrorClass::Refused, code::INSTANCE_BUSY, message)
 }
 
+/// Somebody else drives the migration by now.
+pub(crate) fn fenced(migration: MigrationId, epoch: u64, highest: u64) -> Fault {
+    let message = format!(
+        "migration {migration} was taken over: this step was asked for under epoch {epoch}, and \
+         {highest} has been seen here"
+    );
+    Fault::new(ErrorClass::Fenced, code::STEP_FENCED, message)
+}
+
+/// What this node has written down cannot be read now.
+pub(crate) fn unreadable(why: &str) -> Fault {
+    let message = format!("the agent's journal cannot be read now, so nothing is done: {why}");
+    Fault::new(ErrorClass::Retryable, code::JOURNAL_UNREADABLE, message)
+}
+
+/// What this node had written down of a migration is gone.
+pub(crate) fn journal_lost(migration: MigrationId) -> Fault {
+    let message = format!(
+        "something was begun here for migration {migration}, and the agent's journal of it is \
+         gone: look for what is left of the guest on this node"
+    );
+    Fault::new(ErrorClass::Refused, code::JOURNAL_LOST, message)
+}
+
 /// A fault as the exception that travels.
 pub(crate) fn exception(fault: Fault) -> RemoteFailure {
     let kwargs = fault.kwargs();

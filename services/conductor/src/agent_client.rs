@@ -11,7 +11,7 @@ use drover_model::{
 };
 use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target};
 use drover_runtime::error_chain::Chain;
-use drover_store::hearing::Hearing;
+use drover_store::{hearing::Hearing, migrations::Lease};
 use serde::{Serialize, de::DeserializeOwned};
 use tracing::warn;
 
@@ -57,6 +57,18 @@ pub struct AgentClient {
     rpc: RpcClient,
     limits: CallLimits,
     hearing: Hearing,
+    /// The epoch of the lease under which it asks; none for what is of no migration
+    /// that is driven.
+    epoch: Option<i64>,
+}
+
+/// What is asked, and under which lease.
+#[derive(Serialize)]
+struct Fenced<'a, A> {
+    #[serde(flatten)]
+    args: &'a A,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epoch: Option<i64>,
 }
 
 /// Result of a call.
@@ -69,6 +81,7 @@ impl AgentClient {
             rpc,
             limits,
             hearing: Hearing::default(),
+            epoch: None,
         }
     }
 
@@ -77,6 +90,15 @@ impl AgentClient {
     #[must_use]
     pub fn for_incarnations_of(self, hearing: Hearing) -> Self {
         Self { hearing, ..self }
+    }
+
+    /// One that asks under a lease: agents refuse what comes under an older one.
+    #[must_use]
+    pub fn under(&self, lease: Lease) -> Self {
+        Self {
+            epoch: Some(lease.epoch),
+            ..self.clone()
+        }
     }
 
     async fn ask<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
@@ -177,7 +199,13 @@ impl AgentClient {
         let incarnation = self.hearing.state(host).incarnation;
         let context = RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()))
             .with(api::INCARNATION_KEY, incarnation);
-        let called = self.rpc.call_with(&target, &context, method, args, options);
+        let args = Fenced {
+            args,
+            epoch: self.epoch,
+        };
+        let called = self
+            .rpc
+            .call_with(&target, &context, method, &args, options);
         called.await
     }
 

@@ -143,6 +143,57 @@ pub struct StepRef {
     pub instance: InstanceId,
 }
 
+/// A step, which has a subject.
+pub trait Subject: serde::de::DeserializeOwned {
+    /// What it is about.
+    fn subject(&self) -> StepRef;
+}
+
+impl Subject for StepRef {
+    fn subject(&self) -> StepRef {
+        *self
+    }
+}
+
+impl<S: Subject> Subject for Box<S> {
+    fn subject(&self) -> StepRef {
+        self.as_ref().subject()
+    }
+}
+
+macro_rules! subjects {
+    ($($step:ty: $($instance:ident).+;)*) => {
+        $(impl Subject for $step {
+            fn subject(&self) -> StepRef {
+                StepRef {
+                    migration: self.migration,
+                    instance: self.$($instance).+,
+                }
+            }
+        })*
+    };
+}
+
+subjects! {
+    CheckSource: instance;
+    CheckDestination: guest.id;
+    CheckPath: instance;
+    PreLiveMigration: guest.id;
+    LiveMigration: instance;
+    PostLiveMigration: instance;
+    PrepResize: instance;
+    ResizeInstance: instance;
+    FinishResize: instance;
+    FinishRevertResize: instance;
+    RevertResize: instance;
+    RemoveCopy: instance;
+    CheckTransfer: instance;
+    PrepTransfer: instance;
+    TransferWork: instance;
+    CheckEvacuation: guest.id;
+    RebuildInstance: instance;
+}
+
 /// How an agent is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AgentStatus {

@@ -3,7 +3,7 @@
 //!
 //! On the wire it is an exception of [`MODULE`]: `code` is its class name,
 //! `message` its text, and its keyword arguments hold `class`
-//! (`retryable`, `refused`, `lost` or `bug`).
+//! (`retryable`, `refused`, `lost`, `bug` or `fenced`).
 
 use std::{borrow::Cow, fmt};
 
@@ -33,6 +33,12 @@ pub mod code {
     pub const STEP_LOST: &str = "StepLost";
     /// The agent's journal cannot be written.
     pub const JOURNAL_UNWRITABLE: &str = "JournalUnwritable";
+    /// The agent's journal, or a file of it, cannot be read now.
+    pub const JOURNAL_UNREADABLE: &str = "JournalUnreadable";
+    /// Something was begun, and the agent's journal of it is gone.
+    pub const JOURNAL_LOST: &str = "JournalLost";
+    /// The step came from a conductor from which the migration was taken over.
+    pub const STEP_FENCED: &str = "StepFenced";
     /// A mistake in the agent.
     pub const AGENT_BUG: &str = "AgentBug";
 }
@@ -80,6 +86,7 @@ impl Fault {
             ErrorClass::Refused => "refused",
             ErrorClass::Lost => "lost",
             ErrorClass::Bug => "bug",
+            ErrorClass::Fenced => "fenced",
         };
         Map::from_iter([(CLASS_KWARG.to_owned(), Value::from(class))])
     }
@@ -122,6 +129,7 @@ mod tests {
             ErrorClass::Refused,
             ErrorClass::Lost,
             ErrorClass::Bug,
+            ErrorClass::Fenced,
         ] {
             let fault = Fault::new(class, code::STEP_REFUSED, "no");
             let back = Fault::from_parts(MODULE, &fault.code, &fault.message, &fault.kwargs());

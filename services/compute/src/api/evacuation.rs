@@ -1,55 +1,19 @@
-//! What is asked of a node about dead ones, and about its own death to come; and
-//! the gate that a node which was away itself has to pass.
-
-use std::time::Duration;
+//! What is asked of a node about dead ones, and about its own death to come.
 
 use drover_model::api::{
-    compute::{
-        CheckEvacuation, DirtyRate, InstanceOnNode, ProbeAddress, ProbeAnswer, RebuildInstance,
-        method,
-    },
+    compute::{DirtyRate, InstanceOnNode, ProbeAddress, ProbeAnswer, method},
     fault::Fault,
 };
 use drover_rpc::{RemoteFailure, Request};
 use serde_json::Value;
 
 use super::{Steps, answer};
-use crate::{faults, migration::Command};
-
-/// How long a step waits for the conductor to tell what of this node lives
-/// elsewhere by now.
-const GATE_PATIENCE: Duration = Duration::from_secs(5);
+use crate::faults;
 
 impl Steps {
-    /// Refuses, for now, whatever may start a guest before the agent knows which
-    /// of its guests live elsewhere (see [`crate::returning`]).
-    pub(super) async fn may_serve(&self, method: &str) -> Result<(), Fault> {
-        let may_start_one = matches!(
-            method,
-            method::LIVE_MIGRATION
-                | method::RESIZE_INSTANCE
-                | method::FINISH_RESIZE
-                | method::FINISH_REVERT_RESIZE
-                | method::TRANSFER_INSTANCE
-                | method::PREP_REBUILD
-                | method::REBUILD
-        );
-        if !may_start_one {
-            return Ok(());
-        }
-        let mut asked = self.node.has_asked.subscribe();
-        let passed = asked.wait_for(|asked| *asked);
-        match tokio::time::timeout(GATE_PATIENCE, passed).await {
-            Ok(_) => Ok(()),
-            Err(_) => Err(Fault::not_now(
-                "this node has not yet been told which of its guests were evacuated",
-            )),
-        }
-    }
-
-    pub(super) async fn serve_evacuation(&self, request: &Request) -> Result<Value, RemoteFailure> {
-        use Command as C;
-        let (actors, hypervisor) = (&self.registry, &self.node.hypervisor);
+    /// Questions that are of no migration.
+    pub(super) async fn serve_question(&self, request: &Request) -> Result<Value, RemoteFailure> {
+        let hypervisor = &self.node.hypervisor;
         match request.method() {
             method::GET_DEFINITION => {
                 let which: InstanceOnNode = request.args()?;
@@ -69,15 +33,9 @@ impl Steps {
                 let reached = reached.map_err(|e| e.message);
                 answer(Ok(ProbeAnswer { reached, refused }))
             }
-            method::CHECK_EVACUATION => {
-                let step: Box<CheckEvacuation> = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::CheckEvacuation(step, to)).await)
-            }
-            _ => {
-                let step: Box<RebuildInstance> = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::PrepRebuild(step, to)).await)
+            other => {
+                let message = format!("'{other}' is listed and not served");
+                Err(faults::exception(Fault::bug(message)))
             }
         }
     }

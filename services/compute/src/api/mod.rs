@@ -12,23 +12,18 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use drover_model::api::{
     INCARNATION_KEY, NAMESPACE, VERSION,
-    compute::{
-        AgentStatus, CheckDestination, CheckPath, CheckSource, CheckTransfer, FinishResize,
-        FinishRevertResize, GuestLocation, LiveMigration, PostLiveMigration, PreLiveMigration,
-        PrepResize, PrepTransfer, RemoveCopy, ResizeInstance, RevertResize, StepRef, TransferWork,
-        method,
-    },
+    compute::{AgentStatus, GuestLocation, StepRef, Subject, method},
     fault::Fault,
 };
 use drover_rpc::{Endpoint, RemoteFailure, Request};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::{debug, warn};
 
 use crate::{
     faults,
     hypervisor::{HypervisorError, Job},
-    migration::{Command, Registry},
+    migration::{Command, Registry, Reply},
     node::{Counters, Node},
 };
 
@@ -74,6 +69,13 @@ const METHODS: &[&str] = &[
     method::ROLLBACK_REBUILD,
 ];
 
+/// The epoch of the lease under which a conductor asks; none of an older one.
+#[derive(Deserialize)]
+struct Under {
+    #[serde(default)]
+    epoch: u64,
+}
+
 /// Drover's own steps.
 pub(crate) struct Steps {
     pub(crate) node: Arc<Node>,
@@ -115,191 +117,63 @@ impl Endpoint for Steps {
 impl Steps {
     async fn serve(&self, request: &Request) -> Result<Value, RemoteFailure> {
         use Command as C;
-        let actors = &self.registry;
         self.is_meant(request).map_err(faults::exception)?;
-        self.may_serve(request.method())
-            .await
-            .map_err(faults::exception)?;
         match request.method() {
             method::GET_STATUS => answer(Ok(self.status().await)),
-            method::LOCATE => answer(self.locate(request.args()?).await),
-            method::CHECK_SOURCE => {
-                let step: CheckSource = request.args()?;
-                answer(
-                    actors
-                        .ask(step.migration, |to| C::CheckSource(step, to))
-                        .await,
-                )
+            method::LOCATE => {
+                let Under { epoch } = request.args()?;
+                answer(self.locate(request.args()?, epoch).await)
             }
-            method::CHECK_DESTINATION => {
-                let step: Box<CheckDestination> = request.args()?;
-                answer(
-                    actors
-                        .ask(step.migration, |to| C::CheckDestination(step, to))
-                        .await,
-                )
-            }
-            method::CHECK_PATH => {
-                let step: CheckPath = request.args()?;
-                answer(
-                    actors
-                        .ask(step.migration, |to| C::CheckPath(step, to))
-                        .await,
-                )
-            }
-            method::PRE_LIVE_MIGRATION => {
-                let step: Box<PreLiveMigration> = request.args()?;
-                answer(
-                    actors
-                        .ask(step.migration, |to| C::PreLiveMigration(step, to))
-                        .await,
-                )
-            }
-            method::LIVE_MIGRATION => {
-                let step: Box<LiveMigration> = request.args()?;
-                answer(
-                    actors
-                        .ask(step.migration, |to| C::LiveMigration(step, to))
-                        .await,
-                )
-            }
-            method::POST_LIVE_MIGRATION => {
-                let step: Box<PostLiveMigration> = request.args()?;
-                answer(
-                    actors
-                        .ask(step.migration, |to| C::PostLiveMigration(step, to))
-                        .await,
-                )
-            }
-            method::PREP_RESIZE
-            | method::RESIZE_INSTANCE
-            | method::FINISH_RESIZE
-            | method::FINISH_REVERT_RESIZE
-            | method::REVERT_RESIZE => self.serve_cold(request).await,
-            method::CHECK_TRANSFER | method::PREP_TRANSFER | method::TRANSFER_INSTANCE => {
-                self.serve_transfer(request).await
-            }
-            method::GET_DEFINITION
-            | method::MEASURE_DIRTY_RATE
-            | method::PROBE_ADDRESS
-            | method::CHECK_EVACUATION
-            | method::PREP_REBUILD => self.serve_evacuation(request).await,
-            method::ROLLBACK_AT_DESTINATION | method::ROLLBACK_RESIZE | method::CONFIRM_RESIZE => {
-                self.serve_removal(request).await
-            }
-            _ => self.serve_by_reference(request).await,
+            method::CHECK_SOURCE => self.step(request, C::CheckSource).await,
+            method::CHECK_DESTINATION => self.step(request, C::CheckDestination).await,
+            method::CHECK_PATH => self.step(request, C::CheckPath).await,
+            method::PRE_LIVE_MIGRATION => self.step(request, C::PreLiveMigration).await,
+            method::LIVE_MIGRATION => self.step(request, C::LiveMigration).await,
+            method::GET_JOB => self.step(request, C::GetJob).await,
+            method::ABORT => self.step(request, C::Abort).await,
+            method::FORCE_COMPLETE => self.step(request, C::ForceComplete).await,
+            method::POST_LIVE_MIGRATION => self.step(request, C::PostLiveMigration).await,
+            method::POST_AT_DESTINATION => self.step(request, C::PostAtDestination).await,
+            method::ROLLBACK_AT_DESTINATION => self.step(request, C::RollbackAtDestination).await,
+            method::ROLLBACK_AT_SOURCE => self.step(request, C::RollbackAtSource).await,
+            method::PREP_RESIZE => self.step(request, C::PrepResize).await,
+            method::RESIZE_INSTANCE => self.step(request, C::ResizeInstance).await,
+            method::ABORT_RESIZE => self.step(request, C::AbortResize).await,
+            method::SET_ASIDE => self.step(request, C::SetAside).await,
+            method::FINISH_RESIZE => self.step(request, C::FinishResize).await,
+            method::ROLLBACK_RESIZE => self.step(request, C::RollbackResize).await,
+            method::FINISH_REVERT_RESIZE => self.step(request, C::FinishRevertResize).await,
+            method::CONFIRM_AT_DESTINATION => self.step(request, C::ConfirmAtDestination).await,
+            method::LOOK_AT_COPY => self.step(request, C::LookAtCopy).await,
+            method::CONFIRM_RESIZE => self.step(request, C::ConfirmResize).await,
+            method::REVERT_RESIZE => self.step(request, C::RevertResize).await,
+            method::CHECK_TRANSFER => self.step(request, C::CheckTransfer).await,
+            method::PREP_TRANSFER => self.step(request, C::PrepTransfer).await,
+            method::TRANSFER_INSTANCE => self.step(request, C::Transfer).await,
+            method::ABORT_TRANSFER => self.step(request, C::AbortTransfer).await,
+            method::POST_TRANSFER => self.step(request, C::PostTransfer).await,
+            method::ROLLBACK_TRANSFER => self.step(request, C::RollbackTransfer).await,
+            method::CHECK_EVACUATION => self.step(request, C::CheckEvacuation).await,
+            method::PREP_REBUILD => self.step(request, C::PrepRebuild).await,
+            method::REBUILD => self.step(request, C::Rebuild).await,
+            method::POST_REBUILD => self.step(request, C::PostRebuild).await,
+            method::ROLLBACK_REBUILD => self.step(request, C::RollbackRebuild).await,
+            _ => self.serve_question(request).await,
         }
     }
 
-    /// Steps that remove a copy, by evidence of another.
-    async fn serve_removal(&self, request: &Request) -> Result<Value, RemoteFailure> {
-        use Command as C;
-        let step: Box<RemoveCopy> = request.args()?;
-        let (actors, id) = (&self.registry, step.migration);
-        match request.method() {
-            method::ROLLBACK_AT_DESTINATION => {
-                let asked = actors.ask(id, |to| C::RollbackAtDestination(step, to));
-                answer(asked.await)
-            }
-            method::ROLLBACK_RESIZE => {
-                answer(actors.ask(id, |to| C::RollbackResize(step, to)).await)
-            }
-            _ => answer(actors.ask(id, |to| C::ConfirmResize(step, to)).await),
-        }
-    }
-
-    /// Steps of a cold migration that need more than the name of their subject.
-    async fn serve_cold(&self, request: &Request) -> Result<Value, RemoteFailure> {
-        use Command as C;
-        let actors = &self.registry;
-        match request.method() {
-            method::PREP_RESIZE => {
-                let step: Box<PrepResize> = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::PrepResize(step, to)).await)
-            }
-            method::RESIZE_INSTANCE => {
-                let step: Box<ResizeInstance> = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::ResizeInstance(step, to)).await)
-            }
-            method::FINISH_RESIZE => {
-                let step: FinishResize = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::FinishResize(step, to)).await)
-            }
-            method::FINISH_REVERT_RESIZE => {
-                let step: FinishRevertResize = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::FinishRevertResize(step, to)).await)
-            }
-            _ => {
-                let step: Box<RevertResize> = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::RevertResize(step, to)).await)
-            }
-        }
-    }
-
-    /// Steps of a transfer that need more than the name of their subject.
-    async fn serve_transfer(&self, request: &Request) -> Result<Value, RemoteFailure> {
-        use Command as C;
-        let actors = &self.registry;
-        match request.method() {
-            method::CHECK_TRANSFER => {
-                let step: CheckTransfer = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::CheckTransfer(step, to)).await)
-            }
-            method::PREP_TRANSFER => {
-                let step: Box<PrepTransfer> = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::PrepTransfer(step, to)).await)
-            }
-            _ => {
-                let step: TransferWork = request.args()?;
-                let id = step.migration;
-                answer(actors.ask(id, |to| C::Transfer(step, to)).await)
-            }
-        }
-    }
-
-    /// Steps that need nothing but the name of their subject.
-    async fn serve_by_reference(&self, request: &Request) -> Result<Value, RemoteFailure> {
-        use Command as C;
-        let step: StepRef = request.args()?;
-        let (actors, id) = (&self.registry, step.migration);
-        match request.method() {
-            method::GET_JOB => answer(actors.ask(id, |to| C::GetJob(step, to)).await),
-            method::ABORT => answer(actors.ask(id, |to| C::Abort(step, to)).await),
-            method::FORCE_COMPLETE => answer(actors.ask(id, |to| C::ForceComplete(step, to)).await),
-            method::POST_AT_DESTINATION => {
-                answer(actors.ask(id, |to| C::PostAtDestination(step, to)).await)
-            }
-            method::ROLLBACK_AT_SOURCE => {
-                answer(actors.ask(id, |to| C::RollbackAtSource(step, to)).await)
-            }
-            method::ABORT_RESIZE => answer(actors.ask(id, |to| C::AbortResize(step, to)).await),
-            method::SET_ASIDE => answer(actors.ask(id, |to| C::SetAside(step, to)).await),
-            method::LOOK_AT_COPY => answer(actors.ask(id, |to| C::LookAtCopy(step, to)).await),
-            method::CONFIRM_AT_DESTINATION => {
-                answer(actors.ask(id, |to| C::ConfirmAtDestination(step, to)).await)
-            }
-            method::ABORT_TRANSFER => answer(actors.ask(id, |to| C::AbortTransfer(step, to)).await),
-            method::POST_TRANSFER => answer(actors.ask(id, |to| C::PostTransfer(step, to)).await),
-            method::ROLLBACK_TRANSFER => {
-                answer(actors.ask(id, |to| C::RollbackTransfer(step, to)).await)
-            }
-            method::REBUILD => answer(actors.ask(id, |to| C::Rebuild(step, to)).await),
-            method::POST_REBUILD => answer(actors.ask(id, |to| C::PostRebuild(step, to)).await),
-            method::ROLLBACK_REBUILD => {
-                answer(actors.ask(id, |to| C::RollbackRebuild(step, to)).await)
-            }
-            other => {
-                let message = format!("'{other}' is listed and not served");
-                Err(faults::exception(Fault::bug(message)))
-            }
-        }
+    /// Has a step done by its migration's actor: the one way from a conductor to
+    /// what an agent does. It is in the mailbox before anything is waited for.
+    async fn step<S: Subject, T: Serialize>(
+        &self,
+        request: &Request,
+        command: impl FnOnce(S, Reply<T>) -> Command,
+    ) -> Result<Value, RemoteFailure> {
+        let Under { epoch } = request.args()?;
+        let step: S = request.args()?;
+        let subject = step.subject();
+        let asked = self.registry.ask(subject, epoch, |to| command(step, to));
+        answer(asked.await)
     }
 
     /// Refuses what is meant for the agent that took this one's place.
@@ -343,8 +217,10 @@ impl Steps {
         }
     }
 
-    /// Asked of libvirt at once, past whatever the migration's actor is doing.
-    async fn locate(&self, step: StepRef) -> Result<GuestLocation, Fault> {
+    /// Asked of libvirt at once, past whatever the migration's actor is doing; from
+    /// then on nothing is done that was asked for under a lower epoch.
+    async fn locate(&self, step: StepRef, epoch: u64) -> Result<GuestLocation, Fault> {
+        self.registry.question(step, epoch).await?;
         let hypervisor = &self.node.hypervisor;
         let job = async {
             match hypervisor.job(step.instance).await {

@@ -11,6 +11,7 @@ use std::{
     },
 };
 
+use serde::{Serialize, de::DeserializeOwned};
 use tracing::{error, warn};
 
 use super::JournalError;
@@ -115,6 +116,31 @@ fn write_new(path: &Path, text: &[u8], flush: Flush, disk: &StateDisk) -> io::Re
     }
 }
 
+/// Writes a file of one's own form.
+///
+/// # Errors
+/// As [`replace`].
+pub(crate) async fn write_whole<T: Serialize>(
+    path: &Path,
+    content: &T,
+    disk: &StateDisk,
+) -> Result<(), JournalError> {
+    let text = serde_json::to_vec(content).map_err(io::Error::other);
+    let text = text.map_err(failed("write", path))?;
+    let (path, disk) = (path.to_owned(), disk.clone());
+    off_the_runtime(move || replace(&path, &text, Flush::ToDisk, &disk)).await?
+}
+
+/// Reads such a file; none if it is not there.
+pub(crate) async fn read_whole<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Unread> {
+    let path = path.to_owned();
+    let read = off_the_runtime(move || read(&path, MAX_BYTES)).await;
+    let text = read.unwrap_or_else(|e| Err(Unread::NotNow(e.to_string())))?;
+    let parse = |text: Vec<u8>| serde_json::from_slice(&text);
+    let content = text.map(parse).transpose();
+    content.map_err(|e| Unread::Corrupt(e.to_string()))
+}
+
 /// Removes a file; one that is not there is no error.
 ///
 /// # Errors
@@ -153,7 +179,7 @@ pub(super) fn read(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>, Unrea
 }
 
 /// Keeps a damaged file out of the way, and no more than some of them.
-pub(super) fn set_aside(path: &Path, reason: &str) {
+pub(crate) fn set_aside(path: &Path, reason: &str) {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".corrupt");
     let aside = PathBuf::from(aside);

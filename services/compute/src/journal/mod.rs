@@ -4,6 +4,7 @@
 //! ```text
 //! <state_dir>/identity.json            which state directory this is
 //! <state_dir>/migrations/<uuid>.json   what this node does for a migration
+//! <state_dir>/seen/<uuid>.json         its highest epoch, and how it ended here
 //! <state_dir>/marks/<uuid>.json        marks left beside a guest's disks
 //! <state_dir>/definitions/<uuid>.json  a definition on its way (see [`definition`])
 //! ```
@@ -35,9 +36,11 @@ use drover_model::{
 
 use files::Flush;
 pub use files::StateDisk;
+pub(crate) use files::{Unread, read_whole, set_aside, write_whole};
 pub use record::{
     ComingFile, ComingRecord, CopiedDisk, DestinationRecord, Ended, KeptFile, LeavingRecord,
-    MarksRecord, NewDisk, RebuildRecord, Record, SourceRecord, TransferRecord,
+    MarksRecord, NewDisk, Over, RebuildRecord, Record, Seen, SeenRecord, SourceRecord,
+    TransferRecord,
 };
 pub use shelf::{Loaded, Shelf, Shelved, UnreadFile};
 
@@ -82,6 +85,8 @@ pub fn token() -> String {
 pub struct Journal {
     /// Migrations under way.
     pub migrations: Shelf<Record>,
+    /// What was seen of migrations, also of those that are over.
+    pub seen: Shelf<SeenRecord>,
     /// Marks that are to be removed again.
     pub marks: Shelf<MarksRecord>,
     state: StateId,
@@ -96,10 +101,12 @@ impl Journal {
     pub fn open(state_dir: &Path, disk: &StateDisk) -> Result<Self, JournalError> {
         let shelf = |name: &str| state_dir.join(name);
         let migrations = Shelf::open(shelf("migrations"), Flush::ToDisk, disk.clone())?;
+        let seen = Shelf::open(shelf("seen"), Flush::ToDisk, disk.clone())?;
         // A mark that a power cut leaves behind harms nobody.
         let marks = Shelf::open(shelf("marks"), Flush::Never, disk.clone())?;
         Ok(Self {
             migrations,
+            seen,
             marks,
             state: identity::of(state_dir, disk)?,
             disk: disk.clone(),

@@ -2,8 +2,8 @@
 
 use drover_model::{
     api::compute::{
-        CarriedFile, ColdPart, Doing, FileRole, Frozen, LiveMigration, Mark, Outcome, TransferPart,
-        TransferPlan,
+        CarriedFile, CleanUp, ColdPart, Doing, Ended as How, FileRole, Frozen, JobState,
+        LiveMigration, Mark, Outcome, TransferPart, TransferPlan,
     },
     guest::Disk,
     ids::InstanceId,
@@ -286,6 +286,67 @@ pub struct RebuildRecord {
     pub generation: u64,
     /// Whether it was, or was about to be, started. Not if the hypervisor refused to.
     pub started: bool,
+}
+
+/// What was seen of a migration here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SeenRecord {
+    /// The instance.
+    pub instance: InstanceId,
+    /// The highest epoch under which a step was asked for.
+    pub epoch: u64,
+    /// Whether a [`Record`] of it was written.
+    #[serde(default)]
+    pub begun: bool,
+    /// How it ended here.
+    #[serde(default)]
+    pub over: Option<Over>,
+    /// When this was written last, milliseconds since 1970.
+    pub at_ms: u64,
+}
+
+/// How a migration ended here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Over {
+    /// Under which epoch.
+    pub epoch: u64,
+    /// How.
+    pub how: How,
+    /// How the transfer ended, if this was the source.
+    #[serde(default)]
+    pub job: Option<JobState>,
+    /// What the last step answered.
+    #[serde(default)]
+    pub clean_up: CleanUp,
+}
+
+/// What is kept in memory of a [`SeenRecord`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// The instance.
+    pub instance: InstanceId,
+    /// The highest epoch.
+    pub epoch: u64,
+    /// Whether a record of it was written.
+    pub begun: bool,
+    /// How it ended, and under which epoch.
+    pub how: Option<(How, u64)>,
+    /// When it was written last, milliseconds since 1970.
+    pub at_ms: u64,
+}
+
+impl Shelved for SeenRecord {
+    type Summary = Seen;
+
+    fn summary(&self) -> Seen {
+        Seen {
+            instance: self.instance,
+            epoch: self.epoch,
+            begun: self.begun,
+            how: self.over.as_ref().map(|over| (over.how, over.epoch)),
+            at_ms: self.at_ms,
+        }
+    }
 }
 
 /// Marks that were left, or were about to be.

@@ -144,8 +144,13 @@ impl<T: Shelved> Shelf<T> {
         all.map(|(id, summary)| (*id, summary.clone())).collect()
     }
 
+    /// Whether one of them is so.
+    pub fn any(&self, is_so: impl FnMut(&T::Summary) -> bool) -> bool {
+        self.lock().summaries.values().any(is_so)
+    }
+
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.lock().summaries.len()
     }
 
@@ -204,11 +209,24 @@ impl<T: Shelved> Shelf<T> {
     }
 
     /// Reads the file of a migration; none if it is not there.
-    #[cfg(test)]
     pub(crate) async fn read(&self, migration: MigrationId) -> Result<Option<T>, Unread> {
         let shelf = self.clone();
         let read = off_the_runtime(move || shelf.read_file(&shelf.path(migration))).await;
         read.unwrap_or_else(|e| Err(Unread::NotNow(e.to_string())))
+    }
+
+    /// Takes up a file that could not be read when all were.
+    pub(crate) async fn load_again(&self, migration: MigrationId) -> Result<Option<T>, Unread> {
+        let read = self.read(migration).await;
+        match &read {
+            Ok(Some(content)) => {
+                let summary = content.summary();
+                self.lock().summaries.insert(migration, summary);
+            }
+            Err(Unread::Corrupt(why)) => files::set_aside(&self.path(migration), why),
+            Ok(None) | Err(Unread::NotNow(_)) => {}
+        }
+        read
     }
 
     /// Every file that can be read; damaged ones are set aside.

@@ -1,42 +1,53 @@
 //! The actor of one migration: takes its steps one after the other from a
 //! mailbox, and lives as long as there is something to remember.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use drover_model::{
     api::{
         compute::{
             CheckDestination, CheckEvacuation, CheckPath, CheckSource, CheckTransfer, CleanUp,
-            ColdPart, CopySeen, DestinationFacts, EvacuationFacts, FinishResize,
-            FinishRevertResize, GuestLocation, Inbox, JobState, LiveMigration, PathFacts,
+            ColdPart, CopySeen, DestinationFacts, Ended as Over, EvacuationFacts, FinishResize,
+            FinishRevertResize, GuestLocation, Inbox, JobState, Known, LiveMigration, PathFacts,
             PostLiveMigration, PreLiveMigration, PrepResize, PrepTransfer, RebuildInstance,
             RemoveCopy, ResizeInstance, RevertResize, SourceFacts, StepRef, TransferFacts,
             TransferPart, TransferWork,
         },
         fault::Fault,
     },
+    guest::Presence,
     ids::{InstanceId, MigrationId},
 };
-use tokio::sync::{
-    broadcast::{self, error::RecvError},
-    mpsc, oneshot,
+use tokio::{
+    sync::{
+        broadcast::{self, error::RecvError},
+        mpsc, oneshot,
+    },
+    time::timeout,
 };
+use tracing::warn;
 
 use super::{
     cold::Leaving,
     marks::Marks,
     orders::Order,
-    registry::{Finished, Registry},
+    past::Finished,
+    registry::Registry,
     sending::{MonitorDied, Sending},
     transfer::Transferring,
 };
 use crate::{
+    faults::{hypervisor, journal_lost},
     hypervisor::Event,
     journal::{
         ComingRecord, DestinationRecord, Ended, MarksRecord, RebuildRecord, Record, SourceRecord,
     },
     node::{Counters, Node},
 };
+
+/// How long a step waits for the conductor to tell what of this node lives
+/// elsewhere by now.
+const GATE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where a step's answer goes.
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, Fault>>;
@@ -81,6 +92,30 @@ pub(crate) enum Command {
     StepAside(InstanceId, Reply<()>),
 }
 
+impl Command {
+    /// Whether doing it may start a guest.
+    fn may_start_a_guest(&self) -> bool {
+        matches!(
+            self,
+            Self::LiveMigration(..)
+                | Self::ResizeInstance(..)
+                | Self::FinishResize(..)
+                | Self::FinishRevertResize(..)
+                | Self::Transfer(..)
+                | Self::PrepRebuild(..)
+                | Self::Rebuild(..)
+        )
+    }
+}
+
+/// A command in a mailbox.
+pub(super) struct Asked {
+    pub(super) command: Command,
+    /// Of a conductor's step: its subject, its epoch, and where a refusal at the
+    /// gate goes.
+    pub(super) gate: Option<(StepRef, u64, oneshot::Sender<Fault>)>,
+}
+
 /// What this node is doing for a migration.
 pub(super) enum Stage {
     /// Nothing that it would have to remember.
@@ -108,12 +143,12 @@ pub(super) struct Actor {
     pub(super) migration: MigrationId,
     pub(super) stage: Stage,
     pub(super) marks: Option<Marks>,
-    inbox: mpsc::Receiver<Command>,
+    inbox: mpsc::Receiver<Asked>,
     events: broadcast::Receiver<Event>,
 }
 
 enum Happening {
-    Step(Command),
+    Step(Asked),
     Sent(Result<Box<SourceRecord>, MonitorDied>),
     Worked(ColdPart, Ended),
     Transferred(TransferPart, Ended),
@@ -127,7 +162,7 @@ impl Actor {
         registry: &Arc<Registry>,
         migration: MigrationId,
         stage: Stage,
-        inbox: mpsc::Receiver<Command>,
+        inbox: mpsc::Receiver<Asked>,
     ) -> Self {
         let node = registry.node().clone();
         Self {
@@ -147,7 +182,7 @@ impl Actor {
         migration: MigrationId,
         record: Record,
         marks: Option<MarksRecord>,
-        inbox: mpsc::Receiver<Command>,
+        inbox: mpsc::Receiver<Asked>,
     ) -> Self {
         let stage = match record {
             Record::Destination(record) => Stage::Arriving(record),
@@ -171,7 +206,7 @@ impl Actor {
         registry: &Arc<Registry>,
         migration: MigrationId,
         marks: MarksRecord,
-        inbox: mpsc::Receiver<Command>,
+        inbox: mpsc::Receiver<Asked>,
     ) -> Self {
         let mut actor = Self::new(registry, migration, Stage::Idle, inbox);
         actor.marks = Some(Marks::due_now(marks));
@@ -187,7 +222,7 @@ impl Actor {
                 return;
             }
             match self.next().await {
-                Some(Happening::Step(command)) => self.serve(command).await,
+                Some(Happening::Step(asked)) => self.take(asked).await,
                 Some(Happening::Sent(Ok(record))) => self.sent(record).await,
                 Some(Happening::Sent(Err(MonitorDied))) => self.watch_again(),
                 Some(Happening::Worked(part, ended)) => self.worked(part, ended).await,
@@ -202,9 +237,47 @@ impl Actor {
     async fn next(&mut self) -> Option<Happening> {
         tokio::select! {
             biased;
-            command = self.inbox.recv() => command.map(Happening::Step),
+            asked = self.inbox.recv() => asked.map(Happening::Step),
             happening = over(&mut self.stage, &mut self.events) => Some(happening),
             () = due(&self.marks) => Some(Happening::MarksAreDue),
+        }
+    }
+
+    /// Does a step if its turn has not passed. Whoever asked for one that is not let
+    /// in is told why; the others find that out in the order in which they came.
+    async fn take(&mut self, asked: Asked) {
+        let Asked { command, gate } = asked;
+        let Some((step, epoch, refused)) = gate else {
+            return self.serve(command).await;
+        };
+        if let Err(fault) = self.let_in(&command, step, epoch).await {
+            // Whoever asked may have given up.
+            drop(refused.send(fault));
+            return;
+        }
+        self.serve(command).await;
+        self.registry.past().leave(self.migration);
+    }
+
+    /// The gate that every step of a conductor passes.
+    async fn let_in(&self, command: &Command, step: StepRef, epoch: u64) -> Result<(), Fault> {
+        if command.may_start_a_guest() {
+            self.has_asked().await?;
+        }
+        let now_ms = self.node.now_ms();
+        self.registry.past().enter(step, epoch, now_ms).await
+    }
+
+    /// Refuses, for now, whatever may start a guest before the agent knows which of
+    /// its guests live elsewhere (see [`crate::returning`]).
+    async fn has_asked(&self) -> Result<(), Fault> {
+        let mut asked = self.node.has_asked.subscribe();
+        let passed = asked.wait_for(|asked| *asked);
+        match timeout(GATE_PATIENCE, passed).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Fault::not_now(
+                "this node has not yet been told which of its guests were evacuated",
+            )),
         }
     }
 
@@ -231,9 +304,12 @@ impl Actor {
                 let job = self.live_migration(*step).await;
                 self.answer(to, job);
             }
-            C::GetJob(step, to) => self.answer(to, self.get_job(step)),
-            C::Abort(step, to) => self.order(step, Order::Abort, to),
-            C::ForceComplete(step, to) => self.order(step, Order::ForceComplete, to),
+            C::GetJob(step, to) => {
+                let job = self.get_job(step).await;
+                self.answer(to, job);
+            }
+            C::Abort(step, to) => self.order(step, Order::Abort, to).await,
+            C::ForceComplete(step, to) => self.order(step, Order::ForceComplete, to).await,
             C::LookAtCopy(step, to) => {
                 let seen = self.look_at_copy(step).await;
                 self.answer(to, seen);
@@ -376,15 +452,69 @@ impl Actor {
         }
     }
 
-    /// Nothing is left to do here: forgets the journal first, then the rest.
+    /// Writes down what this node does for the migration.
     ///
     /// # Errors
-    /// The journal's file cannot be removed; nothing is forgotten then.
+    /// The journal cannot be written; nothing is to be done then.
+    pub(super) async fn write_down(&self, record: &Record) -> Result<(), Fault> {
+        let migrations = &self.node.journal.migrations;
+        migrations.store(self.migration, record).await?;
+        let step = self.step(record.instance());
+        let began = self.registry.past().began(step, self.node.now_ms()).await;
+        if began.is_err() && matches!(self.stage, Stage::Idle) {
+            // Nothing was done for it, so it may as well not be there.
+            migrations.remove(self.migration).await?;
+        }
+        began
+    }
+
+    /// Makes sure that this migration may begin here.
+    pub(super) async fn may_begin(&self, step: StepRef) -> Result<(), Fault> {
+        self.registry
+            .past()
+            .may_begin(step, self.node.now_ms())
+            .await
+    }
+
+    /// Nothing is left to do here: how it ended is written down first, then the
+    /// rest is forgotten.
+    ///
+    /// # Errors
+    /// The journal cannot be written; nothing is forgotten then.
     pub(super) async fn forget(&mut self, step: StepRef, finished: Finished) -> Result<(), Fault> {
+        let now_ms = self.node.now_ms();
+        self.registry.past().ended(step, finished, now_ms).await?;
         self.node.journal.migrations.remove(self.migration).await?;
         self.stage = Stage::Idle;
-        self.registry.release(step, Some(finished));
+        self.registry.release(step);
         Ok(())
+    }
+
+    /// It is to be taken back, and nothing is here to take back: whatever of it is
+    /// still on its way here comes too late. What it answered before, if it ended.
+    ///
+    /// # Errors
+    /// Refused if the journal of it is lost while the guest is here: the copy may be
+    /// this migration's own, or somebody's only one.
+    pub(super) async fn never_begun(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
+        match self.registry.finished(self.migration).await? {
+            Some(finished) if finished.how != Over::NeverBegun => return Ok(finished.clean_up),
+            _ => {}
+        }
+        if self.registry.known(self.migration) == Known::Lost {
+            let presence = self.node.hypervisor.presence(step.instance).await;
+            if presence.map_err(hypervisor)? != Presence::Absent {
+                return Err(journal_lost(self.migration));
+            }
+            warn!(migration = %self.migration, instance = %step.instance,
+                "it is to be taken back, and what was made here for it is not known any more: \
+                 look for disks of it that are left over");
+            return Ok(CleanUp::default());
+        }
+        let finished = Finished::with(Over::NeverBegun);
+        let past = self.registry.past();
+        past.ended(step, finished, self.node.now_ms()).await?;
+        Ok(CleanUp::default())
     }
 }
 

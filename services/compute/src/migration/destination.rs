@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use super::{
     actor::{Actor, Stage},
     destroy::{self, Redundant, Unused},
-    registry::Finished,
+    past::Finished,
 };
 use crate::{
     faults::hypervisor as fault,
@@ -105,9 +105,7 @@ impl Actor {
         &mut self,
         step: &PreLiveMigration,
     ) -> Result<DestinationRecord, Fault> {
-        if self.registry.finished(self.migration).is_some() {
-            return Err(Fault::refused("this migration is over here"));
-        }
+        self.may_begin(self.step(step.guest.id)).await?;
         let instance = step.guest.id;
         let disks = new_disks(&step.guest, &step.copied_disks)?;
         let reference = self.step(instance);
@@ -123,7 +121,7 @@ impl Actor {
             self.write(&record).await
         };
         if let Err(fault) = begun.await {
-            self.registry.release(reference, None);
+            self.registry.release(reference);
             return Err(fault);
         }
         self.stage = Stage::Arriving(record.clone());
@@ -202,12 +200,7 @@ impl Actor {
 
     async fn write(&self, record: &DestinationRecord) -> Result<(), Fault> {
         let entry = Record::Destination(record.clone());
-        Ok(self
-            .node
-            .journal
-            .migrations
-            .store(self.migration, &entry)
-            .await?)
+        self.write_down(&entry).await
     }
 
     /// The guest came: what was made for it is its own from now on, whatever became
@@ -248,7 +241,7 @@ impl Actor {
     /// there are.
     async fn leave_what_came(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
         let Stage::Arriving(record) = &self.stage else {
-            return Ok(self.remembered());
+            return self.remembered().await;
         };
         let left = record.disks.iter().map(|disk| &disk.path);
         let left = left.map(|path| format!("{path} is left: the guest was taken away by hand"));
@@ -280,7 +273,7 @@ impl Actor {
             Stage::Arriving(record) => record.clone(),
             Stage::Idle => {
                 self.leave_alone(step, presence);
-                return Ok(self.remembered());
+                return self.never_begun(step).await;
             }
             _ => {
                 return Err(Fault::refused(

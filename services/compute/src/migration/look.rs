@@ -61,7 +61,7 @@ impl Actor {
             generation: lasting.or(now).map(|guest| guest.generation),
             files,
             aside,
-            known: self.history(),
+            known: self.history().await?,
         })
     }
 
@@ -97,10 +97,10 @@ impl Actor {
     }
 
     /// What the journal knows of the migration.
-    fn history(&self) -> CopyHistory {
-        let finished = self.registry.finished(self.migration);
+    async fn history(&self) -> Result<CopyHistory, Fault> {
+        let finished = self.registry.finished(self.migration).await?;
         let job = finished.and_then(|finished| finished.job);
-        CopyHistory {
+        Ok(CopyHistory {
             under_way: !matches!(self.stage, Stage::Idle),
             ran_here: match &self.stage {
                 Stage::Arriving(record) => record.ran_here,
@@ -113,7 +113,7 @@ impl Actor {
                 Stage::Sending(sending) => has_moved(&sending.job()),
                 _ => job.is_some_and(|job| has_moved(&job)),
             },
-        }
+        })
     }
 
     /// Writes down that a guest which was to come has come: from then on what is

@@ -11,7 +11,8 @@
 //!                    journal first ┘  ▲ restart └─ rollback_at_destination ────► (nothing left)
 //! ```
 //!
-//! * [`registry`]: which actors there are, and which migration has which instance.
+//! * [`registry`]: which actors there are, and which migration has which instance;
+//!   [`past`]: what was seen of migrations, and how they ended.
 //! * [`actor`]: the mailbox; [`source`] and [`destination`]: the steps; [`marks`].
 //! * [`sending`]: a transfer under way; [`monitor`]: the task beside it, with its
 //!   [`orders`] and its [`voice`]; what it decides by is pure: [`policy`],
@@ -32,6 +33,7 @@ mod marks;
 mod monitor;
 mod orders;
 pub mod outcome;
+mod past;
 pub mod policy;
 pub mod progress;
 mod rebuild;
@@ -45,5 +47,5 @@ mod waiting;
 pub mod words;
 mod work;
 
-pub(crate) use actor::Command;
+pub(crate) use actor::{Command, Reply};
 pub(crate) use registry::Registry;

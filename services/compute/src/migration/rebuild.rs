@@ -28,7 +28,7 @@ use tracing::{info, warn};
 use super::{
     actor::{Actor, Stage},
     destroy::{self, NeverRan},
-    registry::Finished,
+    past::Finished,
 };
 use crate::{
     faults::hypervisor as fault,
@@ -80,9 +80,7 @@ impl Actor {
     }
 
     async fn begin_rebuilding(&mut self, step: RebuildInstance) -> Result<RebuildRecord, Fault> {
-        if self.registry.finished(self.migration).is_some() {
-            return Err(Fault::refused("this migration is over here"));
-        }
+        self.may_begin(self.step(step.instance)).await?;
         let reference = self.step(step.instance);
         self.registry.hold(reference).await?;
         let record = RebuildRecord {
@@ -101,7 +99,7 @@ impl Actor {
             self.write_rebuilding(&record).await
         };
         if let Err(fault) = begun.await {
-            self.registry.release(reference, None);
+            self.registry.release(reference);
             return Err(fault);
         }
         self.stage = Stage::Rebuilding(Box::new(record.clone()));
@@ -110,12 +108,7 @@ impl Actor {
 
     async fn write_rebuilding(&self, record: &RebuildRecord) -> Result<(), Fault> {
         let entry = Record::Rebuild(Box::new(record.clone()));
-        Ok(self
-            .node
-            .journal
-            .migrations
-            .store(self.migration, &entry)
-            .await?)
+        self.write_down(&entry).await
     }
 
     async fn define_rebuilt(&self, record: &RebuildRecord) -> Result<(), Fault> {
@@ -130,7 +123,8 @@ impl Actor {
         let Stage::Rebuilding(record) = &self.stage else {
             let location = self.location(step.instance).await?;
             // Kept here already, and asked for again.
-            if self.registry.finished(self.migration).is_some() && location.presence.is_active() {
+            let finished = self.registry.finished(self.migration).await?;
+            if finished.is_some() && location.presence.is_active() {
                 return Ok(location);
             }
             let message = "nothing was defined on this node for this migration";
@@ -177,7 +171,7 @@ impl Actor {
     pub(super) async fn post_rebuild(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
         self.same_instance(step)?;
         let Stage::Rebuilding(record) = &self.stage else {
-            return Ok(self.remembered());
+            return self.remembered().await;
         };
         let started = record.started;
         let presence = self.node.hypervisor.presence(step.instance).await;
@@ -196,7 +190,7 @@ impl Actor {
         self.same_instance(step)?;
         let record = match &self.stage {
             Stage::Rebuilding(record) => (**record).clone(),
-            Stage::Idle => return Ok(self.remembered()),
+            Stage::Idle => return self.never_begun(step).await,
             _ => {
                 return Err(Fault::refused(
                     "this node does something else for this migration",

@@ -2,7 +2,7 @@
 
 use drover_model::{
     api::{
-        compute::{CleanUp, Ended, GuestLocation, JobState, Outcome, StepRef},
+        compute::{CleanUp, Ended, GuestLocation, JobState, Known, Outcome, StepRef},
         fault::Fault,
     },
     error::ErrorClass,
@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Stage},
-    registry::Finished,
+    past::Finished,
     sending::job_of,
 };
 use crate::{
@@ -22,9 +22,15 @@ use crate::{
 
 impl Actor {
     /// What the last step here answered, for the same step come again.
-    pub(super) fn remembered(&self) -> CleanUp {
-        let finished = self.registry.finished(self.migration);
-        finished.map(|f| f.clean_up).unwrap_or_default()
+    ///
+    /// # Errors
+    /// Refused if the journal of it is lost: nobody knows what is left.
+    pub(super) async fn remembered(&self) -> Result<CleanUp, Fault> {
+        if self.registry.known(self.migration) == Known::Lost {
+            return Err(faults::journal_lost(self.migration));
+        }
+        let finished = self.registry.finished(self.migration).await?;
+        Ok(finished.map(|f| f.clean_up).unwrap_or_default())
     }
 
     /// What came of removing one of the migration's own files. What does not work

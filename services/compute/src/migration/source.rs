@@ -4,7 +4,7 @@
 use drover_model::{
     api::{
         compute::{
-            CheckPath, CheckSource, CleanUp, Ended, JobState, LiveMigration, PathFacts,
+            CheckPath, CheckSource, CleanUp, Ended, JobState, Known, LiveMigration, PathFacts,
             PostLiveMigration, SourceFacts, StepRef,
         },
         fault::Fault,
@@ -17,7 +17,7 @@ use super::{
     actor::{Actor, Reply, Stage},
     destroy::{self, Redundant},
     orders::Order,
-    registry::Finished,
+    past::Finished,
     sending::{MonitorDied, Sending, job_of, spec},
 };
 use crate::{
@@ -88,12 +88,17 @@ impl Actor {
             | Stage::Coming(_)
             | Stage::Transferring(_)
             | Stage::Rebuilding(_) => return Err(not_live()),
-            Stage::Sending(_) | Stage::Ended(_) => return self.get_job(self.step(step.instance)),
+            Stage::Sending(_) | Stage::Ended(_) => {
+                return self.get_job(self.step(step.instance)).await;
+            }
         }
-        if let Some(finished) = self.registry.finished(self.migration) {
+        if let Some(finished) = self.registry.finished(self.migration).await?
+            && finished.how != Ended::NeverBegun
+        {
             let over = Fault::refused("this migration is over here");
             return finished.job.ok_or(over);
         }
+        self.may_begin(self.step(step.instance)).await?;
         let problems = step.options.problems();
         if !problems.is_empty() {
             return Err(Fault::refused(problems.join("; ")));
@@ -102,7 +107,7 @@ impl Actor {
         self.registry.hold(reference).await?;
         let begun = self.begin(step).await;
         if begun.is_err() {
-            self.registry.release(reference, None);
+            self.registry.release(reference);
         }
         begun
     }
@@ -114,9 +119,8 @@ impl Actor {
         let guest = guest.ok_or_else(missing)?;
         let record = self.plan(step, &guest)?;
         let spec = spec(&self.node, &record);
-        let journal = &self.node.journal.migrations;
         let entry = Record::Source(Box::new(record.clone()));
-        journal.store(self.migration, &entry).await?;
+        self.write_down(&entry).await?;
         info!(migration = %self.migration, %instance, name = %guest.name,
             to = %record.request.dest_host, "sending the guest");
         Counters::add(&self.node.counters.transfers_started);
@@ -157,13 +161,13 @@ impl Actor {
     }
 
     /// Where the transfer stands.
-    pub(super) fn get_job(&self, step: StepRef) -> Result<JobState, Fault> {
+    pub(super) async fn get_job(&self, step: StepRef) -> Result<JobState, Fault> {
         self.same_instance(step)?;
         Ok(match &self.stage {
             Stage::Sending(sending) => sending.job(),
             Stage::Ended(record) => job_of(record),
             _ => {
-                let finished = self.registry.finished(self.migration);
+                let finished = self.registry.finished(self.migration).await?;
                 finished.and_then(|f| f.job).unwrap_or(JobState::Unknown)
             }
         })
@@ -171,7 +175,7 @@ impl Actor {
 
     /// Passes an order on to the monitor, which answers it itself. Of a transfer
     /// that is over, the outcome is the answer.
-    pub(super) fn order(
+    pub(super) async fn order(
         &self,
         step: StepRef,
         order: impl FnOnce(Reply<()>) -> Order,
@@ -185,10 +189,13 @@ impl Actor {
             Stage::Sending(sending) if !sending.is_over() => sending.give(order(to)),
             Stage::Sending(_) | Stage::Ended(_) => drop(to.send(Ok(()))),
             _ => {
-                let finished = self.registry.finished(self.migration);
-                let known = finished.is_some_and(|f| f.job.is_some());
                 let unknown = || Fault::refused("this node sends nothing for this migration");
-                drop(to.send(known.then_some(()).ok_or_else(unknown)));
+                let finished = self.registry.finished(self.migration).await;
+                let answer = finished.and_then(|finished| {
+                    let known = finished.is_some_and(|f| f.job.is_some());
+                    known.then_some(()).ok_or_else(unknown)
+                });
+                drop(to.send(answer));
             }
         }
     }
@@ -226,7 +233,7 @@ impl Actor {
     ) -> Result<CleanUp, Fault> {
         let step = self.step(ask.instance);
         let Some(record) = self.ended(step).await? else {
-            return Ok(self.remembered());
+            return self.remembered().await;
         };
         let presence = self.node.hypervisor.presence(step.instance).await;
         let presence = presence.map_err(fault)?;
@@ -285,7 +292,13 @@ impl Actor {
     pub(super) async fn rollback_at_source(&mut self, step: StepRef) -> Result<(), Fault> {
         self.remove_marks().await;
         let Some(record) = self.ended(step).await? else {
-            return Ok(());
+            if self.registry.known(self.migration) == Known::Lost {
+                warn!(migration = %self.migration, instance = %step.instance,
+                    "it was sent from here, and the journal of that is gone: a guest that \
+                     force-complete had paused stays paused");
+                return Ok(());
+            }
+            return self.never_begun(step).await.map(drop);
         };
         if record.paused_by_force_complete && record.was_running {
             let hypervisor = &self.node.hypervisor;

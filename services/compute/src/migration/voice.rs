@@ -66,7 +66,6 @@ impl Voice {
     pub(super) fn end(&mut self, ended: &Ended) {
         self.view.send_replace(ended.clone().into());
         self.report(ended.progress.clone(), Some(ended));
-        self.node.counters.count_outcome(&ended.outcome);
     }
 
     fn report(&mut self, progress: Progress, ended: Option<&Ended>) {

@@ -134,6 +134,8 @@ impl<P> Work<P> {
 /// The parts of one migration's work: at most one is under way.
 pub(super) struct Parts<P> {
     under_way: Option<Work<P>>,
+    /// How the first one ended that did not go well, in this life of the agent.
+    failed: Option<Outcome>,
     /// How the last one ended, in this life of the agent.
     last: Option<(P, Ended)>,
 }
@@ -143,16 +145,21 @@ impl<P: Copy + PartialEq> Parts<P> {
     pub(super) fn none() -> Self {
         Self {
             under_way: None,
+            failed: None,
             last: None,
         }
     }
 
-    /// This one was begun.
-    pub(super) fn begun(work: Work<P>) -> Self {
-        Self {
-            under_way: Some(work),
-            last: None,
-        }
+    /// This one is begun.
+    pub(super) fn begin(&mut self, work: Work<P>) {
+        self.under_way = Some(work);
+        self.last = None;
+    }
+
+    /// How all of it ended that did not go well.
+    pub(super) fn failure(&self) -> Outcome {
+        let unknown = || failed("it was taken back");
+        self.failed.clone().unwrap_or_else(unknown)
     }
 
     /// How a part stands; nothing if it has to be begun.
@@ -191,6 +198,9 @@ impl<P: Copy + PartialEq> Parts<P> {
     /// A part is over.
     pub(super) fn ended(&mut self, part: P, ended: Ended) {
         self.under_way = None;
+        if !matches!(ended.outcome, Outcome::Moved { .. }) {
+            self.failed.get_or_insert_with(|| ended.outcome.clone());
+        }
         self.last = Some((part, ended));
     }
 

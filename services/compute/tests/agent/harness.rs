@@ -170,6 +170,19 @@ impl World {
         })
     }
 
+    /// The same by a conductor whose lease has an epoch.
+    pub(crate) async fn call_under<R: DeserializeOwned>(
+        &self,
+        epoch: u64,
+        node: &str,
+        method: &str,
+        args: &(impl Serialize + Sync),
+    ) -> Result<R, Fault> {
+        let mut args = serde_json::to_value(args).unwrap();
+        args["epoch"] = epoch.into();
+        self.call(node, method, &args).await
+    }
+
     /// A migration of a guest from A to B that copies its one disk.
     pub(crate) fn migration(&self, guest: GuestBuilder) -> Move {
         let instance = self.fabric.add_guest(A, guest);

@@ -169,6 +169,41 @@ async fn started_at_boot_once_and_not_after_every_start_of_the_agent() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn guests_are_started_also_if_what_was_written_at_the_last_boot_was_cut_short() {
+    let mut world = cloud().await;
+    let id = world.fabric.add_guest(A, guest("web").autostart());
+    pause(40_000).await;
+    dies(&mut world);
+    std::fs::write(world.state_dir(A).join("boot.json"), "").unwrap();
+    return_of(&mut world).await;
+    assert_eq!(on_a(&world, id), RUNNING);
+    world.fabric.shut_down_guest(id);
+    world.restart(A).await;
+    pause(60_000).await;
+    assert_eq!(on_a(&world, id), OFF, "once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_boot_file_that_cannot_be_read_now_is_waited_for() {
+    let mut world = cloud().await;
+    let id = world.fabric.add_guest(A, guest("web").autostart());
+    pause(40_000).await;
+    dies(&mut world);
+    let file = world.state_dir(A).join("boot.json");
+    let kept = file.with_extension("kept");
+    std::fs::rename(&file, &kept).unwrap();
+    // It opens, and cannot be read: an I/O error also for root.
+    std::fs::create_dir(&file).unwrap();
+    return_of(&mut world).await;
+    pause(60_000).await;
+    assert_eq!(on_a(&world, id), OFF);
+    std::fs::remove_dir(&file).unwrap();
+    std::fs::rename(&kept, &file).unwrap();
+    pause(40_000).await;
+    assert_eq!(on_a(&world, id), RUNNING);
+}
+
+#[tokio::test(start_paused = true)]
 async fn of_two_active_copies_the_older_is_stopped_if_the_other_is_confirmed() {
     for confirmed in [false, true] {
         let mut world = cloud().await;

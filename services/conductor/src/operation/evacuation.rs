@@ -19,6 +19,7 @@ use tracing::warn;
 
 use super::evidence::{count, judge, verdict};
 use crate::{
+    agent_client::AgentClient,
     app::Context,
     checks,
     plan::{Examination, Examinations},
@@ -320,7 +321,7 @@ async fn examine_guest(
         let migration = MigrationId::generate();
         let mut answers = Vec::new();
         for host in candidates {
-            let answer = ask(context, migration, &row.kept, host).await;
+            let answer = ask(&context.agents, migration, &row.kept, host).await;
             match answer {
                 Ok(facts) => {
                     let failures = checks::evacuation::destination(&row.kept, &facts, host);
@@ -343,7 +344,7 @@ async fn examine_guest(
 }
 
 async fn ask(
-    context: &Context,
+    agents: &AgentClient,
     migration: MigrationId,
     kept: &KeptDefinition,
     host: &HostName,
@@ -353,7 +354,7 @@ async fn ask(
         guest: kept.guest.clone(),
         identities: kept.identities.clone(),
     };
-    let answered = context.agents.check_evacuation(host, &ask).await;
+    let answered = agents.check_evacuation(host, &ask).await;
     answered.map_err(|e| checks::unanswered(host, Side::Destination, &e.message))
 }
 
@@ -363,6 +364,7 @@ async fn ask(
 /// The record cannot be read.
 pub async fn examine_destination(
     context: &Context,
+    agents: &AgentClient,
     migration: MigrationId,
     (kept, source): (&KeptDefinition, &HostName),
     host: &HostName,
@@ -372,7 +374,7 @@ pub async fn examine_destination(
     let mut failures = checks::node(host, row.as_ref(), Side::Destination, live);
     failures.extend(checks::same_host(source, host));
     if failures.is_empty() {
-        match ask(context, migration, kept, host).await {
+        match ask(agents, migration, kept, host).await {
             Ok(facts) => failures.extend(checks::evacuation::destination(kept, &facts, host)),
             Err(failure) => failures.push(failure),
         }

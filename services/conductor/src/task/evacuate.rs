@@ -257,7 +257,8 @@ impl Evacuate {
     ) -> Result<Result<Chosen, Vec<CheckFailure>>, StepError> {
         let m = &self.job.migration;
         let of = (&kept.kept, self.job.source());
-        let examined = examine_destination(&self.job.context, m.uuid, of, host).await;
+        let (context, agents) = (&self.job.context, self.job.agents());
+        let examined = examine_destination(context, agents, m.uuid, of, host).await;
         let (row, failures) = examined.map_err(|e| store_error(&e))?;
         let Some(row) = row.filter(|_| failures.is_empty()) else {
             return Ok(Err(failures));

@@ -82,13 +82,15 @@ impl Data {
 /// One migration under way.
 pub(super) struct Job {
     pub(super) context: Context,
+    /// The way to agents, under the lease.
+    pub(super) agents: AgentClient,
     pub(super) lease: Lease,
     pub(super) migration: Migration,
 }
 
 impl Job {
     pub(super) fn agents(&self) -> &AgentClient {
-        &self.context.agents
+        &self.agents
     }
 
     pub(super) fn store(&self) -> &Store {

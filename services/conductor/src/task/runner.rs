@@ -194,6 +194,7 @@ impl Runner {
     fn job(&self, lease: Lease, migration: Migration) -> Job {
         Job {
             context: self.context.clone(),
+            agents: self.context.agents.under(lease),
             lease,
             migration,
         }
@@ -422,7 +423,8 @@ impl Runner {
 impl Runner {
     /// Does a tidying step again that was put off.
     async fn tidy_again(&self, m: Migration, step: &str, dest: &HostName) -> Result<(), StepError> {
-        let lease = Store::first_lease(m.uuid);
+        let lease = self.context.store.lease(m.uuid).await;
+        let lease = lease.map_err(|e| store_error(&e))?;
         // What its steps had learned by then; it tells of the move even after an ending.
         let events = self.context.store.saga_events(&key_of(&m)).await;
         let data = learned(&events.map_err(|e| store_error(&e))?);

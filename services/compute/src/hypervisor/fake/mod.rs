@@ -162,6 +162,7 @@ impl FakeDriver {
         }
         match effect {
             Some(Effect::Refuse(error)) => Err(error),
+            Some(Effect::Panic) => panic!("as scripted, at {call:?}"),
             effect => Ok(effect),
         }
     }

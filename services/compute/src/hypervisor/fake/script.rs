@@ -150,6 +150,8 @@ pub enum Effect {
     SlowBefore(Duration),
     /// It is done, and the caller hears of it so much later.
     SlowAfter(Duration),
+    /// The caller dies of it, as of a mistake of its own.
+    Panic,
 }
 
 /// A call that will not go well.

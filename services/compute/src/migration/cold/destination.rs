@@ -20,7 +20,7 @@ use super::{
     super::{
         actor::{Actor, Stage},
         destroy::{self, Redundant, Reverting, lasting_files},
-        registry::Finished,
+        past::Finished,
     },
     files,
 };
@@ -49,9 +49,7 @@ impl Actor {
     }
 
     async fn begin_coming(&mut self, step: &PrepResize) -> Result<ComingRecord, Fault> {
-        if self.registry.finished(self.migration).is_some() {
-            return Err(Fault::refused("this migration is over here"));
-        }
+        self.may_begin(self.step(step.instance)).await?;
         files::check(&step.files)?;
         let reference = self.step(step.instance);
         self.registry.hold(reference).await?;
@@ -76,7 +74,7 @@ impl Actor {
                 Ok(record)
             }
             Err(fault) => {
-                self.registry.release(reference, None);
+                self.registry.release(reference);
                 Err(fault)
             }
         }
@@ -113,12 +111,7 @@ impl Actor {
 
     async fn write_coming(&self, record: &ComingRecord) -> Result<(), Fault> {
         let entry = Record::Coming(Box::new(record.clone()));
-        Ok(self
-            .node
-            .journal
-            .migrations
-            .store(self.migration, &entry)
-            .await?)
+        self.write_down(&entry).await
     }
 
     async fn reserve(&mut self, record: &mut ComingRecord, first: bool) -> Result<(), Fault> {
@@ -319,7 +312,7 @@ impl Actor {
         let step = self.step(ask.instance);
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
-            return Ok(self.remembered());
+            return self.never_begun(step).await;
         }
         let record = self.coming(step.instance)?.clone();
         let presence = self.node.hypervisor.presence(step.instance).await;
@@ -387,7 +380,7 @@ impl Actor {
             return Err(Fault::refused(message));
         }
         if matches!(self.stage, Stage::Idle) {
-            return Ok(self.remembered());
+            return self.remembered().await;
         }
         let record = self.coming(step.instance)?.clone();
         let lasting = |file: &&ComingFile| !file.present && file.role != FileRole::Delta;

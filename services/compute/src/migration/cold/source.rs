@@ -7,7 +7,7 @@ use drover_model::{
     api::{
         compute::{
             CarriedFile, CleanUp, ColdPart, Ended as Over, FileRole, FinishRevertResize,
-            GuestLocation, JobState, Outcome, RemoveCopy, ResizeInstance, StepRef,
+            GuestLocation, JobState, Known, Outcome, RemoveCopy, ResizeInstance, StepRef,
         },
         fault::Fault,
     },
@@ -21,13 +21,13 @@ use super::{
     super::{
         actor::{Actor, Stage},
         destroy::{self, Aside, Redundant},
-        registry::Finished,
-        work::{Parts, Task, Work},
+        past::Finished,
+        work::{self, Parts, Task, Work},
     },
     files,
 };
 use crate::{
-    faults::hypervisor as fault,
+    faults::{hypervisor as fault, journal_lost},
     hypervisor::{HypervisorError, SendSpec},
     journal::{Ended, KeptFile, LeavingRecord, Record, definition},
     node::Counters,
@@ -78,9 +78,7 @@ impl Actor {
     }
 
     async fn begin_leaving(&mut self, step: &ResizeInstance) -> Result<(), Fault> {
-        if self.registry.finished(self.migration).is_some() {
-            return Err(Fault::refused("this migration is over here"));
-        }
+        self.may_begin(self.step(step.instance)).await?;
         files::check(&step.files)?;
         let problems = step.options.problems();
         if !problems.is_empty() {
@@ -124,7 +122,7 @@ impl Actor {
                 Ok(())
             }
             Err(fault) => {
-                self.registry.release(reference, None);
+                self.registry.release(reference);
                 Err(fault)
             }
         }
@@ -132,12 +130,7 @@ impl Actor {
 
     async fn write_leaving(&self, record: &LeavingRecord) -> Result<(), Fault> {
         let entry = Record::Leaving(Box::new(record.clone()));
-        Ok(self
-            .node
-            .journal
-            .migrations
-            .store(self.migration, &entry)
-            .await?)
+        self.write_down(&entry).await
     }
 
     async fn begin_part(&mut self, step: ResizeInstance) -> Result<JobState, Fault> {
@@ -170,11 +163,20 @@ impl Actor {
         self.write_leaving(&record).await?;
         let work = Work::begin(&self.node, self.migration, step.instance, step.part, task);
         let job = work.job();
-        self.stage = Stage::Leaving(Box::new(Leaving {
-            record: Box::new(record),
-            parts: Parts::begun(work),
-        }));
+        if let Stage::Leaving(leaving) = &mut self.stage {
+            *leaving.record = record;
+            leaving.parts.begin(work);
+        }
         Ok(job)
+    }
+
+    /// How a move or a transfer that is taken back ended.
+    pub(in super::super) fn failure(&self) -> Outcome {
+        match &self.stage {
+            Stage::Leaving(leaving) => leaving.parts.failure(),
+            Stage::Transferring(transferring) => transferring.parts.failure(),
+            _ => work::failed("it was taken back"),
+        }
     }
 
     fn leaving(&self) -> Result<&LeavingRecord, Fault> {
@@ -342,6 +344,7 @@ impl Actor {
         }
         record.aside = true;
         self.write_leaving(&record).await?;
+        self.node.counters.count_outcome(&work::done());
         info!(migration = %self.migration, instance = %step.instance,
             files = record.kept.len(), "the guest is set aside");
         self.keep(record);
@@ -369,9 +372,16 @@ impl Actor {
         self.abort_resize(reference).await?;
         if matches!(self.stage, Stage::Idle) {
             // Nothing was begun here, or it was brought back before.
+            if self.registry.known(self.migration) == Known::Lost {
+                return Err(journal_lost(self.migration));
+            }
+            self.never_begun(reference).await?;
             return self.location(step.instance).await;
         }
         let mut record = self.leaving()?.clone();
+        let failure = self.failure();
+        // One that was set aside has been counted as moved.
+        let counts = !record.aside;
         self.put_back(&mut record).await?;
         if record.was_running {
             self.start_again(&record, step.runs_nowhere_else).await?;
@@ -381,6 +391,9 @@ impl Actor {
         info!(migration = %self.migration, instance = %step.instance,
             "the guest is here as it was before");
         self.forget(reference, Finished::with(Over::Stayed)).await?;
+        if counts {
+            self.node.counters.count_outcome(&failure);
+        }
         self.location(step.instance).await
     }
 
@@ -486,7 +499,7 @@ impl Actor {
         let step = self.step(ask.instance);
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
-            return Ok(self.nothing_known());
+            return self.nothing_known().await;
         }
         let record = self.leaving()?.clone();
         if !record.aside {
@@ -532,8 +545,9 @@ impl Actor {
 
     /// What was answered last; of a migration that this agent does not know, that
     /// it may have left something here.
-    fn nothing_known(&self) -> CleanUp {
-        match self.registry.finished(self.migration) {
+    async fn nothing_known(&self) -> Result<CleanUp, Fault> {
+        let finished = self.registry.finished(self.migration).await?;
+        Ok(match finished {
             Some(finished) => finished.clean_up,
             None => CleanUp {
                 kept: vec![format!(
@@ -543,7 +557,7 @@ impl Actor {
                 )],
                 ..CleanUp::default()
             },
-        }
+        })
     }
 }
 

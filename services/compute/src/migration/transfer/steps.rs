@@ -20,7 +20,7 @@ use super::{
     super::{
         actor::{Actor, Stage},
         destroy::{self, OtherFiles, Unused},
-        registry::Finished,
+        past::Finished,
         work::{self, Parts, Work},
     },
     work::Task,
@@ -109,15 +109,13 @@ impl Actor {
                 ));
             }
         }
-        if self.registry.finished(self.migration).is_some() {
-            return Err(Fault::refused("this migration is over here"));
-        }
+        self.may_begin(self.step(step.instance)).await?;
         let problems = step.options.problems();
         if !problems.is_empty() {
             return Err(Fault::refused(problems.join("; ")));
         }
         self.registry.hold(reference).await?;
-        match self.write_down(step).await {
+        match self.plan_transfer(step).await {
             Ok(record) => {
                 info!(migration = %self.migration, instance = %record.instance,
                     project = %record.plan.project, "the guest is to change hands");
@@ -126,13 +124,13 @@ impl Actor {
                 self.take_places(record, true).await
             }
             Err(fault) => {
-                self.registry.release(reference, None);
+                self.registry.release(reference);
                 Err(fault)
             }
         }
     }
 
-    async fn write_down(&self, step: PrepTransfer) -> Result<Box<TransferRecord>, Fault> {
+    async fn plan_transfer(&self, step: PrepTransfer) -> Result<Box<TransferRecord>, Fault> {
         let hypervisor = &self.node.hypervisor;
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
         let Presence::Present(state) = presence else {
@@ -233,8 +231,7 @@ impl Actor {
 
     async fn write_transfer(&self, record: &TransferRecord) -> Result<(), Fault> {
         let entry = Record::Transfer(Box::new(record.clone()));
-        let stored = self.node.journal.migrations.store(self.migration, &entry);
-        Ok(stored.await?)
+        self.write_down(&entry).await
     }
 
     /// Does a part of the work, or says how it goes.
@@ -254,8 +251,11 @@ impl Actor {
         }
         let Stage::Transferring(transferring) = &mut self.stage else {
             return match step.part {
-                // It was taken back, and forgotten, before.
-                TransferPart::TakeBack => Ok(nothing_left()),
+                // It was taken back, and forgotten, before; or never begun.
+                TransferPart::TakeBack => {
+                    self.never_begun(reference).await?;
+                    Ok(nothing_left())
+                }
                 _ => Err(Fault::refused("this node has not been told of it")),
             };
         };
@@ -295,10 +295,10 @@ impl Actor {
         };
         let work = Work::begin(&self.node, self.migration, record.instance, part, task);
         let job = work.job();
-        self.stage = Stage::Transferring(Box::new(Transferring {
-            record: Box::new(record),
-            parts: Parts::begun(work),
-        }));
+        if let Stage::Transferring(transferring) = &mut self.stage {
+            *transferring.record = record;
+            transferring.parts.begin(work);
+        }
         Ok(job)
     }
 
@@ -345,7 +345,7 @@ impl Actor {
     ) -> Result<CleanUp, Fault> {
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
-            return Ok(self.remembered());
+            return self.remembered().await;
         }
         let record = self.transferring()?.clone();
         let begun = |part| record.begun.contains(&part);
@@ -365,7 +365,11 @@ impl Actor {
                 ));
             }
         }
-        self.forget_if_clean(step, Over::HandedOver, clean_up).await
+        let over = self.forget_if_clean(step, Over::HandedOver, clean_up).await;
+        if matches!(self.stage, Stage::Idle) {
+            self.node.counters.count_outcome(&work::done());
+        }
+        over
     }
 
     /// Which of the giver's files the guest does without, now and after its next
@@ -387,16 +391,15 @@ impl Actor {
     ) -> Result<CleanUp, Fault> {
         self.same_instance(step)?;
         if matches!(self.stage, Stage::Idle) {
-            // Whatever of it is still on its way here comes too late.
-            self.registry
-                .release(step, Some(Finished::with(Over::NeverBegun)));
-            return Ok(CleanUp::default());
+            return self.never_begun(step).await;
         }
         let record = self.transferring()?;
         if !record.begun.is_empty() && !record.done.contains(&TransferPart::TakeBack) {
             return Err(Fault::refused("the transfer was not taken back here"));
         }
+        let failure = self.failure();
         self.forget(step, Finished::with(Over::Stayed)).await?;
+        self.node.counters.count_outcome(&failure);
         Ok(CleanUp::default())
     }
 }

@@ -50,12 +50,15 @@ impl WallClock {
     }
 }
 
+/// What somebody listens with, until it is taken away.
+type Hearing = Arc<Mutex<Option<Arc<dyn Listening>>>>;
+
 #[derive(Default)]
 struct Mail {
     /// What came while the process stood still.
     held: VecDeque<(Sink, Incoming)>,
     /// Where it listens.
-    ears: Vec<Arc<Mutex<Option<Arc<dyn Listening>>>>>,
+    ears: Vec<Hearing>,
 }
 
 /// One life of a process. Dropped, it is dead: nothing of it does anything more.
@@ -194,7 +197,7 @@ impl Transport for Held {
 }
 
 /// What a process listens with; gone with its life.
-struct Ear(Arc<Mutex<Option<Arc<dyn Listening>>>>);
+struct Ear(Hearing);
 
 impl Ear {
     fn inner(&self) -> Option<Arc<dyn Listening>> {

@@ -16,7 +16,9 @@ use tracing::info;
 
 use crate::{
     app::Context,
-    checks, placement,
+    checks,
+    comparing::Patience,
+    placement,
     survey::{Chosen, Examined, Survey},
     task::runner::Runner,
     transfer_survey::TransferSurvey,
@@ -181,6 +183,7 @@ impl Admission<'_> {
             migration: MigrationId::generate(),
             instance: &wanted.instance,
             way: &wanted.way,
+            patience: Patience::Brief,
         };
         let active = store.active_migration(wanted.instance.id).await?;
         let mut failures = checks::request(&wanted.instance, &wanted.way, active.as_ref());
@@ -215,7 +218,7 @@ impl Admission<'_> {
         } else if chosen.is_none() {
             failures.extend(placement::nowhere(&tried));
         }
-        Ok(plan_of(wanted, chosen.as_ref(), failures))
+        Ok(plan_of(wanted, chosen.as_ref(), checks::once(failures)))
     }
 
     /// Every check of a transfer, and what would be done.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use drover_model::api::{
     compute::{
-        CheckEvacuation, DirtyRate, InstanceOnNode, ProbeAddress, ProbeAnswer, RebuildInstance,
-        method,
+        CheckEvacuation, Contents, DirtyRate, GetContents, InstanceOnNode, ProbeAddress,
+        ProbeAnswer, RebuildInstance, method,
     },
     fault::Fault,
 };
@@ -19,6 +19,8 @@ use crate::{faults, migration::Command};
 /// How long a step waits for the conductor to tell what of this node lives
 /// elsewhere by now.
 const GATE_PATIENCE: Duration = Duration::from_secs(5);
+/// Files of one guest. A virtual machine has far fewer.
+const MOST_FILES: usize = 1024;
 
 impl Steps {
     /// Refuses, for now, whatever may start a guest before the agent knows which
@@ -47,6 +49,17 @@ impl Steps {
         }
     }
 
+    /// Past whatever a migration's actor is doing: long files are asked for again
+    /// and again.
+    async fn contents(&self, which: &GetContents) -> Result<Contents, Fault> {
+        if which.paths.len() > MOST_FILES {
+            return Err(Fault::refused(format!("more than {MOST_FILES} files")));
+        }
+        let files = self.node.hypervisor.digests(&which.paths).await;
+        let files = files.map_err(faults::hypervisor)?;
+        Ok(Contents { files })
+    }
+
     pub(super) async fn serve_evacuation(&self, request: &Request) -> Result<Value, RemoteFailure> {
         use Command as C;
         let (actors, hypervisor) = (&self.registry, &self.node.hypervisor);
@@ -66,6 +79,10 @@ impl Steps {
                 let which: ProbeAddress = request.args()?;
                 let reached = hypervisor.reach(&which.address, which.port).await;
                 answer(Ok(ProbeAnswer { reached }))
+            }
+            method::GET_CONTENTS => {
+                let which: GetContents = request.args()?;
+                answer(self.contents(&which).await)
             }
             method::CHECK_EVACUATION => {
                 let step: Box<CheckEvacuation> = request.args()?;

@@ -65,6 +65,7 @@ const METHODS: &[&str] = &[
     method::GET_DEFINITION,
     method::MEASURE_DIRTY_RATE,
     method::PROBE_ADDRESS,
+    method::GET_CONTENTS,
     method::CHECK_EVACUATION,
     method::PREP_REBUILD,
     method::REBUILD,
@@ -179,6 +180,7 @@ impl Steps {
             method::GET_DEFINITION
             | method::MEASURE_DIRTY_RATE
             | method::PROBE_ADDRESS
+            | method::GET_CONTENTS
             | method::CHECK_EVACUATION
             | method::PREP_REBUILD => self.serve_evacuation(request).await,
             _ => self.serve_by_reference(request).await,

@@ -5,6 +5,7 @@ use drover_model::{
         CarriedFile, ColdPart, Doing, FileRole, Frozen, LiveMigration, Mark, Outcome, TransferPart,
         TransferPlan,
     },
+    content::CheckedFile,
     guest::Disk,
     ids::InstanceId,
     migration::{Decision, Progress, TransferOptions},
@@ -263,6 +264,9 @@ pub struct RebuildRecord {
     pub generation: u64,
     /// Whether it was, or was about to be, started.
     pub started: bool,
+    /// Files that it only reads, as they were when they were compared.
+    #[serde(default)]
+    pub checked: Vec<CheckedFile>,
 }
 
 /// Marks that were left, or were about to be.

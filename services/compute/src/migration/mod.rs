@@ -22,6 +22,7 @@
 
 mod actor;
 mod cold;
+mod contents;
 mod destination;
 mod marks;
 mod monitor;

@@ -6,9 +6,10 @@ use drover_compute::hypervisor::{
 };
 use drover_model::{
     api::{
-        compute::{Outcome, method},
-        fault::code,
+        compute::{Outcome, PreLiveMigration, method},
+        fault::{Fault, code},
     },
+    content::CheckedFile,
     error::ErrorClass,
     guest::{PowerState, Presence},
 };
@@ -281,4 +282,30 @@ async fn while_libvirt_is_away_nothing_is_removed_or_forgotten() {
     pause(1000).await;
     world.take_back(&m).await;
     world.assert_tidy(&m, A);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_made_ready_over_a_file_that_changed_since_it_was_compared() {
+    let world = World::new().await;
+    let m = world.migration(busy());
+    let iso = "/var/lib/libvirt/images/tools.iso";
+    world.fabric.write_file(B, iso, "bytes").unwrap();
+    let guest = world.guest(&m).await;
+    let ask = |stamp| PreLiveMigration {
+        checked: vec![CheckedFile {
+            path: iso.to_owned(),
+            stamp,
+        }],
+        ..m.prepare(guest.clone())
+    };
+    let stamp = world.stamp(B, iso).await;
+    let prepared: Result<(), Fault> = world
+        .call(B, method::PRE_LIVE_MIGRATION, &ask(stamp.clone()))
+        .await;
+    prepared.unwrap();
+    world.fabric.change_file(B, iso).unwrap();
+    let again: Result<(), Fault> = world.call(B, method::PRE_LIVE_MIGRATION, &ask(stamp)).await;
+    let fault = again.unwrap_err();
+    assert_eq!(fault.class, ErrorClass::Refused);
+    assert!(fault.message.contains(iso), "{}", fault.message);
 }

@@ -77,6 +77,7 @@ impl Revert {
             // Only a guest that ran has a downtime on its record.
             start: here.presence == Presence::Absent && self.job.migration.downtime_ms.is_some(),
             flavor,
+            checked: None,
         };
         let again = self.job.agents().finish_resize(self.dest()?, &ask).await;
         again.map(drop).map_err(agent_error)

@@ -385,6 +385,18 @@ impl Fabric {
         self.with(|world, _| world.storage.create(&node, path, file))
     }
 
+    /// Lets a node's agent read a file, or not.
+    pub fn set_readable(&self, node: &str, path: &str, readable: bool) {
+        let node = host(node);
+        self.with(|world, _| {
+            let unreadable = &mut world.node_mut(&node).unreadable;
+            match readable {
+                true => unreadable.remove(path),
+                false => unreadable.insert(path.to_owned()),
+            };
+        });
+    }
+
     /// Somebody writes to a file with text in it; fails in words.
     pub fn change_file(&self, node: &str, path: &str) -> Result<(), String> {
         let node = host(node);

@@ -10,6 +10,7 @@ use drover_model::{
         },
         fault::Fault,
     },
+    content::CheckedFile,
     guest::Presence,
     ids::InstanceId,
 };
@@ -18,6 +19,7 @@ use tracing::{info, warn};
 use super::{
     super::{
         actor::{Actor, Stage},
+        contents::{are_all_checked, are_as_checked},
         registry::Finished,
     },
     files,
@@ -236,6 +238,9 @@ impl Actor {
             }
             let defined = hypervisor.define(&definition, step.flavor).await;
             defined.map_err(fault)?;
+            if let Some(checked) = &step.checked {
+                self.nothing_has_changed(step.instance, checked).await?;
+            }
             if step.start {
                 hypervisor.start(step.instance).await.map_err(fault)?;
             }
@@ -244,6 +249,22 @@ impl Actor {
         info!(migration = %self.migration, instance = %step.instance,
             presence = ?location.presence, "the guest has come");
         Ok(location)
+    }
+
+    /// Whether what the guest uses here is what was looked at, or was carried.
+    async fn nothing_has_changed(
+        &self,
+        instance: InstanceId,
+        checked: &[CheckedFile],
+    ) -> Result<(), Fault> {
+        let hypervisor = &*self.node.hypervisor;
+        are_as_checked(hypervisor, checked).await?;
+        let defined = hypervisor.lasting_guest(instance).await.map_err(fault)?;
+        let Some(guest) = defined else {
+            return Err(Fault::not_now("the guest is no longer defined here"));
+        };
+        let files = &self.coming(instance)?.files;
+        are_all_checked(&guest, checked, |path| files.iter().any(|f| f.path == path))
     }
 
     fn coming(&self, instance: InstanceId) -> Result<&ComingRecord, Fault> {

@@ -37,10 +37,7 @@ pub enum UseRole {
     /// A drive that is only read.
     ReadDisk,
     /// An image under a drive, never written.
-    Backing {
-        /// The drive over it is copied unless it is shared.
-        of_own: bool,
-    },
+    Backing,
     /// Another file that is only read.
     Read,
 }
@@ -63,10 +60,9 @@ impl Guest {
             }
         }
         for disk in &self.disks {
-            let of_own = disk.is_copied_when_local();
             for image in &disk.backing {
                 let what = format!("base image of disk {}", disk.target);
-                add(&image.path, what, UseRole::Backing { of_own });
+                add(&image.path, what, UseRole::Backing);
             }
         }
         for file in &self.reads {

@@ -202,7 +202,8 @@ impl Survey<'_> {
             host,
             self.way,
         ));
-        let both = Both::of(guest, self.way, (source_host, source), (host, &facts));
+        let brought = checks::content::brought(guest, &facts, self.way);
+        let both = Both::of(guest, &brought, (source_host, source), (host, &facts));
         let checked = self.compare(both, failures).await;
         match reached {
             Ok(path) => failures.extend(checks::path(&path, source_host, host, self.way)),

@@ -4,7 +4,7 @@
 //! refused; so is what nobody can tell.
 
 use drover_model::{
-    api::compute::{DestinationFacts, SourceFacts},
+    api::compute::{DestinationFacts, FileRole, SourceFacts},
     check::{CheckCode, CheckFailure, Side},
     content::{AddressFact, CheckedFile, Digest, FileContent, Seen, Use, UseRole},
     guest::Guest,
@@ -12,7 +12,7 @@ use drover_model::{
     migration::Way,
 };
 
-use super::fail;
+use super::{cold, fail};
 
 /// A guest's files as both nodes see them.
 #[derive(Debug, Clone, Copy)]
@@ -23,8 +23,8 @@ pub struct Both<'a> {
     pub source: (&'a HostName, &'a [FileContent]),
     /// The node where it is to be, and what that says.
     pub dest: (&'a HostName, &'a [FileContent]),
-    /// What lies under a copied disk is carried along if it is missing.
-    pub brings_base_images: bool,
+    /// Paths of missing base images that are carried along.
+    pub brought: &'a [String],
     /// The source is dead: what it did not tell while it lived is not known.
     pub source_is_dead: bool,
 }
@@ -47,7 +47,7 @@ impl<'a> Both<'a> {
     /// Of a migration.
     pub fn of(
         guest: &'a Guest,
-        way: &Way,
+        brought: &'a [String],
         source: (&'a HostName, &'a SourceFacts),
         dest: (&'a HostName, &'a DestinationFacts),
     ) -> Self {
@@ -55,7 +55,7 @@ impl<'a> Both<'a> {
             guest,
             source: (source.0, &source.1.contents),
             dest: (dest.0, &dest.1.contents),
-            brings_base_images: matches!(way, Way::Cold(_)),
+            brought,
             source_is_dead: false,
         }
     }
@@ -115,7 +115,7 @@ impl<'a> Both<'a> {
             UseRole::Own => false,
             // Of a dead node's, its storage alone speaks.
             UseRole::SharedDisk => !self.source_is_dead,
-            UseRole::ReadDisk | UseRole::Backing { .. } | UseRole::Read => true,
+            UseRole::ReadDisk | UseRole::Backing | UseRole::Read => true,
         };
         let judged = uses.filter(is_judged).map(|u| {
             let verdict = self.judge(&u);
@@ -195,13 +195,10 @@ impl<'a> Both<'a> {
     fn on_dest(&self, u: &Use) -> Result<Option<File<'a>>, Box<CheckFailure>> {
         let host = self.dest.0;
         match seen(self.dest.1, &u.path).map(|f| &f.seen) {
-            Some(Seen::Missing) => {
-                let is_brought = u.role == UseRole::Backing { of_own: true };
-                match self.brings_base_images && is_brought {
-                    true => Ok(None),
-                    false => Err(missing(u, host)),
-                }
-            }
+            Some(Seen::Missing) => match self.brought.contains(&u.path) {
+                true => Ok(None),
+                false => Err(missing(u, host)),
+            },
             found => file(u, host, found).map(Some),
         }
     }
@@ -334,7 +331,7 @@ fn file<'a>(
 
 fn missing(u: &Use, host: &HostName) -> Box<CheckFailure> {
     let (code, remedy) = match u.role {
-        UseRole::Backing { .. } => (
+        UseRole::Backing => (
             CheckCode::BackingImage,
             "copy the base image there, same path",
         ),
@@ -365,6 +362,17 @@ fn unreadable(u: &Use, host: &HostName, error: &str) -> Box<CheckFailure> {
         ),
         "have the agent there read it, or the guest do without it",
     ))
+}
+
+/// Base images that a migration carries along, as the destination lacks them: those
+/// under disks that are carried themselves.
+pub fn brought(guest: &Guest, facts: &DestinationFacts, way: &Way) -> Vec<String> {
+    let Way::Cold(_) = way else {
+        return Vec::new();
+    };
+    let carried = cold::carried(guest, facts).into_iter();
+    let images = carried.filter(|file| file.role == FileRole::Backing && !file.present);
+    images.map(|file| file.path).collect()
 }
 
 /// Takes what both say of a disk's number into account: in a directory that both

@@ -184,11 +184,13 @@ fn told(case: Case) -> (Vec<FileContent>, Vec<FileContent>) {
 
 fn judge<T>(kind: Kind, case: Case, way: Move, look: impl FnOnce(Both<'_>) -> T) -> T {
     let (guest, (source, dest)) = (with(kind), told(case));
+    let is_carried = matches!(kind, Kind::BaseOfCopied | Kind::DeepBase) && way == Move::Cold;
+    let brought = is_carried.then(|| PATH.to_owned());
     look(Both {
         guest: &guest,
         source: (&host("kvm1"), &source),
         dest: (&host("kvm2"), &dest),
-        brings_base_images: way == Move::Cold,
+        brought: brought.as_slice(),
         source_is_dead: way == Move::Evacuation,
     })
 }
@@ -319,7 +321,7 @@ fn what_a_dead_node_never_told_is_not_believed_equal() {
             guest: &guest,
             source: (&host("kvm1"), &source),
             dest: (&host("kvm2"), &dest),
-            brings_base_images: false,
+            brought: &[],
             source_is_dead: true,
         };
         assert_eq!(

@@ -257,7 +257,7 @@ async fn compare(
         guest: &kept.guest,
         source: (source, &kept.contents),
         dest: (host, &facts.destination.contents),
-        brings_base_images: false,
+        brought: &[],
         source_is_dead: true,
     };
     let compared = comparing::complete(&context.agents, both, patience).await;

@@ -108,6 +108,8 @@ contract! {
         a_mark_proves_a_shared_directory,
         marks_belong_to_their_migration,
         a_mark_in_a_local_directory_proves_nothing,
+        contents_are_told_apart,
+        a_guest_is_bound_to_what_is_there,
     }
     hands {
         networks_are_told_apart,

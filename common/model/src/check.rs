@@ -131,6 +131,10 @@ codes! {
     DiskNotCopyable => "disk_not_copyable",
     /// A base image is missing at the destination.
     BackingImage => "backing_image",
+    /// A file that is used and not copied is another one there, or nobody can tell.
+    FileContent => "file_content",
+    /// The guest is bound to an address that the destination does not have.
+    BoundAddress => "bound_address",
     /// A bridge or network is missing at the destination, or the receiver has
     /// none that fits.
     Network => "network",

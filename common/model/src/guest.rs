@@ -3,7 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::InstanceId;
+use crate::{
+    content::{BoundAddress, ReadFile},
+    ids::InstanceId,
+};
 
 /// Where a domain stands, in Nova's words for libvirt's states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -94,6 +97,12 @@ pub struct Guest {
     /// Files beside its disks that belong to it.
     #[serde(default)]
     pub files: Vec<GuestFile>,
+    /// Further files that its definition names, which it only reads.
+    #[serde(default)]
+    pub reads: Vec<ReadFile>,
+    /// Addresses of its node to which it is bound.
+    #[serde(default)]
+    pub bound: Vec<BoundAddress>,
     /// Names of snapshots that libvirt keeps for it.
     pub snapshots: Vec<String>,
     /// Those of them that are not all inside the disks' images.

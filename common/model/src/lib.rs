@@ -8,6 +8,7 @@
 
 pub mod api;
 pub mod check;
+pub mod content;
 pub mod error;
 pub mod evidence;
 pub mod guest;

@@ -18,7 +18,9 @@ use tracing::info;
 
 use crate::{
     app::Context,
-    checks, placement,
+    checks,
+    comparing::Patience,
+    placement,
     survey::{Chosen, Examined, Survey},
     task::runner::Runner,
     transfer_survey::TransferSurvey,
@@ -200,6 +202,7 @@ impl Admission<'_> {
             migration: MigrationId::generate(),
             instance: &wanted.instance,
             way: &wanted.way,
+            patience: Patience::Brief,
         }
     }
 
@@ -289,7 +292,7 @@ impl Admission<'_> {
         } else if chosen.is_none() {
             failures.extend(placement::nowhere(&tried));
         }
-        Ok(plan_of(wanted, chosen.as_ref(), failures))
+        Ok(plan_of(wanted, chosen.as_ref(), checks::once(failures)))
     }
 
     /// Every check of a transfer, and what would be done.

@@ -233,6 +233,11 @@ impl AgentClient {
         self.ask(host, c::method::CHECK_DESTINATION, ask).await
     }
 
+    /// What is in files of a node; of long ones, how far reading is.
+    pub async fn contents(&self, host: &HostName, ask: &c::GetContents) -> Result<c::Contents> {
+        self.ask(host, c::method::GET_CONTENTS, ask).await
+    }
+
     /// Whether the source reaches the destination.
     pub async fn check_path(&self, host: &HostName, ask: &c::CheckPath) -> Result<c::PathFacts> {
         self.ask(host, c::method::CHECK_PATH, ask).await

@@ -5,10 +5,12 @@
 //! [`request`] judges what the record alone can tell, [`source`] what the
 //! source found, [`destination`] what a candidate found, [`path`] the way
 //! between them. What a cold migration's disks need is in [`cold`], what starting
-//! the guest of a dead node elsewhere needs in [`evacuation`], all of a transfer to
+//! the guest of a dead node elsewhere needs in [`evacuation`], whether files that are
+//! used there and not copied are the right ones in [`content`], all of a transfer to
 //! another project in [`transfer`].
 
 pub mod cold;
+pub mod content;
 pub mod evacuation;
 pub mod transfer;
 
@@ -259,6 +261,17 @@ pub fn node(
     failures
 }
 
+/// The same without what stands in it twice: record and node may say the same.
+pub fn once(failures: Vec<CheckFailure>) -> Vec<CheckFailure> {
+    let mut seen: Vec<CheckFailure> = Vec::with_capacity(failures.len());
+    for failure in failures {
+        if !seen.contains(&failure) {
+            seen.push(failure);
+        }
+    }
+    seen
+}
+
 /// Source and destination must differ.
 pub fn same_host(source: &HostName, dest: &HostName) -> Option<CheckFailure> {
     (source == dest).then(|| {
@@ -346,24 +359,27 @@ pub fn source(facts: &SourceFacts, host: &HostName, way: &Way) -> Vec<CheckFailu
     failures
 }
 
-/// Directories whose sharing cannot be tested. Beside a block device nothing can
-/// be left; of a guest that is off its bytes are compared instead.
+/// Directories of disks that are written and whose sharing cannot be tested: whether
+/// to copy them cannot be told. Beside a block device nothing can be left; of a guest
+/// that is off its bytes are compared instead.
 fn marks<'a>(
     facts: &'a SourceFacts,
     guest: &'a Guest,
     is_cold: bool,
 ) -> impl Iterator<Item = CheckFailure> + 'a {
-    let holds_files = |directory: &str| {
-        let files = guest.disks.iter().filter_map(|disk| match &disk.source {
+    let holds_files = move |directory: &str| {
+        let written = guest.disks.iter().filter(|disk| !disk.read_only);
+        let paths = written.filter_map(|disk| match &disk.source {
             DiskSource::File { path } => path.rsplit_once('/'),
+            DiskSource::Block { path } if !is_cold => path.rsplit_once('/'),
             _ => None,
         });
-        let mut directories = files.map(|(directory, _)| directory);
+        let mut directories = paths.map(|(directory, _)| directory);
         directories.any(|d| d == directory.trim_end_matches('/'))
     };
     facts.marks.iter().filter_map(move |mark| {
         let error = mark.error.as_ref()?;
-        if is_cold && !holds_files(&mark.directory) {
+        if !holds_files(&mark.directory) {
             return None;
         }
         Some(fail(
@@ -415,6 +431,7 @@ pub fn destination(
             .map(|n| network(n, host)),
     );
     failures.extend(names(guest, facts, host));
+    failures.extend(content::addresses(&facts.addresses, host));
     match way {
         Way::Cold(_) => failures.extend(cold::destination(guest, facts, host)),
         // It has no destination.
@@ -638,26 +655,6 @@ fn unmovable_kind(disk: &Disk) -> Option<CheckFailure> {
     ))
 }
 
-/// A disk that stays and is not shared has to be on the destination.
-fn uncopied(disk: &Disk, path: &str, fact: &DiskFact, host: &HostName) -> Option<CheckFailure> {
-    let how = if disk.read_only {
-        "read-only"
-    } else {
-        "shareable"
-    };
-    (!fact.exists).then(|| {
-        fail(
-            CheckCode::DiskNotCopyable,
-            Side::Destination,
-            format!(
-                "{how} disk {} is not copied, and {host} has no {path}",
-                disk.target
-            ),
-            "put the same file there, or eject it",
-        )
-    })
-}
-
 /// A block device is not made: it has to be there.
 fn device(disk: &Disk, path: &str, fact: &DiskFact, host: &HostName) -> Option<CheckFailure> {
     (!fact.exists).then(|| {
@@ -735,7 +732,6 @@ fn local_disk(
         return failures;
     }
     if !disk.is_copied_when_local() {
-        failures.extend(uncopied(disk, path, fact, host));
         return failures;
     }
     if options.block_migration == BlockMigration::No {
@@ -752,23 +748,7 @@ fn local_disk(
     }
     let there = (fact.exists, fact.directory_exists);
     failures.extend(place_of_copy(&format!("disk {target}"), path, there, host));
-    failures.extend(missing_backing(disk, fact, host));
     failures
-}
-
-fn missing_backing(disk: &Disk, fact: &DiskFact, host: &HostName) -> Option<CheckFailure> {
-    (!fact.missing_backing.is_empty()).then(|| {
-        fail(
-            CheckCode::BackingImage,
-            Side::Destination,
-            format!(
-                "{host} lacks what disk {} is based on: {}",
-                disk.target,
-                fact.missing_backing.join(", ")
-            ),
-            "copy the base image there, same path",
-        )
-    })
 }
 
 /// Room for everything that is copied, per file system: disks that lie on one
@@ -778,7 +758,9 @@ fn disk_space(guest: &Guest, facts: &[DiskFact], host: &HostName) -> Vec<CheckFa
         let fact = facts.iter().find(|f| f.target == disk.target)?;
         let is_device = matches!(disk.source, DiskSource::Block { .. });
         let place = (fact.file_system.as_str(), fact.free_bytes);
-        (!is_device).then_some((place, disk.allocated_bytes))
+        // A directory that is not there is named apart.
+        let is_made = !is_device && fact.directory_exists;
+        is_made.then_some((place, disk.allocated_bytes))
     });
     space(files, host)
 }

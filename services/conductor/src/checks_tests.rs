@@ -78,6 +78,8 @@ pub(super) fn guest() -> Guest {
         }],
         immovable: vec![],
         files: vec![],
+        reads: vec![],
+        bound: vec![],
         external_snapshots: vec![],
         snapshots: vec![],
         active_job: None,
@@ -89,6 +91,7 @@ pub(super) fn source_facts() -> SourceFacts {
         guest: Some(guest()),
         marks: vec![],
         inventory: inventory(),
+        contents: vec![],
     }
 }
 
@@ -122,6 +125,8 @@ pub(super) fn destination_facts() -> DestinationFacts {
         same_name: None,
         disks: vec![disk_fact()],
         files: vec![],
+        contents: vec![],
+        addresses: vec![],
         disk_port: Ok(49215),
         reach_source: Ok(()),
         probe_port: Ok(49152),
@@ -428,10 +433,14 @@ fn disks_refuse() {
         at_destination(|_, f, _| f.disks[0].directory_exists = false),
         [C::DiskDirectory]
     );
-    let missing = vec!["/images/base.qcow2".to_owned()];
+    let nowhere = |_: &mut Guest, f: &mut DestinationFacts, _: &mut LiveOptions| {
+        f.disks[0].directory_exists = false;
+        f.disks[0].free_bytes = 0;
+    };
     assert_eq!(
-        at_destination(|_, f, _| f.disks[0].missing_backing = missing),
-        [C::BackingImage]
+        at_destination(nowhere),
+        [C::DiskDirectory],
+        "its room is not missed as well"
     );
     assert_eq!(
         at_destination(|_, f, _| f.disks[0].free_bytes = 1),
@@ -453,10 +462,6 @@ fn disks_refuse() {
         };
     };
     assert_eq!(at_destination(odd), [C::DiskNotCopyable]);
-    let ejected = |g: &mut Guest, _: &mut DestinationFacts, _: &mut LiveOptions| {
-        g.disks[0].read_only = true;
-    };
-    assert_eq!(at_destination(ejected), [C::DiskNotCopyable]);
     let block = |g: &mut Guest, _: &mut DestinationFacts, _: &mut LiveOptions| {
         g.disks[0].source = DiskSource::Block {
             path: "/dev/vg/vm1".into(),

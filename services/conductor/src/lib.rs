@@ -13,6 +13,7 @@ pub mod api;
 pub mod app;
 pub mod checks;
 pub mod clock;
+pub mod comparing;
 pub mod config;
 pub mod ear;
 pub mod notify;

@@ -7,6 +7,7 @@ use drover_model::{
         CarriedFile, CheckDestination, CheckPath, CheckSource, DestinationFacts, SourceFacts,
     },
     check::{CheckCode, CheckFailure, Side},
+    content::CheckedFile,
     guest::{Guest, PowerState},
     ids::{HostName, MigrationId},
     migration::Way,
@@ -17,7 +18,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     agent_client::AgentClient,
-    checks::{self, Liveness},
+    checks::{
+        self, Liveness,
+        content::{Both, Checked},
+    },
+    comparing::{self, Patience},
     placement::{self, Candidate},
 };
 
@@ -38,6 +43,8 @@ pub struct Survey<'a> {
     pub instance: &'a InstanceRow,
     /// How.
     pub way: &'a Way,
+    /// How long files may be compared.
+    pub patience: Patience,
 }
 
 /// A destination that every check let through.
@@ -58,6 +65,13 @@ pub struct Chosen {
     pub files: Vec<CarriedFile>,
     /// What to claim there: vCPUs, memory MiB, disk bytes.
     pub claim: (u64, u64, u64),
+    /// Files that it uses and that are not copied, as they were on its node when
+    /// they were compared.
+    #[serde(default)]
+    pub checked_at_source: Vec<CheckedFile>,
+    /// The same on the destination.
+    #[serde(default)]
+    pub checked: Vec<CheckedFile>,
 }
 
 /// A node, and why it cannot take the guest.
@@ -173,13 +187,14 @@ impl Survey<'_> {
         };
         let reached = self.agents.check_path(source_host, &path).await;
         let failures = &mut examined.destination;
-        let facts = match answered {
+        let mut facts = match answered {
             Ok(facts) => facts,
             Err(error) => {
                 failures.push(checks::unanswered(host, Side::Destination, &error.message));
                 return Ok(());
             }
         };
+        checks::content::unshare_other_files(guest, source, &mut facts);
         failures.extend(checks::destination(
             guest,
             &source.inventory,
@@ -187,6 +202,9 @@ impl Survey<'_> {
             host,
             self.way,
         ));
+        let brought = checks::content::brought(guest, &facts, self.way);
+        let both = Both::of(guest, &brought, (source_host, source), (host, &facts));
+        let checked = self.compare(both, failures).await;
         match reached {
             Ok(path) => failures.extend(checks::path(&path, source_host, host, self.way)),
             Err(error) => {
@@ -197,12 +215,26 @@ impl Survey<'_> {
                 ));
             }
         }
-        let chosen = choose(guest, &facts, dest, (self.way, self.migration));
+        let mut chosen = choose(guest, &facts, dest, (self.way, self.migration));
+        (chosen.checked_at_source, chosen.checked) = (checked.source, checked.dest);
         let usage = self.store.usage(&dest.report).await?;
         failures.extend(checks::room(&usage.shortfalls(&chosen.resources()), host));
         dedup(failures);
         examined.chosen = Some(chosen);
         Ok(())
+    }
+
+    /// Compares what both nodes have of the files that are not copied.
+    async fn compare(&self, both: Both<'_>, failures: &mut Vec<CheckFailure>) -> Checked {
+        let compared = comparing::complete(self.agents, both, self.patience).await;
+        let both = compared.view(both);
+        failures.extend(match self.patience {
+            Patience::ForPlan => both.known_failures(),
+            Patience::Brief | Patience::WhileRead => both.failures(),
+        });
+        let checked = both.checked();
+        failures.extend(compared.failures);
+        checked
     }
 }
 
@@ -306,6 +338,8 @@ fn choose(
         copied_disks: names(copied),
         shared_disks: names(checks::shared(guest, &facts.disks)),
         guest: guest.clone(),
+        checked_at_source: Vec::new(),
+        checked: Vec::new(),
     }
 }
 

@@ -1,10 +1,11 @@
 //! Points about files: disks that are made and removed, marks that prove what
 //! is shared.
 
-use anyhow::{Context, Result, ensure};
-use drover_compute::hypervisor::{self, DestinationQuestion, HypervisorError};
+use anyhow::{Context, Result, bail, ensure};
+use drover_compute::hypervisor::{self, DestinationQuestion, Hypervisor, HypervisorError};
 use drover_model::{
     api::compute::Mark,
+    content::{BoundAddress, Digest, FileContent, Seen},
     error::ErrorClass,
     guest::{Disk, DiskSource, Guest},
     ids::MigrationId,
@@ -206,4 +207,87 @@ async fn is_shared(stage: &dyn Stage, guest: &Guest, marks: &[Mark]) -> Result<b
     let answer = stage.b().answer_destination(question).await?;
     let disk = answer.disks.first().context("nothing about its disk")?;
     Ok(disk.shared)
+}
+
+/// What is in a file is told: whether the other node's mark lies beside it, how
+/// long it is, its digest, which follows it; and that it is missing, or is none.
+///
+/// # Errors
+/// The point is broken.
+pub async fn contents_are_told_apart(stage: &dyn Stage) -> Result<()> {
+    let (a, b) = (stage.a(), stage.b());
+    let at = |name: &str| format!("{}/content-{name}.img", stage.shared_directory());
+    let (one, other, none) = (at("one"), at("other"), at("none"));
+    stage.write(&one, "the bytes of a base image").await?;
+    stage.write(&other, "the bytes of some image!!").await?;
+    let paths = [one.clone(), other.clone(), none];
+
+    let marks = a
+        .leave_marks(MigrationId::generate(), &[disk_at(&one, "raw")])
+        .await?;
+    for (marks, expected) in [(&marks[..], true), (&[], false)] {
+        let found = b.contents(&paths, marks).await?;
+        ensure!(found.len() == 3, "{found:?}");
+        ensure!(is_marked(&found[0])? == expected, "{found:?}");
+        ensure!(found[2].seen == Seen::Missing, "{found:?}");
+    }
+    a.remove_marks(&marks).await?;
+
+    let on_a = sums(&*a, &paths[..2]).await?;
+    let on_b = sums(&*b, &paths[..2]).await?;
+    ensure!(on_a == on_b, "the same files: {on_a:?} {on_b:?}");
+    ensure!(on_a[0].0 == on_a[1].0, "as long: {on_a:?}");
+    ensure!(on_a[0].2 != on_a[1].2, "other bytes: {on_a:?}");
+    stage.change(&one).await?;
+    let changed = sums(&*b, &paths[..1]).await?;
+    ensure!(changed[0].1 != on_b[0].1, "its stamp is what it was");
+    ensure!(changed[0].2 != on_b[0].2, "its digest is what it was");
+    Ok(())
+}
+
+fn is_marked(file: &FileContent) -> Result<bool> {
+    match &file.seen {
+        Seen::File { marked, .. } => Ok(*marked),
+        other => bail!("{}: {other:?}", file.path),
+    }
+}
+
+/// Length, stamp and digest of files, once they are read.
+async fn sums(driver: &dyn Hypervisor, paths: &[String]) -> Result<Vec<(u64, String, String)>> {
+    super::until("the files are read", async || {
+        let found = driver.digests(paths).await?;
+        if found.iter().any(FileContent::is_working) {
+            return Ok(None);
+        }
+        let known = found.iter().map(|file| match &file.seen {
+            Seen::File {
+                length_bytes,
+                stamp,
+                digest: Digest::Known { sha256 },
+                ..
+            } => Ok((*length_bytes, stamp.clone(), sha256.clone())),
+            other => bail!("{}: {other:?}", file.path),
+        });
+        known.collect::<Result<Vec<_>>>().map(Some)
+    })
+    .await
+}
+
+/// An address that the node has can be bound to, another cannot.
+///
+/// # Errors
+/// The point is broken.
+pub async fn a_guest_is_bound_to_what_is_there(stage: &dyn Stage) -> Result<()> {
+    let bound = ["127.0.0.1", "192.0.2.1"].map(|address| BoundAddress {
+        address: address.to_owned(),
+        port: None,
+        udp: false,
+        what: "its display".to_owned(),
+    });
+    for driver in [stage.a(), stage.b()] {
+        let facts = driver.addresses(&bound).await?;
+        let errors: Vec<bool> = facts.iter().map(|f| f.error.is_some()).collect();
+        ensure!(errors == [false, true], "{facts:?}");
+    }
+    Ok(())
 }

@@ -21,6 +21,7 @@ pub use transfer::{
 };
 
 use crate::{
+    content::{AddressFact, CheckedFile, FileContent},
     guest::{Guest, NicAttachment, Presence},
     ids::{HostName, InstanceId, MigrationId, StateId},
     migration::{ColdOptions, Flavor, LiveOptions, Progress},
@@ -119,6 +120,8 @@ pub mod method {
     pub const MEASURE_DIRTY_RATE: &str = "measure_dirty_rate";
     /// [`super::ProbeAddress`] → [`super::ProbeAnswer`]
     pub const PROBE_ADDRESS: &str = "probe_address";
+    /// [`super::GetContents`] → [`super::Contents`], on either node.
+    pub const GET_CONTENTS: &str = "get_file_contents";
     /// [`super::CheckEvacuation`] → [`super::EvacuationFacts`], on the new home.
     pub const CHECK_EVACUATION: &str = "check_can_rebuild_instance";
     /// [`super::RebuildInstance`] → `null`, on the new home: defined, not started.
@@ -242,6 +245,24 @@ pub struct SourceFacts {
     pub marks: Vec<Mark>,
     /// The source's hypervisor, asked now.
     pub inventory: Inventory,
+    /// The files that it uses, as seen there; of an agent too old to say, none.
+    #[serde(default)]
+    pub contents: Vec<FileContent>,
+}
+
+/// Ask a node what is in files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetContents {
+    /// Absolute paths.
+    pub paths: Vec<String>,
+}
+
+/// What the node found, in the order in which it was asked. A digest that is
+/// being computed is there later: ask again, within a minute.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contents {
+    /// File by file.
+    pub files: Vec<FileContent>,
 }
 
 /// A file that the source left in a disk's directory: a destination that sees
@@ -299,6 +320,13 @@ pub struct DestinationFacts {
     /// why it does not.
     #[serde(default = "no_disk_port")]
     pub disk_port: Result<u16, String>,
+    /// The files that the guest uses, as seen from here; of an agent too old to
+    /// say, none.
+    #[serde(default)]
+    pub contents: Vec<FileContent>,
+    /// Whether the guest could be bound to what it is bound to.
+    #[serde(default)]
+    pub addresses: Vec<AddressFact>,
     /// Whether the source's libvirt port can be reached from here, or why not.
     pub reach_source: Result<(), String>,
     /// A migration port that listens here for the source to try, or why none could.
@@ -420,6 +448,9 @@ pub struct PreLiveMigration {
     pub guest: Guest,
     /// Names (`vda`) of the disks that will be copied and must be created.
     pub copied_disks: Vec<String>,
+    /// What is there already and was found to be right: it must be so still.
+    #[serde(default)]
+    pub checked: Vec<CheckedFile>,
 }
 
 /// Start sending.
@@ -438,6 +469,10 @@ pub struct LiveMigration {
     /// Names of the disks that were proven to lie on storage both nodes share.
     #[serde(default)]
     pub shared_disks: Vec<String>,
+    /// Every file that the guest uses and that is not copied, as it was when it was
+    /// compared; none from a conductor too old to say.
+    #[serde(default)]
+    pub checked: Option<Vec<CheckedFile>>,
     /// How.
     pub options: LiveOptions,
 }
@@ -635,6 +670,10 @@ pub struct FinishResize {
     pub start: bool,
     /// Its new size, if that changes.
     pub flavor: Option<Flavor>,
+    /// Every file that the guest uses and that was not carried, as it was when it
+    /// was compared; none from a conductor too old to say.
+    #[serde(default)]
+    pub checked: Option<Vec<CheckedFile>>,
 }
 
 /// Have the guest on its source as it was before.

@@ -1,7 +1,9 @@
 //! What is asked of a node about dead ones, and about its own death to come.
 
 use drover_model::api::{
-    compute::{DirtyRate, InstanceOnNode, ProbeAddress, ProbeAnswer, method},
+    compute::{
+        Contents, DirtyRate, GetContents, InstanceOnNode, ProbeAddress, ProbeAnswer, method,
+    },
     fault::Fault,
 };
 use drover_rpc::{RemoteFailure, Request};
@@ -10,7 +12,21 @@ use serde_json::Value;
 use super::{Steps, answer};
 use crate::faults;
 
+/// Files of one guest. A virtual machine has far fewer.
+const MOST_FILES: usize = 1024;
+
 impl Steps {
+    /// Past whatever a migration's actor is doing: long files are asked for again
+    /// and again.
+    async fn contents(&self, which: &GetContents) -> Result<Contents, Fault> {
+        if which.paths.len() > MOST_FILES {
+            return Err(Fault::refused(format!("more than {MOST_FILES} files")));
+        }
+        let files = self.node.hypervisor.digests(&which.paths).await;
+        let files = files.map_err(faults::hypervisor)?;
+        Ok(Contents { files })
+    }
+
     /// Questions that are of no migration.
     pub(super) async fn serve_question(&self, request: &Request) -> Result<Value, RemoteFailure> {
         let hypervisor = &self.node.hypervisor;
@@ -32,6 +48,10 @@ impl Steps {
                 let refused = reached.as_ref().is_err_and(|e| e.refused);
                 let reached = reached.map_err(|e| e.message);
                 answer(Ok(ProbeAnswer { reached, refused }))
+            }
+            method::GET_CONTENTS => {
+                let which: GetContents = request.args()?;
+                answer(self.contents(&which).await)
             }
             other => {
                 let message = format!("'{other}' is listed and not served");

@@ -14,6 +14,7 @@ mod transfer;
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{CpuVerdict, DiskFact, Mark, NetworkFact},
+    content::{AddressFact, BoundAddress, FileContent},
     error::ErrorClass,
     guest::{Disk, Guest, Presence},
     ids::{InstanceId, MigrationId},
@@ -165,8 +166,8 @@ pub struct MigrateSpec {
     pub copied_disks: Vec<String>,
     /// Disks that the marks proved to lie on storage both nodes share. libvirt
     /// itself believes that only of NFS, Ceph and the like and refuses others as
-    /// unsafe: if this list is not empty it is told to take our word
-    /// (`VIR_MIGRATE_UNSAFE`). The conductor has checked their cache mode.
+    /// unsafe: if all of those that it would refuse are in this list, and are not
+    /// cached by the host, it is told to take our word (`VIR_MIGRATE_UNSAFE`).
     pub shared_disks: Vec<String>,
     /// Downtime to start with, ms; the monitor raises it later.
     pub initial_downtime_ms: Option<u64>,
@@ -228,7 +229,8 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
     fn events(&self) -> broadcast::Receiver<Event>;
 
     /// Leaves a mark (a small, uniquely named file) in the directory of each
-    /// local disk. Named by migration, so asking twice leaves one.
+    /// local disk and of each image under one. Named by migration, so asking twice
+    /// leaves one.
     async fn leave_marks(&self, migration: MigrationId, disks: &[Disk]) -> Result<Vec<Mark>>;
 
     /// Removes such marks; those already gone are no error.
@@ -239,6 +241,18 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
         &self,
         question: DestinationQuestion<'_>,
     ) -> Result<DestinationAnswer>;
+
+    /// What is at these paths, in that order; links are followed. A file is
+    /// *marked* if one of `marks` lies beside it. Digests are not asked for.
+    async fn contents(&self, paths: &[String], marks: &[Mark]) -> Result<Vec<FileContent>>;
+
+    /// The same with digests, of files that are small at once, of others when
+    /// they are asked for again. A file for which nobody asks for a minute is
+    /// given up.
+    async fn digests(&self, paths: &[String]) -> Result<Vec<FileContent>>;
+
+    /// Whether a guest could be bound to these addresses, in that order.
+    async fn addresses(&self, bound: &[BoundAddress]) -> Result<Vec<AddressFact>>;
 
     /// Whether a TCP port can be reached from this node, within a few seconds.
     async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), Unreached>;

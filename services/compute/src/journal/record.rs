@@ -5,6 +5,7 @@ use drover_model::{
         CarriedFile, CleanUp, ColdPart, Doing, Ended as How, FileRole, Frozen, JobState,
         LiveMigration, Mark, Outcome, TransferPart, TransferPlan,
     },
+    content::CheckedFile,
     guest::Disk,
     ids::InstanceId,
     migration::{Decision, Progress, TransferOptions},
@@ -286,6 +287,9 @@ pub struct RebuildRecord {
     pub generation: u64,
     /// Whether it was, or was about to be, started. Not if the hypervisor refused to.
     pub started: bool,
+    /// Files that it only reads, as they were when they were compared.
+    #[serde(default)]
+    pub checked: Vec<CheckedFile>,
 }
 
 /// What was seen of a migration here.

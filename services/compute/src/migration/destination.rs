@@ -19,6 +19,7 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Stage},
+    contents::{are_as_checked, used_paths},
     destroy::{self, Redundant, Unused},
     past::Finished,
 };
@@ -58,11 +59,13 @@ impl Actor {
         marks: &[Mark],
     ) -> Result<DestinationFacts, Fault> {
         let hypervisor = &self.node.hypervisor;
-        let paths = beside(guest);
-        let (inventory, answer, files) = tokio::join!(
+        let (paths, used) = (beside(guest), used_paths(guest));
+        let (inventory, answer, files, contents, addresses) = tokio::join!(
             hypervisor.inventory(),
             hypervisor.answer_destination(DestinationQuestion { guest, marks }),
             hypervisor.file_facts(&paths),
+            hypervisor.contents(&used, marks),
+            hypervisor.addresses(&guest.bound),
         );
         let (inventory, answer) = (inventory.map_err(fault)?, answer.map_err(fault)?);
         Ok(DestinationFacts {
@@ -76,16 +79,20 @@ impl Actor {
             same_name: answer.same_name,
             disks: answer.disks,
             files: files.map_err(fault)?,
+            contents: contents.map_err(fault)?,
+            addresses: addresses.map_err(fault)?,
             disk_port: hypervisor.disk_port(),
             reach_source: Ok(()),
             probe_port: Err("none was opened".to_owned()),
         })
     }
 
-    /// Makes ready for the guest: its disks to be copied are created, empty.
+    /// Makes ready for the guest: its disks to be copied are created, empty. Asked
+    /// again, looks once more at what is there and is not copied.
     pub(super) async fn pre_live_migration(&mut self, step: PreLiveMigration) -> Result<(), Fault> {
         let reference = self.step(step.guest.id);
         self.same_instance(reference)?;
+        are_as_checked(&*self.node.hypervisor, &step.checked).await?;
         let (record, first) = match &self.stage {
             Stage::Arriving(record) if record.prepared => return Ok(()),
             // Begun by a former life of the agent, or broken off by a fault.

@@ -26,6 +26,7 @@
 
 mod actor;
 mod cold;
+mod contents;
 mod destination;
 pub(crate) mod destroy;
 mod look;

@@ -20,6 +20,7 @@ use drover_model::{
         },
         fault::Fault,
     },
+    content::Seen,
     error::ErrorClass,
     guest::{Disk, Presence},
 };
@@ -27,6 +28,7 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Stage},
+    contents::are_as_checked,
     destroy::{self, NeverRan},
     past::Finished,
 };
@@ -53,6 +55,11 @@ impl Actor {
             let own = step.guest.disks.iter().find(|d| d.target == disk.target);
             let path = own.and_then(Disk::local_path);
             disk.shared = path.is_some_and(|path| is_same(&storage, path));
+        }
+        for file in &mut destination.contents {
+            if let Seen::File { marked, .. } = &mut file.seen {
+                *marked = is_same(&storage, &file.path);
+            }
         }
         Ok(EvacuationFacts {
             destination,
@@ -87,6 +94,7 @@ impl Actor {
             instance: step.instance,
             domain: step.domain,
             generation: step.generation,
+            checked: step.checked,
             started: false,
         };
         let begun = async {
@@ -139,6 +147,7 @@ impl Actor {
         }
         // Nothing if it is there. Never starts what another has put in its place.
         self.define_rebuilt(&record).await?;
+        are_as_checked(&*self.node.hypervisor, &record.checked).await?;
         let started = self.node.hypervisor.start(step.instance).await;
         if let Err(error) = started {
             return Err(self.not_started(record, ran_before, error).await?);
@@ -223,12 +232,16 @@ fn is_same(storage: &[StorageFact], path: &str) -> bool {
     fact.is_some_and(|fact| fact.same.is_ok())
 }
 
-/// Files other than disks that are not the same here, and why.
+/// Files other than disks that are not the same here, and why; those whose content
+/// was told are compared by that.
 fn foreign(step: &CheckEvacuation, storage: &[StorageFact]) -> Vec<String> {
     let disks = step.guest.disks.iter().filter_map(Disk::local_path);
     let disks: Vec<&str> = disks.collect();
     let is_disk = |path: &str| disks.contains(&path);
-    let others = storage.iter().filter(|fact| !is_disk(&fact.path));
+    let is_told = |path: &str| step.contents.iter().any(|file| file.path == path);
+    let others = storage
+        .iter()
+        .filter(|fact| !is_disk(&fact.path) && !is_told(&fact.path));
     let foreign = others.filter_map(|fact| {
         let why = fact.same.as_ref().err()?;
         Some(format!("{}: {why}", fact.path))

@@ -15,6 +15,7 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Reply, Stage},
+    contents::{are_all_checked, are_as_checked, used_paths},
     destroy::{self, Redundant},
     orders::Order,
     past::Finished,
@@ -25,6 +26,20 @@ use crate::{
     journal::{CopiedDisk, Record, SourceRecord},
     node::Counters,
 };
+
+/// Refuses if the guest got a disk since it was looked at.
+fn no_disk_is_new(step: &LiveMigration, guest: &Guest) -> Result<(), Fault> {
+    let known =
+        |target: &String| step.copied_disks.contains(target) || step.shared_disks.contains(target);
+    let mut own = guest.disks.iter().filter(|d| d.is_copied_when_local());
+    match own.find(|d| !known(&d.target)) {
+        None => Ok(()),
+        Some(disk) => Err(Fault::refused(format!(
+            "the guest got disk {} since it was looked at: ask again",
+            disk.target
+        ))),
+    }
+}
 
 impl Actor {
     /// What is to be given away. Leaves marks beside the disks.
@@ -39,11 +54,16 @@ impl Actor {
         };
         let asked = tokio::try_join!(look, hypervisor.inventory());
         let (guest, inventory) = asked.map_err(fault)?;
-        let marks = match &guest {
-            Some(guest) => self.leave_marks(guest).await.map_err(fault)?,
-            None => Vec::new(),
+        let (marks, contents) = match &guest {
+            Some(guest) => {
+                let marks = self.leave_marks(guest).await.map_err(fault)?;
+                let contents = hypervisor.contents(&used_paths(guest), &marks).await;
+                (marks, contents.map_err(fault)?)
+            }
+            None => (Vec::new(), Vec::new()),
         };
         Ok(SourceFacts {
+            contents,
             guest,
             marks,
             inventory,
@@ -117,6 +137,11 @@ impl Actor {
         let guest = self.node.hypervisor.guest(instance).await.map_err(fault)?;
         let missing = || Fault::refused(format!("there is no instance {instance} on this node"));
         let guest = guest.ok_or_else(missing)?;
+        if let Some(checked) = &step.checked {
+            are_as_checked(&*self.node.hypervisor, checked).await?;
+            are_all_checked(&guest, checked, |_| false)?;
+            no_disk_is_new(&step, &guest)?;
+        }
         let record = self.plan(step, &guest)?;
         let spec = spec(&self.node, &record);
         let entry = Record::Source(Box::new(record.clone()));

@@ -6,9 +6,10 @@ use drover_compute::hypervisor::{
 };
 use drover_model::{
     api::{
-        compute::{CopyHistory, CopySeen, FileSeen, Outcome, Survivor, method},
-        fault::code,
+        compute::{CopyHistory, CopySeen, FileSeen, Outcome, PreLiveMigration, Survivor, method},
+        fault::{Fault, code},
     },
+    content::CheckedFile,
     error::ErrorClass,
     guest::{PowerState, Presence},
 };
@@ -369,4 +370,30 @@ async fn a_source_gives_nothing_up_without_the_sight_of_the_copy_there() {
     }
     world.settle(&m).await;
     world.assert_tidy(&m, B);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_made_ready_over_a_file_that_changed_since_it_was_compared() {
+    let world = World::new().await;
+    let m = world.migration(busy());
+    let iso = "/var/lib/libvirt/images/tools.iso";
+    world.fabric.write_file(B, iso, "bytes").unwrap();
+    let guest = world.guest(&m).await;
+    let ask = |stamp| PreLiveMigration {
+        checked: vec![CheckedFile {
+            path: iso.to_owned(),
+            stamp,
+        }],
+        ..m.prepare(guest.clone())
+    };
+    let stamp = world.stamp(B, iso).await;
+    let prepared: Result<(), Fault> = world
+        .call(B, method::PRE_LIVE_MIGRATION, &ask(stamp.clone()))
+        .await;
+    prepared.unwrap();
+    world.fabric.change_file(B, iso).unwrap();
+    let again: Result<(), Fault> = world.call(B, method::PRE_LIVE_MIGRATION, &ask(stamp)).await;
+    let fault = again.unwrap_err();
+    assert_eq!(fault.class, ErrorClass::Refused);
+    assert!(fault.message.contains(iso), "{}", fault.message);
 }

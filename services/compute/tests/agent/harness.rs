@@ -5,7 +5,10 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use drover_compute::{
     AgentSettings,
     app::{Agent, AgentHandle},
-    hypervisor::fake::{At, Fabric, Fault as Mishap, GuestBuilder, NodeSpec},
+    hypervisor::{
+        Hypervisor,
+        fake::{At, Fabric, Fault as Mishap, GuestBuilder, NodeSpec},
+    },
     journal::StateDisk,
 };
 use drover_model::{
@@ -239,16 +242,15 @@ impl World {
         self.call(A, method::CHECK_PATH, &ask).await
     }
 
+    /// What tells when a file of a node changes.
+    pub(crate) async fn stamp(&self, node: &str, path: &str) -> Option<String> {
+        let driver = self.fabric.driver(node);
+        let found = driver.contents(&[path.to_owned()], &[]).await.unwrap();
+        found[0].stamp().map(str::to_owned)
+    }
+
     pub(crate) async fn send(&self, m: &Move) -> Result<JobState, Fault> {
-        let ask = LiveMigration {
-            migration: m.step.migration,
-            instance: m.step.instance,
-            dest_host: host(B),
-            destination: self.fabric.endpoint(B),
-            copied_disks: m.copied.clone(),
-            shared_disks: Vec::new(),
-            options: m.options.clone(),
-        };
+        let ask = m.live_migration(self);
         self.call(A, method::LIVE_MIGRATION, &ask).await
     }
 
@@ -397,11 +399,25 @@ impl Move {
         }
     }
 
+    pub(crate) fn live_migration(&self, world: &World) -> LiveMigration {
+        LiveMigration {
+            migration: self.step.migration,
+            instance: self.step.instance,
+            dest_host: host(B),
+            destination: world.fabric.endpoint(B),
+            copied_disks: self.copied.clone(),
+            shared_disks: Vec::new(),
+            checked: None,
+            options: self.options.clone(),
+        }
+    }
+
     pub(crate) fn prepare(&self, guest: Guest) -> PreLiveMigration {
         PreLiveMigration {
             migration: self.step.migration,
             guest,
             copied_disks: self.copied.clone(),
+            checked: Vec::new(),
         }
     }
 }

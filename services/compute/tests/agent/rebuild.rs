@@ -13,6 +13,7 @@ use drover_model::{
         },
         fault::Fault,
     },
+    content::{CheckedFile, Seen},
     error::ErrorClass,
     guest::{PowerState, Presence},
 };
@@ -54,6 +55,22 @@ impl Dead {
             instance: self.m.step.instance,
             domain: self.kept.domain.clone(),
             generation: 1,
+            checked: Vec::new(),
+        };
+        self.world.call(B, method::PREP_REBUILD, &ask).await
+    }
+
+    /// Prepares with a file of B that was compared.
+    async fn prepare_over(&self, path: &str, stamp: Option<String>) -> Result<(), Fault> {
+        let ask = RebuildInstance {
+            migration: self.m.step.migration,
+            instance: self.m.step.instance,
+            domain: self.kept.domain.clone(),
+            generation: 1,
+            checked: vec![CheckedFile {
+                path: path.to_owned(),
+                stamp,
+            }],
         };
         self.world.call(B, method::PREP_REBUILD, &ask).await
     }
@@ -201,10 +218,29 @@ async fn shared_disks_are_told_from_local_ones_without_the_dead_node() {
     };
     let kept: KeptDefinition = world.call(A, method::GET_DEFINITION, &which).await.unwrap();
     world.fabric.power_off(A);
+    let base = "/var/lib/libvirt/images/base.qcow2";
+    let told: Vec<_> = kept.contents.iter().map(|f| f.path.as_str()).collect();
+    assert_eq!(told, [base], "what it only reads was read while it lived");
     let ask = CheckEvacuation {
         migration: m.step.migration,
         guest: kept.guest,
         identities: kept.identities,
+        contents: kept.contents,
+    };
+    let facts: EvacuationFacts = world.call(B, method::CHECK_EVACUATION, &ask).await.unwrap();
+    assert_eq!(
+        facts.foreign_files,
+        Vec::<String>::new(),
+        "contents tell more"
+    );
+    let seen = facts.destination.contents.iter();
+    let missing = seen.filter(|f| f.seen == Seen::Missing);
+    let missing: Vec<_> = missing.map(|f| f.path.as_str()).collect();
+    assert_eq!(missing, [DISK, base]);
+    // Of a conductor that kept no contents.
+    let ask = CheckEvacuation {
+        contents: Vec::new(),
+        ..ask
     };
     let facts: EvacuationFacts = world.call(B, method::CHECK_EVACUATION, &ask).await.unwrap();
     let shared: Vec<bool> = facts.destination.disks.iter().map(|d| d.shared).collect();
@@ -238,4 +274,18 @@ async fn questions_about_other_nodes_and_loads_are_answered() {
     world.fabric.power_off(A);
     let dead: ProbeAnswer = world.call(B, method::PROBE_ADDRESS, &probe).await.unwrap();
     assert!(dead.reached.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_is_not_started_over_a_file_that_changed_since_it_was_compared() {
+    let dead = Dead::new().await;
+    let iso = format!("{SHARED}/tools.iso");
+    dead.world.fabric.write_file(B, &iso, "bytes").unwrap();
+    let stamp = dead.world.stamp(B, &iso).await;
+    dead.prepare_over(&iso, stamp).await.unwrap();
+    dead.world.fabric.change_file(B, &iso).unwrap();
+    let fault = dead.rebuild().await.unwrap_err();
+    assert_eq!(fault.class, ErrorClass::Refused);
+    assert!(fault.message.contains(&iso), "{}", fault.message);
+    assert_eq!(dead.on_b().await, OFF);
 }

@@ -6,9 +6,10 @@ use drover_compute::hypervisor::{
 };
 use drover_model::{
     api::{
-        compute::{JobState, Outcome, PathFacts, SourceFacts, method},
-        fault::code,
+        compute::{JobState, LiveMigration, Outcome, PathFacts, SourceFacts, method},
+        fault::{Fault, code},
     },
+    content::CheckedFile,
     error::ErrorClass,
     guest::Presence,
     migration::Phase,
@@ -291,4 +292,24 @@ async fn what_cannot_be_tidied_at_the_source_is_a_warning() {
         "the definition is gone"
     );
     assert_eq!(world.journal_files(A), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_uses_more_than_was_looked_at_is_not_sent() {
+    let world = World::new().await;
+    let m = world.migration(busy().cdrom("/var/lib/libvirt/images/tools.iso"));
+    let file = |stamp: Option<&str>| CheckedFile {
+        path: "/var/lib/libvirt/images/tools.iso".to_owned(),
+        stamp: stamp.map(str::to_owned),
+    };
+    for checked in [vec![], vec![file(Some("another"))]] {
+        let ask = LiveMigration {
+            checked: Some(checked),
+            ..m.live_migration(&world)
+        };
+        let sent: Result<JobState, Fault> = world.call(A, method::LIVE_MIGRATION, &ask).await;
+        let fault = sent.unwrap_err();
+        assert_eq!(fault.class, ErrorClass::Refused);
+        assert!(fault.message.contains("tools.iso"), "{}", fault.message);
+    }
 }

@@ -10,7 +10,7 @@ use drover_model::{
     ids::{HostName, MigrationId},
 };
 
-use super::{device, fail, missing_backing, place_of_copy, space, uncopied, unmovable_kind};
+use super::{device, fail, place_of_copy, space, unmovable_kind};
 
 /// Whether something that ties a running guest to its node leaves with one that is off.
 pub(super) fn can_leave(kind: ImmovableKind) -> bool {
@@ -25,11 +25,10 @@ pub(super) fn destination(
 ) -> Vec<CheckFailure> {
     let mut failures: Vec<CheckFailure> = guest.disks.iter().filter_map(unmovable_kind).collect();
     for (disk, path, fact) in local_disks(guest, facts) {
-        if fact.shared {
-            failures.extend(missing_backing(disk, fact, host));
-        } else if !disk.is_copied_when_local() {
-            failures.extend(uncopied(disk, path, fact, host));
-        } else if matches!(disk.source, DiskSource::Block { .. }) {
+        if fact.shared || !disk.is_copied_when_local() {
+            continue;
+        }
+        if matches!(disk.source, DiskSource::Block { .. }) {
             failures.extend(device(disk, path, fact, host));
             failures.extend(unfit_device(disk, path, facts, host));
         } else {
@@ -107,14 +106,16 @@ fn room(guest: &Guest, facts: &DestinationFacts, host: &HostName) -> Vec<CheckFa
         let of_file = |f: &&FileFact| f.path == file.path;
         let beside = facts.files.iter().find(of_file);
         let place = match beside {
-            Some(fact) => (fact.file_system.as_str(), fact.free_bytes),
+            Some(fact) => (&fact.file_system, fact.free_bytes, fact.directory_exists),
             None => {
                 let mut disks = local_disks(guest, facts);
                 let (.., fact) = disks.find(|(_, path, _)| *path == file.path)?;
-                (fact.file_system.as_str(), fact.free_bytes)
+                (&fact.file_system, fact.free_bytes, fact.directory_exists)
             }
         };
-        Some((place, file.data_bytes))
+        let (file_system, free_bytes, directory_exists) = place;
+        // A directory that is not there is named apart.
+        directory_exists.then_some(((file_system.as_str(), free_bytes), file.data_bytes))
     });
     space(files, host)
 }

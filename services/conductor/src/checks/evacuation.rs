@@ -13,7 +13,7 @@ use drover_model::{
 use drover_store::{definitions::DefinitionRow, nodes::NodeRow};
 
 use super::{
-    Liveness, cold, fail, immovable_code, machine, missing_backing, names, network, unmovable_kind,
+    Liveness, cold, content, fail, immovable_code, machine, names, network, unmovable_kind,
 };
 
 /// When the proof was given, milliseconds since 1970.
@@ -107,7 +107,8 @@ pub fn definition(host: &HostName, kept: Option<&DefinitionRow>) -> Vec<CheckFai
     failures
 }
 
-/// What a node that may be a guest's new home stands in the way with.
+/// What a node that may be a guest's new home stands in the way with. Files that are
+/// only read are judged apart ([`content`]).
 pub fn destination(
     kept: &KeptDefinition,
     facts: &EvacuationFacts,
@@ -120,10 +121,9 @@ pub fn destination(
     failures.extend(missing.map(|n| network(n, host)));
     failures.extend(names(guest, seen, host));
     for disk in &guest.disks {
-        let fact = fact_of(disk, facts);
-        failures.extend(disk_there(disk, fact, host));
-        failures.extend(fact.and_then(|f| missing_backing(disk, f, host)));
+        failures.extend(not_shared(disk, fact_of(disk, facts), host));
     }
+    failures.extend(content::addresses(&seen.addresses, host));
     failures.extend(facts.foreign_files.iter().map(|file| {
         fail(
             CheckCode::DiskNotShared,
@@ -141,31 +141,22 @@ fn fact_of<'a>(disk: &Disk, facts: &'a EvacuationFacts) -> Option<&'a DiskFact> 
 }
 
 /// Whether a disk must be the very same file on both nodes. One that cannot be
-/// written may be a copy.
+/// written may be a copy of equal content.
 fn must_be_shared(disk: &Disk) -> bool {
     disk.local_path().is_some() && !disk.read_only
 }
 
-fn disk_there(disk: &Disk, fact: Option<&DiskFact>, host: &HostName) -> Option<CheckFailure> {
+fn not_shared(disk: &Disk, fact: Option<&DiskFact>, host: &HostName) -> Option<CheckFailure> {
     let path = disk.local_path()?;
     let shared = fact.is_some_and(|f| f.shared);
-    let exists = fact.is_some_and(|f| f.exists);
-    let (code, message, remedy) = if must_be_shared(disk) && !shared {
-        (
+    (must_be_shared(disk) && !shared).then(|| {
+        fail(
             CheckCode::DiskNotShared,
+            Side::Destination,
             format!("disk {} ({path}) is not shared with {host}", disk.target),
             "choose a node that shares the storage",
         )
-    } else if !exists {
-        (
-            CheckCode::DiskNotCopyable,
-            format!("{host} has no {path}, which disk {} is", disk.target),
-            "put the same file there",
-        )
-    } else {
-        return None;
-    };
-    Some(fail(code, Side::Destination, message, remedy))
+    })
 }
 
 /// Disks that no node which answered shares: they are lost with theirs, or wait

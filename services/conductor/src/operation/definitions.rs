@@ -2,8 +2,9 @@
 //! which one is dead.
 //!
 //! Every report tells a digest of each definition. One that is another than what
-//! is kept is fetched from its node in the background, by one worker; what fails
-//! is asked for again with the next report.
+//! is kept is fetched from its node in the background, by one worker; what fails,
+//! or has files that its node is still reading, is asked for again with the next
+//! report.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -12,6 +13,7 @@ use std::{
 };
 
 use drover_model::{
+    content::FileContent,
     error::ErrorClass,
     ids::{HostName, InstanceId},
     node::{HypervisorReport, NodeReport},
@@ -172,9 +174,14 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
             continue;
         }
         match context.agents.definition(host, id).await {
-            Ok(kept) => {
+            Ok(mut kept) => {
+                let is_whole = !kept.contents.iter().any(FileContent::is_working);
+                if !is_whole {
+                    // No definition has this digest: it is asked for again.
+                    kept.digest.clear();
+                }
                 let now_ms = context.clock.now_ms();
-                if store.keep_definition(host, &kept, now_ms).await? {
+                if store.keep_definition(host, &kept, now_ms).await? && is_whole {
                     definitions.kept(id, host, kept.digest);
                 }
             }

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use drover_model::{
     api::compute::{CheckEvacuation, EvacuationFacts, KeptDefinition, ProbeAddress, ProbeAnswer},
     check::{CheckFailure, Side},
+    content::CheckedFile,
     ids::{HostName, MigrationId},
     migration::{ProofOfDeath, Requester},
     node::Endpoint,
@@ -21,7 +22,8 @@ use super::evidence::{count, judge, verdict};
 use crate::{
     agent_client::AgentClient,
     app::Context,
-    checks,
+    checks::{self, content::Both},
+    comparing::{self, Patience},
     plan::{Examination, Examinations},
 };
 
@@ -324,7 +326,10 @@ async fn examine_guest(
             let answer = ask(&context.agents, migration, &row.kept, host).await;
             match answer {
                 Ok(facts) => {
-                    let failures = checks::evacuation::destination(&row.kept, &facts, host);
+                    let mut failures = checks::evacuation::destination(&row.kept, &facts, host);
+                    let of = (&row.kept, &guest.host);
+                    let compared = compare(context, of, (host, &facts), Patience::ForPlan).await;
+                    failures.extend(compared.0);
                     if !failures.is_empty() {
                         examination.refuse(MoveWay::Evacuate, host.clone(), failures);
                     }
@@ -353,9 +358,36 @@ async fn ask(
         migration,
         guest: kept.guest.clone(),
         identities: kept.identities.clone(),
+        contents: kept.contents.clone(),
     };
     let answered = agents.check_evacuation(host, &ask).await;
     answered.map_err(|e| checks::unanswered(host, Side::Destination, &e.message))
+}
+
+/// Compares what a dead node told of the files that a guest only reads with what
+/// another has; says what stands in the way, and what was found right.
+async fn compare(
+    context: &Context,
+    (kept, source): (&KeptDefinition, &HostName),
+    (host, facts): (&HostName, &EvacuationFacts),
+    patience: Patience,
+) -> (Vec<CheckFailure>, Vec<CheckedFile>) {
+    let both = Both {
+        guest: &kept.guest,
+        source: (source, &kept.contents),
+        dest: (host, &facts.destination.contents),
+        brought: &[],
+        source_is_dead: true,
+    };
+    let compared = comparing::complete(&context.agents, both, patience).await;
+    let both = compared.view(both);
+    let mut failures = match patience {
+        Patience::ForPlan => both.known_failures(),
+        Patience::Brief | Patience::WhileRead => both.failures(),
+    };
+    let checked = both.checked().dest;
+    failures.extend(compared.failures);
+    (failures, checked)
 }
 
 /// Every check on one node that may be a guest's new home.
@@ -368,18 +400,25 @@ pub async fn examine_destination(
     migration: MigrationId,
     (kept, source): (&KeptDefinition, &HostName),
     host: &HostName,
-) -> drover_store::Result<(Option<NodeRow>, Vec<CheckFailure>)> {
+) -> drover_store::Result<(Option<NodeRow>, Vec<CheckFailure>, Vec<CheckedFile>)> {
     let row = context.store.known_node(host).await?;
     let live = context.liveness();
+    let mut checked = Vec::new();
     let mut failures = checks::node(host, row.as_ref(), Side::Destination, live);
     failures.extend(checks::same_host(source, host));
     if failures.is_empty() {
         match ask(agents, migration, kept, host).await {
-            Ok(facts) => failures.extend(checks::evacuation::destination(kept, &facts, host)),
+            Ok(facts) => {
+                failures.extend(checks::evacuation::destination(kept, &facts, host));
+                let (wrong, right) =
+                    compare(context, (kept, source), (host, &facts), Patience::WhileRead).await;
+                failures.extend(wrong);
+                checked = right;
+            }
             Err(failure) => failures.push(failure),
         }
     }
-    Ok((row, failures))
+    Ok((row, failures, checked))
 }
 
 /// Whether the node of an evacuated guest is still dead, by the record and by

@@ -21,6 +21,7 @@ use super::{origin, ways};
 use crate::{
     app::Context,
     checks,
+    comparing::Patience,
     plan::{self, Examinations, GuestView, Load, NodeView, World, balance::Goal},
     survey::Survey,
 };
@@ -294,6 +295,7 @@ impl Looker<'_> {
             migration: MigrationId::generate(),
             instance,
             way,
+            patience: Patience::ForPlan,
         }
     }
 

@@ -303,6 +303,7 @@ impl ColdMigrate {
             instance: self.job.migration.instance_uuid,
             start,
             flavor: self.options.flavor,
+            checked: Some(chosen.checked.clone()),
         };
         let finished = self.job.agents().finish_resize(&chosen.host, &ask).await;
         let presence = match finished {

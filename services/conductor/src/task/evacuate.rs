@@ -40,6 +40,7 @@ use super::{
 };
 use crate::{
     checks,
+    comparing::Patience,
     operation::evacuation::{examine_destination, still_dead},
     survey::{Chosen, Survey},
 };
@@ -229,6 +230,7 @@ impl Evacuate {
             migration: m.uuid,
             instance,
             way: &m.way,
+            patience: Patience::WhileRead,
         };
         let named = m.dest_host.as_ref().filter(|_| m.dest_requested);
         let candidates = survey.candidates(named).await;
@@ -259,7 +261,7 @@ impl Evacuate {
         let of = (&kept.kept, self.job.source());
         let (context, agents) = (&self.job.context, self.job.agents());
         let examined = examine_destination(context, agents, m.uuid, of, host).await;
-        let (row, failures) = examined.map_err(|e| store_error(&e))?;
+        let (row, failures, checked) = examined.map_err(|e| store_error(&e))?;
         let Some(row) = row.filter(|_| failures.is_empty()) else {
             return Ok(Err(failures));
         };
@@ -271,6 +273,8 @@ impl Evacuate {
             shared_disks: Vec::new(),
             files: Vec::new(),
             claim: (instance.vcpus.into(), instance.memory_mib, 0),
+            checked_at_source: Vec::new(),
+            checked,
         };
         let claimed = self.job.claim(&chosen).await?;
         Ok(claimed.map(|()| chosen))
@@ -288,6 +292,7 @@ impl Evacuate {
             instance: id,
             domain: kept.ok_or_else(gone)?.kept.domain,
             generation: data.generation,
+            checked: data.chosen()?.checked.clone(),
         };
         let host = &data.chosen()?.host;
         let prepared = self.job.agents().prep_rebuild(host, &ask).await;

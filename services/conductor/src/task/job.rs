@@ -21,7 +21,9 @@ use super::proof::Seen;
 use crate::{
     agent_client::{AgentClient, AgentError},
     app::Context,
-    checks, placement,
+    checks,
+    comparing::Patience,
+    placement,
     survey::{Chosen, Survey, Verdict},
 };
 
@@ -274,6 +276,7 @@ impl Job {
             migration: self.migration.uuid,
             instance: &instance,
             way: &self.migration.way,
+            patience: Patience::WhileRead,
         };
         let mut refused = checks::request(&instance, &self.migration.way, None);
         let named = self
@@ -335,6 +338,7 @@ impl Job {
         } else if checks.is_empty() {
             checks = placement::nowhere(&tried);
         }
+        let checks = checks::once(checks);
         ended(EndReason::Refused { checks })
     }
 

@@ -105,7 +105,7 @@ impl Saga for LiveMigrate {
         match step {
             Step::Place => self.place(data).await,
             Step::Prepare => self.prepare(data).await,
-            Step::Turn => self.turn().await,
+            Step::Turn => self.turn(data).await,
             Step::Transfer => self.transfer(data).await,
             Step::Settle => self.settle(data).await,
             Step::Tidy => self.tidy(data).await,
@@ -222,6 +222,7 @@ impl LiveMigrate {
             migration: self.job.migration.uuid,
             guest: chosen.guest.clone(),
             copied_disks: chosen.copied_disks.clone(),
+            checked: chosen.checked.clone(),
         };
         let prepared = self.job.agents().prepare(&chosen.host, &ask).await;
         prepared.map_err(repeatable)
@@ -272,8 +273,17 @@ impl LiveMigrate {
 
     // ---- turn
 
-    /// Waits until few enough others send, and says meanwhile what it waits for.
-    async fn turn(&self) -> Result<(), StepError> {
+    /// Waits until few enough others send, and says meanwhile what it waits for. The
+    /// destination looks once more, then, at the files that were compared.
+    async fn turn(&self, data: &mut Data) -> Result<(), StepError> {
+        let has_waited = self.wait_for_turn().await?;
+        match has_waited && !data.chosen()?.checked.is_empty() {
+            true => self.prepare(data).await,
+            false => Ok(()),
+        }
+    }
+
+    async fn wait_for_turn(&self) -> Result<bool, StepError> {
         let store = self.job.store();
         let id = self.job.migration.uuid;
         let mut noted = None;
@@ -295,7 +305,7 @@ impl LiveMigrate {
                 noting.await.map_err(|e| store_error(&e))?;
             }
             if why.is_none() {
-                return Ok(());
+                return Ok(noted.is_some());
             }
             noted = why;
             // Another conductor may give a turn back: look now and then.
@@ -337,6 +347,7 @@ impl LiveMigrate {
             destination: chosen.endpoint.clone(),
             copied_disks: chosen.copied_disks.clone(),
             shared_disks: chosen.shared_disks.clone(),
+            checked: Some(chosen.checked_at_source.clone()),
             options: self.options.clone(),
         };
         match agents.start(source, &ask).await {

@@ -80,6 +80,7 @@ impl Revert {
             // Only a guest that ran has a downtime on its record.
             start: here.presence == Presence::Absent && self.job.migration.downtime_ms.is_some(),
             flavor,
+            checked: None,
         };
         let again = self.job.agents().finish_resize(self.dest()?, &ask).await;
         let Err(error) = again else {

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    content::{CheckedFile, FileContent},
     guest::Guest,
     ids::{InstanceId, MigrationId},
 };
@@ -30,6 +31,9 @@ pub struct KeptDefinition {
     pub guest: Guest,
     /// Of each of its files on this node, on which storage it is.
     pub identities: Vec<StorageIdentity>,
+    /// What is in the files that it only reads.
+    #[serde(default)]
+    pub contents: Vec<FileContent>,
 }
 
 /// On which storage a file is: two nodes that read the same of a path see the
@@ -54,6 +58,9 @@ pub struct CheckEvacuation {
     pub guest: Guest,
     /// Where its files are.
     pub identities: Vec<StorageIdentity>,
+    /// What was in those that it only reads.
+    #[serde(default)]
+    pub contents: Vec<FileContent>,
 }
 
 /// What the node found. Facts only: the conductor judges them.
@@ -62,8 +69,8 @@ pub struct EvacuationFacts {
     /// What a destination of any migration says. Its disks are *shared* where
     /// the identity is the same here.
     pub destination: super::DestinationFacts,
-    /// Files other than disks (images under them, firmware variables) that are
-    /// not the same here, in words: path and why.
+    /// Files other than disks that are not the same here, in words: path and why.
+    /// Those whose content was told are in the destination's contents instead.
     pub foreign_files: Vec<String>,
 }
 
@@ -78,6 +85,9 @@ pub struct RebuildInstance {
     pub domain: String,
     /// Generation that it has from now on (invariant 1).
     pub generation: u64,
+    /// Files that it only reads, as they were when they were compared.
+    #[serde(default)]
+    pub checked: Vec<CheckedFile>,
 }
 
 /// Ask a node whether it reaches an address.

@@ -217,11 +217,13 @@ impl World {
             notes,
             autostart,
         } = manner;
+        self.make_reads(host, &guest);
         let nature = Nature {
             habits,
             notes,
             tokens: tokens.clone(),
             file_tokens: self.make_files(host, &guest),
+            reads: self.read_contents(host, &guest),
         };
         self.natures.insert(id, nature);
         let counter = Duration::ZERO;

@@ -41,10 +41,10 @@ impl World {
 
     pub(super) fn reports(&self, host: &HostName, now: Instant) -> Vec<InstanceReport> {
         let domains = self.node(host).domains.values();
-        domains.map(|domain| self.report(domain, now)).collect()
+        domains.map(|d| self.report(host, d, now)).collect()
     }
 
-    fn report(&self, domain: &Domain, now: Instant) -> InstanceReport {
+    fn report(&self, host: &HostName, domain: &Domain, now: Instant) -> InstanceReport {
         let guest = &domain.guest;
         let notes = self.notes(guest.id);
         InstanceReport {
@@ -59,7 +59,7 @@ impl World {
             disk_bytes: guest.disks.iter().map(|d| d.virtual_bytes).sum(),
             migration: None,
             usage: self.usage(domain, now),
-            definition_digest: Some(self.digest(domain)),
+            definition_digest: Some(self.digest(host, domain)),
             autostart: domain.autostart || notes.autostart,
             unreadable: self.unreadable.get(&guest.id).cloned(),
             wishes: notes.wishes,
@@ -88,7 +88,7 @@ impl World {
     pub(super) fn describe_lasting(&self, host: &HostName, id: InstanceId) -> Option<Guest> {
         let mut guest = self.describe(host, id)?;
         let mut obstacles = Vec::new();
-        let carried = |d: &&mut Disk| d.is_copied_when_local() && d.format == "qcow2";
+        let carried = |d: &&mut Disk| d.local_path().is_some() && d.format == "qcow2";
         for disk in guest.disks.iter_mut().filter(carried) {
             let path = disk.local_path().unwrap_or_default().to_owned();
             let mut missing = |path: &str| {

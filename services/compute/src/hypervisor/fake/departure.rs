@@ -196,8 +196,10 @@ impl World {
         for disk in &guest.disks {
             let copied = spec.copied_disks.contains(&disk.target);
             let local = disk.local_path().is_some() && !disk.read_only;
+            let vouched =
+                spec.shared_disks.contains(&disk.target) && disk.is_coherent_when_shared();
             // Fake storage is of no kind that libvirt knows to be shared.
-            if local && !copied && spec.shared_disks.is_empty() {
+            if local && !copied && !vouched {
                 return failed("Unsafe migration: without shared storage is unsafe");
             }
             let path = disk.local_path().map(str::to_owned);

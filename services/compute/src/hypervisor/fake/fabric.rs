@@ -401,6 +401,18 @@ impl Fabric {
                 world.storage.remove(&to, path);
                 world.put_file(&to, path, file);
             }
+        })
+    }
+
+    /// Lets a node's agent read a file, or not.
+    pub fn set_readable(&self, node: &str, path: &str, readable: bool) {
+        let node = host(node);
+        self.with(|world, _| {
+            let unreadable = &mut world.node_mut(&node).unreadable;
+            match readable {
+                true => unreadable.remove(path),
+                false => unreadable.insert(path.to_owned()),
+            };
         });
     }
 

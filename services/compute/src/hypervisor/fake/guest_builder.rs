@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use drover_model::{
     DEFAULT_PROJECT,
+    content::{BoundAddress, ReadFile},
     guest::{
         BackingImage, Disk, DiskSource, Guest, GuestFile, GuestFileKind, Immovable, ImmovableKind,
         Nic, NicAttachment, PowerState,
@@ -194,6 +195,46 @@ impl GuestBuilder {
         self
     }
 
+    /// A file that it only reads, such as its kernel.
+    pub fn reads(mut self, path: &str, what: &str) -> Self {
+        self.guest.reads.push(ReadFile {
+            path: path.to_owned(),
+            what: what.to_owned(),
+        });
+        self
+    }
+
+    /// Something of it is bound to that address.
+    pub fn bound_to(mut self, address: &str) -> Self {
+        self.guest.bound.push(BoundAddress {
+            address: address.to_owned(),
+            port: None,
+            udp: false,
+            what: "its VNC display".to_owned(),
+        });
+        self
+    }
+
+    /// A CD in a drive.
+    pub fn cdrom(mut self, path: &str) -> Self {
+        let target = self.next_target();
+        self.guest.disks.push(Disk {
+            target,
+            device: "cdrom".to_owned(),
+            source: DiskSource::File {
+                path: path.to_owned(),
+            },
+            format: "raw".to_owned(),
+            cache: None,
+            read_only: true,
+            shareable: false,
+            virtual_bytes: MIB,
+            allocated_bytes: MIB,
+            backing: Vec::new(),
+        });
+        self
+    }
+
     /// An emulated TPM, with its state in a file.
     pub fn tpm(mut self) -> Self {
         self.has_tpm = true;
@@ -328,6 +369,8 @@ fn plain_guest(name: &str) -> Guest {
         }],
         immovable: Vec::new(),
         files: Vec::new(),
+        reads: Vec::new(),
+        bound: Vec::new(),
         snapshots: Vec::new(),
         external_snapshots: Vec::new(),
         active_job: None,

@@ -35,6 +35,7 @@ impl World {
         for host in &running {
             self.write_disks(host, guest, now);
             self.check_disks(host, guest, now);
+            self.check_reads(host, guest);
         }
         let ended = self.ledger.has_ended(guest);
         if running.len() > 1 {

@@ -27,6 +27,7 @@ mod carriage_tests;
 mod cold;
 #[cfg(test)]
 mod cold_tests;
+mod contents;
 mod definitions;
 mod departure;
 mod fabric;
@@ -59,6 +60,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use drover_model::{
     api::compute::Mark,
+    content::{AddressFact, BoundAddress, FileContent},
     guest::{Disk, Guest, Presence},
     ids::{HostName, InstanceId, MigrationId},
     node::{InstanceReport, Inventory},
@@ -311,6 +313,30 @@ impl Hypervisor for FakeDriver {
     ) -> Result<DestinationAnswer> {
         self.call(Call::AnswerDestination, |world, host, _| {
             Ok(world.answer(host, &question))
+        })
+        .await
+    }
+
+    async fn contents(&self, paths: &[String], marks: &[Mark]) -> Result<Vec<FileContent>> {
+        self.call(Call::Contents, |world, host, _| {
+            let paths = paths.iter();
+            Ok(paths.map(|p| world.content(host, p, marks)).collect())
+        })
+        .await
+    }
+
+    async fn digests(&self, paths: &[String]) -> Result<Vec<FileContent>> {
+        self.call(Call::Digests, |world, host, _| {
+            let paths = paths.iter();
+            Ok(paths.map(|p| world.digested(host, p)).collect())
+        })
+        .await
+    }
+
+    async fn addresses(&self, bound: &[BoundAddress]) -> Result<Vec<AddressFact>> {
+        self.call(Call::Addresses, |world, host, _| {
+            let bound = bound.iter();
+            Ok(bound.map(|b| world.address_fact(host, b)).collect())
         })
         .await
     }

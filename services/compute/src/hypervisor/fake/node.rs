@@ -19,6 +19,7 @@ use super::{
     inbox::{Inbox, Process},
     mirrors::MirrorJob,
     script::{CallScript, SendScript},
+    storage::Content,
     transfer::MemoryLoad,
 };
 use crate::hypervisor::Event;
@@ -87,6 +88,8 @@ pub struct NodeSpec {
     pub disk_bytes_s: u64,
     /// Whether its hypervisor can tell how fast a guest writes memory.
     pub tells_dirty_rate: bool,
+    /// How often a file's digest is asked for until it is there.
+    pub digest_takes_asks: u32,
 }
 
 impl Default for NodeSpec {
@@ -118,6 +121,7 @@ impl Default for NodeSpec {
             pools: BTreeMap::new(),
             disk_bytes_s: 500 << 20,
             tells_dirty_rate: true,
+            digest_takes_asks: 0,
         }
     }
 }
@@ -205,6 +209,8 @@ pub(super) struct Nature {
     pub(super) tokens: BTreeMap<String, u64>,
     /// What the files beside them ought to hold, by path.
     pub(super) file_tokens: BTreeMap<String, u64>,
+    /// What the files hold that it only reads, by path.
+    pub(super) reads: BTreeMap<String, Content>,
 }
 
 /// A guest's memory as one copy has it. It holds a counter that grows while
@@ -348,6 +354,10 @@ pub(super) struct Node {
     pub(super) send_scripts: Vec<SendScript>,
     /// Files that it sends stand still.
     pub(super) sends_stalled: bool,
+    /// Files that its agent cannot read.
+    pub(super) unreadable: BTreeSet<String>,
+    /// How often the digest of a content was asked for.
+    pub(super) digests_asked: BTreeMap<String, u32>,
 }
 
 impl Node {
@@ -365,6 +375,8 @@ impl Node {
             inboxes: BTreeMap::new(),
             send_scripts: Vec::new(),
             sends_stalled: false,
+            unreadable: BTreeSet::new(),
+            digests_asked: BTreeMap::new(),
         }
     }
 

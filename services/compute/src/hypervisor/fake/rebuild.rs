@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     super::{Definition, HypervisorError, RebuildDriver, Result, StorageFact},
     FakeDriver,
+    contents::read_paths,
     node::{Domain, Notes},
     script::Call,
     storage::{Content, File, directory_of, is_device},
@@ -108,13 +109,14 @@ impl World {
     }
 
     /// A fingerprint of a domain's lasting definition.
-    pub(super) fn digest(&self, domain: &Domain) -> String {
+    pub(super) fn digest(&self, host: &HostName, domain: &Domain) -> String {
+        let reads = self.read_contents(host, &domain.guest);
         let guest = Guest {
             power_state: PowerState::Shutdown,
             active_job: None,
             ..domain.guest.clone()
         };
-        let text = format!("{guest:?} {:?}", self.notes(guest.id));
+        let text = format!("{guest:?} {:?} {reads:?}", self.notes(guest.id));
         format!("{:x}", Sha256::digest(text))
     }
 
@@ -125,7 +127,9 @@ impl World {
         else {
             return Err(gone);
         };
-        let digest = self.domain(host, id).map(|domain| self.digest(domain));
+        let digest = self
+            .domain(host, id)
+            .map(|domain| self.digest(host, domain));
         let paths = files_of(&guest);
         Ok(KeptDefinition {
             instance: id,
@@ -135,6 +139,10 @@ impl World {
             identities: paths
                 .into_iter()
                 .map(|path| self.identify(host, path))
+                .collect(),
+            contents: read_paths(&guest)
+                .iter()
+                .map(|path| self.digested(host, path))
                 .collect(),
             guest,
         })

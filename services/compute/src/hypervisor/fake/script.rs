@@ -21,6 +21,12 @@ pub enum Call {
     RemoveMarks,
     /// `answer_destination`
     AnswerDestination,
+    /// `contents`
+    Contents,
+    /// `digests`
+    Digests,
+    /// `addresses`
+    Addresses,
     /// `create_disk`
     CreateDisk,
     /// `remove_disk`

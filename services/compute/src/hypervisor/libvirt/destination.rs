@@ -1,11 +1,16 @@
 //! What this node knows about a guest that may come.
 
 use std::{
-    collections::BTreeSet, ffi::CString, io::ErrorKind, os::unix::fs::PermissionsExt, path::Path,
+    ffi::CString,
+    io::ErrorKind,
+    net::{TcpListener, UdpSocket},
+    os::unix::fs::PermissionsExt,
+    path::Path,
 };
 
 use drover_model::{
     api::compute::{CpuVerdict, DiskFact, Mark, NetworkFact},
+    content::{AddressFact, BoundAddress},
     guest::{Disk, Guest, NicAttachment, Presence},
     ids::InstanceId,
 };
@@ -216,11 +221,10 @@ fn is_active_network(connect: &Connect, name: &str) -> CallResult<bool> {
 
 /// Asks the file system.
 pub(super) fn ask_files(guest: &Guest, marks: &[Mark]) -> Result<FileFacts> {
-    let shared = marks::shared_directories(marks);
     let mut disks = Vec::new();
     for disk in &guest.disks {
         if let Some(path) = disk.local_path() {
-            disks.push(disk_fact(disk, path, &shared)?);
+            disks.push(disk_fact(disk, path, marks)?);
         }
     }
     Ok(FileFacts {
@@ -236,7 +240,7 @@ fn is_executable(path: &str) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }
 
-fn disk_fact(disk: &Disk, path: &str, shared: &BTreeSet<String>) -> Result<DiskFact> {
+fn disk_fact(disk: &Disk, path: &str, marks: &[Mark]) -> Result<DiskFact> {
     let path = storage::checked(path)?;
     let directory = storage::directory(&path);
     let place = std::fs::metadata(directory).ok().filter(|m| m.is_dir());
@@ -247,7 +251,7 @@ fn disk_fact(disk: &Disk, path: &str, shared: &BTreeSet<String>) -> Result<DiskF
         .filter(|image| !exists(Path::new(&image.path)));
     Ok(DiskFact {
         target: disk.target.clone(),
-        shared: shared.contains(&directory.display().to_string()),
+        shared: marks::is_beside(&path, marks),
         exists: exists(&path),
         directory_exists: place.is_some(),
         file_system: place.map(|m| storage::file_system(&m)).unwrap_or_default(),
@@ -261,5 +265,50 @@ fn exists(path: &Path) -> bool {
     match std::fs::symlink_metadata(path) {
         Ok(_) => true,
         Err(error) => !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory),
+    }
+}
+
+/// Whether a guest could be bound to an address here.
+pub(super) fn address_fact(bound: &BoundAddress) -> AddressFact {
+    let port = bound.port.unwrap_or(0);
+    let tried = match bound.udp {
+        true => UdpSocket::bind((bound.address.as_str(), port)).map(drop),
+        false => TcpListener::bind((bound.address.as_str(), port)).map(drop),
+    };
+    AddressFact {
+        bound: bound.clone(),
+        error: tried.err().map(|error| match error.kind() {
+            ErrorKind::AddrNotAvailable => "no interface has it".to_owned(),
+            ErrorKind::AddrInUse => "another program has the port".to_owned(),
+            _ => error.to_string(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_there_or_is_not() {
+        let error = |address: &str, port, udp| {
+            let bound = BoundAddress {
+                address: address.to_owned(),
+                port,
+                udp,
+                what: "a console".to_owned(),
+            };
+            address_fact(&bound).error
+        };
+        for address in ["127.0.0.1", "0.0.0.0"] {
+            assert_eq!(error(address, None, false), None, "{address}");
+            assert_eq!(error(address, None, true), None, "{address}");
+        }
+        // Of a network for documentation, which nobody has.
+        assert!(error("192.0.2.1", None, false).is_some_and(|e| e.contains("no interface")));
+        assert!(error("192.0.2.1", None, true).is_some());
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        assert!(error("127.0.0.1", Some(port), false).is_some_and(|e| e.contains("port")));
     }
 }

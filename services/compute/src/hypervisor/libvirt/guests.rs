@@ -232,7 +232,7 @@ pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
                 disk.target
             ));
         }
-        let Some(path) = disk.local_path().filter(|_| disk.is_copied_when_local()) else {
+        let Some(path) = disk.local_path() else {
             continue;
         };
         match chain::below(path, &disk.format, places) {

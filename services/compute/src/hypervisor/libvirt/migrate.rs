@@ -16,7 +16,7 @@ use std::{
     sync::Arc,
 };
 
-use drover_model::guest::Guest;
+use drover_model::guest::{Disk, Guest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use virt::{connect::Connect, domain::Domain, sys};
 
@@ -113,7 +113,7 @@ fn flags(spec: &MigrateSpec, guest: &Guest) -> u32 {
     let copies = !spec.copied_disks.is_empty();
     add(copies && over_backing, sys::VIR_MIGRATE_NON_SHARED_INC);
     add(copies && !over_backing, sys::VIR_MIGRATE_NON_SHARED_DISK);
-    add(!spec.shared_disks.is_empty(), sys::VIR_MIGRATE_UNSAFE);
+    add(takes_our_word(spec, guest), sys::VIR_MIGRATE_UNSAFE);
     add(spec.options.post_copy, sys::VIR_MIGRATE_POSTCOPY);
     add(spec.options.auto_converge, sys::VIR_MIGRATE_AUTO_CONVERGE);
     add(
@@ -121,6 +121,20 @@ fn flags(spec: &MigrateSpec, guest: &Guest) -> u32 {
         sys::VIR_MIGRATE_PARALLEL,
     );
     flags
+}
+
+/// Whether libvirt is told not to look for itself (`VIR_MIGRATE_UNSAFE`). The flag
+/// is for the whole guest: there must be disks that libvirt may refuse, and every
+/// one of them must be known to be the same file on both nodes, not cached by
+/// either. It never refuses what is only read or is copied.
+fn takes_our_word(spec: &MigrateSpec, guest: &Guest) -> bool {
+    let is_doubted = |disk: &&Disk| {
+        disk.local_path().is_some() && !disk.read_only && !spec.copied_disks.contains(&disk.target)
+    };
+    let has_earned_it =
+        |disk: &Disk| spec.shared_disks.contains(&disk.target) && disk.is_coherent_when_shared();
+    let doubted: Vec<&Disk> = guest.disks.iter().filter(is_doubted).collect();
+    !doubted.is_empty() && doubted.into_iter().all(has_earned_it)
 }
 
 /// A libvirt URI that leads to another node and nowhere else. Some transports

@@ -51,6 +51,7 @@ use std::{
 use async_trait::async_trait;
 use drover_model::{
     api::compute::Mark,
+    content::{AddressFact, BoundAddress, FileContent, Seen},
     guest::{Disk, Guest, Presence},
     ids::{InstanceId, MigrationId},
     node::{InstanceReport, Inventory},
@@ -66,7 +67,11 @@ use self::{
     jobs::Switching,
     migrate::Mover,
     network::Ports,
-    storage::{image, marks, measure::Measurer},
+    storage::{
+        content::{self, Digests},
+        image, marks,
+        measure::Measurer,
+    },
     usage::Usages,
 };
 use super::{
@@ -88,7 +93,13 @@ pub struct LibvirtDriver {
     measurer: Measurer,
     /// The room of the instances' file system, as it was last known.
     room: Mutex<Option<Room>>,
+    digests: Digests,
 }
+
+/// How long small files' digests are waited for.
+const AT_ONCE: Duration = Duration::from_secs(1);
+/// Pause between two looks at them.
+const LOOK: Duration = Duration::from_millis(10);
 
 impl LibvirtDriver {
     /// Starts to connect and returns at once, whether libvirt is there or not;
@@ -113,6 +124,7 @@ impl LibvirtDriver {
             usages: Usages::default(),
             measurer: Measurer::default(),
             room: Mutex::default(),
+            digests: Digests::default(),
             link,
             settings,
         }))
@@ -141,6 +153,29 @@ impl LibvirtDriver {
             None => Ok(last().unwrap_or_default()),
         }
     }
+
+    /// What is in files; what takes longer to read is said to be under way.
+    async fn digests_within(&self, paths: &[String], limit: Duration) -> Result<Vec<FileContent>> {
+        let deadline = tokio::time::Instant::now() + limit;
+        loop {
+            let (paths, digests) = (paths.to_vec(), self.digests.clone());
+            let look = move || Ok(paths.iter().map(|p| digested(p, &digests)).collect());
+            let found: Vec<FileContent> = self.calls.files(Effect::Read, look).await?;
+            let over = tokio::time::Instant::now() >= deadline;
+            if over || !found.iter().any(FileContent::is_working) {
+                return Ok(found);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+fn digested(path: &str, digests: &Digests) -> FileContent {
+    let mut found = content::look(path, &[]);
+    if let Seen::File { digest, .. } = &mut found.seen {
+        *digest = digests.of(path);
+    }
+    found
 }
 
 #[async_trait]
@@ -222,6 +257,23 @@ impl Hypervisor for LibvirtDriver {
             same_name: libvirt.same_name,
             disks: files.disks,
         })
+    }
+
+    async fn contents(&self, paths: &[String], marks: &[Mark]) -> Result<Vec<FileContent>> {
+        let (paths, marks) = (paths.to_vec(), marks.to_vec());
+        let look = move || Ok(paths.iter().map(|p| content::look(p, &marks)).collect());
+        self.calls.files(Effect::Read, look).await
+    }
+
+    async fn digests(&self, paths: &[String]) -> Result<Vec<FileContent>> {
+        self.digests_within(paths, AT_ONCE).await
+    }
+
+    async fn addresses(&self, bound: &[BoundAddress]) -> Result<Vec<AddressFact>> {
+        let bound = bound.to_vec();
+        // Names are looked up, which blocks.
+        let look = move || Ok(bound.iter().map(destination::address_fact).collect());
+        self.calls.files(Effect::Read, look).await
     }
 
     async fn reach(&self, address: &str, port: u16) -> std::result::Result<(), Unreached> {

@@ -6,7 +6,8 @@ use std::{fs, io::ErrorKind, os::unix::fs::MetadataExt, time::Duration};
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{KeptDefinition, StorageIdentity},
-    guest::{Guest, GuestFileKind, Presence},
+    content::{self, FileContent, Seen, UseRole},
+    guest::{Guest, GuestFileKind, PowerState, Presence},
     ids::InstanceId,
 };
 use sha2::{Digest, Sha256};
@@ -22,33 +23,68 @@ use super::{
     blocking::Effect,
     errors::{self, CallResult},
     ffi, guests, standing,
-    storage::identity,
+    storage::{
+        chain::{self, Places},
+        content as contents, identity,
+    },
     usage,
     xml::{self, notes},
 };
-use crate::hypervisor::{ColdDriver, HypervisorError, RebuildDriver, Result, StorageFact};
+use crate::hypervisor::{
+    ColdDriver, Hypervisor, HypervisorError, RebuildDriver, Result, StorageFact,
+};
 
 /// How long a dirty rate is measured, seconds.
 const MEASURING_S: i32 = 1;
+/// Longest file whose digest is kept for the day on which its node is dead, bytes.
+const MOST_KEPT_BYTES: u64 = 64 << 30;
+/// How long digests are waited for that are kept; those that take longer are asked
+/// for again.
+const KEPT_AT_ONCE: Duration = Duration::from_millis(200);
 /// How often its end is looked for.
 const LOOK: Duration = Duration::from_millis(200);
 /// How long until it counts as never.
 const LONGEST_MEASURING: Duration = Duration::from_secs(10);
 
-/// A fingerprint of a lasting definition and of the files that its disks are: one
-/// that was put in another's place is another on its storage. None while a file
-/// cannot be looked at: what is known of it is not to be lost over that.
+/// A fingerprint of a lasting definition and of the files that it names: a disk
+/// that was put in another's place is another on its storage, and a file that is
+/// only read is another when it was written. None while a file cannot be looked
+/// at: what is known of it is not to be lost over that.
 pub(super) fn digest(text: &str) -> Option<String> {
     let mut hash = Sha256::new_with_prefix(text);
-    for (_, path) in xml::disk_files(text).ok()? {
-        let number = match fs::metadata(&path) {
-            Ok(file) => Some(file.ino()),
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            Err(_) => return None,
+    for (path, is_written) in files_of(text)? {
+        let seen = match is_written {
+            true => match fs::metadata(&path) {
+                Ok(file) => Some(file.ino().to_string()),
+                Err(error) if error.kind() == ErrorKind::NotFound => None,
+                Err(_) => return None,
+            },
+            false => contents::stamp(&path).ok()?,
         };
-        hash.update(format!("{path} {number:?}"));
+        hash.update(format!("{path} {seen:?}"));
     }
     Some(format!("{:x}", hash.finalize()))
+}
+
+/// The local files of a lasting definition, and which of them its guest writes.
+fn files_of(text: &str) -> Option<Vec<(String, bool)>> {
+    let outside = xml::Outside {
+        power_state: PowerState::Shutdown,
+        persistent: true,
+    };
+    let guest = xml::guest(text, outside).ok()?;
+    // Wherever a chain leads: it is only looked at.
+    let anywhere = Places(vec!["/".into()]);
+    let drives = guest.disks.iter().filter_map(|disk| {
+        let below = chain::below(disk.local_path()?, &disk.format, &anywhere);
+        Some(below.unwrap_or_default())
+    });
+    let below: Vec<_> = drives.flatten().map(|image| (image.path, false)).collect();
+    let named = guest.uses().into_iter().map(|u| {
+        let is_written = matches!(u.role, UseRole::Own | UseRole::SharedDisk);
+        (u.path, is_written)
+    });
+    Some(named.chain(below).collect())
 }
 
 /// A lasting definition, and whether it has secrets that are not in it.
@@ -153,6 +189,34 @@ fn measured(connect: &Connect, id: InstanceId) -> CallResult<Option<u64>> {
     Ok(rate.filter(|_| done))
 }
 
+impl LibvirtDriver {
+    /// What is in the files that a guest only reads.
+    async fn kept_contents(&self, guest: &Guest) -> Result<Vec<FileContent>> {
+        let uses = guest.uses().into_iter();
+        let read = uses.filter(|u| !matches!(u.role, UseRole::Own | UseRole::SharedDisk));
+        let paths: Vec<String> = read.map(|u| u.path).collect();
+        let mut found = self.contents(&paths, &[]).await?;
+        let is_large = |file: &FileContent| match &file.seen {
+            Seen::File { length_bytes, .. } => *length_bytes > MOST_KEPT_BYTES,
+            _ => true,
+        };
+        let small = found.iter().filter(|file| !is_large(file));
+        let small: Vec<String> = small.map(|file| file.path.clone()).collect();
+        let digested = self.digests_within(&small, KEPT_AT_ONCE).await?;
+        for file in &mut found {
+            if let Some(digested) = digested.iter().find(|d| d.path == file.path) {
+                *file = digested.clone();
+            } else if let Seen::File { digest, .. } = &mut file.seen {
+                let gib = MOST_KEPT_BYTES >> 30;
+                *digest = content::Digest::Failed {
+                    error: format!("it was not read beforehand, as it is larger than {gib} GiB"),
+                };
+            }
+        }
+        Ok(found)
+    }
+}
+
 #[async_trait]
 impl RebuildDriver for LibvirtDriver {
     async fn kept_definition(&self, id: InstanceId) -> Result<KeptDefinition> {
@@ -160,6 +224,7 @@ impl RebuildDriver for LibvirtDriver {
         let (domain, has_secrets) = self.calls.guest(Effect::Read, id, take).await?;
         let guest = self.lasting_guest(id).await?;
         let guest = guest.ok_or(HypervisorError::NoSuchGuest(id))?;
+        let contents = self.kept_contents(&guest).await?;
         let look = move || {
             let unseen = || HypervisorError::Failed("a disk cannot be looked at".to_owned());
             Ok(KeptDefinition {
@@ -169,6 +234,7 @@ impl RebuildDriver for LibvirtDriver {
                 identities: identities(&guest),
                 domain,
                 guest,
+                contents,
             })
         };
         self.calls.files(Effect::Change, look).await
@@ -221,9 +287,13 @@ mod tests {
     fn a_digest_tells_one_file_from_another_at_its_place() {
         let directory = tempfile::tempdir().unwrap();
         let (disk, other) = (directory.path().join("vda"), directory.path().join("new"));
+        let kernel = directory.path().join("kernel");
         let text = format!(
-            "<domain><devices><disk type='file' device='disk'><source file='{}'/>\
-             <target dev='vda'/></disk></devices></domain>",
+            "<domain type='kvm'><name>a</name><uuid>6f1f3a36-6b3e-4a7e-9f0a-1d9a4b7d0001</uuid>\
+             <memory unit='MiB'>1</memory><vcpu>1</vcpu><os><type arch='x86_64'>hvm</type>\
+             <kernel>{}</kernel></os><devices><disk type='file' device='disk'>\
+             <source file='{}'/><target dev='vda'/></disk></devices></domain>",
+            kernel.display(),
             disk.display()
         );
         let none = digest(&text).unwrap();
@@ -235,5 +305,7 @@ mod tests {
         fs::rename(&other, &disk).unwrap();
         let second = digest(&text).unwrap();
         assert!(none != first && first != second && second != none);
+        fs::write(&kernel, "what is only read is another when it is written").unwrap();
+        assert_ne!(digest(&text).unwrap(), second);
     }
 }

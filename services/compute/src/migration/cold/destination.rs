@@ -10,6 +10,7 @@ use drover_model::{
         },
         fault::Fault,
     },
+    content::CheckedFile,
     error::ErrorClass,
     guest::Presence,
     ids::InstanceId,
@@ -19,6 +20,7 @@ use tracing::{info, warn};
 use super::{
     super::{
         actor::{Actor, Stage},
+        contents::{are_all_checked, are_as_checked},
         destroy::{self, Redundant, Reverting, lasting_files},
         past::Finished,
     },
@@ -214,6 +216,9 @@ impl Actor {
         let presence = presence.map_err(fault)?;
         if !presence.is_active() {
             self.define_what_came(&step, presence).await?;
+            if let Some(checked) = &step.checked {
+                self.nothing_has_changed(step.instance, checked).await?;
+            }
             if step.start && record.reverted != Some(false) {
                 self.start_what_came(step.instance).await?;
             }
@@ -291,6 +296,22 @@ impl Actor {
         self.write_coming(&record).await?;
         self.stage = Stage::Coming(Box::new(record));
         Ok(())
+    }
+
+    /// Whether what the guest uses here is what was looked at, or was carried.
+    async fn nothing_has_changed(
+        &self,
+        instance: InstanceId,
+        checked: &[CheckedFile],
+    ) -> Result<(), Fault> {
+        let hypervisor = &*self.node.hypervisor;
+        are_as_checked(hypervisor, checked).await?;
+        let defined = hypervisor.lasting_guest(instance).await.map_err(fault)?;
+        let Some(guest) = defined else {
+            return Err(Fault::not_now("the guest is no longer defined here"));
+        };
+        let files = &self.coming(instance)?.files;
+        are_all_checked(&guest, checked, |path| files.iter().any(|f| f.path == path))
     }
 
     fn coming(&self, instance: InstanceId) -> Result<&ComingRecord, Fault> {

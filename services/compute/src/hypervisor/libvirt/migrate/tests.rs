@@ -85,12 +85,74 @@ fn only_listed_disks_are_copied_and_chains_incrementally() {
     order(&spec(&["vdz"]), &guest).unwrap_err();
 }
 
+/// A disk in those words: its target is `vdX`, its file `/X`.
+fn drive(letter: char, words: &str) -> String {
+    format!("<disk type='file'><source file='/{letter}'/><target dev='vd{letter}'/>{words}</disk>")
+}
+
 #[test]
-fn proven_sharing_is_vouched_for() {
-    let mut shared = spec(&[]);
-    shared.shared_disks = vec!["vda".to_owned()];
-    let order = order(&shared, &guest_with(FLAT, true)).unwrap();
-    assert!(has(&order, sys::VIR_MIGRATE_UNSAFE));
+fn libvirts_own_look_is_spared_only_where_every_disk_has_earned_it() {
+    let none = "<driver name='qemu' cache='none'/>";
+    let back = "<driver name='qemu' cache='writeback'/>";
+    let cases: [(&str, Vec<String>, &[&str], &[&str], bool); 9] = [
+        ("nothing to vouch for", vec![], &[], &[], false),
+        ("the same file", vec![drive('a', none)], &[], &["vda"], true),
+        (
+            "cached by the host",
+            vec![drive('a', back)],
+            &[],
+            &["vda"],
+            false,
+        ),
+        (
+            "cached by default",
+            vec![drive('a', "")],
+            &[],
+            &["vda"],
+            false,
+        ),
+        (
+            "not known to be the same",
+            vec![drive('a', none)],
+            &[],
+            &[],
+            false,
+        ),
+        (
+            "one of two is not known",
+            vec![drive('a', none), drive('b', none)],
+            &[],
+            &["vda"],
+            false,
+        ),
+        (
+            "the other is copied",
+            vec![drive('a', none), drive('b', back)],
+            &["vdb"],
+            &["vda"],
+            true,
+        ),
+        (
+            "the other is only read, which libvirt does not mind",
+            vec![drive('a', none), drive('b', "<readonly/>")],
+            &[],
+            &["vda", "vdb"],
+            true,
+        ),
+        (
+            "only read",
+            vec![drive('a', "<readonly/>")],
+            &[],
+            &["vda"],
+            false,
+        ),
+    ];
+    for (what, disks, copied, shared, expected) in cases {
+        let mut spec = spec(copied);
+        spec.shared_disks = shared.iter().map(|t| (*t).to_owned()).collect();
+        let order = order(&spec, &guest_with(&disks.concat(), true)).unwrap();
+        assert_eq!(has(&order, sys::VIR_MIGRATE_UNSAFE), expected, "{what}");
+    }
 }
 
 #[test]

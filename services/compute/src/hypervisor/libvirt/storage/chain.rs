@@ -10,7 +10,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{Read, Seek, SeekFrom},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -95,6 +95,17 @@ pub(in super::super) fn below(
 pub(in super::super) fn leads_by_its_place(image: &Path) -> std::io::Result<bool> {
     let backing = read_header(image)?.backing;
     Ok(backing.is_some_and(|(name, _)| !name.starts_with('/')))
+}
+
+/// Whether it is a qcow2 image that keeps what is in it in another file. Of what
+/// starts like one by chance this errs to the safe side.
+pub(super) fn has_data_elsewhere(file: &File) -> bool {
+    let mut bytes = [0_u8; 80];
+    let read = file.read_exact_at(&mut bytes, 0);
+    read.is_ok()
+        && bytes[..4] == *b"QFI\xfb"
+        && word(&bytes, 4) >= 3
+        && long(&bytes, 72) & DATA_FILE != 0
 }
 
 /// The plain absolute path that a header's text stands for.

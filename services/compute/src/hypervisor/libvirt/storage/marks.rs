@@ -1,11 +1,14 @@
-//! Marks: small files that a source leaves beside its disks. A destination that
-//! finds one with the same content sees the same directory.
+//! Marks: small files that a source leaves beside its disks and what lies under
+//! them. A destination that finds one with the same content sees the same directory.
+//!
+//! A file that is a link to another directory has its mark there: the directory of
+//! the link says nothing about what it leads to.
 
 use std::{
     collections::BTreeSet,
     fs::{File, OpenOptions},
     io::{ErrorKind, Read, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -24,8 +27,8 @@ const PREFIX: &str = ".drover-mark-";
 /// Longest mark that is read, bytes.
 const LONGEST_MARK: u64 = 200;
 
-/// Leaves a mark in the directory of each local disk. What goes wrong with one
-/// is told in it and hinders no other.
+/// Leaves a mark in the directory of each local disk and of each image under one.
+/// What goes wrong with one is told in it and hinders no other.
 pub(in super::super) fn leave(migration: MigrationId, disks: &[Disk]) -> Vec<Mark> {
     let mut marks = Vec::new();
     for directory in directories(disks) {
@@ -52,11 +55,32 @@ pub(in super::super) fn leave(migration: MigrationId, disks: &[Disk]) -> Vec<Mar
 }
 
 fn directories(disks: &[Disk]) -> BTreeSet<PathBuf> {
-    let files = disks.iter().filter_map(|disk| match &disk.source {
+    let tops = disks.iter().filter_map(|disk| match &disk.source {
         DiskSource::File { path } => checked(path).ok(),
         _ => None,
     });
-    files.map(|path| directory(&path).to_path_buf()).collect()
+    let images = disks.iter().flat_map(|disk| &disk.backing);
+    let images = images.filter_map(|image| checked(&image.path).ok());
+    let files = tops.chain(images.filter(|path| !is_device(path)));
+    files.map(|path| place_of(&path)).collect()
+}
+
+fn is_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
+}
+
+/// The directory that a file is in: its own name's, unless that is a link.
+fn place_of(path: &Path) -> PathBuf {
+    let is_link = std::fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink());
+    let leads_to = is_link.then(|| std::fs::canonicalize(path).ok()).flatten();
+    directory(leads_to.as_deref().unwrap_or(path)).to_path_buf()
+}
+
+/// Whether one of these marks lies beside a file here.
+pub(in super::super) fn is_beside(path: &Path, marks: &[Mark]) -> bool {
+    let place = place_of(path).display().to_string();
+    let mut of_place = marks.iter().filter(|mark| mark.directory == place);
+    of_place.any(is_seen)
 }
 
 fn block_devices(disks: &[Disk]) -> impl Iterator<Item = String> {
@@ -154,12 +178,6 @@ fn remove_one(path: &str) -> Result<()> {
     }
 }
 
-/// Directories of those marks that are seen from here, too.
-pub(in super::super) fn shared_directories(marks: &[Mark]) -> BTreeSet<String> {
-    let seen = marks.iter().filter(|mark| is_seen(mark));
-    seen.map(|mark| mark.directory.clone()).collect()
-}
-
 fn is_seen(mark: &Mark) -> bool {
     let Some(path) = mark.path.as_deref().and_then(|path| checked(path).ok()) else {
         return false;
@@ -202,15 +220,15 @@ mod tests {
         let marks = leave(migration, &disks);
         assert_eq!(marks.len(), 1, "one directory, one mark");
         assert_eq!(marks, leave(migration, &disks), "asking twice leaves one");
-        assert!(shared_directories(&marks).contains(&place));
+        assert!(is_beside(Path::new(&format!("{place}/a.img")), &marks));
 
         let mut forged = marks.clone();
         forged[0].content = "something else".to_owned();
-        assert!(shared_directories(&forged).is_empty());
+        assert!(!is_beside(Path::new(&format!("{place}/a.img")), &forged));
 
         remove(&marks).unwrap();
         remove(&marks).unwrap();
-        assert!(shared_directories(&marks).is_empty());
+        assert!(!is_beside(Path::new(&format!("{place}/a.img")), &marks));
     }
 
     #[test]
@@ -237,8 +255,38 @@ mod tests {
             .path()
             .join(format!("{PREFIX}{}", MigrationId::generate()));
         std::os::unix::fs::symlink(&victim, &link).unwrap();
-        assert!(shared_directories(&[mark(&link)]).is_empty());
+        assert!(!is_beside(&victim, &[mark(&link)]));
         remove(&[mark(&link)]).unwrap();
         assert!(victim.exists());
+    }
+
+    #[test]
+    fn a_link_has_its_mark_where_it_leads() {
+        let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let target = there.path().join("base.img");
+        std::fs::write(&target, "bytes").unwrap();
+        let link = here.path().join("base.img");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let plain = here.path().join("a.img");
+        let mut over = disk(plain.to_str().unwrap());
+        over.backing.push(drover_model::guest::BackingImage {
+            path: link.display().to_string(),
+            format: "raw".to_owned(),
+            allocated_bytes: 0,
+        });
+        let marks = leave(MigrationId::generate(), &[over]);
+        assert_eq!(
+            marks.len(),
+            2,
+            "of the disk and of what lies under it: {marks:?}"
+        );
+        assert!(is_beside(&plain, &marks) && is_beside(&link, &marks));
+        // Another node's link of that name leads elsewhere.
+        let elsewhere = tempfile::tempdir().unwrap();
+        std::fs::write(elsewhere.path().join("base.img"), "others").unwrap();
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path().join("base.img"), &link).unwrap();
+        assert!(!is_beside(&link, &marks));
+        remove(&marks).unwrap();
     }
 }

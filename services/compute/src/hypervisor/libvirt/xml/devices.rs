@@ -65,6 +65,7 @@ pub(super) fn immovable(domain: &Element, devices: &Element) -> Vec<Immovable> {
     found.extend(children(devices, "memory").filter_map(memory_device));
     found.extend(children(devices, "shmem").filter_map(shared_memory));
     found.extend(children(devices, "smartcard").filter_map(smartcard));
+    found.extend(children(devices, "input").filter_map(host_input));
     for kind in ["serial", "parallel", "console", "channel", "redirdev"] {
         found.extend(children(devices, kind).filter_map(character_device));
     }
@@ -221,6 +222,18 @@ fn smartcard(element: &Element) -> Option<Immovable> {
     let mode = attribute(element, "mode")?;
     mode.starts_with("host")
         .then(|| is(ImmovableKind::HostDevice, format!("smart card ({mode})")))
+}
+
+/// A keyboard, mouse or the like of the host.
+fn host_input(element: &Element) -> Option<Immovable> {
+    let kind = attribute(element, "type")?;
+    if !matches!(kind, "passthrough" | "evdev") {
+        return None;
+    }
+    let source = element.get_child("source");
+    let path = source.and_then(|s| attribute(s, "evdev").or_else(|| attribute(s, "dev")));
+    let what = format!("input {}", path.unwrap_or("?"));
+    Some(is(ImmovableKind::HostDevice, what))
 }
 
 fn character_device(element: &Element) -> Option<Immovable> {

@@ -1,12 +1,14 @@
 //! Domain XML read into the model. Pure: text in, [`Guest`] or a typed error out.
 //! Sizes of disks are not in the XML and stay 0 here.
 
+mod bound;
 mod devices;
 mod disks;
 pub(super) mod flavor;
 pub(super) mod handover;
 pub(super) mod notes;
 pub(super) mod owner;
+mod reads;
 pub(super) mod rewire;
 #[cfg(test)]
 mod tests;
@@ -133,6 +135,8 @@ pub(super) fn guest(xml: &str, outside: Outside) -> Result<Guest> {
         nics: devices::nics(devices),
         immovable,
         files: Vec::new(),
+        reads: reads::read(&domain, devices),
+        bound: bound::read(devices),
         snapshots: Vec::new(),
         external_snapshots: Vec::new(),
         active_job: disks.block_job,

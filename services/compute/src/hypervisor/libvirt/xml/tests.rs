@@ -412,3 +412,106 @@ fn what_is_nested_without_end_is_refused() {
     let flat = format!("<cpu>{}</cpu>", "<a b='>'/><c></c>".repeat(1000));
     assert!(parse(&flat, "cpu").is_ok());
 }
+
+#[test]
+fn every_file_that_a_definition_names_is_read() {
+    let text = domain(
+        "",
+        "<interface type='bridge'><source bridge='b'/><rom file='/rom'/></interface>
+         <hostdev mode='subsystem' type='pci'><source/><rom bar='on' file='/vbios'/></hostdev>",
+    );
+    let text = text.replace(
+        "<boot dev='hd'/>",
+        "<loader readonly='yes' type='pflash'>/code.fd</loader>
+         <nvram template='/vars.fd'>/nvram/own.fd</nvram>
+         <kernel>/vmlinuz</kernel><initrd>/initrd</initrd><dtb>/board.dtb</dtb>
+         <acpi><table type='slic'>/slic</table></acpi>",
+    );
+    let text = text.replace(
+        "<devices>",
+        "<sysinfo type='fwcfg'><entry name='opt/a' file='/fwcfg'/>
+         <entry name='opt/b'>in here</entry></sysinfo><devices>",
+    );
+    let found = guest(&text, RUNNING).unwrap();
+    let paths: Vec<_> = found.reads.iter().map(|f| f.path.as_str()).collect();
+    let expected = [
+        "/vmlinuz",
+        "/initrd",
+        "/board.dtb",
+        "/code.fd",
+        "/vars.fd",
+        "/slic",
+        "/fwcfg",
+        "/rom",
+        "/vbios",
+    ];
+    assert_eq!(paths, expected, "and not its own variables");
+    assert_eq!(found.uses().len(), expected.len());
+    assert_eq!(read("", "").reads, []);
+}
+
+#[test]
+fn addresses_are_read_wherever_something_listens() {
+    let bound = |devices: &str| -> Vec<(String, Option<u16>, bool)> {
+        let found = read("", devices).bound.into_iter();
+        found.map(|b| (b.address, b.port, b.udp)).collect()
+    };
+    let there = |port, udp| vec![("192.0.2.1".to_owned(), port, udp)];
+    for device in [
+        "<graphics type='vnc' port='5900' autoport='yes' listen='192.0.2.1'>
+         <listen type='address' address='192.0.2.1'/></graphics>",
+        "<graphics type='spice' autoport='yes' listen='192.0.2.1'/>",
+    ] {
+        assert_eq!(bound(device), there(None, false), "{device}");
+    }
+    let fixed = "<graphics type='vnc' port='5905' autoport='no' listen='192.0.2.1'/>";
+    assert_eq!(bound(fixed), there(Some(5905), false));
+    for name in ["serial", "console", "parallel", "channel"] {
+        let device = format!(
+            "<{name} type='tcp'><source mode='bind' host='192.0.2.1' service='4555'/>
+             <protocol type='telnet'/></{name}>"
+        );
+        assert_eq!(bound(&device), there(Some(4555), false), "{name}");
+    }
+    let udp = "<serial type='udp'><source mode='bind' host='192.0.2.1' service='2'/>
+               <source mode='connect' host='203.0.113.9' service='3'/></serial>";
+    assert_eq!(bound(udp), there(Some(2), true));
+    for device in [
+        "<rng model='virtio'><backend model='egd' type='tcp'>
+         <source mode='bind' host='192.0.2.1' service='8'/></backend></rng>",
+        "<redirdev bus='usb' type='tcp'><source mode='bind' host='192.0.2.1' service='8'/></redirdev>",
+        "<smartcard mode='passthrough' type='tcp'>
+         <source mode='bind' host='192.0.2.1' service='8'/></smartcard>",
+        "<interface type='server'><source address='192.0.2.1' port='8'/></interface>",
+    ] {
+        assert_eq!(bound(device), there(Some(8), false), "{device}");
+    }
+    let nic = "<interface type='udp'><source address='203.0.113.9' port='1'>
+               <local address='192.0.2.1' port='9'/></source></interface>";
+    assert_eq!(bound(nic), there(Some(9), true));
+    for everywhere in [
+        "<graphics type='vnc' autoport='yes' listen='127.0.0.1'/>",
+        "<graphics type='vnc' autoport='yes' listen='0.0.0.0'/>",
+        "<graphics type='vnc' autoport='yes'><listen type='address' address='::'/></graphics>",
+        "<graphics type='vnc'><listen type='socket' socket='/s'/></graphics>",
+        "<graphics type='vnc' autoport='yes'>
+         <listen type='network' address='192.0.2.1' network='default'/></graphics>",
+        "<serial type='tcp'><source mode='connect' host='192.0.2.1' service='1'/></serial>",
+        "<serial type='unix'><source mode='bind' path='/s'/></serial>",
+        "<serial type='pty'/>",
+    ] {
+        assert_eq!(bound(everywhere), [], "{everywhere}");
+    }
+}
+
+#[test]
+fn an_input_device_of_the_host_stays() {
+    for device in [
+        "<input type='passthrough' bus='virtio'><source evdev='/dev/input/event1'/></input>",
+        "<input type='evdev'><source dev='/dev/input/event1'/></input>",
+    ] {
+        let expected = (Kind::HostDevice, "input /dev/input/event1".to_owned());
+        assert_eq!(immovable(device), [expected]);
+    }
+    assert_eq!(immovable("<input type='tablet' bus='usb'/>"), []);
+}

@@ -97,7 +97,9 @@ const DESTRUCTIVE: &[(&str, &[&str], &[&str])] = &[
             "Survivor {",
             "RemoveCopy {",
             "PostLiveMigration {",
-            "RevertResize {",
+            "= RevertResize {",
+            "::RevertResize {",
+            "(RevertResize {",
         ],
         &[
             "services/conductor/src/task/proof.rs",

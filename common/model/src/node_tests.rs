@@ -1,3 +1,5 @@
+//! Reports of which something cannot be taken in.
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -47,7 +49,7 @@ fn one_entry_that_cannot_be_taken_in_costs_no_other_its_place() {
         with(ID, "power_state", json!("hibernating")),
         with(ID, "memory_mib", json!(-1)),
         with(ID, "wishes", json!("none")),
-        with(ID, "usage", json!([1, 2])),
+        with(ID, "usage", json!(3)),
         with(ID, "name", json!(null)),
     ];
     for one in odd {

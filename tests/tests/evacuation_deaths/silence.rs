@@ -374,6 +374,12 @@ async fn a_node_that_is_on_again_when_its_guests_would_start_is_noticed() {
     dies(&mut cloud, "kvm1");
     told.switch("kvm1", true);
     silence().await;
+    // What follows the proof takes its time.
+    cloud.broker.set_faults(Faults {
+        delay_min: Duration::from_millis(200),
+        delay_max: Duration::from_millis(300),
+        ..Faults::default()
+    });
     let begun = cloud.operate(&Task::Evacuate(options(false))).await;
     let begun = begun.expect("it is taken");
     let proven = |o: &Operation| o.proof.is_some();

@@ -7,7 +7,7 @@ use drover_model::{
     api::{
         compute::{
             AgentStatus, CleanUp, Doing, Ended, GuestLocation, JobState, KeptDefinition, Known,
-            LiveMigration, Outcome, RebuildInstance, TransferPlan, method,
+            LiveMigration, Outcome, RebuildInstance, RemoveCopy, TransferPlan, method,
         },
         conductor::EvacuatedAnswer,
         fault::{Fault, code},
@@ -104,8 +104,13 @@ async fn a_step_under_a_lower_epoch_is_fenced_also_after_a_restart() {
         let doing = Doing::Arriving;
         assert_eq!(known, Known::UnderWay { doing }, "nothing was undone");
     }
+    let undo = RemoveCopy {
+        migration: m.step.migration,
+        instance: m.step.instance,
+        survivor: world.survivor(A, &m).await,
+    };
     let undone: CleanUp = world
-        .call_under(3, B, method::ROLLBACK_AT_DESTINATION, &m.step)
+        .call_under(3, B, method::ROLLBACK_AT_DESTINATION, &undo)
         .await
         .unwrap();
     assert_eq!(undone.removed.len(), 1);
@@ -202,6 +207,7 @@ fn beginnings(world: &World, m: &Move, guest: &Guest) -> Vec<(&'static str, Valu
         copied_disks: m.copied.clone(),
         shared_disks: Vec::new(),
         options: m.options.clone(),
+        checked: None,
     };
     let rebuild = json!({"domain": "<domain/>", "generation": 1});
     let leave = json!({
@@ -300,6 +306,7 @@ async fn a_step_that_has_to_wait_is_not_overtaken_by_what_takes_it_back() {
         instance: m.step.instance,
         domain: kept.domain,
         generation: 1,
+        checked: Vec::new(),
     };
     let prepared = world.call::<()>(B, method::PREP_REBUILD, &rebuild);
     let taken_back = async {

@@ -64,7 +64,10 @@ fn states_that_move_cold() {
     let of = |state, options: ColdOptions| {
         let mut row = instance();
         row.power_state = state;
-        codes(&request(&row, &Way::Cold(options), None))
+        let way = Way::Cold(options);
+        let mut failures = request(&row, &way, None);
+        failures.extend(recorded(&row, &way));
+        codes(&failures)
     };
     use PowerState as P;
     for state in [P::Running, P::Shutdown, P::Crashed] {

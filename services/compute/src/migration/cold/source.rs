@@ -546,6 +546,9 @@ impl Actor {
     /// What was answered last; of a migration that this agent does not know, that
     /// it may have left something here.
     async fn nothing_known(&self) -> Result<CleanUp, Fault> {
+        if self.registry.known(self.migration) == Known::Lost {
+            return Err(journal_lost(self.migration));
+        }
         let finished = self.registry.finished(self.migration).await?;
         Ok(match finished {
             Some(finished) => finished.clean_up,

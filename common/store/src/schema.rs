@@ -63,6 +63,12 @@ const CHANGES: &[Change] = &[
         kind: Kind::Expands,
         sql: include_str!("../migrations/0004_soundness.sql"),
     },
+    Change {
+        version: 7,
+        name: "cleanups",
+        kind: Kind::Expands,
+        sql: include_str!("../migrations/0007_cleanups.sql"),
+    },
 ];
 
 fn newest() -> i64 {

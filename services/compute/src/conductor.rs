@@ -23,6 +23,8 @@ use tracing::debug;
 /// a minute of one migration. Beyond it the newest is dropped: nobody reads
 /// progress that old.
 const MAX_WAITING_REPORTS: usize = 64;
+/// How long a report on a migration may wait to be read; newer ones follow it.
+const PROGRESS_WAITS: Duration = Duration::from_secs(30);
 /// How long a frontend's wish waits for the conductor.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -67,13 +69,20 @@ impl Conductor {
 
     /// Sends a report on a migration.
     pub(crate) async fn send_report(&self, report: &MigrationReport) -> Result<(), RpcError> {
-        self.cast(method::MIGRATION_PROGRESS, report, &service())
+        let waits = Some(PROGRESS_WAITS);
+        self.cast(method::MIGRATION_PROGRESS, report, &service(), waits)
             .await
     }
 
-    /// Sends a report on the node.
-    pub(crate) async fn report_state(&self, report: &NodeReport) -> Result<(), RpcError> {
-        self.cast(method::REPORT_STATE, report, &service()).await
+    /// Sends a report on the node. One that was not read when it is so old is never read: a dead
+    /// node is not to be heard of.
+    pub(crate) async fn report_state(
+        &self,
+        report: &NodeReport,
+        waits: Duration,
+    ) -> Result<(), RpcError> {
+        self.cast(method::REPORT_STATE, report, &service(), Some(waits))
+            .await
     }
 
     /// Passes on a frontend's wish to abort.
@@ -82,8 +91,8 @@ impl Conductor {
         migration: String,
         who: &RequestContext,
     ) -> Result<(), RpcError> {
-        self.cast(method::ABORT_MIGRATION, &MigrationRef { migration }, who)
-            .await
+        let which = MigrationRef { migration };
+        self.cast(method::ABORT_MIGRATION, &which, who, None).await
     }
 
     /// Passes on a frontend's wish to force a migration to its end.
@@ -93,12 +102,9 @@ impl Conductor {
         who: &RequestContext,
     ) -> Result<(), RpcError> {
         let migration = migration.to_string();
-        self.cast(
-            method::FORCE_COMPLETE_MIGRATION,
-            &MigrationRef { migration },
-            who,
-        )
-        .await
+        let which = MigrationRef { migration };
+        self.cast(method::FORCE_COMPLETE_MIGRATION, &which, who, None)
+            .await
     }
 
     /// The unfinished migration of an instance, if there is one.
@@ -185,8 +191,11 @@ impl Conductor {
         method: &str,
         args: &A,
         who: &RequestContext,
+        waits: Option<Duration>,
     ) -> Result<(), RpcError> {
-        self.client.cast(&self.target, who, method, args).await
+        self.client
+            .cast_within(&self.target, who, method, args, waits)
+            .await
     }
 }
 

@@ -21,6 +21,9 @@ use crate::{
 
 /// What happens together is reported together.
 const DEBOUNCE: Duration = Duration::from_millis(100);
+/// So many reports may wait to be read: with the usual interval as long as it takes
+/// until a silent node counts as down.
+const REPORTS_THAT_WAIT: u32 = 6;
 /// Shortest time between reports, however much happens.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
 
@@ -123,7 +126,9 @@ impl Reporter {
     }
 
     async fn send(&mut self, report: &NodeReport) {
-        let sent = self.node.conductor.report_state(report).await;
+        let interval = Duration::from_secs(self.node.settings.report_interval_s);
+        let waits = interval * REPORTS_THAT_WAIT;
+        let sent = self.node.conductor.report_state(report, waits).await;
         let counters = &self.node.counters;
         match &sent {
             Ok(()) => Counters::add(&counters.node_reports_sent),

@@ -14,6 +14,7 @@ pub mod app;
 pub mod checks;
 pub mod clock;
 pub mod config;
+pub mod leases;
 pub mod notify;
 pub mod operation;
 pub mod placement;

@@ -146,8 +146,15 @@ impl Endpoint for DroverEndpoint {
             method::LIST_NODES => self.list_nodes().await,
             method::SET_NODE => self.set_node(&request.args()?).await,
             method::GET_STATUS => to_value(&self.status()),
-            method::REPORT_STATE => self.report_state(&request.args()?).await,
-            method::MIGRATION_PROGRESS => self.migration_progress(request.args()?).await,
+            // Of what is followed by newer word the old is worth nothing later.
+            method::REPORT_STATE => {
+                let reported = self.report_state(&request.args()?).await;
+                reported.map_err(RemoteFailure::final_at_once)
+            }
+            method::MIGRATION_PROGRESS => {
+                let reported = self.migration_progress(request.args()?).await;
+                reported.map_err(RemoteFailure::final_at_once)
+            }
             _ => self.handle_operations(&request).await,
         }
     }
@@ -217,8 +224,7 @@ impl DroverEndpoint {
         let aborted = self.runner.abort(found.uuid).await;
         match aborted.map_err(|e| store_failure(&e))? {
             Aborting::Asked(migration) => {
-                self.tell(&migration, "instance.live_migration_abort.start")
-                    .await;
+                self.tell(&migration, abort_event(&migration.way)).await;
                 Ok(*migration)
             }
             Aborting::AskedBefore(migration) => Ok(*migration),
@@ -296,8 +302,9 @@ impl DroverEndpoint {
 
     async fn get_instance(&self, ask: &InstanceRef) -> Answer {
         let row = self.instance(&ask.instance).await?;
-        let moving = self.active_of(std::slice::from_ref(&row)).await?;
-        to_value(&convert::instance(&row, &moving))
+        let moving = self.context.store.active_migration(row.id).await;
+        let moving = moving.map_err(|e| store_failure(&e))?;
+        to_value(&convert::instance(&row, moving.as_slice()))
     }
 
     async fn list_instances(&self, ask: &ListInstances) -> Answer {
@@ -322,12 +329,7 @@ impl DroverEndpoint {
         if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let filter = ListMigrations {
-            active: true,
-            limit: Some(1000),
-            ..ListMigrations::default()
-        };
-        let active = self.context.store.migrations(&filter, None).await;
+        let active = self.context.store.active_migrations().await;
         active.map_err(|e| store_failure(&e))
     }
 
@@ -348,10 +350,14 @@ impl DroverEndpoint {
             .nodes()
             .await
             .map_err(|e| store_failure(&e))?;
-        let mut nodes = Vec::with_capacity(rows.len());
-        for row in &rows {
-            nodes.push(self.node(row).await?);
-        }
+        let reports: Vec<&NodeReport> = rows.iter().map(|row| &row.report).collect();
+        let usages = self.context.store.usages(&reports).await;
+        let usages = usages.map_err(|e| store_failure(&e))?;
+        let live = self.context.liveness();
+        let nodes = rows.iter().zip(&usages);
+        let nodes: Vec<_> = nodes
+            .map(|(row, usage)| convert::node(row, usage, live))
+            .collect();
         to_value(&nodes)
     }
 
@@ -454,6 +460,16 @@ impl DroverEndpoint {
                 .await;
         }
         Ok(Value::Null)
+    }
+}
+
+/// What is told when a migration of that kind is to be aborted.
+fn abort_event(way: &Way) -> &'static str {
+    match way {
+        Way::Live(_) => "instance.live_migration_abort.start",
+        Way::Cold(_) => "instance.resize_abort.start",
+        Way::Transfer(_) => "instance.transfer_abort.start",
+        Way::Evacuation(_) => "instance.rebuild_abort.start",
     }
 }
 

@@ -178,6 +178,11 @@ impl Cloud {
             Some(url) => Store::open(url).await.expect("the database opens"),
             None => self.store.clone(),
         };
+        self.start_conductor_on(name, store).await;
+    }
+
+    /// Starts a conductor that has its own way to the record.
+    pub async fn start_conductor_on(&mut self, name: &str, store: Store) {
         let started = Conductor::start(
             &self.settings,
             name,
@@ -190,6 +195,11 @@ impl Cloud {
         );
         let conductor = started.await.expect("a conductor in memory starts");
         self.conductors.insert(name.to_owned(), conductor);
+    }
+
+    /// Migrations that a conductor drives now.
+    pub fn driven_by(&self, name: &str) -> usize {
+        self.conductors.get(name).map_or(0, Conductor::driven)
     }
 
     /// What the parts of the first conductor work with.

@@ -36,6 +36,8 @@ pub struct CallOptions {
     pub timeout: Option<Duration>,
     /// Whole seconds: the peer sends heartbeats while it works, and the call
     /// fails when none came for this long. For long work with a long `timeout`.
+    /// A request that nobody took up for so long is not taken up later: its
+    /// caller has given up by then.
     pub monitor_timeout: Option<Duration>,
     /// Fail at once when nobody listens, instead of waiting for the timeout.
     pub mandatory: bool,
@@ -138,6 +140,25 @@ impl RpcClient {
     where
         A: Serialize + Sync + ?Sized,
     {
+        self.cast_within(target, context, method, args, None).await
+    }
+
+    /// The same, of what is worth nothing when it was not read after so long: it is
+    /// read then no more.
+    ///
+    /// # Errors
+    /// As [`Self::cast`].
+    pub async fn cast_within<A>(
+        &self,
+        target: &Target,
+        context: &RequestContext,
+        method: &str,
+        args: &A,
+        expiration: Option<Duration>,
+    ) -> Result<(), RpcError>
+    where
+        A: Serialize + Sync + ?Sized,
+    {
         let body = RequestOut {
             method,
             args,
@@ -151,10 +172,13 @@ impl RpcClient {
         .map_err(|reason| bad_arguments(method, reason))?;
         let message = Outgoing {
             body: Arc::new(body),
-            expiration: None,
+            expiration,
             mandatory: false,
         };
-        let deadline = Instant::now() + self.inner.publish_timeout;
+        let patience = expiration.map_or(self.inner.publish_timeout, |wait| {
+            wait.min(self.inner.publish_timeout)
+        });
+        let deadline = Instant::now() + patience;
         let stats = self.inner.transport.stats();
         let address = target.address();
         let sent = self.inner.transport.send(&address, &message, deadline);
@@ -212,7 +236,7 @@ impl RpcClient {
         let msg_id = unique_id();
         let message = Outgoing {
             body: Arc::new(self.encode_call(target, context, method, args, msg_id, &options)?),
-            expiration: Some(timeout),
+            expiration: Some(options.monitor_timeout.map_or(timeout, |m| m.min(timeout))),
             mandatory: options.mandatory,
         };
         let send_by = deadline.min(started + self.inner.publish_timeout);

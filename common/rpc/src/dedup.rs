@@ -3,8 +3,9 @@
 //! ```text
 //!            first time                    handler accepts, or returns
 //! (unknown) ───────────► waiting ──────────────────────────────────► taken
-//!                           │ comes again: its receipt joins,          │ comes again:
-//!                           │ settled when the first one is            │ settled at once
+//!     ▲                     │ comes again: its receipt joins,          │ comes again:
+//!     │ to be tried again   │ settled when the first one is            │ settled at once
+//!     └─────────────────────┘
 //! ```
 //!
 //! The second receipt must wait for the first: acknowledged early, a crash
@@ -52,6 +53,21 @@ impl Receipts {
         }
     }
 
+    /// Has all of them come again; false if they were acknowledged before.
+    fn requeue(&self) -> bool {
+        let mut settlement = self.lock();
+        let Settlement::Open(receipts) = &mut *settlement else {
+            return false;
+        };
+        receipts.drain(..).for_each(|receipt| receipt.requeue());
+        true
+    }
+
+    /// Whether they were acknowledged.
+    pub(crate) fn are_taken(&self) -> bool {
+        matches!(*self.lock(), Settlement::Taken)
+    }
+
     /// One more delivery of the same request.
     fn join(&self, receipt: Receipt) {
         if let Settlement::Open(receipts) = &mut *self.lock() {
@@ -73,8 +89,16 @@ pub(crate) struct Seen(Mutex<Memory>);
 
 #[derive(Debug, Default)]
 struct Memory {
-    known: HashMap<Arc<str>, Arc<Receipts>>,
+    known: HashMap<Arc<str>, Known>,
     order: VecDeque<Arc<str>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    /// None while it is on its way here once more.
+    receipts: Option<Arc<Receipts>>,
+    /// How often it was tried and is to be tried again.
+    failures: u32,
 }
 
 impl Seen {
@@ -86,7 +110,12 @@ impl Seen {
             return Some(Receipts::new(receipt));
         };
         let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(first) = memory.known.get(unique_id).cloned() {
+        if let Some(known) = memory.known.get_mut(unique_id) {
+            let Some(first) = known.receipts.clone() else {
+                let again = Receipts::new(receipt);
+                known.receipts = Some(again.clone());
+                return Some(again);
+            };
             drop(memory);
             first.join(receipt);
             return None;
@@ -98,9 +127,36 @@ impl Seen {
         }
         let receipts = Receipts::new(receipt);
         let id: Arc<str> = unique_id.into();
-        memory.known.insert(id.clone(), receipts.clone());
+        let known = Known {
+            receipts: Some(receipts.clone()),
+            failures: 0,
+        };
+        memory.known.insert(id.clone(), known);
         memory.order.push_back(id);
         Some(receipts)
+    }
+
+    /// Counts one more try in vain; gives how many there were. None if nothing is
+    /// known of the request.
+    pub(crate) fn failed(&self, unique_id: Option<&str>) -> Option<u32> {
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = memory.known.get_mut(unique_id?)?;
+        known.failures += 1;
+        Some(known.failures)
+    }
+
+    /// Has a request come again, and be run when it does; false if it was
+    /// acknowledged before.
+    pub(crate) fn requeue(&self, unique_id: Option<&str>, receipts: &Receipts) -> bool {
+        if receipts.are_taken() {
+            return false;
+        }
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = unique_id.and_then(|id| memory.known.get_mut(id)) {
+            known.receipts = None;
+        }
+        drop(memory);
+        receipts.requeue()
     }
 }
 

@@ -43,6 +43,9 @@ pub struct FailureParts {
     /// Keyword arguments the exception is rebuilt from.
     #[serde(default, deserialize_with = "null_is_default")]
     pub kwargs: Map<String, Value>,
+    /// Whether the same request may succeed later; said to the server, not on the wire.
+    #[serde(skip)]
+    pub is_passing: bool,
 }
 
 impl RemoteFailure {
@@ -60,6 +63,7 @@ impl RemoteFailure {
             message: message.into(),
             traceback: Vec::new(),
             kwargs: Map::new(),
+            is_passing: false,
         }))
     }
 
@@ -102,6 +106,21 @@ impl RemoteFailure {
             "NoSuchMethod",
             format!("Endpoint does not support RPC method {method}"),
         )
+    }
+
+    /// The same failure, as passing trouble: a cast that meets it is tried again. A
+    /// caller is told of it as of any other, and may call again.
+    #[must_use]
+    pub fn passing(mut self) -> Self {
+        self.0.is_passing = true;
+        self
+    }
+
+    /// The same failure, of a request that is worth nothing later.
+    #[must_use]
+    pub fn final_at_once(mut self) -> Self {
+        self.0.is_passing = false;
+        self
     }
 
     /// The same failure with one keyword argument more.

@@ -328,11 +328,14 @@ struct Place {
 }
 
 impl Settler for Place {
-    fn settle(&self, tag: u64, _verdict: Verdict) {
+    fn settle(&self, tag: u64, verdict: Verdict) {
         if let Some(queue) = self.shared.lock().queues.get_mut(&self.queue)
             && let Some(consumer) = queue.consumers.iter_mut().find(|c| c.id == self.consumer)
+            && let Some(mut message) = consumer.unsettled.remove(&tag)
+            && verdict == Verdict::Requeued
         {
-            consumer.unsettled.remove(&tag);
+            message.redelivered = true;
+            queue.messages.push_front(message);
         }
         // Not from here: a sink that is called while somebody settles could need
         // a lock which that one holds.

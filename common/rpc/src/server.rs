@@ -8,6 +8,10 @@
 //!                        joins                                     = ack      queue is missing
 //! ```
 //!
+//! Of a cast that meets passing trouble nobody would know: it is put back into its
+//! queue after a pause, for this server or another, and given up, loudly, after
+//! [`MAX_TRIES`]. A call is answered with the trouble, and its caller may call again.
+//!
 //! Bounds: unacknowledged requests by the transport's prefetch count, running
 //! handlers by `max_running_requests`, replies under way by [`MAX_REPLIES`].
 
@@ -50,6 +54,13 @@ const REPLY_RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// Reply queues remembered as gone, and for how long.
 const MAX_GONE: usize = 200;
 const GONE_FOR: Duration = Duration::from_secs(60);
+/// Tries of a cast that meets passing trouble, each time, before it is given up.
+const MAX_TRIES: u32 = 10;
+/// Pause before the second try; it doubles with each.
+const FIRST_TRY_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_TRY_PAUSE: Duration = Duration::from_secs(30);
+/// UUIDs of a lost cast's arguments that are logged.
+const MAX_NAMED: usize = 4;
 
 /// Puts a server together.
 pub struct RpcServerBuilder {
@@ -299,6 +310,9 @@ impl Core {
             receipts.take();
             return;
         }
+        let cast = answer_to
+            .is_none()
+            .then(|| Cast::of(&request, redelivered, expires));
         let outcome = self
             .answer(request, &receipts, answer_to.as_ref(), redelivered)
             .await;
@@ -306,11 +320,12 @@ impl Core {
             Ok(_) => self.stats.requests_succeeded.add(),
             Err(_) => self.stats.requests_failed.add(),
         }
+        if let (Some(cast), Err(failure)) = (&cast, &outcome) {
+            drop(place);
+            return self.cast_failed(cast, &receipts, failure).await;
+        }
         receipts.take();
         let Some(answer_to) = answer_to else {
-            if let Err(failure) = outcome {
-                warn!(failure = %shown(&failure.to_string()), "a cast failed");
-            }
             return;
         };
         // The reply has a bound of its own, so that a slow caller's queue does
@@ -318,6 +333,40 @@ impl Core {
         let _reply_place = self.replies.clone().acquire_owned().await;
         drop(place);
         self.reply(answer_to, outcome).await;
+    }
+
+    /// Has a failed cast tried again if that may help, else says what is lost.
+    async fn cast_failed(&self, cast: &Cast, receipts: &Receipts, failure: &RemoteFailure) {
+        let unique_id = cast.unique_id.as_deref();
+        let failure_text = shown(&failure.to_string());
+        if !failure.is_passing {
+            receipts.take();
+            warn!(method = %cast.method, ?unique_id, failure = %failure_text, "a cast failed");
+            return;
+        }
+        let tries = match self.seen.failed(unique_id) {
+            Some(tries) => tries,
+            // One that cannot be recognised is tried twice: the broker says that it was.
+            None if cast.redelivered => MAX_TRIES,
+            None => 1,
+        };
+        let pause = FIRST_TRY_PAUSE.saturating_mul(1 << (tries - 1).min(10));
+        let pause = pause.min(LONGEST_TRY_PAUSE);
+        let in_time = cast.expires.is_none_or(|at| at > Instant::now() + pause);
+        if tries < MAX_TRIES && in_time && !receipts.are_taken() {
+            warn!(method = %cast.method, ?unique_id, tries, failure = %failure_text, "a cast met passing trouble; tried again");
+            sleep(pause).await;
+            if self.seen.requeue(unique_id, receipts) {
+                self.stats.casts_requeued.add();
+                return;
+            }
+        }
+        receipts.take();
+        self.stats.casts_lost.add();
+        tracing::error!(
+            method = %cast.method, ?unique_id, about = ?cast.about, tries, failure = %failure_text,
+            "a cast is given up, and its sender does not know: what it asked for is not done"
+        );
     }
 
     /// Runs the handler, heartbeats beside it if the caller monitors the call.
@@ -445,6 +494,35 @@ impl Core {
     }
 }
 
+/// What is remembered of a cast while it runs, should it fail.
+struct Cast {
+    method: String,
+    unique_id: Option<String>,
+    /// The UUIDs among its arguments; the rest may hold what no log should.
+    about: Vec<String>,
+    redelivered: bool,
+    expires: Option<Instant>,
+}
+
+impl Cast {
+    fn of(request: &RequestIn, redelivered: bool, expires: Option<Instant>) -> Self {
+        let args = request.args.as_ref().map_or("{}", |raw| raw.get());
+        Self {
+            method: shown_value(&request.method),
+            unique_id: request.unique_id.clone(),
+            about: uuids(args).take(MAX_NAMED).collect(),
+            redelivered,
+            expires,
+        }
+    }
+}
+
+/// The UUIDs that a JSON text has as its texts.
+fn uuids(json: &str) -> impl Iterator<Item = String> {
+    let texts = json.split('"').filter(|text| text.len() == 36);
+    texts.filter_map(|text| Some(uuid::Uuid::parse_str(text).ok()?.to_string()))
+}
+
 /// `_timeout` as Python's `int()` reads numbers and texts; junk is none.
 fn monitor_seconds(value: &Value) -> Option<f64> {
     match value {
@@ -478,6 +556,13 @@ fn shown_value(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lost_cast_is_named_by_its_uuids_and_nothing_else() {
+        let id = "6f1f3a36-6b3e-4a7e-9f0a-1d9a4b7d0001";
+        let args = format!(r#"{{"instance":{{"uuid":"{id}"}},"key":"secret","n":36}}"#);
+        assert_eq!(uuids(&args).collect::<Vec<_>>(), [id]);
+    }
 
     #[test]
     fn heartbeat_intervals_are_oslos() {

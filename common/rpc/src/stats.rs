@@ -40,6 +40,10 @@ counters! {
     duplicates_dropped,
     /// Requests whose caller had given up before a handler was free.
     requests_expired,
+    /// Casts that met passing trouble and were put back into their queue.
+    casts_requeued,
+    /// Casts given up after passing trouble that did not pass; not done.
+    casts_lost,
     /// Requests that want a reply and say not where to; not run.
     requests_unanswerable,
     /// Messages that could not be read and were rejected.

@@ -105,6 +105,11 @@ impl Receipt {
         self.settler.settle(self.tag, Verdict::Taken);
     }
 
+    /// The message is to come again, here or elsewhere.
+    pub fn requeue(&self) {
+        self.settler.settle(self.tag, Verdict::Requeued);
+    }
+
     /// The message is unusable and must not come again.
     pub fn reject(&self) {
         self.settler.settle(self.tag, Verdict::Rejected);
@@ -121,6 +126,7 @@ impl fmt::Debug for Receipt {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Taken,
+    Requeued,
     Rejected,
 }
 

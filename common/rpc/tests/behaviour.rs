@@ -39,7 +39,14 @@ struct Worker(Arc<Log>);
 #[async_trait]
 impl Endpoint for Worker {
     fn methods(&self) -> &[&str] {
-        &["echo", "sleep", "accept_and_sleep", "panic", "typed"]
+        &[
+            "echo",
+            "sleep",
+            "accept_and_sleep",
+            "panic",
+            "typed",
+            "stumble",
+        ]
     }
 
     async fn handle(&self, request: Request) -> Result<Value, RemoteFailure> {
@@ -53,11 +60,20 @@ impl Endpoint for Worker {
             size_gb: u32,
         }
         let id = request.unique_id().unwrap_or_default().to_owned();
-        self.0.count(id);
+        self.0.count(id.clone());
         let now = self.0.running.fetch_add(1, Ordering::SeqCst) + 1;
         self.0.most.fetch_max(now, Ordering::SeqCst);
         let outcome = match request.method() {
             "panic" => panic!("on\npurpose"),
+            // Trouble that passes after so many tries.
+            "stumble" => {
+                let tries = self.0.runs.lock().expect("no holder panics")[&id];
+                let times = request.args_map()?["times"].as_u64().unwrap_or_default();
+                match tries as u64 > times {
+                    true => Ok(Value::Null),
+                    false => Err(RemoteFailure::runtime_error("the database failed").passing()),
+                }
+            }
             "typed" => request.args::<Typed>().map(|typed| {
                 typed
                     .disks
@@ -499,4 +515,79 @@ async fn a_queue_tells_its_consumers() {
     count("a")
         .await
         .expect_err("whoever is cut off cannot tell");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cast_that_meets_passing_trouble_comes_again_until_it_is_done() {
+    let rig = rig(MessagingSettings::default());
+    let (_server, transport) = rig.server("a").await;
+    rig.cast("stumble", json!({"times": 4})).await;
+    sleep(Duration::from_secs(1)).await;
+    assert!(rig.runs()[0] < 4, "it is not hammered");
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(rig.runs(), [5]);
+    let seen = transport.stats().snapshot();
+    assert_eq!((seen.casts_requeued, seen.casts_lost), (4, 0), "{seen:?}");
+    assert_eq!(seen.requests_succeeded, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cast_that_never_succeeds_is_given_up_and_does_not_hold_up_others() {
+    let rig = rig(MessagingSettings::default());
+    let (_server, transport) = rig.server("a").await;
+    rig.cast("stumble", json!({"times": 1000})).await;
+    sleep(Duration::from_secs(2)).await;
+    rig.call("echo", json!({})).await.unwrap();
+    sleep(Duration::from_secs(3600)).await;
+    let seen = transport.stats().snapshot();
+    assert_eq!((seen.casts_requeued, seen.casts_lost), (9, 1), "{seen:?}");
+    let topic = "work".to_owned();
+    assert_eq!(rig.broker.queued(&Address::Topic { topic }), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cast_that_is_tried_again_survives_its_server() {
+    let rig = rig(MessagingSettings::default());
+    let (_a, _) = rig.server("a").await;
+    rig.cast("stumble", json!({"times": 3})).await;
+    sleep(Duration::from_secs(1)).await;
+    rig.broker.cut("a");
+    let (_b, _) = rig.server("b").await;
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(rig.runs(), [4]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_is_told_of_passing_trouble_at_once() {
+    let rig = rig(MessagingSettings::default());
+    let _server = rig.server("a").await;
+    let error = rig.call("stumble", json!({"times": 1})).await.unwrap_err();
+    assert_eq!(error.failure().unwrap().class, "RuntimeError");
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(rig.runs(), [1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waited_too_long_in_its_queue_is_not_served() {
+    let rig = rig(MessagingSettings::default());
+    let (server, _) = rig.server("a").await;
+    server.stop(Duration::from_secs(1)).await;
+    let (context, lasts) = (RequestContext::new(), Some(Duration::from_secs(30)));
+    let (target, none) = (target(), json!({}));
+    let sent = rig
+        .client
+        .cast_within(&target, &context, "echo", &none, lasts);
+    sent.await.unwrap();
+    // A call lasts no longer than its caller bears silence.
+    let options = CallOptions {
+        timeout: Some(Duration::from_secs(600)),
+        monitor_timeout: Some(Duration::from_secs(20)),
+        mandatory: false,
+    };
+    let error = rig.call_with("echo", json!({}), options).await.unwrap_err();
+    assert!(matches!(error, RpcError::PeerSilent { .. }), "{error:?}");
+    sleep(Duration::from_secs(30)).await;
+    let _server = rig.server("b").await;
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(rig.runs(), [0; 0], "neither was served");
 }

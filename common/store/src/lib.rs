@@ -304,6 +304,15 @@ impl Store {
         &self.hearing
     }
 
+    /// Does to the record what no Drover would. For tests.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn damage(&self, sql: &'static str) -> Result<()> {
+        self.steady(sqlx::raw_sql(sql).execute(&self.pool)).await?;
+        Ok(())
+    }
+
     /// Which database it is.
     pub fn kind(&self) -> Kind {
         self.kind

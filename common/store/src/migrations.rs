@@ -208,11 +208,32 @@ impl Store {
     pub async fn update_migration(
         &self,
         id: MigrationId,
+        change: impl FnMut(&mut Migration) -> bool + Send,
+    ) -> Result<Migration> {
+        self.update(id, None, change).await
+    }
+
+    /// The same by whoever drives it.
+    ///
+    /// # Errors
+    /// The same, and [`StoreError::Fenced`] for a lease that is no longer the newest.
+    pub async fn update_driven(
+        &self,
+        lease: Lease,
+        change: impl FnMut(&mut Migration) -> bool + Send,
+    ) -> Result<Migration> {
+        self.update(lease.migration, Some(lease), change).await
+    }
+
+    async fn update(
+        &self,
+        id: MigrationId,
+        by: Option<Lease>,
         mut change: impl FnMut(&mut Migration) -> bool + Send,
     ) -> Result<Migration> {
         let mut tries = Tries::default();
         loop {
-            match self.steady(self.try_update(id, &mut change)).await {
+            match self.steady(self.try_update(id, by, &mut change)).await {
                 Ok(updated) => return Ok(updated),
                 Err(error) => tries.again(error).await?,
             }
@@ -222,15 +243,19 @@ impl Store {
     async fn try_update(
         &self,
         id: MigrationId,
+        by: Option<Lease>,
         change: &mut (impl FnMut(&mut Migration) -> bool + Send),
     ) -> Result<Migration> {
         let mut tx = self.begin().await?;
+        if let Some(lease) = by {
+            fence(&mut tx, lease).await?;
+        }
         let before = load(&mut tx, id).await?;
         let mut after = before.clone();
         if !change(&mut after) {
             return Ok(before);
         }
-        write(&mut tx, &before, &mut after, None).await?;
+        write(&mut tx, &before, &mut after, by.map(|lease| lease.epoch)).await?;
         tx.commit().await?;
         self.changed(id);
         Ok(after)
@@ -273,50 +298,82 @@ impl Store {
         }
     }
 
-    /// The lease of a migration as it is now, whoever has it.
-    ///
-    /// # Errors
-    /// [`StoreError::NotFound`], or the database failed.
-    pub async fn lease(&self, migration: MigrationId) -> Result<Lease> {
-        let query = sqlx::query("SELECT epoch FROM migrations WHERE uuid = $1");
-        let query = query.bind(migration.to_string());
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
-        let row = row.ok_or_else(|| StoreError::NotFound(format!("migration {migration}")))?;
-        Ok(Lease {
-            migration,
-            epoch: row.try_get("epoch")?,
-        })
-    }
-
-    /// Takes up unfinished migrations that are this owner's from an earlier
-    /// life, or whose owner's lease has run out. Each gets a new epoch, which
-    /// shuts out whoever had it.
+    /// Unfinished migrations that want a driver and have none: this owner's own that
+    /// are not among those it drives, and those of owners whose lease has run out.
+    /// What is *finished* or *stuck* waits for somebody's word, not for a driver.
     ///
     /// # Errors
     /// The database failed.
-    pub async fn adopt(&self, owner: &str, own_too: bool, term: Term) -> Result<Vec<Lease>> {
+    pub async fn undriven(&self, owner: &str, driven: &[Lease], term: Term) -> Result<Vec<Lease>> {
+        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        let query = sqlx::query(
+            "SELECT uuid, epoch FROM migrations \
+             WHERE active = 1 AND status NOT IN ('finished', 'stuck') \
+             AND (owner = $1 OR lease_until_ms < $2) ORDER BY id",
+        )
+        .bind(owner)
+        .bind(signed(now_ms));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let mut leases = rows.iter().map(lease).collect::<Result<Vec<_>>>()?;
+        leases.retain(|lease| !driven.contains(lease));
+        Ok(leases)
+    }
+
+    /// Stuck migrations that this owner may try again: its own, and those of owners
+    /// whose lease has run out. One that cannot be read is left out, and said.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn stuck_migrations(
+        &self,
+        owner: &str,
+        term: Term,
+    ) -> Result<Vec<(Lease, Migration)>> {
+        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        let query = sqlx::query(
+            "SELECT uuid, epoch, version, record FROM migrations \
+             WHERE active = 1 AND status = 'stuck' \
+             AND (owner = $1 OR lease_until_ms < $2) ORDER BY id",
+        )
+        .bind(owner)
+        .bind(signed(now_ms));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        Ok(readable(&rows, |row| Ok((lease(row)?, record(row)?))))
+    }
+
+    /// Cold migrations that wait to be confirmed or reverted, oldest first. One that
+    /// cannot be read is left out, and said.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn finished_migrations(&self) -> Result<Vec<Migration>> {
+        let query = sqlx::query(
+            "SELECT version, record FROM migrations \
+             WHERE active = 1 AND status = 'finished' ORDER BY id",
+        );
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        Ok(readable(&rows, record))
+    }
+
+    /// Takes a lease as it was seen, with a new epoch that shuts out whoever had it;
+    /// none if somebody was faster.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn take_over(&self, seen: Lease, owner: &str, term: Term) -> Result<Option<Lease>> {
         let now_ms = self.steady(self.lease_clock_ms(term)).await?;
         let statement = || {
             sqlx::query(
-                "UPDATE migrations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
-                 WHERE active = 1 AND status <> 'finished' \
-                 AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) RETURNING uuid, epoch",
+                "UPDATE migrations SET owner = $3, epoch = epoch + 1, lease_until_ms = $4 \
+                 WHERE uuid = $1 AND epoch = $2 RETURNING uuid, epoch",
             )
+            .bind(seen.migration.to_string())
+            .bind(seen.epoch)
             .bind(owner.to_owned())
             .bind(signed(now_ms + term.lease_ms))
-            .bind(i64::from(own_too))
-            .bind(signed(now_ms))
         };
         let rows = self.returned(statement).await?;
-        rows.iter()
-            .map(|row| {
-                let uuid: String = row.try_get("uuid")?;
-                Ok(Lease {
-                    migration: uuid.parse().map_err(|e| corrupt("a migration", &e))?,
-                    epoch: row.try_get("epoch")?,
-                })
-            })
-            .collect()
+        rows.first().map(lease).transpose()
     }
 
     /// Takes up one unfinished migration, whoever had it.
@@ -353,21 +410,73 @@ impl Store {
         Ok(())
     }
 
-    /// Puts off the end of all leases of an owner. A lease that was taken over
-    /// is not renewed, having another owner.
+    /// Puts off the end of leases that an owner holds, and gives those that it does
+    /// hold: one that was taken over is not among them.
     ///
     /// # Errors
-    /// The database failed.
-    pub async fn renew_leases(&self, owner: &str, term: Term) -> Result<()> {
-        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
-        self.execute(|| {
-            sqlx::query("UPDATE migrations SET lease_until_ms = $2 WHERE owner = $1 AND active = 1")
-                .bind(owner.to_owned())
-                .bind(signed(now_ms + term.lease_ms))
-        })
-        .await?;
-        Ok(())
+    /// The database failed; some may be renewed.
+    pub async fn renew_leases(
+        &self,
+        owner: &str,
+        held: &[Lease],
+        term: Term,
+    ) -> Result<Vec<Lease>> {
+        let renewed = self.renew_by_id(
+            "UPDATE migrations SET lease_until_ms = $2 WHERE owner = $1 AND uuid IN \
+             ($3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18) \
+             RETURNING uuid, epoch",
+            (owner, term),
+            held.iter().map(|lease| lease.migration.to_string()),
+        );
+        let mut renewed = renewed
+            .await?
+            .iter()
+            .map(lease)
+            .collect::<Result<Vec<_>>>()?;
+        renewed.retain(|lease| held.contains(lease));
+        Ok(renewed)
     }
+
+    /// Renews by statements for [`RENEWED_AT_ONCE`] ids each, which are the
+    /// parameters from the third on.
+    pub(crate) async fn renew_by_id(
+        &self,
+        sql: &'static str,
+        (owner, term): (&str, Term),
+        ids: impl Iterator<Item = String>,
+    ) -> Result<Vec<AnyRow>> {
+        let now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        let until_ms = signed(now_ms + term.lease_ms);
+        let ids: Vec<String> = ids.collect();
+        let mut rows = Vec::new();
+        for chunk in ids.chunks(RENEWED_AT_ONCE) {
+            let statement = || {
+                let query = sqlx::query(sql).bind(owner.to_owned()).bind(until_ms);
+                (0..RENEWED_AT_ONCE).fold(query, |query, n| {
+                    query.bind(chunk.get(n).cloned().unwrap_or_default())
+                })
+            };
+            rows.extend(self.returned(statement).await?);
+        }
+        Ok(rows)
+    }
+}
+
+/// Leases that are renewed by one statement.
+const RENEWED_AT_ONCE: usize = 16;
+
+fn lease(row: &AnyRow) -> Result<Lease> {
+    let uuid: String = row.try_get("uuid")?;
+    Ok(Lease {
+        migration: uuid.parse().map_err(|e| corrupt("a migration", &e))?,
+        epoch: row.try_get("epoch")?,
+    })
+}
+
+/// What can be read of many rows; the others do not stand in its way.
+fn readable<T>(rows: &[AnyRow], read: impl Fn(&AnyRow) -> Result<T>) -> Vec<T> {
+    let said = |row| read(row).inspect_err(|error| tracing::error!(%error, "left out"));
+    rows.iter().filter_map(|row| said(row).ok()).collect()
 }
 
 async fn insert(
@@ -399,6 +508,23 @@ async fn insert(
     .execute(&mut **tx)
     .await?;
     Ok(())
+}
+
+/// Refuses whoever drives by a lease that is not the newest. What is written in the
+/// same transaction is written by nobody else: the row is locked by it.
+///
+/// # Errors
+/// [`StoreError::Fenced`], or the database failed.
+pub(crate) async fn fence(tx: &mut Transaction<'static, Any>, lease: Lease) -> Result<()> {
+    let held = sqlx::query("UPDATE migrations SET epoch = epoch WHERE uuid = $1 AND epoch = $2")
+        .bind(lease.migration.to_string())
+        .bind(lease.epoch)
+        .execute(&mut **tx)
+        .await?;
+    match held.rows_affected() {
+        1 => Ok(()),
+        _ => Err(StoreError::Fenced(format!("migration {}", lease.migration))),
+    }
 }
 
 pub(crate) async fn load(tx: &mut Transaction<'static, Any>, id: MigrationId) -> Result<Migration> {

@@ -274,54 +274,80 @@ impl Store {
         Ok(after)
     }
 
-    /// Takes up unfinished operations that are this owner's from an earlier life,
-    /// or whose owner's lease has run out; each gets a new epoch.
+    /// Unfinished operations that nobody drives: this owner's own that are not among
+    /// those it drives, and those of owners whose lease has run out.
     ///
     /// # Errors
     /// The database failed.
-    pub async fn adopt_operations(
+    pub async fn undriven_operations(
         &self,
         owner: &str,
-        own_too: bool,
+        driven: &[OperationLease],
         term: Term,
     ) -> Result<Vec<OperationLease>> {
         let now_ms = self.steady(self.lease_clock_ms(term)).await?;
-        let statement = || {
-            sqlx::query(
-                "UPDATE operations SET owner = $1, epoch = epoch + 1, lease_until_ms = $2 \
-                 WHERE active = 1 AND ((owner = $1 AND $3 = 1) OR lease_until_ms < $4) \
-                 RETURNING uuid, epoch",
-            )
-            .bind(owner.to_owned())
-            .bind(signed(now_ms + term.lease_ms))
-            .bind(i64::from(own_too))
-            .bind(signed(now_ms))
-        };
-        let rows = self.returned(statement).await?;
-        rows.iter()
-            .map(|row| {
-                let uuid: String = row.try_get("uuid")?;
-                Ok(OperationLease {
-                    operation: uuid.parse().map_err(|e| corrupt("an operation", &e))?,
-                    epoch: row.try_get("epoch")?,
-                })
-            })
-            .collect()
+        let query = sqlx::query(
+            "SELECT uuid, epoch FROM operations \
+             WHERE active = 1 AND (owner = $1 OR lease_until_ms < $2) ORDER BY id",
+        )
+        .bind(owner)
+        .bind(signed(now_ms));
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let mut leases = rows.iter().map(lease).collect::<Result<Vec<_>>>()?;
+        leases.retain(|lease| !driven.contains(lease));
+        Ok(leases)
     }
 
-    /// Puts off the end of all leases that an owner has on operations.
+    /// Takes a lease as it was seen, with a new epoch; none if somebody was faster.
     ///
     /// # Errors
     /// The database failed.
-    pub async fn renew_operation_leases(&self, owner: &str, term: Term) -> Result<()> {
+    pub async fn take_over_operation(
+        &self,
+        seen: OperationLease,
+        owner: &str,
+        term: Term,
+    ) -> Result<Option<OperationLease>> {
         let now_ms = self.steady(self.lease_clock_ms(term)).await?;
-        self.execute(|| {
-            sqlx::query("UPDATE operations SET lease_until_ms = $2 WHERE owner = $1 AND active = 1")
-                .bind(owner.to_owned())
-                .bind(signed(now_ms + term.lease_ms))
-        })
-        .await?;
-        Ok(())
+        let statement = || {
+            sqlx::query(
+                "UPDATE operations SET owner = $3, epoch = epoch + 1, lease_until_ms = $4 \
+                 WHERE uuid = $1 AND epoch = $2 AND active = 1 RETURNING uuid, epoch",
+            )
+            .bind(seen.operation.to_string())
+            .bind(seen.epoch)
+            .bind(owner.to_owned())
+            .bind(signed(now_ms + term.lease_ms))
+        };
+        let rows = self.returned(statement).await?;
+        rows.first().map(lease).transpose()
+    }
+
+    /// Puts off the end of leases that an owner holds on operations, and gives those
+    /// that it does hold.
+    ///
+    /// # Errors
+    /// The database failed; some may be renewed.
+    pub async fn renew_operation_leases(
+        &self,
+        owner: &str,
+        held: &[OperationLease],
+        term: Term,
+    ) -> Result<Vec<OperationLease>> {
+        let renewed = self.renew_by_id(
+            "UPDATE operations SET lease_until_ms = $2 WHERE owner = $1 AND uuid IN \
+             ($3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18) \
+             RETURNING uuid, epoch",
+            (owner, term),
+            held.iter().map(|lease| lease.operation.to_string()),
+        );
+        let mut renewed = renewed
+            .await?
+            .iter()
+            .map(lease)
+            .collect::<Result<Vec<_>>>()?;
+        renewed.retain(|lease| held.contains(lease));
+        Ok(renewed)
     }
 
     /// Migrations of an operation, oldest first.
@@ -447,6 +473,14 @@ impl Store {
         .await?;
         Ok(())
     }
+}
+
+fn lease(row: &AnyRow) -> Result<OperationLease> {
+    let uuid: String = row.try_get("uuid")?;
+    Ok(OperationLease {
+        operation: uuid.parse().map_err(|e| corrupt("an operation", &e))?,
+        epoch: row.try_get("epoch")?,
+    })
 }
 
 fn subject(host: Option<&HostName>) -> &str {

@@ -132,7 +132,12 @@ impl Store {
                     Err(error) => return Err(error),
                 }
             }
-            self.tidied(&uuid, &step).await?;
+            self.execute(|| {
+                sqlx::query("DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2")
+                    .bind(uuid.clone())
+                    .bind(step.clone())
+            })
+            .await?;
         }
         Ok(rows.len() as u64)
     }

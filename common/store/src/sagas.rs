@@ -9,7 +9,7 @@ use drover_saga::{Event, JournalError};
 use sqlx::{Any, Row};
 
 use crate::{
-    Result, Store, StoreError, Tries, from_json, migrations,
+    Result, Store, StoreError, Term, Tries, from_json, migrations,
     migrations::Lease,
     outbox::{self, Notification},
     signed, to_json,
@@ -33,6 +33,17 @@ impl SagaKey {
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// A step of tidying that was put off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PutOff {
+    /// The lease of its migration as it was seen.
+    pub lease: Lease,
+    /// Which step.
+    pub step: String,
+    /// How often it was tried again.
+    pub attempts: u32,
 }
 
 impl Store {
@@ -140,37 +151,101 @@ impl Store {
     /// Remembers undoing that was put off, before the journal says that it is undone.
     ///
     /// # Errors
-    /// The database failed.
+    /// [`StoreError::Fenced`] if somebody else has the migration by now, or the
+    /// database failed.
     pub async fn put_off(&self, lease: Lease, step: &str, now_ms: u64) -> Result<()> {
-        self.attempt(|| put_off(&self.pool, lease.migration, step, now_ms))
-            .await
+        let work = || async {
+            let mut tx = self.begin().await?;
+            migrations::fence(&mut tx, lease).await?;
+            put_off(&mut *tx, lease.migration, step, now_ms).await?;
+            tx.commit().await?;
+            Ok(())
+        };
+        self.attempt(work).await
     }
 
-    /// Tidying that was put off: migration and step.
+    /// Tidying that was put off, is due, and is of a migration that rests and that this
+    /// owner may have: its own, or one whose lease has run out. Longest due first; not
+    /// more than `limit`.
     ///
     /// # Errors
     /// The database failed.
-    pub async fn put_off_steps(&self) -> Result<Vec<(String, String)>> {
-        let query =
-            sqlx::query("SELECT migration_uuid, step FROM cleanups ORDER BY at_ms LIMIT 100");
+    pub async fn put_off_steps(&self, owner: &str, term: Term, limit: u32) -> Result<Vec<PutOff>> {
+        let lease_now_ms = self.steady(self.lease_clock_ms(term)).await?;
+        let query = sqlx::query(
+            "SELECT c.migration_uuid, c.step, c.attempts, m.epoch FROM cleanups c \
+             JOIN migrations m ON m.uuid = c.migration_uuid \
+             WHERE c.due_at_ms <= $2 AND (m.active = 0 OR m.status = 'finished') \
+             AND (m.owner = $1 OR m.lease_until_ms < $3) \
+             ORDER BY c.due_at_ms, c.at_ms, c.migration_uuid, c.step LIMIT $4",
+        )
+        .bind(owner)
+        .bind(signed(term.now_ms))
+        .bind(signed(lease_now_ms))
+        .bind(i64::from(limit));
         let rows = self.steady(query.fetch_all(&self.pool)).await?;
-        rows.iter()
-            .map(|row| Ok((row.try_get("migration_uuid")?, row.try_get("step")?)))
-            .collect()
+        let step = |row: &sqlx::any::AnyRow| {
+            let uuid: String = row.try_get("migration_uuid")?;
+            Ok(PutOff {
+                lease: Lease {
+                    migration: uuid.parse().map_err(|e| crate::corrupt("a clean-up", &e))?,
+                    epoch: row.try_get("epoch")?,
+                },
+                step: row.try_get("step")?,
+                attempts: u32::try_from(row.try_get::<i64, _>("attempts")?).unwrap_or(u32::MAX),
+            })
+        };
+        rows.iter().map(step).collect()
     }
 
-    /// Forgets tidying that is done.
+    /// Tidying is not to be tried before a moment; `failed` if it was.
     ///
     /// # Errors
     /// The database failed.
-    pub async fn tidied(&self, migration: &str, step: &str) -> Result<()> {
-        let statement = "DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2";
+    pub async fn put_off_again(
+        &self,
+        migration: MigrationId,
+        step: &str,
+        (due_at_ms, failed): (u64, bool),
+    ) -> Result<()> {
         self.execute(|| {
-            sqlx::query(statement)
-                .bind(migration.to_owned())
-                .bind(step.to_owned())
+            sqlx::query(
+                "UPDATE cleanups SET due_at_ms = $3, attempts = attempts + $4 \
+                 WHERE migration_uuid = $1 AND step = $2",
+            )
+            .bind(migration.to_string())
+            .bind(step.to_owned())
+            .bind(signed(due_at_ms))
+            .bind(i64::from(failed))
         })
         .await?;
+        Ok(())
+    }
+
+    /// Forgets tidying that is done, and says so on the migration's record, in one
+    /// commit.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if somebody else has the migration by now, or the
+    /// database failed.
+    pub async fn tidied(&self, lease: Lease, step: &str, said: &str) -> Result<()> {
+        let work = || async {
+            let mut tx = self.begin().await?;
+            migrations::fence(&mut tx, lease).await?;
+            sqlx::query("DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2")
+                .bind(lease.migration.to_string())
+                .bind(step)
+                .execute(&mut *tx)
+                .await?;
+            let before = migrations::load(&mut tx, lease.migration).await?;
+            let mut after = before.clone();
+            after.warnings.push(said.to_owned());
+            migrations::write(&mut tx, &before, &mut after, Some(lease.epoch)).await?;
+            tx.commit().await?;
+            Ok(())
+        };
+        self.attempt(work).await?;
+        self.changed(lease.migration);
         Ok(())
     }
 }

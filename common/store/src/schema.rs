@@ -75,6 +75,12 @@ const CHANGES: &[Change] = &[
         kind: Kind::Expands,
         sql: include_str!("../migrations/0006_fencing.sql"),
     },
+    Change {
+        version: 7,
+        name: "cleanups",
+        kind: Kind::Expands,
+        sql: include_str!("../migrations/0007_cleanups.sql"),
+    },
 ];
 
 fn newest() -> i64 {

@@ -6,7 +6,7 @@
 #[macro_use]
 mod common;
 
-use common::{HELD, host, listed, migration, passed, report, term};
+use common::{HELD, host, listed, migration, report, term};
 use drover_model::{
     api::conductor::ListOperations,
     ids::{InstanceId, OperationId},
@@ -149,23 +149,19 @@ async fn what_an_operation_has_become_stays_and_only_its_driver_writes(store: St
     let back = become_status(&store, new.uuid, OperationStatus::Planning).await;
     assert!(matches!(back, Err(StoreError::Illegal(_))), "{back:?}");
     let old = Store::first_operation_lease(new.uuid);
-    store
-        .renew_operation_leases("ctl", term(100, 0))
-        .await
-        .unwrap();
-    passed().await;
     let newer = store
-        .adopt_operations("ctl2", false, term(101, HELD))
+        .take_over_operation(old, "ctl2", term(101, HELD))
         .await
         .unwrap();
-    assert_eq!(newer, [OperationLease { epoch: 2, ..old }]);
+    let newer = newer.expect("nobody was faster");
+    assert_eq!(newer, OperationLease { epoch: 2, ..old });
     let note = |o: &mut Operation| {
         o.expected_ms = 7;
         true
     };
     let shut_out = store.update_operation(new.uuid, Some(old), note).await;
     assert!(matches!(shut_out, Err(StoreError::Fenced(_))));
-    let driver = store.update_operation(new.uuid, Some(newer[0]), note).await;
+    let driver = store.update_operation(new.uuid, Some(newer), note).await;
     assert_eq!(driver.unwrap().expected_ms, 7);
     become_status(&store, new.uuid, OperationStatus::Completed)
         .await
@@ -176,40 +172,47 @@ async fn what_an_operation_has_become_stays_and_only_its_driver_writes(store: St
 
 async fn an_operation_is_taken_up_by_one(store: Store) {
     let mine = begun(&store, &drain(1, "kvm1")).await;
-    let none = store
-        .adopt_operations("ctl2", false, term(100, HELD))
-        .await
-        .unwrap();
-    assert_eq!(none, [], "its lease holds");
-    let own = store
-        .adopt_operations("ctl", true, term(50, 0))
-        .await
-        .unwrap();
+    let undriven = async |owner: &str, driven: &[OperationLease], at_ms| {
+        store
+            .undriven_operations(owner, driven, term(at_ms, 0))
+            .await
+            .unwrap()
+    };
+    let lease = Store::first_operation_lease(mine.uuid);
+    assert_eq!(undriven("ctl2", &[], 100).await, [], "its lease holds");
+    assert_eq!(undriven("ctl", &[lease], 50).await, [], "it is driven");
     assert_eq!(
-        own,
-        [OperationLease {
-            operation: mine.uuid,
-            epoch: 2
-        }]
+        undriven("ctl", &[], 50).await,
+        [lease],
+        "its own of an earlier life"
     );
-    store
-        .renew_operation_leases("ctl", term(60, HELD))
+    let own = store
+        .take_over_operation(lease, "ctl", term(50, 0))
         .await
         .unwrap();
-    passed().await;
-    let none = store
-        .adopt_operations("ctl2", false, term(800, HELD))
+    let own = own.expect("nobody was faster");
+    let again = store
+        .take_over_operation(lease, "ctl2", term(50, HELD))
         .await
         .unwrap();
-    assert_eq!(none, [], "renewed");
+    assert_eq!(again, None);
+    let renew = async |held| {
+        store
+            .renew_operation_leases("ctl", &[held], term(800, HELD))
+            .await
+            .unwrap()
+    };
+    assert_eq!(renew(lease).await, [], "an older one is not held");
+    assert_eq!(renew(own).await, [own]);
+    assert_eq!(undriven("ctl2", &[], 800).await, [], "renewed");
     become_status(&store, mine.uuid, OperationStatus::Failed)
         .await
         .unwrap();
-    let none = store
-        .adopt_operations("ctl2", true, term(2000, HELD))
-        .await
-        .unwrap();
-    assert_eq!(none, [], "what is over is nobody's");
+    assert_eq!(
+        undriven("ctl2", &[], 2000).await,
+        [],
+        "what is over is nobody's"
+    );
 }
 
 /// A migration on its way from one node to another.

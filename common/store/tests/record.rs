@@ -43,6 +43,8 @@ promises! {
     claims_balance,
     rival_claims_never_exceed_the_node,
     a_journal_has_one_writer,
+    leases_are_renewed_for_what_is_driven_and_no_other,
+    put_off_tidying_is_done_by_one_and_ever_more_seldom,
     an_outcome_is_kept_for_whoever_drives,
 }
 
@@ -539,24 +541,24 @@ async fn a_journal_has_one_writer(store: Store) {
         .await
         .unwrap();
     // Another conductor takes over after the lease ran out.
-    assert!(
-        store
-            .adopt("other", false, term(50, 0))
-            .await
-            .unwrap()
-            .is_empty(),
-        "still held"
-    );
-    store.renew_leases("ctl", term(100, 0)).await.unwrap();
+    let undriven = async || store.undriven("other", &[], term(150, 0)).await.unwrap();
+    let renew = async |term| store.renew_leases("ctl", &[lease], term).await.unwrap();
+    renew(term(150, HELD)).await;
+    assert_eq!(undriven().await, [], "still held");
+    renew(term(100, 0)).await;
     passed().await;
-    let taken = store.adopt("other", false, term(150, HELD)).await.unwrap();
-    assert_eq!(
-        taken,
-        [Lease {
-            migration: m.uuid,
-            epoch: 2
-        }]
-    );
+    assert_eq!(undriven().await, [lease]);
+    let taken = store
+        .take_over(lease, "other", term(150, HELD))
+        .await
+        .unwrap();
+    let taken = taken.expect("nobody was faster");
+    assert_eq!(taken, Lease { epoch: 2, ..lease });
+    let too_late = store
+        .take_over(lease, "third", term(150, HELD))
+        .await
+        .unwrap();
+    assert_eq!(too_late, None, "of two one has it");
     let late = store
         .append_saga_events((lease, &saga), 1, &event("prepare"), 2, nothing)
         .await;
@@ -567,18 +569,107 @@ async fn a_journal_has_one_writer(store: Store) {
         "nothing was written"
     );
     store
-        .append_saga_events((taken[0], &saga), 1, &event("prepare"), 2, nothing)
+        .append_saga_events((taken, &saga), 1, &event("prepare"), 2, nothing)
         .await
         .unwrap();
-    // Its own again at start, whatever the lease says.
+    let note = |m: &mut Migration| {
+        m.attempt += 1;
+        true
+    };
+    let shut_out = store.update_driven(lease, note).await;
+    assert!(
+        matches!(shut_out, Err(StoreError::Fenced(_))),
+        "{shut_out:?}"
+    );
     assert_eq!(
+        store.update_driven(taken, note).await.unwrap().attempt,
+        m.attempt + 1
+    );
+}
+
+async fn leases_are_renewed_for_what_is_driven_and_no_other(store: Store) {
+    let mut held = Vec::new();
+    for n in 1..=40 {
+        let m = migration(n, n);
+        admit(&store, &m, None).await;
+        held.push(Store::first_lease(m.uuid));
+    }
+    let (orphan, driven) = held.split_first().unwrap();
+    let owner = migration(1, 1).owner;
+    let all = store
+        .renew_leases(&owner, &held, term(100, 0))
+        .await
+        .unwrap();
+    assert_eq!(all.len(), 40);
+    let renew = async || {
         store
-            .adopt("other", true, term(0, HELD))
+            .renew_leases(&owner, driven, term(600, HELD))
             .await
             .unwrap()
-            .len(),
-        1
-    );
+    };
+    assert_eq!(renew().await.len(), 39);
+    passed().await;
+    let left = store.undriven("other", &[], term(500, 0)).await.unwrap();
+    assert_eq!(left, [*orphan], "its lease ran out");
+    let own = store.undriven(&owner, driven, term(50, 0)).await.unwrap();
+    assert_eq!(own, [*orphan], "its owner sees that it is not driven");
+    // What was taken over is not renewed.
+    let taken = store.take_over(driven[0], "other", term(500, HELD)).await;
+    assert!(taken.unwrap().is_some());
+    assert_eq!(renew().await.len(), 38);
+}
+
+async fn put_off_tidying_is_done_by_one_and_ever_more_seldom(store: Store) {
+    let (first, second) = (migration(1, 1), migration(2, 2));
+    for m in [&first, &second] {
+        admit(&store, m, None).await;
+        let lease = Store::first_lease(m.uuid);
+        store.put_off(lease, "tidy", 10).await.unwrap();
+    }
+    let due = async |owner: &str, at_ms| {
+        let steps = store
+            .put_off_steps(owner, term(at_ms, 0), 10)
+            .await
+            .unwrap();
+        steps.iter().map(|s| s.lease.migration).collect::<Vec<_>>()
+    };
+    assert_eq!(due(&first.owner, 20).await, [], "they are still driven");
+    for m in [&first, &second] {
+        let end = |m: &mut Migration| m.become_status(MigrationStatus::Failed).is_ok();
+        store.update_migration(m.uuid, end).await.unwrap();
+    }
+    assert_eq!(due(&first.owner, 20).await, [first.uuid, second.uuid]);
+    let renew = async |term| {
+        let leases = [&first, &second].map(|m| Store::first_lease(m.uuid));
+        store
+            .renew_leases(&first.owner, &leases, term)
+            .await
+            .unwrap()
+    };
+    renew(term(20, HELD)).await;
+    assert_eq!(due("other", 20).await, [], "their owner has them");
+    renew(term(20, 0)).await;
+    passed().await;
+    assert_eq!(due("other", 150).await.len(), 2, "its lease ran out");
+    // What failed comes after what did not.
+    store
+        .put_off_again(first.uuid, "tidy", (60, true))
+        .await
+        .unwrap();
+    assert_eq!(due(&first.owner, 59).await, [second.uuid]);
+    assert_eq!(due(&first.owner, 60).await, [second.uuid, first.uuid]);
+    let lease = Store::first_lease(second.uuid);
+    let taken = store
+        .take_over(lease, "other", term(60, HELD))
+        .await
+        .unwrap()
+        .unwrap();
+    let late = store.tidied(lease, "tidy", "done").await;
+    assert!(matches!(late, Err(StoreError::Fenced(_))), "{late:?}");
+    store.tidied(taken, "tidy", "done").await.unwrap();
+    let told = store.migration(second.uuid).await.unwrap();
+    assert_eq!(told.warnings, ["done"]);
+    assert_eq!(due(&first.owner, 60).await, [first.uuid]);
 }
 
 async fn an_outcome_is_kept_for_whoever_drives(store: Store) {

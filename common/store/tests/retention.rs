@@ -142,8 +142,8 @@ async fn what_is_unfinished_or_needed_stays(store: Store) {
     let kvm1 = host("kvm1");
     let removed = store.old_copy_removed(&kvm1, evacuated.uuid);
     removed.await.unwrap();
-    let uuid = tidied_later.uuid.to_string();
-    store.tidied(&uuid, "tidy").await.unwrap();
+    let lease = Store::first_lease(tidied_later.uuid);
+    store.tidied(lease, "tidy", "done").await.unwrap();
     prune(&store, none, 400 * DAY_MS).await;
     assert_eq!(numbers(&store).await, [waits.id]);
 }
@@ -219,7 +219,8 @@ async fn what_could_not_be_tidied_is_given_up(store: Store) {
     };
     store.put_off(lease, "tidy", DAY_MS).await.unwrap();
     prune(&store, KEEP, 92 * DAY_MS).await;
-    assert_eq!(store.put_off_steps().await.unwrap(), []);
+    let left = store.put_off_steps(&m.owner, term(92 * DAY_MS, HELD), 10);
+    assert_eq!(left.await.unwrap(), []);
     let told = store.migration(m.uuid).await.unwrap().warnings;
     assert!(told[0].contains("given up"), "{told:?}");
 }

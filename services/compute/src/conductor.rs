@@ -26,6 +26,8 @@ use tracing::debug;
 const MAX_WAITING_REPORTS: usize = 64;
 /// How long a good-bye waits for the conductor.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a report on a migration may wait to be read; newer ones follow it.
+const PROGRESS_WAITS: Duration = Duration::from_secs(30);
 /// How long a frontend's wish waits for the conductor.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -70,7 +72,8 @@ impl Conductor {
 
     /// Sends a report on a migration.
     pub(crate) async fn send_report(&self, report: &MigrationReport) -> Result<(), RpcError> {
-        self.cast(method::MIGRATION_PROGRESS, report, &service())
+        let waits = Some(PROGRESS_WAITS);
+        self.cast(method::MIGRATION_PROGRESS, report, &service(), waits)
             .await
     }
 
@@ -109,8 +112,8 @@ impl Conductor {
         migration: String,
         who: &RequestContext,
     ) -> Result<(), RpcError> {
-        self.cast(method::ABORT_MIGRATION, &MigrationRef { migration }, who)
-            .await
+        let which = MigrationRef { migration };
+        self.cast(method::ABORT_MIGRATION, &which, who, None).await
     }
 
     /// Passes on a frontend's wish to force a migration to its end.
@@ -120,12 +123,9 @@ impl Conductor {
         who: &RequestContext,
     ) -> Result<(), RpcError> {
         let migration = migration.to_string();
-        self.cast(
-            method::FORCE_COMPLETE_MIGRATION,
-            &MigrationRef { migration },
-            who,
-        )
-        .await
+        let which = MigrationRef { migration };
+        self.cast(method::FORCE_COMPLETE_MIGRATION, &which, who, None)
+            .await
     }
 
     /// The unfinished migration of an instance, if there is one.
@@ -231,8 +231,11 @@ impl Conductor {
         method: &str,
         args: &A,
         who: &RequestContext,
+        waits: Option<Duration>,
     ) -> Result<(), RpcError> {
-        self.client.cast(&self.target, who, method, args).await
+        self.client
+            .cast_within(&self.target, who, method, args, waits)
+            .await
     }
 }
 

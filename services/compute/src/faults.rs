@@ -58,7 +58,12 @@ pub(crate) fn journal_lost(migration: MigrationId) -> Fault {
 /// A fault as the exception that travels.
 pub(crate) fn exception(fault: Fault) -> RemoteFailure {
     let kwargs = fault.kwargs();
+    let passes = fault.class == ErrorClass::Retryable;
     let failure = RemoteFailure::new(MODULE, fault.code, fault.message);
+    let failure = match passes {
+        true => failure.passing(),
+        false => failure,
+    };
     kwargs.into_iter().fold(failure, |failure, (key, value)| {
         failure.with_kwarg(&key, value)
     })

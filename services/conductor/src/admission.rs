@@ -126,13 +126,16 @@ impl Admission<'_> {
         }
         let store = &self.context.store;
         let (seen, term) = (Some(&wanted.instance), self.runner.term());
-        let answer = match store.admit(&migration, seen, unique_id, term).await? {
+        let answer = match store
+            .admit(&migration, seen, unique_id, term.recorded)
+            .await?
+        {
             Admitted::New(m) => {
                 info!(
                     migration = m.id, instance = %m.instance_uuid, from = %m.source_host,
                     to = m.dest_host.as_ref().map(HostName::as_str), "accepted"
                 );
-                self.runner.spawn(Store::first_lease(m.uuid));
+                self.runner.spawn(Store::first_lease(m.uuid), term);
                 Answer::Accepted(m)
             }
             Admitted::Repeated(m) => repeated(m),
@@ -231,7 +234,7 @@ impl Admission<'_> {
         migration.end_reason = Some(EndReason::Refused {
             checks: checks.clone(),
         });
-        let term = self.runner.term();
+        let term = self.runner.term().recorded;
         let store = &self.context.store;
         let admitted = store.admit(&migration, None, unique_id, term).await?;
         Ok(match admitted {

@@ -79,6 +79,21 @@ impl Context {
     }
 }
 
+/// What looks after leases and whatever is not driven, each in a task of its own so
+/// that none of it waits for another.
+fn keep(runner: &Runner, operations: &OperationRunner, stop: &CancellationToken) {
+    let (keeper, told) = (runner.clone(), stop.clone());
+    tokio::spawn(async move { keeper.keep_leases(told).await });
+    let (keeper, told) = (operations.clone(), stop.clone());
+    tokio::spawn(async move { keeper.keep_leases(told).await });
+    let (keeper, told) = (runner.clone(), stop.clone());
+    tokio::spawn(async move { keeper.keep(told).await });
+    let (keeper, told) = (runner.clone(), stop.clone());
+    tokio::spawn(async move { keeper.keep_tidying(told).await });
+    let (keeper, told) = (operations.clone(), stop.clone());
+    tokio::spawn(async move { keeper.keep(told).await });
+}
+
 /// Why a conductor cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -166,11 +181,7 @@ impl Conductor {
             .start()
             .await?;
         tokio::spawn(ear::listen(context.clone(), client.clone(), stop.clone()));
-        let keeper = runner.clone();
-        let keeper_stop = stop.clone();
-        tokio::spawn(async move { keeper.keep(keeper_stop).await });
-        let (keeper, keeper_stop) = (operations.clone(), stop.clone());
-        tokio::spawn(async move { keeper.keep(keeper_stop).await });
+        keep(&runner, &operations, &stop);
         tokio::spawn(balancer::keep(operations.clone(), notifier, stop.clone()));
         info!(conductor = name, "serves");
         Ok(Self {
@@ -190,6 +201,11 @@ impl Conductor {
         self.operations.stop();
         self.runner.stop();
         self.client.close().await;
+    }
+
+    /// Migrations that it drives now. For tests.
+    pub fn driven(&self) -> usize {
+        self.runner.driven()
     }
 
     /// What its parts work with. For tests.

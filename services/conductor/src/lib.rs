@@ -16,6 +16,7 @@ pub mod clock;
 pub mod comparing;
 pub mod config;
 pub mod ear;
+pub mod leases;
 pub mod notify;
 pub mod operation;
 pub mod placement;

@@ -88,11 +88,13 @@ impl Survey<'_> {
         if let Some(host) = named {
             return Ok((vec![host.clone()], Vec::new()));
         }
-        let mut candidates = Vec::new();
-        for node in self.store.nodes().await? {
-            let usage = self.store.usage(&node.report).await?;
-            candidates.push(Candidate { node, usage });
-        }
+        let nodes = self.store.nodes().await?;
+        let reports: Vec<_> = nodes.iter().map(|node| &node.report).collect();
+        let usages = self.store.usages(&reports).await?;
+        let candidates = nodes.into_iter().zip(usages);
+        let candidates = candidates
+            .map(|(node, usage)| Candidate { node, usage })
+            .collect();
         let size = Size::of(self.instance.vcpus, self.instance.memory_mib, self.way);
         let wanted = size.claim(self.instance.power_state, 0);
         let (fit, unfit) = placement::rank(&self.instance.host, &wanted, candidates, self.live);

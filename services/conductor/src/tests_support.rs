@@ -5,8 +5,41 @@ use drover_model::{
     migration::{Migration, Way},
     node::{AllocationPolicy, Endpoint, HypervisorReport, NodeReport},
 };
-use drover_store::{hearing::AgentState, nodes::NodeRow};
+use drover_rpc::{MessagingSettings, RpcClient, memory::MemoryBroker};
+use drover_store::{Store, hearing::AgentState, nodes::NodeRow};
 use uuid::Uuid;
+
+use crate::{
+    agent_client::{AgentClient, CallLimits},
+    app::Context,
+    clock::Clock,
+    config::ConductorSettings,
+    operation::{definitions::Definitions, fence::Fences, load::Loads},
+    plan::Costs,
+};
+
+/// What a conductor works with that knows of no node, in virtual time.
+pub(crate) async fn context() -> Context {
+    let settings = ConductorSettings::default();
+    let began = tokio::time::Instant::now();
+    let transport = MemoryBroker::default().transport("ctl");
+    let client = RpcClient::new(transport, &MessagingSettings::default());
+    Context {
+        name: "ctl".to_owned(),
+        store: Store::in_memory().await.unwrap(),
+        agents: AgentClient::new(client, CallLimits::default()),
+        clock: Clock::from_fn(move || 1_000_000 + began.elapsed().as_millis() as u64),
+        down_after_ms: 30_000,
+        confirm_window_ms: 0,
+        fences: Fences::default(),
+        definitions: Definitions::default(),
+        auto_evacuate: settings.auto_evacuate(),
+        limits: settings.limits(),
+        costs: Costs::default(),
+        balance: settings.balance(),
+        loads: Loads::new(1000),
+    }
+}
 
 /// An open node that was heard of then, whose libvirt is down.
 pub(crate) fn node_row(host: &str, heard_at_ms: u64) -> NodeRow {

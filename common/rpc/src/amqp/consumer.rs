@@ -378,8 +378,9 @@ impl Session<'_> {
     /// Nothing is waited for: a verdict that does not arrive is a redelivery.
     fn write_verdicts(&mut self) -> lapin::Result<()> {
         for (tag, verdict) in self.desk.take() {
-            if self.ledger.settle(tag, verdict) && verdict == Verdict::Rejected {
-                let options = BasicRejectOptions { requeue: false };
+            if self.ledger.settle(tag, verdict) && verdict != Verdict::Taken {
+                let requeue = verdict == Verdict::Requeued;
+                let options = BasicRejectOptions { requeue };
                 written(self.channel.basic_reject(tag, options))?;
             }
         }
@@ -435,7 +436,7 @@ enum Entry {
     Open,
     /// To be acknowledged.
     Taken,
-    /// Acknowledged or rejected already.
+    /// Acknowledged, requeued or rejected already.
     Done,
 }
 
@@ -462,7 +463,7 @@ impl Ledger {
                         self.fresh.push(tag);
                         Entry::Taken
                     }
-                    Verdict::Rejected => Entry::Done,
+                    Verdict::Requeued | Verdict::Rejected => Entry::Done,
                 };
                 true
             }

@@ -158,8 +158,9 @@ impl Publisher {
         // Never closed, so always granted in the end.
         let _place = self.0.unconfirmed.acquire().await;
         let mut refusals = 0;
+        let began = Instant::now();
         loop {
-            let failed = match self.attempt(to, route, message).await {
+            let failed = match self.attempt(to, route, message, began).await {
                 Ok(()) => return Ok(()),
                 Err(failed) => failed,
             };
@@ -185,19 +186,25 @@ impl Publisher {
         }
     }
 
-    async fn attempt(&self, to: &Address, route: &Route, message: &Outgoing) -> Result<(), Failed> {
+    async fn attempt(
+        &self,
+        to: &Address,
+        route: &Route,
+        message: &Outgoing,
+        began: Instant,
+    ) -> Result<(), Failed> {
         let is_reply = matches!(to, Address::Reply { .. });
         if message.mandatory && !is_reply {
             let _turn = self.0.turn.lock().await;
             let outlet = self.0.outlet(&self.0.one_by_one).await?;
-            let confirmed = self.0.publish(&outlet, route, message).await?;
+            let confirmed = self.0.publish(&outlet, route, message, began).await?;
             return match confirmed {
                 Some(_) => Err(Failed::NoRoute),
                 None => Ok(()),
             };
         }
         let outlet = self.0.outlet(&self.0.pipelined).await?;
-        match self.0.publish(&outlet, route, message).await? {
+        match self.0.publish(&outlet, route, message, began).await? {
             Some(returned) if returned.data == *message.body => Err(Failed::NoRoute),
             Some(returned) => {
                 self.retry_stray(returned);
@@ -288,14 +295,15 @@ impl Inner {
         outlet: &Arc<Outlet>,
         route: &Route,
         message: &Outgoing,
+        began: Instant,
     ) -> Result<Option<Box<BasicReturnMessage>>, Failed> {
         self.ensure(outlet, route).await?;
         outlet.unblocked().await?;
         let properties = match message.expiration {
-            Some(wait) => self
+            Some(lasts) => self
                 .properties
                 .clone()
-                .with_expiration(ShortString::from(wait.as_millis().to_string())),
+                .with_expiration(ShortString::from(remaining(lasts, began).to_string())),
             None => self.properties.clone(),
         };
         match Publishing::start(outlet, route, message, properties).await? {
@@ -325,6 +333,12 @@ impl Inner {
         declared.insert(key.to_owned());
         Ok(())
     }
+}
+
+/// How long a message may wait in its queue, ms, that has waited here for seconds.
+fn remaining(lasts: Duration, began: Instant) -> u128 {
+    let waited = Duration::from_secs(began.elapsed().as_secs());
+    lasts.saturating_sub(waited).as_millis()
 }
 
 impl Lane {

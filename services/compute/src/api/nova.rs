@@ -195,7 +195,7 @@ fn not_passed_on(error: &RpcError) -> RemoteFailure {
         Some(failure) => failure.clone(),
         None => {
             let message = format!("The conductor was not reached: {}", Chain(error));
-            RemoteFailure::nova("ServiceUnavailable", message)
+            RemoteFailure::nova("ServiceUnavailable", message).passing()
         }
     }
 }

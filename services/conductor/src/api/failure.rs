@@ -5,6 +5,7 @@
 use drover_model::{
     api::conductor::Offer,
     check::{self, CheckCode, CheckFailure},
+    error::ErrorClass,
     migration::Migration,
     operation::Operation,
 };
@@ -45,7 +46,11 @@ pub(crate) fn store_failure(error: &StoreError) -> RemoteFailure {
         StoreError::Exists(what) => nova("ProjectExists", format!("There is {what} already."), 409),
         other => {
             error!(error = %Chain(other), "the record failed");
-            RemoteFailure::runtime_error(Chain(other).to_string())
+            let failure = RemoteFailure::runtime_error(Chain(other).to_string());
+            match other.class() {
+                ErrorClass::Retryable => failure.passing(),
+                _ => failure,
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ mod project;
 mod transfer;
 mod wait;
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use async_trait::async_trait;
 use drover_model::{
@@ -154,8 +154,15 @@ impl Endpoint for DroverEndpoint {
             method::REGISTER_AGENT => self.register_agent(&request.args()?).await,
             method::HEARTBEAT => self.heartbeat(&request.args()?).await,
             method::AGENT_LEAVES => self.agent_leaves(&request.args()?).await,
-            method::REPORT_STATE => to_value(&self.report_state(&request.args()?).await?),
-            method::MIGRATION_PROGRESS => self.migration_progress(request.args()?).await,
+            // Of what is followed by newer word the old is worth nothing later.
+            method::REPORT_STATE => {
+                let reported = self.report_state(&request.args()?).await;
+                to_value(&reported.map_err(RemoteFailure::final_at_once)?)
+            }
+            method::MIGRATION_PROGRESS => {
+                let reported = self.migration_progress(request.args()?).await;
+                reported.map_err(RemoteFailure::final_at_once)
+            }
             _ => self.handle_operations(&request).await,
         }
     }
@@ -225,8 +232,7 @@ impl DroverEndpoint {
         let aborted = self.runner.abort(found.uuid).await;
         match aborted.map_err(|e| store_failure(&e))? {
             Aborting::Asked(migration) => {
-                self.tell(&migration, "instance.live_migration_abort.start")
-                    .await;
+                self.tell(&migration, abort_event(&migration.way)).await;
                 Ok(*migration)
             }
             Aborting::AskedBefore(migration) => Ok(*migration),
@@ -304,8 +310,9 @@ impl DroverEndpoint {
 
     async fn get_instance(&self, ask: &InstanceRef) -> Answer {
         let row = self.instance(&ask.instance).await?;
-        let moving = self.active_of(std::slice::from_ref(&row)).await?;
-        to_value(&convert::instance(&row, &moving))
+        let moving = self.context.store.active_migration(row.id).await;
+        let moving = moving.map_err(|e| store_failure(&e))?;
+        to_value(&convert::instance(&row, moving.as_slice()))
     }
 
     async fn list_instances(&self, ask: &ListInstances) -> Answer {
@@ -330,12 +337,7 @@ impl DroverEndpoint {
         if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let filter = ListMigrations {
-            active: true,
-            limit: Some(1000),
-            ..ListMigrations::default()
-        };
-        let active = self.context.store.migrations(&filter, None).await;
+        let active = self.context.store.active_migrations().await;
         active.map_err(|e| store_failure(&e))
     }
 
@@ -356,11 +358,21 @@ impl DroverEndpoint {
             .nodes()
             .await
             .map_err(|e| store_failure(&e))?;
-        let mut nodes = Vec::with_capacity(rows.len());
-        for row in &rows {
-            nodes.push(self.node(row).await?);
+        let reports: Vec<&NodeReport> = rows.iter().map(|row| &row.report).collect();
+        let usages = self.context.store.usages(&reports).await;
+        let usages = usages.map_err(|e| store_failure(&e))?;
+        let live = self.context.liveness();
+        let hosts = self.context.store.agents_lost().await;
+        let mut lost = BTreeMap::new();
+        for host in hosts.map_err(|e| store_failure(&e))? {
+            let of_host = self.context.store.agent_lost(&host).await;
+            lost.insert(host, of_host.map_err(|e| store_failure(&e))?);
         }
-        to_value(&nodes)
+        let nodes = rows.iter().zip(&usages).map(|(row, usage)| {
+            let lost = lost.remove(&row.report.host).flatten();
+            convert::node(row, usage, lost, live)
+        });
+        to_value(&nodes.collect::<Vec<_>>())
     }
 
     async fn node(
@@ -490,6 +502,16 @@ impl DroverEndpoint {
                 .await;
         }
         Ok(Value::Null)
+    }
+}
+
+/// What is told when a migration of that kind is to be aborted.
+fn abort_event(way: &Way) -> &'static str {
+    match way {
+        Way::Live(_) => "instance.live_migration_abort.start",
+        Way::Cold(_) => "instance.resize_abort.start",
+        Way::Transfer(_) => "instance.transfer_abort.start",
+        Way::Evacuation(_) => "instance.rebuild_abort.start",
     }
 }
 

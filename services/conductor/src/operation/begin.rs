@@ -52,20 +52,27 @@ impl OperationRunner {
         record::decide(&mut new, now_ms, text);
         let store = &self.context.store;
         let term = self.moves.term();
-        Ok(match store.begin_operation(&new, unique_id, term).await? {
-            Begun::New(operation) => {
-                info!(
-                    operation = operation.id,
-                    kind = operation.task.kind(),
-                    "accepted"
-                );
-                self.spawn(Store::first_operation_lease(operation.uuid));
-                Answer::Accepted(operation)
-            }
-            Begun::Repeated(operation) => Answer::Accepted(operation),
-            Begun::Busy(other) if other.task.kind() == new.task.kind() => Answer::Accepted(other),
-            Begun::Busy(other) => Answer::Refused(vec![busy(&other)]),
-        })
+        Ok(
+            match store
+                .begin_operation(&new, unique_id, term.recorded)
+                .await?
+            {
+                Begun::New(operation) => {
+                    info!(
+                        operation = operation.id,
+                        kind = operation.task.kind(),
+                        "accepted"
+                    );
+                    self.spawn(Store::first_operation_lease(operation.uuid), term);
+                    Answer::Accepted(operation)
+                }
+                Begun::Repeated(operation) => Answer::Accepted(operation),
+                Begun::Busy(other) if other.task.kind() == new.task.kind() => {
+                    Answer::Accepted(other)
+                }
+                Begun::Busy(other) => Answer::Refused(vec![busy(&other)]),
+            },
+        )
     }
 
     /// What would be done, and what stands in the way of it.

@@ -15,23 +15,22 @@
 //! unfinished operations are taken up with a new epoch (invariant 4). What
 //! fails to be read or written, or panics, is tried again after a pause.
 
-use std::{
-    collections::HashMap,
-    panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{panic::AssertUnwindSafe, time::Duration};
 
-use drover_model::ids::OperationId;
 use drover_runtime::error_chain::Chain;
 use drover_store::{StoreError, operations::OperationLease};
 use futures_util::FutureExt;
-use tokio::task::AbortHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::drive::Drive;
-use crate::{app::Context, clock::goes_on_after, task::runner::Runner};
+use crate::{
+    app::Context,
+    clock::goes_on_after,
+    leases::{Driven, Term},
+    task::runner::{Runner, in_time},
+};
 
 /// Time between two passes.
 const PASS: Duration = Duration::from_secs(5);
@@ -44,7 +43,7 @@ pub struct OperationRunner {
     pub(super) context: Context,
     /// Drives their migrations.
     pub(super) moves: Runner,
-    driven: Arc<Mutex<HashMap<OperationId, AbortHandle>>>,
+    driven: Driven<OperationLease>,
 }
 
 impl OperationRunner {
@@ -53,19 +52,15 @@ impl OperationRunner {
         Self {
             context,
             moves,
-            driven: Arc::default(),
+            driven: Driven::default(),
         }
     }
 
     /// Drives an operation of this owner from wherever it stands.
-    pub fn spawn(&self, lease: OperationLease) {
-        let mut driven = self.lock();
+    pub fn spawn(&self, lease: OperationLease, term: Term) {
         let runner = self.clone();
-        let task = tokio::spawn(async move { runner.run(lease).await });
-        // A newer lease shuts the older task out anyway; it need not find out.
-        if let Some(old) = driven.insert(lease.operation, task.abort_handle()) {
-            old.abort();
-        }
+        let work = async move { runner.run(lease).await };
+        self.driven.begin(lease, term, work);
     }
 
     async fn run(&self, lease: OperationLease) {
@@ -84,18 +79,11 @@ impl OperationRunner {
             }
             tokio::time::sleep(PAUSE).await;
         }
-        self.lock().remove(&lease.operation);
     }
 
     /// Lets go of everything; the record has what is needed to go on.
     pub fn stop(&self) {
-        for (_, task) in self.lock().drain() {
-            task.abort();
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<OperationId, AbortHandle>> {
-        self.driven.lock().unwrap_or_else(PoisonError::into_inner)
+        self.driven.stop();
     }
 
     /// Takes up what this owner left unfinished in an earlier life.
@@ -103,43 +91,77 @@ impl OperationRunner {
     /// # Errors
     /// The record cannot be read.
     pub async fn recover(&self) -> Result<(), StoreError> {
-        self.adopt(true).await
+        self.take_up().await
     }
 
-    async fn adopt(&self, own_too: bool) -> Result<(), StoreError> {
+    /// Takes up whatever is owned and not driven, and what others left. What cannot
+    /// be is left for the next pass, and does not hold up the rest.
+    async fn take_up(&self) -> Result<(), StoreError> {
         let store = &self.context.store;
-        let owner = self.moves.owner();
-        let leases = store.adopt_operations(owner, own_too, self.moves.term());
-        for lease in leases.await? {
-            let attempted = store
-                .update_operation(lease.operation, Some(lease), |o| {
-                    o.attempt += 1;
-                    owner.clone_into(&mut o.owner);
-                    true
-                })
-                .await?;
-            info!(
-                operation = attempted.id, attempt = attempted.attempt, status = %attempted.status,
-                "takes up an unfinished operation"
-            );
-            self.spawn(lease);
+        let (owner, term) = (self.moves.owner(), self.moves.term().recorded);
+        let driven = self.driven.leases();
+        for seen in store.undriven_operations(owner, &driven, term).await? {
+            if let Err(error) = self.take_up_one(seen).await {
+                warn!(
+                    operation = %seen.operation, error = %Chain(&error),
+                    "could not be taken up; tried again soon"
+                );
+            }
         }
+        Ok(())
+    }
+
+    async fn take_up_one(&self, seen: OperationLease) -> Result<(), StoreError> {
+        let (store, owner) = (&self.context.store, self.moves.owner());
+        let term = self.moves.term();
+        let taken = store.take_over_operation(seen, owner, term.recorded);
+        let Some(lease) = taken.await? else {
+            return Ok(());
+        };
+        let attempted = store
+            .update_operation(lease.operation, Some(lease), |o| {
+                o.attempt += 1;
+                owner.clone_into(&mut o.owner);
+                true
+            })
+            .await?;
+        info!(
+            operation = attempted.id, attempt = attempted.attempt, status = %attempted.status,
+            "takes up an unfinished operation"
+        );
+        self.spawn(lease, term);
+        Ok(())
+    }
+
+    /// Renews leases, until told to stop.
+    pub async fn keep_leases(&self, stop: CancellationToken) {
+        let mut pause = self.moves.renewal_pause();
+        while goes_on_after(pause, &stop).await {
+            pause = self.moves.renewal_pause();
+            if let Err(why) = in_time(timeout(pause, self.renew()).await) {
+                warn!(
+                    why,
+                    "leases on operations could not be renewed; tried again at once"
+                );
+                pause = Duration::from_secs(1).min(pause);
+            }
+        }
+    }
+
+    async fn renew(&self) -> Result<(), StoreError> {
+        let (asked, term) = (self.driven.leases(), self.moves.term());
+        let (store, owner) = (&self.context.store, self.moves.owner());
+        let renewal = store.renew_operation_leases(owner, &asked, term.recorded);
+        self.driven.renewed(&asked, &renewal.await?, term);
         Ok(())
     }
 
     /// The pass, until told to stop.
     pub async fn keep(&self, stop: CancellationToken) {
         while goes_on_after(PASS, &stop).await {
-            if let Err(error) = self.pass().await {
-                warn!(%error, "operations could not be looked after; tried again soon");
+            if let Err(error) = self.take_up().await {
+                warn!(error = %Chain(&error), "operations could not be looked after; tried again soon");
             }
         }
-    }
-
-    async fn pass(&self) -> Result<(), StoreError> {
-        let (owner, term) = (self.moves.owner(), self.moves.term());
-        let store = &self.context.store;
-        store.renew_operation_leases(owner, term).await?;
-        self.adopt(false).await
     }
 }

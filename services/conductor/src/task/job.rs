@@ -1,7 +1,11 @@
 //! What the steps of every saga share: the migration they are of, the way to
 //! its agents and its record, and the classes of what can go wrong.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use drover_model::{
     api::compute::{CleanUp, GuestLocation, Inbox, Outcome, StepRef, TransferPlan},
@@ -14,7 +18,10 @@ use drover_model::{
 use drover_saga::StepError;
 use drover_store::{Store, StoreError, claims::Resources, migrations::Lease};
 use serde::{Deserialize, Serialize};
-use tokio::{sync::broadcast, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, broadcast},
+    time::timeout,
+};
 use tracing::warn;
 
 use super::proof::Seen;
@@ -81,6 +88,24 @@ impl Data {
     }
 }
 
+/// A place among those that are made ready at once; or none, where none is needed.
+/// Clones are the same one.
+#[derive(Clone, Default)]
+pub(super) struct Slot(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+
+impl Slot {
+    pub(super) fn of(permit: Option<OwnedSemaphorePermit>) -> Self {
+        Self(Arc::new(Mutex::new(permit)))
+    }
+
+    /// Gives it to whoever waits for one.
+    pub(super) fn give_back(&self) {
+        // A permit is never half there.
+        let permit = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(permit);
+    }
+}
+
 /// One migration under way.
 pub(super) struct Job {
     pub(super) context: Context,
@@ -88,6 +113,7 @@ pub(super) struct Job {
     pub(super) agents: AgentClient,
     pub(super) lease: Lease,
     pub(super) migration: Migration,
+    pub(super) slot: Slot,
 }
 
 impl Job {

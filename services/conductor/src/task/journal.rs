@@ -164,6 +164,32 @@ fn project<G: Recorded>(
     Ok(told.into_iter().map(tell).collect())
 }
 
+/// Has a migration stuck of which its saga does not know it; whether that is news.
+pub(super) fn be_stuck(m: &mut Migration, why: &str, now_ms: u64) -> bool {
+    if m.become_status(S::Stuck).is_err() {
+        return false;
+    }
+    m.updated_at_ms = now_ms;
+    let text = format!("stuck: {why}");
+    // Tried again it says the same again.
+    if m.decisions.last().is_none_or(|last| last.text != text) {
+        decide(m, now_ms, text);
+    }
+    true
+}
+
+/// Has it go on where its journal stands; whether it was stuck.
+pub(super) fn go_on<G: Recorded>(m: &mut Migration, events: &[Event], now_ms: u64) -> bool {
+    if m.status != S::Stuck {
+        return false;
+    }
+    let step = events.last().map_or(G::name(G::STEPS[0]), Event::step);
+    let went_on = m.become_status(status_at::<G>(step)).is_ok();
+    m.updated_at_ms = now_ms;
+    decide(m, now_ms, format!("{step} is tried again"));
+    went_on
+}
+
 fn step_of<G: Recorded>(name: &str) -> Option<G::Step> {
     G::STEPS.iter().copied().find(|s| G::name(*s) == name)
 }

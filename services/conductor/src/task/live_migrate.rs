@@ -296,8 +296,12 @@ impl LiveMigrate {
                 Turn::Go => None,
                 Turn::Wait { why } => Some(format!("waits for its turn: {why}")),
             };
+            if why.is_some() {
+                // Others are made ready meanwhile.
+                self.job.slot.give_back();
+            }
             if noted != why {
-                let noting = store.update_migration(id, |m| {
+                let noting = store.update_driven(self.job.lease, |m| {
                     let changes = m.progress.note != why;
                     m.progress.note.clone_from(&why);
                     changes

@@ -7,8 +7,9 @@
 //! * [`transfer`]: a guest to another project on its node.
 //!
 //! [`journal`] turns their events into the record and the notifications; what
-//! all their steps use is in [`job`]; what proves that something may go is in [`proof`]; [`runner`] drives them, finds them again
-//! after a restart, and keeps hold.
+//! all their steps use is in [`job`]; what proves that something may go is in
+//! [`proof`]; [`runner`] drives them, finds them again after a restart, and keeps
+//! hold; [`tidying`] does what they put off.
 
 pub mod cold_migrate;
 pub mod confirm;
@@ -19,6 +20,7 @@ pub mod live_migrate;
 pub mod proof;
 pub mod revert;
 pub mod runner;
+pub mod tidying;
 pub mod transfer;
 
 use drover_model::migration::{EndReason, Migration, MigrationStatus};

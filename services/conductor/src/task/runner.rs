@@ -7,27 +7,23 @@
 //!                                 on the record
 //! ```
 //!
-//! At start, and whenever a lease of another conductor runs out, unfinished
-//! operations are taken up with a new epoch (invariant 4). A pass every few
-//! seconds renews leases, resumes what was stuck, and does tidying that was
-//! put off.
+//! Nothing is owned without being driven, for long: a pass every few seconds takes
+//! up, with a new epoch, what this conductor owns and does not drive, and what others
+//! left whose lease ran out (invariant 4); it resumes what was stuck. Leases are
+//! renewed by a task of its own ([`crate::leases`]), put-off tidying is done in
+//! another ([`super::tidying`]): neither waits for anything else.
 
-use std::{
-    collections::HashMap,
-    marker::PhantomData,
-    panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{marker::PhantomData, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use drover_model::{
     ids::{HostName, MigrationId},
     migration::{Ending, Migration, MigrationStatus, Way},
 };
-use drover_saga::{DriveError, Event, JournalError, Outcome, Patience, StepError, drive};
-use drover_store::{Store, StoreError, Term, migrations::Lease, sagas::SagaKey};
+use drover_runtime::error_chain::Chain;
+use drover_saga::{DriveError, JournalError, Outcome, Patience, State, drive, journal::replay};
+use drover_store::{StoreError, migrations::Lease, sagas::SagaKey};
 use futures_util::FutureExt;
-use tokio::{sync::Semaphore, task::AbortHandle};
+use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -35,22 +31,29 @@ use super::{
     cold_migrate::ColdMigrate,
     confirm::Confirm,
     evacuate::Evacuate,
-    job::{Data, Job, store_error},
-    journal::{RecordJournal, Recorded},
+    job::{Data, Job, Slot},
+    journal::{self, RecordJournal, Recorded},
     live_migrate::LiveMigrate,
     revert::Revert,
     transfer::Transfer,
 };
-use crate::{app::Context, clock::goes_on_after, survey::hypervisor_is_up};
+use crate::{
+    app::Context,
+    clock::goes_on_after,
+    leases::{Driven, Term},
+    survey::hypervisor_is_up,
+};
 
 /// Time between two passes.
-const PASS: Duration = Duration::from_secs(5);
+pub(super) const PASS: Duration = Duration::from_secs(5);
 /// Pause before a saga whose journal failed is driven again.
 const JOURNAL_PAUSE: Duration = Duration::from_secs(2);
 /// How long a stuck operation rests before it is tried again by itself, ms.
 const STUCK_REST_MS: u64 = 30_000;
 /// How long unique ids of requests are remembered, ms.
 const REQUESTS_KEPT_MS: u64 = 86_400_000;
+/// Leases are renewed so often in the time that they last.
+const RENEWALS_PER_LEASE: u64 = 3;
 
 /// What came of asking for an abort.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,12 +69,14 @@ pub enum Aborting {
 /// Drives operations. Cheap to clone.
 #[derive(Clone)]
 pub struct Runner {
-    context: Context,
+    pub(super) context: Context,
     owner: Arc<str>,
     lease_ms: u64,
     slots: Arc<Semaphore>,
     patience: Patience,
-    driven: Arc<Mutex<HashMap<MigrationId, AbortHandle>>>,
+    driven: Driven<Lease>,
+    /// What rests, and has tidying of it done.
+    pub(super) tidied: Driven<Lease>,
 }
 
 impl Runner {
@@ -89,7 +94,8 @@ impl Runner {
             lease_ms: lease_s * 1000,
             slots: Arc::new(Semaphore::new(slots)),
             patience,
-            driven: Arc::default(),
+            driven: Driven::default(),
+            tidied: Driven::default(),
         }
     }
 
@@ -98,62 +104,68 @@ impl Runner {
         &self.owner
     }
 
-    /// For how long a lease taken now holds.
+    /// How long a lease that is asked for now holds.
     pub fn term(&self) -> Term {
-        Term {
-            now_ms: self.context.clock.now_ms(),
-            lease_ms: self.lease_ms,
-        }
+        Term::new(&self.context.clock, self.lease_ms)
+    }
+
+    /// Time between two renewals of a lease.
+    pub fn renewal_pause(&self) -> Duration {
+        Duration::from_millis(self.lease_ms / RENEWALS_PER_LEASE)
     }
 
     /// Operations driven now.
     pub fn driven(&self) -> usize {
-        self.lock().len()
+        self.driven.len()
     }
 
     /// Drives a migration of this owner from wherever it stands.
-    pub fn spawn(&self, lease: Lease) {
-        let mut driven = self.lock();
+    pub fn spawn(&self, lease: Lease, term: Term) {
         let runner = self.clone();
-        let task = tokio::spawn(async move {
-            let ran = AssertUnwindSafe(runner.run(lease)).catch_unwind().await;
-            runner.lock().remove(&lease.migration);
-            if ran.is_err() {
-                error!(migration = %lease.migration, "its saga panicked; it is taken up again at the next start");
-            }
+        self.supervise(lease, term, async move { runner.run(lease).await });
+    }
+
+    /// Drives something, and has it stuck if it cannot go on, or panics.
+    fn supervise(
+        &self,
+        lease: Lease,
+        term: Term,
+        work: impl Future<Output = Result<(), String>> + Send + 'static,
+    ) {
+        let runner = self.clone();
+        self.driven.begin(lease, term, async move {
+            let ran = AssertUnwindSafe(work).catch_unwind().await;
+            let why = match ran {
+                Ok(Ok(())) => return,
+                Ok(Err(why)) => why,
+                Err(panic) => format!("a mistake in the conductor: {}", text(panic.as_ref())),
+            };
+            runner.be_stuck(lease, &why).await;
         });
-        // A newer lease shuts the older task out anyway; it need not find out.
-        if let Some(old) = driven.insert(lease.migration, task.abort_handle()) {
-            old.abort();
-        }
     }
 
     /// Lets go of everything; the journal has what is needed to go on.
     pub fn stop(&self) {
-        for (_, task) in self.lock().drain() {
-            task.abort();
-        }
+        self.driven.stop();
+        self.tidied.stop();
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<MigrationId, AbortHandle>> {
-        self.driven.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn run(&self, lease: Lease) {
-        let Ok(_slot) = self.slots.acquire().await else {
-            return;
-        };
+    /// To its end, or until it is somebody else's; or says why it cannot go on.
+    async fn run(&self, lease: Lease) -> Result<(), String> {
+        let slot = self.slot(lease).await;
         loop {
-            match self.drive_once(lease).await {
-                Ok(outcome) => return tell(lease.migration, &outcome),
-                Err(DriveError::Stuck(_)) => return,
+            match self.drive_once(lease, &slot).await {
+                Ok(outcome) => {
+                    tell(lease.migration, &outcome);
+                    return Ok(());
+                }
+                Err(DriveError::Stuck(_)) => return Ok(()),
                 Err(DriveError::Journal(JournalError::Fenced)) => {
                     info!(migration = %lease.migration, "another conductor goes on with it");
-                    return;
+                    return Ok(());
                 }
-                Err(DriveError::Journal(JournalError::Illegal(what))) => {
-                    error!(migration = %lease.migration, what, "cannot go on with it");
-                    return;
+                Err(DriveError::Journal(error @ JournalError::Illegal(_))) => {
+                    return Err(error.to_string());
                 }
                 Err(DriveError::Journal(error)) => {
                     warn!(migration = %lease.migration, %error, "tried again soon");
@@ -163,14 +175,47 @@ impl Runner {
         }
     }
 
-    async fn drive_once(&self, lease: Lease) -> Result<Outcome, DriveError> {
+    /// Puts what cannot go on on the record as such, with the reason. It is tried
+    /// again like anything that is stuck.
+    async fn be_stuck(&self, lease: Lease, why: &str) {
+        error!(migration = %lease.migration, why, "stuck: 'drover migration resume' tries again");
+        loop {
+            let now_ms = self.context.clock.now_ms();
+            let change = |m: &mut Migration| journal::be_stuck(m, why, now_ms);
+            match self.context.store.update_driven(lease, change).await {
+                Ok(_) | Err(StoreError::Fenced(_)) => return,
+                Err(error) => warn!(error = %Chain(&error), "tried again soon"),
+            }
+            tokio::time::sleep(JOURNAL_PAUSE).await;
+        }
+    }
+
+    /// A slot for what has yet to begin. Everything else goes on without: what sends
+    /// already, what ends a move that is done, an evacuation, an abort.
+    async fn slot(&self, lease: Lease) -> Slot {
+        let Ok(migration) = self.context.store.migration(lease.migration).await else {
+            // Driving it says what is the matter.
+            return Slot::default();
+        };
+        let begins = migration.status == MigrationStatus::Accepted && migration.ending.is_none();
+        if !begins || matches!(migration.way, Way::Evacuation(_)) {
+            return Slot::default();
+        }
+        let job = self.job(lease, migration, Slot::default());
+        tokio::select! {
+            slot = self.slots.clone().acquire_owned() => Slot::of(slot.ok()),
+            _ = job.interrupted() => Slot::default(),
+        }
+    }
+
+    async fn drive_once(&self, lease: Lease, slot: &Slot) -> Result<Outcome, DriveError> {
         let store = &self.context.store;
         let migration = store.migration(lease.migration).await;
         let migration = migration.map_err(|e| JournalError::Unavailable(e.to_string()))?;
         let ending = migration.ending;
         let key = key_of(&migration);
         let way = migration.way.clone();
-        let job = self.job(lease, migration);
+        let job = self.job(lease, migration, slot.clone());
         match (ending, way) {
             (Some(Ending::Confirm), _) => self.drive(&Confirm::new(job), lease, key).await,
             (Some(Ending::Revert), _) => self.drive(&Revert::new(job), lease, key).await,
@@ -191,12 +236,13 @@ impl Runner {
         }
     }
 
-    fn job(&self, lease: Lease, migration: Migration) -> Job {
+    pub(super) fn job(&self, lease: Lease, migration: Migration, slot: Slot) -> Job {
         Job {
             context: self.context.clone(),
             agents: self.context.agents.under(lease),
             lease,
             migration,
+            slot,
         }
     }
 
@@ -213,7 +259,31 @@ impl Runner {
             saga: key,
             kind: PhantomData,
         };
+        self.unstick(&journal).await?;
         drive(saga, &journal, self.patience, Data::default()).await
+    }
+
+    /// What was put among the stuck by [`Self::be_stuck`], of which its saga knows
+    /// nothing, has the status of its step again.
+    async fn unstick<G: Recorded>(&self, journal: &RecordJournal<G>) -> Result<(), JournalError> {
+        use drover_saga::Journal;
+        let events = journal.load().await?;
+        let (state, _) = replay::<G>(&events)?;
+        if matches!(state, State::Stuck(_) | State::Done(_)) {
+            return Ok(());
+        }
+        let now_ms = self.context.clock.now_ms();
+        let change = |m: &mut Migration| journal::go_on::<G>(m, &events, now_ms);
+        match self
+            .context
+            .store
+            .update_driven(journal.lease, change)
+            .await
+        {
+            Ok(_) => Ok(()),
+            Err(StoreError::Fenced(_)) => Err(JournalError::Fenced),
+            Err(error) => Err(JournalError::Unavailable(Chain(&error).to_string())),
+        }
     }
 
     /// Takes up what this owner left unfinished in an earlier life.
@@ -221,26 +291,43 @@ impl Runner {
     /// # Errors
     /// The record cannot be read.
     pub async fn recover(&self) -> Result<(), StoreError> {
-        self.adopt(true).await
+        self.take_up().await
     }
 
-    async fn adopt(&self, own_too: bool) -> Result<(), StoreError> {
-        let store = &self.context.store;
-        let leases = store.adopt(&self.owner, own_too, self.term()).await?;
-        for lease in leases {
-            let attempted = store
-                .update_migration(lease.migration, |m| {
-                    m.attempt += 1;
-                    self.owner.as_ref().clone_into(&mut m.owner);
-                    true
-                })
-                .await?;
-            info!(
-                migration = attempted.id, attempt = attempted.attempt, status = %attempted.status,
-                "takes up an unfinished migration"
-            );
-            self.spawn(lease);
+    /// Takes up whatever is owned and not driven, and what others left. What cannot
+    /// be is left for the next pass, and does not hold up the rest.
+    async fn take_up(&self) -> Result<(), StoreError> {
+        let (store, term) = (&self.context.store, self.term().recorded);
+        let driven = self.driven.leases();
+        for seen in store.undriven(&self.owner, &driven, term).await? {
+            if let Err(error) = self.take_up_one(seen).await {
+                warn!(
+                    migration = %seen.migration, error = %Chain(&error),
+                    "could not be taken up; tried again soon"
+                );
+            }
         }
+        Ok(())
+    }
+
+    async fn take_up_one(&self, seen: Lease) -> Result<(), StoreError> {
+        let (store, term) = (&self.context.store, self.term());
+        let taken = store.take_over(seen, &self.owner, term.recorded).await?;
+        let Some(lease) = taken else {
+            return Ok(());
+        };
+        let attempted = store
+            .update_driven(lease, |m| {
+                m.attempt += 1;
+                self.owner.as_ref().clone_into(&mut m.owner);
+                true
+            })
+            .await?;
+        info!(
+            migration = attempted.id, attempt = attempted.attempt, status = %attempted.status,
+            "takes up an unfinished migration"
+        );
+        self.spawn(lease, term);
         Ok(())
     }
 
@@ -276,7 +363,10 @@ impl Runner {
         let migration = self.context.store.update_migration(id, change).await?;
         if begun {
             info!(migration = migration.id, ?ending, "is to be ended");
-            self.resume(id).await?;
+            if let Err(error) = self.resume(id).await {
+                // It is on the record; the next pass takes it up.
+                warn!(migration = migration.id, error = %Chain(&error), "begun a little later");
+            }
         }
         Ok(fits.then_some(migration))
     }
@@ -313,159 +403,132 @@ impl Runner {
     /// # Errors
     /// The record cannot be read or written.
     pub async fn resume(&self, id: MigrationId) -> Result<(), StoreError> {
-        let term = self.term();
-        let lease = self.context.store.adopt_one(id, &self.owner, term).await?;
-        self.spawn(lease);
+        let (store, term) = (&self.context.store, self.term());
+        let lease = store.adopt_one(id, &self.owner, term.recorded).await?;
+        self.spawn(lease, term);
+        Ok(())
+    }
+
+    /// Renews leases, until told to stop.
+    pub async fn keep_leases(&self, stop: CancellationToken) {
+        let mut pause = self.renewal_pause();
+        while goes_on_after(pause, &stop).await {
+            let renewed = timeout(self.renewal_pause(), self.renew()).await;
+            pause = self.renewal_pause();
+            if let Err(why) = in_time(renewed) {
+                warn!(why, "leases could not be renewed; tried again at once");
+                pause = Duration::from_secs(1).min(pause);
+            }
+        }
+    }
+
+    async fn renew(&self) -> Result<(), StoreError> {
+        for driven in [&self.driven, &self.tidied] {
+            let (asked, term) = (driven.leases(), self.term());
+            let renewal = self
+                .context
+                .store
+                .renew_leases(&self.owner, &asked, term.recorded);
+            driven.renewed(&asked, &renewal.await?, term);
+        }
         Ok(())
     }
 
     /// The pass, until told to stop.
     pub async fn keep(&self, stop: CancellationToken) {
         while goes_on_after(PASS, &stop).await {
-            if let Err(error) = self.pass().await {
-                warn!(%error, "the record could not be looked after; tried again soon");
+            let forgotten_before_ms = self.context.clock.now_ms().saturating_sub(REQUESTS_KEPT_MS);
+            let done = [
+                self.take_up().await,
+                self.resume_rested().await,
+                self.confirm_overdue().await,
+                self.context.store.prune_requests(forgotten_before_ms).await,
+            ];
+            for error in done.iter().filter_map(|done| done.as_ref().err()) {
+                warn!(error = %Chain(error), "the record could not be looked after; tried again soon");
             }
         }
     }
 
-    async fn pass(&self) -> Result<(), StoreError> {
-        let store = &self.context.store;
-        let now_ms = self.context.clock.now_ms();
-        store.renew_leases(&self.owner, self.term()).await?;
-        self.adopt(false).await?;
-        self.resume_rested(store, now_ms).await?;
-        self.confirm_overdue(store, now_ms).await?;
-        self.tidy(store).await?;
-        store
-            .prune_requests(now_ms.saturating_sub(REQUESTS_KEPT_MS))
-            .await
-    }
-
-    async fn resume_rested(&self, store: &Store, now_ms: u64) -> Result<(), StoreError> {
-        let filter = drover_model::api::conductor::ListMigrations {
-            active: true,
-            limit: Some(1000),
-            ..Default::default()
-        };
-        for m in store.migrations(&filter, None).await? {
+    async fn resume_rested(&self) -> Result<(), StoreError> {
+        let (store, now_ms) = (&self.context.store, self.context.clock.now_ms());
+        let stuck = store.stuck_migrations(&self.owner, self.term().recorded);
+        for (seen, m) in stuck.await? {
             let rested = now_ms.saturating_sub(m.updated_at_ms) >= STUCK_REST_MS;
-            let stuck = m.status == MigrationStatus::Stuck && m.owner == *self.owner;
-            if stuck && rested && self.both_up(&m).await? {
-                self.resume(m.uuid).await?;
+            // One that was resumed and has not said so yet is driven already.
+            if self.driven.leases().contains(&seen) || !rested || !self.both_up(&m).await? {
+                continue;
+            }
+            let term = self.term();
+            if let Some(lease) = store.take_over(seen, &self.owner, term.recorded).await? {
+                self.spawn(lease, term);
             }
         }
         Ok(())
     }
 
     /// Confirms what was not confirmed within the window, if there is one.
-    async fn confirm_overdue(&self, store: &Store, now_ms: u64) -> Result<(), StoreError> {
+    async fn confirm_overdue(&self) -> Result<(), StoreError> {
+        let (store, now_ms) = (&self.context.store, self.context.clock.now_ms());
         if self.context.confirm_window_ms == 0 {
             return Ok(());
         }
-        let filter = drover_model::api::conductor::ListMigrations {
-            active: true,
-            limit: Some(1000),
-            ..Default::default()
-        };
-        for m in store.migrations(&filter, None).await? {
+        for m in store.finished_migrations().await? {
             let since = m.finished_at_ms.unwrap_or(now_ms);
-            let overdue = now_ms.saturating_sub(since) >= self.context.confirm_window_ms;
-            if m.status == MigrationStatus::Finished && overdue {
-                info!(migration = m.id, "nobody reverted it in time");
-                self.end_with(m.uuid, Ending::Confirm).await?;
+            if now_ms.saturating_sub(since) < self.context.confirm_window_ms {
+                continue;
+            }
+            info!(migration = m.id, "nobody reverted it in time");
+            if let Err(error) = self.end_with(m.uuid, Ending::Confirm).await {
+                warn!(migration = m.id, error = %Chain(&error), "confirmed a little later");
             }
         }
         Ok(())
     }
 
     async fn both_up(&self, m: &Migration) -> Result<bool, StoreError> {
-        let live = self.context.liveness();
         // Of an evacuation the source is dead.
         let source = Some(&m.source_host).filter(|_| !matches!(m.way, Way::Evacuation(_)));
         for host in source.into_iter().chain(&m.dest_host) {
-            match self.context.store.node(host).await {
-                Ok(node) if live.is_up(&node) && hypervisor_is_up(&node) => {}
-                Ok(_) | Err(StoreError::NotFound(_)) => return Ok(false),
-                Err(error) => return Err(error),
+            if !self.is_up(host).await? {
+                return Ok(false);
             }
         }
         Ok(true)
     }
 
-    async fn tidy(&self, store: &Store) -> Result<(), StoreError> {
-        for (uuid, step) in store.put_off_steps().await? {
-            let Ok(id) = uuid.parse::<MigrationId>() else {
-                continue;
-            };
-            let m = store.migration(id).await?;
-            // Of a step that still runs, or will be driven again, nothing is tidied.
-            let Some(dest) = m.dest_host.clone().filter(|_| m.status.rests()) else {
-                continue;
-            };
-            match self.tidy_again(m, &step, &dest).await {
-                Ok(()) => {
-                    store.tidied(&uuid, &step).await?;
-                    let done = format!("{step} was put off, and is done now");
-                    store
-                        .update_migration(id, |m| {
-                            m.warnings.push(done.clone());
-                            true
-                        })
-                        .await?;
-                }
-                Err(error) => info!(migration = uuid, step, %error, "tidying is put off again"),
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Runner {
-    /// Does a tidying step again that was put off.
-    async fn tidy_again(&self, m: Migration, step: &str, dest: &HostName) -> Result<(), StepError> {
-        let lease = self.context.store.lease(m.uuid).await;
-        let lease = lease.map_err(|e| store_error(&e))?;
-        // What its steps had learned by then; it tells of the move even after an ending.
-        let events = self.context.store.saga_events(&key_of(&m)).await;
-        let data = learned(&events.map_err(|e| store_error(&e))?);
-        let (ending, way) = (m.ending, m.way.clone());
-        let job = self.job(lease, m);
-        match (ending, way) {
-            (Some(Ending::Confirm), _) => Confirm::new(job).confirm_source().await,
-            (Some(Ending::Revert), _) => Revert::new(job).tidy_again(step, dest, &data).await,
-            (None, Way::Live(options)) => {
-                LiveMigrate::new(job, options).tidy_again(step, dest).await
-            }
-            (None, Way::Cold(options)) => {
-                let cold = ColdMigrate::new(job, options);
-                cold.tidy_again(step, dest, &data).await
-            }
-            (None, Way::Transfer(wanted)) => {
-                Transfer::new(job, wanted).tidy_again(step, &data).await
-            }
-            (None, Way::Evacuation(wanted)) => {
-                let evacuate = Evacuate::new(job, wanted);
-                evacuate.tidy_again(step, dest, &data).await
-            }
-        }
+    /// Whether a node can be asked to do something.
+    pub(super) async fn is_up(&self, host: &HostName) -> Result<bool, StoreError> {
+        let live = self.context.liveness();
+        let node = self.context.store.known_node(host).await?;
+        Ok(node.is_some_and(|node| live.is_up(&node) && hypervisor_is_up(&node)))
     }
 }
 
 /// The saga that a migration is in, or was in last.
-fn key_of(m: &Migration) -> SagaKey {
+pub(super) fn key_of(m: &Migration) -> SagaKey {
     match m.ending {
         None => SagaKey::of_move(m.uuid),
         Some(_) => SagaKey::of_ending(m.uuid, m.ending_attempt),
     }
 }
 
-/// What the steps of a saga have learned.
-fn learned(events: &[Event]) -> Data {
-    let last = events.iter().rev().find_map(|event| match event {
-        Event::Succeeded { data, .. } => serde_json::from_value(data.clone()).ok(),
-        _ => None,
-    });
-    last.unwrap_or_default()
+/// Why something was not done, or not in time.
+pub(crate) fn in_time(
+    done: Result<Result<(), StoreError>, tokio::time::error::Elapsed>,
+) -> Result<(), String> {
+    match done {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(Chain(&error).to_string()),
+        Err(_) => Err("the database does not answer".to_owned()),
+    }
+}
+
+/// What a panic said.
+fn text(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("it panicked")
 }
 
 fn tell(migration: MigrationId, outcome: &Outcome) {
@@ -474,3 +537,7 @@ fn tell(migration: MigrationId, outcome: &Outcome) {
         Outcome::RolledBack(error) => info!(%migration, %error, "rolled back"),
     }
 }
+
+#[cfg(test)]
+#[path = "runner_tests.rs"]
+mod tests;

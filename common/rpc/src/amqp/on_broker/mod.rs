@@ -655,3 +655,58 @@ async fn a_queue_tells_its_consumers() {
     assert!(matches!(left.await, None | Some(0)));
     client.close().await;
 }
+
+#[tokio::test]
+async fn a_cast_that_meets_passing_trouble_comes_again_until_it_is_done() {
+    let rig = rig!();
+    let worker = Worker::default();
+    let transport = rig.transport();
+    let server = rig.server_on(transport.clone(), &worker).await;
+    let client = rig.client();
+    let (target, args) = (rig.target(), json!({}));
+    client
+        .cast(&target, &context(), "stumble", &args)
+        .await
+        .unwrap();
+    worker.has_seen("stumble", 3).await;
+    let tries: Vec<bool> = {
+        let seen = worker.seen.lock().unwrap();
+        seen.iter().map(|seen| seen.redelivered).collect()
+    };
+    assert_eq!(tries, [false, true, true]);
+    soon(async {
+        while transport.stats().snapshot().requests_succeeded < 1 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    let seen = transport.stats().snapshot();
+    assert_eq!((seen.casts_requeued, seen.casts_lost), (2, 0), "{seen:?}");
+    server.stop(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn what_waited_too_long_in_its_queue_is_not_served() {
+    let mut rig = rig!();
+    rig.settings.amqp_auto_delete = false; // the queue has to survive its consumer
+    let worker = Worker::default();
+    rig.server(&worker).await.stop(Duration::from_secs(5)).await;
+    let client = rig.client();
+    let target = rig.target();
+    let short = Some(Duration::from_millis(300));
+    client
+        .cast_within(&target, &context(), "fail", &json!({}), short)
+        .await
+        .unwrap();
+    cast(&client, &target).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    let server = rig.server(&worker).await;
+    worker.has_seen("echo", 1).await;
+    assert_eq!(worker.count("fail"), 0, "it was old");
+    server.stop(Duration::from_secs(5)).await;
+    let (_connection, channel) = rig.channel().await;
+    for queue in [rig.topic.clone(), format!("{}.host", rig.topic)] {
+        let gone = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default());
+        gone.await.unwrap();
+    }
+}

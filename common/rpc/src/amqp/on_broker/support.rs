@@ -179,7 +179,14 @@ impl Worker {
 #[async_trait]
 impl Endpoint for Worker {
     fn methods(&self) -> &[&str] {
-        &["echo", "hold", "accept_and_hold", "fail", "panic"]
+        &[
+            "echo",
+            "hold",
+            "accept_and_hold",
+            "fail",
+            "panic",
+            "stumble",
+        ]
     }
 
     async fn handle(&self, request: Request) -> Result<Value, RemoteFailure> {
@@ -198,6 +205,10 @@ impl Endpoint for Worker {
             "fail" => {
                 let failure = RemoteFailure::nova("MigrationPreCheckError", "not today");
                 return Err(failure.with_kwarg("reason", "today"));
+            }
+            // Trouble that passes with the third try.
+            "stumble" if self.count("stumble") < 3 => {
+                return Err(RemoteFailure::runtime_error("the database failed").passing());
             }
             "panic" => panic!("a handler that panics"),
             _ => {}

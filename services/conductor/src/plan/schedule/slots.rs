@@ -52,9 +52,9 @@ impl Slots {
             }
             let is_own = migration.operation == Some(operation.uuid);
             slots.own += u32::from(is_own);
-            slots.cluster += 1;
             // A dead node sends nothing.
             if migration.way.migration_type() != MigrationType::Evacuation {
+                slots.cluster += 1;
                 *slots
                     .outbound
                     .entry(migration.source_host.clone())
@@ -76,7 +76,7 @@ impl Slots {
                 self.own
             ));
         }
-        if self.cluster >= self.limits.cluster.saturating_add(ahead) {
+        if way != MoveWay::Evacuate && self.cluster >= self.limits.cluster.saturating_add(ahead) {
             return Some(format!(
                 "waits for the cluster: {} are under way already",
                 self.cluster
@@ -98,8 +98,8 @@ impl Slots {
     /// Counts a guest that begins.
     pub(super) fn take(&mut self, source: &HostName, to: &HostName, way: MoveWay) {
         self.own += 1;
-        self.cluster += 1;
         if way != MoveWay::Evacuate {
+            self.cluster += 1;
             *self.outbound.entry(source.clone()).or_default() += 1;
         }
         *self.inbound.entry(to.clone()).or_default() += 1;

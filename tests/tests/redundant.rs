@@ -2,6 +2,8 @@
 //! that are missing, nodes that were installed anew, and people who move, stop,
 //! start and undefine guests by hand, at every moment between two steps.
 
+#![allow(clippy::unwrap_used)] // all of it is test
+
 use std::time::Duration;
 
 use drover_compute::hypervisor::{

@@ -116,7 +116,7 @@ async fn a_refusal_is_shown_for_a_while() {
         refusal: Some("twins".into()),
         ..row(1, 0)
     };
-    hearing.take_in(&[refused.clone()]);
+    hearing.take_in(std::slice::from_ref(&refused));
     assert_eq!(hearing.state(&host()).refusal, Some("twins".into()));
     assert!(hearing.is_to_be_said(&host()));
     assert!(!hearing.is_to_be_said(&host()));

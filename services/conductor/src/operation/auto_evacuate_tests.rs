@@ -166,7 +166,7 @@ fn an_attempt_that_found_life_before_anything_was_done_does_not_count() {
     let worth = ["kvm1"];
     let alive = refused(CheckCode::HostAlive);
     assert_eq!(
-        decided(&dead(150_000), &[alive.clone()], &worth),
+        decided(&dead(150_000), std::slice::from_ref(&alive), &worth),
         Act::Evacuate
     );
     let cut = Operation {

@@ -90,11 +90,15 @@ fn drive(letter: char, words: &str) -> String {
     format!("<disk type='file'><source file='/{letter}'/><target dev='vd{letter}'/>{words}</disk>")
 }
 
+/// What it is, its disks, those to be copied, those known to be the same, and whether
+/// libvirt's own look is spared.
+type Case<'a> = (&'a str, Vec<String>, &'a [&'a str], &'a [&'a str], bool);
+
 #[test]
 fn libvirts_own_look_is_spared_only_where_every_disk_has_earned_it() {
     let none = "<driver name='qemu' cache='none'/>";
     let back = "<driver name='qemu' cache='writeback'/>";
-    let cases: [(&str, Vec<String>, &[&str], &[&str], bool); 9] = [
+    let cases: [Case<'_>; 9] = [
         ("nothing to vouch for", vec![], &[], &[], false),
         ("the same file", vec![drive('a', none)], &[], &["vda"], true),
         (

@@ -25,7 +25,6 @@ use drover_model::{
         Task, Verdict,
     },
 };
-use drover_rpc::memory::Faults;
 use drover_store::{Store, Term};
 use drover_tests::cloud::{Cloud, eventually};
 

@@ -1,3 +1,5 @@
+//! Silence as a conductor that listens measures it.
+
 use drover_model::api::conductor::Identity;
 
 use super::*;

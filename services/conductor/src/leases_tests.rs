@@ -1,3 +1,5 @@
+//! Work under a lease, and what becomes of it when the lease ends.
+
 use std::{
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,

@@ -1,3 +1,5 @@
+//! What is done about silent nodes without being asked.
+
 use drover_model::{ids::OperationId, operation::FenceAnswer};
 
 use super::*;

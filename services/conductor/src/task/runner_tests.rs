@@ -1,3 +1,5 @@
+//! What a runner drives, and what it takes up.
+
 use drover_store::Store;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Files of a journal: whole, in order, and read back.
+
 use std::os::unix::fs::PermissionsExt;
 
 use drover_model::{api::fault::Fault, error::ErrorClass};

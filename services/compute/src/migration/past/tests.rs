@@ -1,3 +1,5 @@
+//! What is remembered of migrations, and for how long.
+
 use drover_model::ids::InstanceId;
 use uuid::Uuid;
 

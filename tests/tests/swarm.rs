@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use drover_tests::swarm::{plan::Plan, run, run_seeds};
+use drover_tests::swarm::{plan::Plan, run_seeds};
 
 /// Seeds of every run.
 const SEEDS: u64 = 8;

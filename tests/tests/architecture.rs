@@ -108,6 +108,30 @@ const DESTRUCTIVE: &[(&str, &[&str], &[&str])] = &[
     ),
 ];
 
+/// What takes time, order or ids from elsewhere than a simulation's seed
+/// (`docs/decisions/0013-a-seed-is-a-run.md`), and where alone it may stand.
+const OUTSIDE_THE_SEED: &[(&str, &[&str])] = &[
+    ("spawn_blocking(", &["common/runtime/src/blocking.rs"]),
+    ("thread::", &["common/store/src/at_once.rs"]),
+    ("tokio::fs", &[]),
+    ("SystemTime", &["common/runtime/src/clock.rs"]),
+    ("std::time::Instant", &[]),
+    ("Timestamp::now(", &[]),
+    ("Zoned::now(", &[]),
+    ("now_v7(", &["common/model/src/ids.rs"]),
+];
+
+/// What no simulation reaches.
+const NOT_SIMULATED: &[&str] = &[
+    "common/carrier",
+    "common/rpc/src/amqp",
+    "services/cli",
+    "services/compute/src/hypervisor/libvirt",
+    "services/compute/src/main.rs",
+    "services/conductor/src/main.rs",
+    "common/runtime/src/shutdown.rs",
+];
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -255,6 +279,36 @@ fn what_destroys_is_asked_for_with_evidence_alone() {
     for (.., places) in DESTRUCTIVE {
         for place in *places {
             assert!(root().join(place).exists(), "{place} is gone");
+        }
+    }
+}
+
+/// Code that a simulation runs, without its own tests.
+fn simulated() -> impl Iterator<Item = (String, String)> {
+    let is_simulated = |path: &str| {
+        let ours = path.starts_with("common/") || path.starts_with("services/");
+        ours && path.contains("/src/")
+            && !path.ends_with("tests.rs")
+            && !NOT_SIMULATED.iter().any(|place| path.starts_with(place))
+    };
+    let all = all_sources().into_iter();
+    all.filter(move |(path, _)| is_simulated(path))
+        .map(|(path, text)| {
+            let code = text.split("#[cfg(test)]\nmod tests").next();
+            (path, code.unwrap_or_default().to_owned())
+        })
+}
+
+#[test]
+fn what_is_simulated_follows_from_its_seed() {
+    for (path, text) in simulated() {
+        for (form, places) in OUTSIDE_THE_SEED {
+            let may = places.iter().any(|place| path.starts_with(place));
+            assert!(may || !text.contains(form), "{path} may not say '{form}'");
+        }
+        for choice in text.split("select! {").skip(1) {
+            let biased = choice.trim_start().starts_with("biased;");
+            assert!(biased, "{path}: what a select! tries first is by chance");
         }
     }
 }

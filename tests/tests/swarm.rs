@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use drover_tests::swarm::{plan::Plan, run_seeds};
+use drover_tests::swarm::{first_difference, plan::Plan, run, run_seeds};
 
 /// Seeds of every run.
 const SEEDS: u64 = 8;
@@ -25,4 +25,16 @@ fn everything_at_once_harms_no_guest() {
         failed.is_empty(),
         "look closer with devstack/swarm --seed S --least --trace: {failed:#?}"
     );
+}
+
+#[test]
+fn the_same_seed_is_the_same_run() {
+    for seed in 0..3 {
+        let plan = Plan::draw(seed, true);
+        assert_eq!(first_difference(&plan), None, "{plan}");
+    }
+    let run = |seed| run(&draw(seed), false);
+    let (first, second) = (run(1), run(2));
+    assert!(first.things > 100, "something happened: {first:?}");
+    assert_ne!(first.hash, second.hash);
 }

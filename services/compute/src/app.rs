@@ -175,6 +175,7 @@ impl Server {
         loop {
             let admitted = standing.wait_for(|s| s.incarnation().is_some());
             tokio::select! {
+                biased;
                 admitted = admitted => drop(admitted),
                 () = self.stop.cancelled() => return Ok(()),
             }
@@ -185,6 +186,7 @@ impl Server {
             self.ready.send_replace(true);
             let refused = standing.wait_for(|s| s.incarnation().is_none());
             let is_over = tokio::select! {
+                biased;
                 refused = refused => refused.is_err(),
                 () = self.stop.cancelled() => true,
             };

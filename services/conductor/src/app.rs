@@ -153,7 +153,10 @@ impl Conductor {
         let slots = settings.max_concurrent_migrations;
         let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);
         let stop = CancellationToken::new();
-        let notifier = Notifier::new(transport.clone(), messaging, format!("conductor.{name}"));
+        let clock = context.clock.clone();
+        let now_ms = move || clock.now_ms();
+        let publisher = format!("conductor.{name}");
+        let notifier = Notifier::new(transport.clone(), messaging, publisher, now_ms);
         let clock = context.clock.clone();
         tokio::spawn(notify::publish(
             store,

@@ -211,6 +211,7 @@ async fn leashed<T>(
         loop {
             let at = *ends.borrow_and_update();
             tokio::select! {
+                biased;
                 () = tokio::time::sleep_until(at) => return,
                 put_off = ends.changed() => {
                     if put_off.is_err() {

@@ -1,5 +1,5 @@
 //! Runs the swarm: `swarm [--all] [--seeds N] [--from S]`, or one seed with `--seed S
-//! [--trace] [--least]`. See `drover_tests::swarm`.
+//! [--trace] [--least] [--twice]`. See `drover_tests::swarm`.
 
 use std::{
     process::ExitCode,
@@ -7,11 +7,16 @@ use std::{
     time::Instant,
 };
 
-use drover_tests::swarm::{least, plan::Plan, run, run_seeds};
+use drover_tests::swarm::{first_difference, least, plan::Plan, run, run_seeds};
 
 fn main() -> ExitCode {
     match asked(std::env::args().skip(1)) {
-        Ok(Asked::One { plan, trace, least }) => one(&plan, trace, least),
+        Ok(Asked::One {
+            plan, twice: true, ..
+        }) => two(&plan),
+        Ok(Asked::One {
+            plan, trace, least, ..
+        }) => one(&plan, trace, least),
         Ok(Asked::Many { from, seeds, all }) => many(from, seeds, all),
         Err(words) => {
             eprintln!("swarm: {words}; see devstack/swarm --help");
@@ -25,6 +30,7 @@ enum Asked {
         plan: Plan,
         trace: bool,
         least: bool,
+        twice: bool,
     },
     Many {
         from: u64,
@@ -35,7 +41,7 @@ enum Asked {
 
 fn asked(mut words: impl Iterator<Item = String>) -> Result<Asked, String> {
     let (mut seed, mut from, mut seeds) = (None, 0, 1000);
-    let (mut trace, mut least, mut all) = (false, false, false);
+    let (mut trace, mut least, mut twice, mut all) = (false, false, false, false);
     while let Some(word) = words.next() {
         let mut number = || {
             let text = words.next().unwrap_or_default();
@@ -48,6 +54,7 @@ fn asked(mut words: impl Iterator<Item = String>) -> Result<Asked, String> {
             "--seeds" => seeds = number()?,
             "--trace" => trace = true,
             "--least" => least = true,
+            "--twice" => twice = true,
             "--all" => all = true,
             _ => return Err(format!("unknown argument '{word}'")),
         }
@@ -57,6 +64,7 @@ fn asked(mut words: impl Iterator<Item = String>) -> Result<Asked, String> {
             plan: Plan::draw(seed, all),
             trace,
             least,
+            twice,
         },
         None => Asked::Many { from, seeds, all },
     })
@@ -70,6 +78,19 @@ fn one(plan: &Plan, aloud: bool, smaller: bool) -> ExitCode {
     match ran.broken.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
+    }
+}
+
+fn two(plan: &Plan) -> ExitCode {
+    match first_difference(plan) {
+        None => {
+            println!("the same twice");
+            ExitCode::SUCCESS
+        }
+        Some([one, other]) => {
+            println!("once:  {one}\nagain: {other}");
+            ExitCode::FAILURE
+        }
     }
 }
 

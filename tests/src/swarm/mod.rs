@@ -25,10 +25,11 @@ use std::{
 };
 
 use drover_runtime::blocking::block_at_once;
+use tempfile::TempDir;
 use tokio::time::Instant;
 
 use plan::Plan;
-use trace::Trace;
+use trace::{Heed, Trace};
 
 /// Stack of a run's thread, bytes: futures are deep where nothing was optimised.
 const STACK_BYTES: usize = 16 << 20;
@@ -48,23 +49,46 @@ pub struct Ran {
 
 /// Carries a plan out in a thread of its own; `aloud`, it prints what happens.
 pub fn run(plan: &Plan, aloud: bool) -> Ran {
+    let heed = if aloud { Heed::Aloud } else { Heed::Sum };
+    run_heeding(plan, heed).0
+}
+
+/// Carries a plan out twice; the first thing in which the two differ, as it was in each.
+pub fn first_difference(plan: &Plan) -> Option<[String; 2]> {
+    let [mut first, mut second] = [(), ()].map(|()| run_heeding(plan, Heed::Keep).1.into_iter());
+    loop {
+        let next = [first.next(), second.next()];
+        match next {
+            [None, None] => return None,
+            [a, b] if a == b => {}
+            differ => return Some(differ.map(|line| line.unwrap_or("the end".to_owned()))),
+        }
+    }
+}
+
+fn run_heeding(plan: &Plan, heed: Heed) -> (Ran, Vec<String>) {
     note_panics();
-    let run = || carry_out(plan, aloud);
+    let run = || carry_out(plan, heed);
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .stack_size(STACK_BYTES)
             .spawn_scoped(scope, run);
         let ran = thread.expect("a thread can be made").join();
-        ran.unwrap_or_else(|_| Ran {
-            hash: 0,
-            things: 0,
-            virtual_ms: 0,
-            broken: vec!["the swarm itself panicked".to_owned()],
+        ran.unwrap_or_else(|_| {
+            let panicked = Ran {
+                hash: 0,
+                things: 0,
+                virtual_ms: 0,
+                broken: vec!["the swarm itself panicked".to_owned()],
+            };
+            (panicked, Vec::new())
         })
     })
 }
 
-fn carry_out(plan: &Plan, aloud: bool) -> Ran {
+fn carry_out(plan: &Plan, heed: Heed) -> (Ran, Vec<String>) {
+    // Its name is nobody's to foresee.
+    let files = TempDir::new_in(directory()).expect("a temporary directory");
     entropy::follows_from(plan.seed);
     block_at_once();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -74,16 +98,17 @@ fn carry_out(plan: &Plan, aloud: bool) -> Ran {
         .expect("a runtime can be made");
     runtime.block_on(async {
         let began = Instant::now();
-        let trace = Trace::new(began, aloud);
-        let mut broken = world::carry_out(plan, &trace).await;
+        let trace = Trace::new(began, heed);
+        let mut broken = world::carry_out(plan, files, &trace).await;
         broken.extend(PANICS.take());
         let (hash, things) = trace.sum();
-        Ran {
+        let ran = Ran {
             hash,
             things,
             virtual_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
             broken,
-        }
+        };
+        (ran, trace.kept())
     })
 }
 

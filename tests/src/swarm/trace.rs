@@ -4,16 +4,29 @@
 use std::{
     fmt,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use drover_rpc::transport::Address;
 use tokio::time::Instant;
 
+/// What becomes of what is heard, besides a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Heed {
+    /// Nothing.
+    Sum,
+    /// It is printed.
+    Aloud,
+    /// It is kept, whole.
+    Keep,
+}
+
 struct Book {
     began: Instant,
     hash: u64,
     count: u64,
-    aloud: bool,
+    heed: Heed,
+    kept: Vec<String>,
 }
 
 /// A run's trace. Cheap to clone.
@@ -21,13 +34,14 @@ struct Book {
 pub(super) struct Trace(Arc<Mutex<Book>>);
 
 impl Trace {
-    /// An empty one; `aloud`, it prints what it hears.
-    pub(super) fn new(began: Instant, aloud: bool) -> Self {
+    /// An empty one.
+    pub(super) fn new(began: Instant, heed: Heed) -> Self {
         Self(Arc::new(Mutex::new(Book {
             began,
             hash: 0xcbf2_9ce4_8422_2325,
             count: 0,
-            aloud,
+            heed,
+            kept: Vec::new(),
         })))
     }
 
@@ -38,9 +52,7 @@ impl Trace {
         let line = format!("{who}: {what}");
         book.mix(&at.as_nanos().to_le_bytes());
         book.mix(line.as_bytes());
-        if book.aloud {
-            println!("{:>10.3}  {line}", at.as_secs_f64());
-        }
+        book.heed(at, |_| line);
     }
 
     /// A message is sent.
@@ -50,9 +62,10 @@ impl Trace {
         book.mix(&at.as_nanos().to_le_bytes());
         book.mix(who.as_bytes());
         book.mix(body);
-        if book.aloud {
-            println!("{:>10.3}  {who} ─► {to}: {}", at.as_secs_f64(), gist(body));
-        }
+        book.heed(at, |whole| match whole {
+            true => format!("{who} ─► {to}: {}", String::from_utf8_lossy(body)),
+            false => format!("{who} ─► {to}: {}", gist(body)),
+        });
     }
 
     /// The number that stands for all of it, and of how many things.
@@ -60,9 +73,24 @@ impl Trace {
         let book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         (book.hash, book.count)
     }
+
+    /// What was kept.
+    pub(super) fn kept(&self) -> Vec<String> {
+        let mut book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut book.kept)
+    }
 }
 
 impl Book {
+    fn heed(&mut self, at: Duration, line: impl FnOnce(bool) -> String) {
+        let line = |whole| format!("{:>10.3}  {}", at.as_secs_f64(), line(whole));
+        match self.heed {
+            Heed::Sum => {}
+            Heed::Aloud => println!("{}", line(false)),
+            Heed::Keep => self.kept.push(line(true)),
+        }
+    }
+
     /// FNV-1a, eight bytes at a time.
     fn mix(&mut self, bytes: &[u8]) {
         self.count += 1;

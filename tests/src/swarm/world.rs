@@ -117,8 +117,8 @@ pub(super) fn host(node: usize) -> String {
 }
 
 /// Carries a plan out; what was promised and did not hold.
-pub(super) async fn carry_out(plan: &Plan, trace: &Trace) -> Vec<String> {
-    let mut world = World::build(plan, trace).await;
+pub(super) async fn carry_out(plan: &Plan, files: TempDir, trace: &Trace) -> Vec<String> {
+    let mut world = World::build(plan, files, trace).await;
     let mut found = world.events().await;
     if found.is_empty() {
         found = world.come_to_rest().await;
@@ -127,7 +127,7 @@ pub(super) async fn carry_out(plan: &Plan, trace: &Trace) -> Vec<String> {
 }
 
 impl World {
-    async fn build(plan: &Plan, trace: &Trace) -> Self {
+    async fn build(plan: &Plan, directories: TempDir, trace: &Trace) -> Self {
         let fabric = Fabric::new(plan.seed);
         let broker = MemoryBroker::new(plan.seed, Faults::default());
         let messaging = MessagingSettings::default();
@@ -148,7 +148,7 @@ impl World {
             processes: BTreeMap::new(),
             holds: BTreeMap::new(),
             guests: Vec::new(),
-            directories: TempDir::new_in(super::directory()).expect("a temporary directory"),
+            directories,
             messaging,
             operator: Arc::new(operator),
             asking: JoinSet::new(),

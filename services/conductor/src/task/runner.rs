@@ -203,6 +203,7 @@ impl Runner {
         }
         let job = self.job(lease, migration, Slot::default());
         tokio::select! {
+            biased;
             slot = self.slots.clone().acquire_owned() => Slot::of(slot.ok()),
             _ = job.interrupted() => Slot::default(),
         }

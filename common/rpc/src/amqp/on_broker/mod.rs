@@ -541,7 +541,7 @@ async fn a_notification_waits_for_its_reader() {
     let mut settings: MessagingSettings = rig.settings.clone();
     settings.notification_topics = vec![format!("{}-n", rig.topic)];
     let transport = AmqpTransport::new(&settings).unwrap();
-    let notifier = Notifier::new(transport, &settings, "conductor.ctl");
+    let notifier = Notifier::new(transport, &settings, "conductor.ctl", || 1_795_415_798_924);
     let id = notifier
         .notify(
             &context(),
@@ -559,6 +559,7 @@ async fn a_notification_waits_for_its_reader() {
     let inner: Value = serde_json::from_str(envelope["oslo.message"].as_str().unwrap()).unwrap();
     assert_eq!(inner["message_id"], id);
     assert_eq!(inner["priority"], "INFO");
+    assert_eq!(inner["timestamp"], "2026-11-23 06:36:38.924000");
     assert_eq!(inner["_context_request_id"], "req-1");
     channel
         .queue_delete(queue.as_str().into(), QueueDeleteOptions::default())

@@ -312,6 +312,7 @@ async fn evacuated(kind: Kind, there: Option<&str>) -> (Cloud, InstanceId, Migra
         proof: ProofOfDeath::Fence {
             agent: "fence_fabric".into(),
             at_ms,
+            life: None,
         },
         to: vec![name("kvm2")],
     });

@@ -25,6 +25,7 @@ use drover_model::{
         Task, Verdict,
     },
 };
+use drover_rpc::memory::Faults;
 use drover_store::{Store, Term};
 use drover_tests::cloud::{Cloud, eventually};
 
@@ -140,6 +141,7 @@ async fn begin(cloud: &Cloud, id: InstanceId, to: &[&str]) -> Migration {
         proof: ProofOfDeath::Fence {
             agent: "fence_fabric".into(),
             at_ms,
+            life: None,
         },
         to: to.iter().map(|host| name(host)).collect(),
     });

@@ -118,6 +118,16 @@ impl fmt::Display for LifeSign {
     }
 }
 
+/// The last that was heard of a node's agent. Of two of one node the later is the
+/// larger, whatever any clock says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Life {
+    /// Which run of the agent.
+    pub incarnation: u64,
+    /// Sequence of its heartbeat.
+    pub beat: u64,
+}
+
 /// What is known of a node that may be dead.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evidence {
@@ -140,6 +150,9 @@ pub struct Evidence {
     /// When it was heard of last, milliseconds since 1970.
     #[serde(default)]
     pub heard_at_ms: u64,
+    /// What was heard of it last; none of an agent that never registered.
+    #[serde(default)]
+    pub life: Option<Life>,
     /// Since when nothing was heard of it, ms.
     pub silent_ms: u64,
     /// After so long it counts as down, ms.

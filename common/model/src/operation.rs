@@ -22,7 +22,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::evidence::{Control, Evidence, FenceAnswer, LifeSign, Reach};
+pub use crate::evidence::{Control, Evidence, FenceAnswer, Life, LifeSign, Reach};
 use crate::{
     check::CheckFailure,
     ids::{HostName, InstanceId, MigrationId, OperationId},

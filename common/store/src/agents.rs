@@ -7,6 +7,7 @@
 
 use drover_model::{
     api::conductor::{Heartbeat, Identity, RegisterAgent, Registered},
+    evidence::Life,
     ids::HostName,
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
@@ -38,8 +39,15 @@ pub struct AgentRow {
     pub refusal: Option<String>,
 }
 
-/// The last that was heard of an agent: its incarnation and its heartbeat's sequence.
-pub type Life = (u64, u64);
+impl AgentRow {
+    /// The last that was heard of it.
+    pub fn life(&self) -> Life {
+        Life {
+            incarnation: self.incarnation,
+            beat: self.beat,
+        }
+    }
+}
 
 /// A heartbeat, and the agent's clock less the conductor's at that moment, ms.
 pub type Beat = (Heartbeat, i64);
@@ -59,7 +67,7 @@ fn judge(
         return Ok(row.incarnation);
     }
     let is_restart = ask.held.is_none() && ask.identity.succeeds(&row.identity);
-    let is_silent = silent_since == Some((row.incarnation, row.beat));
+    let is_silent = silent_since == Some(row.life());
     if row.incarnation == 0 || row.gone || is_restart || is_silent {
         return Ok(row.incarnation.max(ask.held.unwrap_or(0)) + 1);
     }
@@ -220,14 +228,14 @@ impl Store {
             .await?;
             heard_at(&mut tx, &beat.host, now_ms).await?;
         }
-        for (host, (incarnation, beat), silent_ms) in silences {
+        for (host, life, silent_ms) in silences {
             sqlx::query(
                 "UPDATE agents SET silent_ms = $4 WHERE host = $1 AND incarnation = $2 \
                  AND beat = $3 AND silent_ms < $4",
             )
             .bind(host.as_str())
-            .bind(signed(*incarnation))
-            .bind(signed(*beat))
+            .bind(signed(life.incarnation))
+            .bind(signed(life.beat))
             .bind(signed(*silent_ms))
             .execute(&mut *tx)
             .await?;
@@ -269,6 +277,14 @@ async fn refuse(tx: &mut Transaction<'static, Any>, host: &HostName, reason: &st
         .execute(&mut **tx)
         .await?;
     Ok(())
+}
+
+/// The last that was heard of a host's agent, if any has registered.
+pub(crate) async fn life(
+    tx: &mut Transaction<'static, Any>,
+    host: &HostName,
+) -> Result<Option<Life>> {
+    Ok(row_of(tx, host).await?.map(|row| row.life()))
 }
 
 async fn row_of(tx: &mut Transaction<'static, Any>, host: &HostName) -> Result<Option<AgentRow>> {

@@ -12,7 +12,11 @@ use drover_model::{
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
-use crate::{Result, Store, StoreError, from_json, instances, signed, unsigned};
+use crate::{
+    Result, Store, StoreError, from_json, instances,
+    migrations::{self, Lease},
+    signed, unsigned,
+};
 
 /// Instances that use what they were given: one that is shut off holds neither
 /// memory nor CPU time.
@@ -165,24 +169,26 @@ impl Store {
     /// that is there already is replaced, so asking twice claims once.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] if the node is unknown, or the database failed.
+    /// [`StoreError::NotFound`] if the node is unknown, [`StoreError::Fenced`], or the
+    /// database failed.
     pub async fn claim(
         &self,
-        migration: MigrationId,
+        lease: Lease,
         host: &HostName,
         wanted: Resources,
     ) -> Result<std::result::Result<(), Vec<Shortfall>>> {
-        self.attempt(|| self.try_claim(migration, host, wanted))
-            .await
+        self.attempt(|| self.try_claim(lease, host, wanted)).await
     }
 
     async fn try_claim(
         &self,
-        migration: MigrationId,
+        lease: Lease,
         host: &HostName,
         wanted: Resources,
     ) -> Result<std::result::Result<(), Vec<Shortfall>>> {
+        let migration = lease.migration;
         let mut tx = self.begin().await?;
+        migrations::fence(&mut tx, lease).await?;
         let row = sqlx::query(
             "UPDATE nodes SET claim_serial = claim_serial + 1 WHERE host = $1 RETURNING report",
         )
@@ -206,12 +212,16 @@ impl Store {
     /// Gives a claim back. One that is gone already is no error.
     ///
     /// # Errors
-    /// The database failed.
-    pub async fn release_claim(&self, migration: MigrationId) -> Result<()> {
-        let statement = "DELETE FROM claims WHERE migration_uuid = $1";
-        self.execute(|| sqlx::query(statement).bind(migration.to_string()))
-            .await?;
-        Ok(())
+    /// [`StoreError::Fenced`], or the database failed.
+    pub async fn release_claim(&self, lease: Lease) -> Result<()> {
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            migrations::fence(&mut tx, lease).await?;
+            release(&mut tx, lease.migration).await?;
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Records that the guest is on a node, and turns the claim there into the
@@ -220,10 +230,10 @@ impl Store {
     /// back.
     ///
     /// # Errors
-    /// The database failed.
+    /// [`StoreError::Fenced`], or the database failed.
     pub async fn settle(
         &self,
-        migration: MigrationId,
+        lease: Lease,
         instance: InstanceId,
         host: &HostName,
         state: Option<PowerState>,
@@ -232,7 +242,16 @@ impl Store {
     ) -> Result<()> {
         self.attempt(|| async {
             let mut tx = self.begin().await?;
-            settle(&mut tx, (migration, instance), host, state, keep, now_ms).await?;
+            migrations::fence(&mut tx, lease).await?;
+            settle(
+                &mut tx,
+                (lease.migration, instance),
+                host,
+                state,
+                keep,
+                now_ms,
+            )
+            .await?;
             tx.commit().await?;
             Ok(())
         })

@@ -9,7 +9,11 @@ use drover_model::{
 };
 use sqlx::{Any, Row, Transaction};
 
-use crate::{Result, Store, claims, from_json, instances, migrations, signed, to_json, unsigned};
+use crate::{
+    Result, Store, claims, from_json, instances,
+    migrations::{self, Lease},
+    signed, to_json, unsigned,
+};
 
 /// A definition, and whose word it is.
 #[derive(Debug, Clone, PartialEq)]
@@ -162,18 +166,19 @@ impl Store {
     /// use, in one commit.
     ///
     /// # Errors
-    /// The database failed.
+    /// [`StoreError::Fenced`], or the database failed.
     pub async fn rebuilt(
         &self,
-        migration: MigrationId,
+        lease: Lease,
         instance: InstanceId,
         host: &HostName,
         generation: u64,
         now_ms: u64,
     ) -> Result<()> {
-        let ids = (migration, instance);
+        let ids = (lease.migration, instance);
         self.attempt(|| async {
             let mut tx = self.begin().await?;
+            migrations::fence(&mut tx, lease).await?;
             rebuilt(&mut tx, ids, host, generation, now_ms).await?;
             tx.commit().await?;
             Ok(())

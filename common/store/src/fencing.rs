@@ -10,20 +10,20 @@ use std::collections::BTreeSet;
 
 use drover_model::{
     check::CheckCode,
-    evidence::AgentLost,
+    evidence::{AgentLost, Life},
     ids::{HostName, OperationId},
 };
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, corrupt, from_json,
+    Result, Store, StoreError, Term, agents, corrupt, from_json,
     operations::OperationLease,
     outbox::{self, Notification},
     signed, to_json, unsigned,
 };
 
 /// Over which time fences are counted, ms.
-pub const COUNTED_MS: u64 = 3_600_000;
+const COUNTED_MS: u64 = 3_600_000;
 
 /// Most fences within an hour that nobody asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,13 +43,11 @@ pub struct FenceClaim<'a> {
     pub lease: OperationLease,
     /// Which conductor.
     pub conductor: &'a str,
-    /// Now, milliseconds since 1970.
-    pub now_ms: u64,
-    /// Fences count that were used since then.
-    pub counted_from_ms: u64,
-    /// When it will be over for sure.
-    pub until_ms: u64,
-    /// When the node was heard of last, by the evidence.
+    /// Now, and how long it may take.
+    pub term: Term,
+    /// What was heard of the node last, by the evidence.
+    pub life: Option<Life>,
+    /// When, milliseconds since 1970: for an agent that never registered.
     pub heard_at_ms: u64,
     /// What is to be kept; none if somebody asked for it.
     pub limits: Option<FenceLimits>,
@@ -108,6 +106,7 @@ impl Store {
         &self,
         claim: &FenceClaim<'_>,
     ) -> Result<std::result::Result<(), FenceRefusal>> {
+        let now_ms = self.lease_clock_ms(claim.term).await?;
         let mut tx = self.begin().await?;
         // A lock that both databases have: fences are counted one by one.
         sqlx::query("UPDATE switches SET is_on = 0 WHERE name = 'fences'")
@@ -122,18 +121,24 @@ impl Store {
         if row.try_get::<i64, _>("epoch")? != claim.lease.epoch {
             return Err(StoreError::Fenced(format!("operation {operation}")));
         }
-        if heard_at_ms(&mut tx, claim.host).await? > claim.heard_at_ms {
+        if was_heard(&mut tx, claim).await? {
             return Ok(Err(FenceRefusal::Heard));
         }
-        if let Some(refusal) = other_at_it(&mut tx, claim).await? {
+        if let Some(refusal) = other_at_it(&mut tx, claim, now_ms).await? {
             return Ok(Err(refusal));
         }
         if let Some(limits) = claim.limits {
-            let fenced = fenced(&mut tx, claim.counted_from_ms, Some(operation)).await?;
+            let fenced = fenced(&mut tx, now_ms, Some(operation)).await?;
             if let Some(refusal) = fenced.refusal(claim.host, limits) {
                 return Ok(Err(refusal));
             }
         }
+        // What counts no more is of no use.
+        sqlx::query("DELETE FROM fences WHERE at_ms <= $1 AND until_ms <= $2")
+            .bind(signed(now_ms.saturating_sub(COUNTED_MS)))
+            .bind(signed(now_ms))
+            .execute(&mut *tx)
+            .await?;
         sqlx::query(
             "INSERT INTO fences (operation_uuid, host, conductor, at_ms, until_ms) \
              VALUES ($1, $2, $3, $4, $5) ON CONFLICT (operation_uuid) \
@@ -142,8 +147,8 @@ impl Store {
         .bind(operation.to_string())
         .bind(claim.host.as_str())
         .bind(claim.conductor)
-        .bind(signed(claim.now_ms))
-        .bind(signed(claim.until_ms))
+        .bind(signed(now_ms))
+        .bind(signed(now_ms.saturating_add(claim.term.lease_ms)))
         .execute(&mut *tx)
         .await?;
         tx.commit().await?;
@@ -161,14 +166,19 @@ impl Store {
         Ok(())
     }
 
-    /// Fences used since then, whoever asked for them.
+    /// Fences used within the last hour, whoever asked for them.
     ///
     /// # Errors
     /// The database failed.
-    pub async fn fenced(&self, from_ms: u64) -> Result<Fenced> {
+    pub async fn fenced(&self, now_ms: u64) -> Result<Fenced> {
+        let term = Term {
+            now_ms,
+            lease_ms: 0,
+        };
         let reading = async {
+            let now_ms = self.lease_clock_ms(term).await?;
             let mut tx = self.begin().await?;
-            fenced(&mut tx, from_ms, None).await
+            fenced(&mut tx, now_ms, None).await
         };
         self.steady(reading).await
     }
@@ -258,13 +268,19 @@ fn kinds(lost: &AgentLost) -> BTreeSet<CheckCode> {
     lost.reasons.iter().map(|reason| reason.code).collect()
 }
 
-async fn heard_at_ms(tx: &mut Transaction<'static, Any>, host: &HostName) -> Result<u64> {
+/// Whether the node was heard of since the evidence was taken.
+async fn was_heard(tx: &mut Transaction<'static, Any>, claim: &FenceClaim<'_>) -> Result<bool> {
+    if let Some(life) = agents::life(tx, claim.host).await?
+        && let Some(known) = claim.life
+    {
+        return Ok(life > known);
+    }
     let row = sqlx::query("SELECT heard_at_ms FROM nodes WHERE host = $1")
-        .bind(host.as_str())
+        .bind(claim.host.as_str())
         .fetch_optional(&mut **tx)
         .await?;
-    let row = row.ok_or_else(|| StoreError::NotFound(format!("node {host}")))?;
-    Ok(unsigned(row.try_get("heard_at_ms")?))
+    let row = row.ok_or_else(|| StoreError::NotFound(format!("node {}", claim.host)))?;
+    Ok(unsigned(row.try_get("heard_at_ms")?) > claim.heard_at_ms)
 }
 
 /// Another conductor that had begun and whose time is not up. One that comes
@@ -272,6 +288,7 @@ async fn heard_at_ms(tx: &mut Transaction<'static, Any>, host: &HostName) -> Res
 async fn other_at_it(
     tx: &mut Transaction<'static, Any>,
     claim: &FenceClaim<'_>,
+    now_ms: u64,
 ) -> Result<Option<FenceRefusal>> {
     let row = sqlx::query(
         "SELECT conductor, until_ms FROM fences \
@@ -279,7 +296,7 @@ async fn other_at_it(
     )
     .bind(claim.host.as_str())
     .bind(claim.conductor)
-    .bind(signed(claim.now_ms))
+    .bind(signed(now_ms))
     .fetch_optional(&mut **tx)
     .await?;
     row.map(|row| {
@@ -294,11 +311,11 @@ async fn other_at_it(
 /// Those that a clock which was set back dates in the future count as well.
 async fn fenced(
     tx: &mut Transaction<'static, Any>,
-    from_ms: u64,
+    now_ms: u64,
     but: Option<OperationId>,
 ) -> Result<Fenced> {
     let rows = sqlx::query("SELECT host FROM fences WHERE at_ms > $1 AND operation_uuid <> $2")
-        .bind(signed(from_ms))
+        .bind(signed(now_ms.saturating_sub(COUNTED_MS)))
         .bind(but.map(|id| id.to_string()).unwrap_or_default())
         .fetch_all(&mut **tx)
         .await?;

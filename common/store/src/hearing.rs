@@ -17,11 +17,12 @@ use std::{
 
 use drover_model::{
     api::conductor::{Heartbeat, Word},
+    evidence::Life,
     ids::HostName,
 };
 use tokio::time::Instant;
 
-use crate::agents::{AgentRow, Beat, Life, Silence};
+use crate::agents::{AgentRow, Beat, Silence};
 
 /// For how long a refusal is shown after it was last repeated.
 const REFUSAL_SHOWN: Duration = Duration::from_secs(60);
@@ -35,6 +36,8 @@ const WORTH_MS: u64 = 10_000;
 pub struct AgentState {
     /// Which incarnation it is; 0 if none has registered.
     pub incarnation: u64,
+    /// What was heard of it last; none if it never registered.
+    pub life: Option<Life>,
     /// Its clock less the conductor's at its last heartbeat, ms.
     pub clock_offset_ms: Option<i64>,
     /// What was refused in its name lately, and why.
@@ -97,9 +100,9 @@ impl Hearing {
     /// What all conductors heard, as the record has it.
     pub fn take_in(&self, rows: &[AgentRow]) {
         let mut heard = self.lock();
-        heard
-            .agents
-            .retain(|host, known| known.life.0 == 0 || rows.iter().any(|row| row.host == *host));
+        heard.agents.retain(|host, known| {
+            known.life.incarnation == 0 || rows.iter().any(|row| row.host == *host)
+        });
         for row in rows {
             heard.take_in(row);
         }
@@ -115,13 +118,16 @@ impl Hearing {
         let mut heard = self.lock();
         let listened_ms = heard.listened_ms;
         let known = heard.agents.get_mut(&beat.host)?;
-        let life = (beat.incarnation, beat.sequence);
-        if known.life.0 != beat.incarnation {
+        let life = Life {
+            incarnation: beat.incarnation,
+            beat: beat.sequence,
+        };
+        if known.life.incarnation != beat.incarnation {
             return None;
         }
         if life <= known.life {
             return Some(Word::Stale {
-                reason: format!("heartbeat {} came before", known.life.1),
+                reason: format!("heartbeat {} came before", known.life.beat),
             });
         }
         let signed = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
@@ -192,6 +198,7 @@ impl Hearing {
         };
         let lately = |at: Instant| at.elapsed() <= REFUSAL_SHOWN;
         let mut state = known.state.clone();
+        state.life = (known.life.incarnation > 0).then_some(known.life);
         state.refusal = state
             .refusal
             .filter(|_| known.refused_at.is_some_and(lately));
@@ -216,7 +223,7 @@ impl Heard {
     fn take_in(&mut self, row: &AgentRow) {
         let listened_ms = self.listened_ms;
         let silent_ms = i64::try_from(row.silent_ms).unwrap_or(i64::MAX);
-        let life = (row.incarnation, row.beat);
+        let life = row.life();
         let known = self
             .agents
             .entry(row.host.clone())

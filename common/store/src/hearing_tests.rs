@@ -25,6 +25,10 @@ fn row(incarnation: u64, beat: u64) -> AgentRow {
     }
 }
 
+fn life(incarnation: u64, beat: u64) -> Life {
+    Life { incarnation, beat }
+}
+
 fn beat(incarnation: u64, sequence: u64, clock_ms: u64) -> Heartbeat {
     Heartbeat {
         host: host(),
@@ -60,7 +64,7 @@ async fn silence_is_time_in_which_one_listened() {
     listen(&hearing, 4).await;
     assert_eq!(silent_s(&hearing), 30, "six seconds of the hour, and four");
     assert_eq!(hearing.silent_for(&host(), 30_000), None);
-    assert_eq!(hearing.silent_for(&host(), 29_999), Some((1, 4)));
+    assert_eq!(hearing.silent_for(&host(), 29_999), Some(life(1, 4)));
     // Another conductor heard it.
     hearing.take_in(&[row(1, 5)]);
     assert_eq!(silent_s(&hearing), 0);
@@ -76,7 +80,7 @@ async fn a_conductor_that_starts_goes_on_with_the_silence_on_the_record() {
     hearing.begin(&[dead]);
     assert_eq!(silent_s(&hearing), 95);
     listen(&hearing, 10).await;
-    assert_eq!(hearing.silences(), [(host(), (3, 7), 105_000)]);
+    assert_eq!(hearing.silences(), [(host(), life(3, 7), 105_000)]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -288,7 +288,8 @@ fn elsewhere(
         (_, Some(_)) => vec![keep(None)],
         (Some(seen), None) if seen.power_state.is_active() => {
             let words = format!(
-                "instance {} ({}) is active on {host} and on the record on {}: nothing is done                  with it until one of them is seen to have it no longer",
+                "instance {} ({}) is active on {host} and on the record on {}: nothing is done \
+                 with it until one of them is seen to have it no longer",
                 row.id, row.name, row.host
             );
             match &row.other {

@@ -13,8 +13,10 @@ use drover_model::{
 use sqlx::{Any, Row, Transaction, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, claims, from_json, instances, instances::shown, signed, to_json,
-    unsigned,
+    Result, Store, StoreError, claims, from_json, instances,
+    instances::shown,
+    migrations::{self, Lease},
+    signed, to_json, unsigned,
 };
 
 /// What a project has, and what it is promised.
@@ -154,24 +156,27 @@ impl Store {
     /// claim that is there already is replaced, so asking twice claims once.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] if there is no such project, or the database failed.
+    /// [`StoreError::NotFound`] if there is no such project, [`StoreError::Fenced`], or
+    /// the database failed.
     pub async fn claim_quota(
         &self,
-        migration: MigrationId,
+        lease: Lease,
         project: &ProjectId,
         wanted: ProjectUsage,
     ) -> Result<std::result::Result<(), Vec<QuotaShortfall>>> {
-        self.attempt(|| self.try_claim_quota(migration, project, wanted))
+        self.attempt(|| self.try_claim_quota(lease, project, wanted))
             .await
     }
 
     async fn try_claim_quota(
         &self,
-        migration: MigrationId,
+        lease: Lease,
         project: &ProjectId,
         wanted: ProjectUsage,
     ) -> Result<std::result::Result<(), Vec<QuotaShortfall>>> {
+        let migration = lease.migration;
         let mut tx = self.begin().await?;
+        migrations::fence(&mut tx, lease).await?;
         let quota = lock(&mut tx, project).await?.quota;
         let mut all = totals(&mut tx, Some(project), Some(migration)).await?;
         let Totals { usage, promised } = all.remove(project.as_str()).unwrap_or_default();
@@ -188,22 +193,26 @@ impl Store {
     /// Gives a claim of quota back. One that is gone already is no error.
     ///
     /// # Errors
-    /// The database failed.
-    pub async fn release_quota(&self, migration: MigrationId) -> Result<()> {
-        let statement = "DELETE FROM quota_claims WHERE migration_uuid = $1";
-        self.execute(|| sqlx::query(statement).bind(migration.to_string()))
-            .await?;
-        Ok(())
+    /// [`StoreError::Fenced`], or the database failed.
+    pub async fn release_quota(&self, lease: Lease) -> Result<()> {
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            migrations::fence(&mut tx, lease).await?;
+            release(&mut tx, lease.migration).await?;
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Records that the instance is the project's, under a new name if there is
     /// one, and turns the claim into the project's own use, in one commit.
     ///
     /// # Errors
-    /// The database failed.
+    /// [`StoreError::Fenced`], or the database failed.
     pub async fn hand_over(
         &self,
-        migration: MigrationId,
+        lease: Lease,
         instance: InstanceId,
         project: &ProjectId,
         name: Option<&str>,
@@ -211,8 +220,9 @@ impl Store {
     ) -> Result<()> {
         self.attempt(|| async {
             let mut tx = self.begin().await?;
+            migrations::fence(&mut tx, lease).await?;
             instances::handed_over(&mut tx, instance, project, name, now_ms).await?;
-            release(&mut tx, migration).await?;
+            release(&mut tx, lease.migration).await?;
             tx.commit().await?;
             Ok(())
         })

@@ -295,6 +295,7 @@ fn evacuation(n: u128, instance: u128) -> Migration {
         proof: ProofOfDeath::Fence {
             agent: "fence".into(),
             at_ms: 1,
+            life: None,
         },
         to: Vec::new(),
     });
@@ -343,7 +344,9 @@ async fn an_evacuated_instance_is_remembered_until_its_old_copy_is_gone(store: S
     assert_eq!(left[0].1.host, Some(host("kvm2")));
     let (instance, home) = (moving.instance_uuid, host("kvm2"));
     for _ in 0..2 {
-        let rebuilt = store.rebuilt(moving.uuid, instance, &home, 1, 20).await;
+        let rebuilt = store
+            .rebuilt(Store::first_lease(moving.uuid), instance, &home, 1, 20)
+            .await;
         rebuilt.unwrap();
     }
     let row = store.find_instance(&instance.to_string()).await.unwrap();

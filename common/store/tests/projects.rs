@@ -11,7 +11,7 @@ use drover_model::{
     api::conductor::{ListOffers, Offer, OfferState, ProjectChange},
     error::ErrorClass,
     guest::PowerState,
-    ids::{InstanceId, MigrationId, ProjectId},
+    ids::{InstanceId, ProjectId},
     migration::{
         Consent, Migration, MigrationStatus, ProjectTransfer, Requester, TransferOptions, Way,
     },
@@ -20,7 +20,7 @@ use drover_model::{
 };
 use drover_store::{
     Store, StoreError,
-    migrations::Admitted,
+    migrations::{Admitted, Lease},
     offers::{KeyTried, MAX_WRONG_KEYS, NewOffer, OfferKey},
 };
 use sqlx::{
@@ -95,6 +95,10 @@ fn transfer(n: u128, instance: u128, offer: Option<&Offer>) -> Migration {
     }
 }
 
+fn lease(m: &Migration) -> Lease {
+    Store::first_lease(m.uuid)
+}
+
 async fn admit(store: &Store, m: &Migration) -> Admitted {
     store.admit(m, None, None, term(0, HELD)).await.unwrap()
 }
@@ -110,14 +114,14 @@ async fn end(store: &Store, m: &Migration, status: MigrationStatus) {
 /// Gives instance 7 to a project.
 async fn hand_over(
     store: &Store,
-    migration: MigrationId,
+    m: &Migration,
     project: &ProjectId,
     name: Option<&str>,
     now_ms: u64,
 ) {
     let instance = InstanceId(Uuid::from_u128(7));
     store
-        .hand_over(migration, instance, project, name, now_ms)
+        .hand_over(lease(m), instance, project, name, now_ms)
         .await
         .unwrap();
 }
@@ -273,8 +277,11 @@ async fn a_claim_of_quota_balances(store: Store) {
     with_instance(&store, 7).await;
     store.create_project(&project("other", 2)).await.unwrap();
     let (m, rival) = (transfer(1, 7, None), transfer(2, 8, None));
+    for m in [&m, &rival] {
+        admit(&store, m).await;
+    }
     for _ in 0..2 {
-        let claimed = store.claim_quota(m.uuid, &id("other"), GUEST).await;
+        let claimed = store.claim_quota(lease(&m), &id("other"), GUEST).await;
         claimed.unwrap().unwrap();
     }
     let view = store.project_view("other").await.unwrap();
@@ -284,7 +291,7 @@ async fn a_claim_of_quota_balances(store: Store) {
         "claimed twice is claimed once"
     );
     let greedy = ProjectUsage { vcpus: 2, ..GUEST };
-    let short = store.claim_quota(rival.uuid, &id("other"), greedy).await;
+    let short = store.claim_quota(lease(&rival), &id("other"), greedy).await;
     let vcpus = QuotaShortfall {
         resource: "vcpus",
         would_be: 3,
@@ -294,10 +301,10 @@ async fn a_claim_of_quota_balances(store: Store) {
     assert_eq!(store.quota_claims().await.unwrap().len(), 1);
     // Handed over: the instance's own use takes the claim's place, and another's
     // claim stays.
-    let claimed = store.claim_quota(rival.uuid, &id("other"), GUEST).await;
+    let claimed = store.claim_quota(lease(&rival), &id("other"), GUEST).await;
     claimed.unwrap().unwrap();
     for _ in 0..2 {
-        hand_over(&store, m.uuid, &id("other"), Some("web"), 2000).await;
+        hand_over(&store, &m, &id("other"), Some("web"), 2000).await;
     }
     let row = store.find_instance("web").await.unwrap();
     assert_eq!((row.project.as_str(), row.changed_at_ms), ("other", 2000));
@@ -306,10 +313,10 @@ async fn a_claim_of_quota_balances(store: Store) {
     let gone = store.project_view("demo").await;
     assert!(matches!(gone, Err(StoreError::NotFound(_))), "{gone:?}");
     for _ in 0..2 {
-        store.release_quota(rival.uuid).await.unwrap();
+        store.release_quota(lease(&rival)).await.unwrap();
     }
     assert_eq!(store.quota_claims().await.unwrap(), []);
-    hand_over(&store, m.uuid, &id("demo"), None, 2001).await;
+    hand_over(&store, &m, &id("demo"), None, 2001).await;
     assert_eq!(store.find_instance("web").await.unwrap().project, "demo");
 }
 
@@ -318,8 +325,9 @@ async fn rival_claims_never_exceed_the_quota(store: Store) {
     let rivals = (1..=8).map(|n| {
         let store = store.clone();
         tokio::spawn(async move {
-            let rival = migration(n, n).uuid;
-            let claimed = store.claim_quota(rival, &id("other"), GUEST).await;
+            let rival = migration(n, n);
+            admit(&store, &rival).await;
+            let claimed = store.claim_quota(lease(&rival), &id("other"), GUEST).await;
             claimed.unwrap().is_ok()
         })
     });
@@ -333,9 +341,9 @@ async fn rival_claims_never_exceed_the_quota(store: Store) {
 
 async fn quota_is_claimed_of_projects_that_are_there(store: Store) {
     with_instance(&store, 7).await;
-    let claimed = store
-        .claim_quota(migration(1, 7).uuid, &id("demo"), GUEST)
-        .await;
+    let m = migration(1, 7);
+    admit(&store, &m).await;
+    let claimed = store.claim_quota(lease(&m), &id("demo"), GUEST).await;
     assert!(
         matches!(claimed, Err(StoreError::NotFound(_))),
         "{claimed:?}"
@@ -360,7 +368,7 @@ async fn during_a_transfer_reports_do_not_say_whose_it_is(store: Store) {
     let row = tell(2, &handed).await;
     assert_eq!((row.project.as_str(), row.name.as_str()), ("demo", "vm7"));
     assert_eq!(row.vcpus, 3, "the rest follows the report");
-    hand_over(&store, m.uuid, &id("other"), Some("web"), 1500).await;
+    hand_over(&store, &m, &id("other"), Some("web"), 1500).await;
     let row = tell(3, &listed(7)).await;
     assert_eq!((row.project.as_str(), row.name.as_str()), ("other", "web"));
     assert_eq!(row.vcpus, 1);
@@ -437,7 +445,10 @@ async fn an_offer_is_listed_for_both_sides(store: Store) {
 async fn what_has_changed_hands_is_not_offered_by_its_old_owner(store: Store) {
     with_instance(&store, 7).await;
     let seen = store.find_instance("vm7").await.unwrap();
-    hand_over(&store, migration(1, 7).uuid, &id("other"), None, 1001).await;
+    let m = migration(1, 7);
+    admit(&store, &m).await;
+    hand_over(&store, &m, &id("other"), None, 1001).await;
+    end(&store, &m, MigrationStatus::Completed).await;
     let new = NewOffer {
         instance: &seen,
         to_project: None,
@@ -550,7 +561,7 @@ async fn an_offer_is_accepted_once(store: Store) {
     let withdrawn = store.withdraw_offer(&offer.id.to_string(), 2000).await;
     assert!(matches!(withdrawn, Err(StoreError::Invalid(_))));
     // Done, it stays accepted, though the instance is another's and its time over.
-    hand_over(&store, m.uuid, &id("other"), None, 2001).await;
+    hand_over(&store, &m, &id("other"), None, 2001).await;
     assert_eq!(state(&store, &offer, 2001).await, OfferState::Accepted);
     end(&store, &m, MigrationStatus::Completed).await;
     assert_eq!(state(&store, &offer, 99_000).await, OfferState::Accepted);
@@ -682,7 +693,7 @@ async fn an_old_record_is_carried_over(url: &str) {
     assert!(matches!(busy, Admitted::Busy(m) if m.uuid == cold.uuid));
     store
         .settle(
-            cold.uuid,
+            lease(&cold),
             cold.instance_uuid,
             &host("kvm2"),
             None,

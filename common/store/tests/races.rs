@@ -15,10 +15,11 @@ use drover_model::{
     migration::{Migration, MigrationStatus, Requester},
     node::InstanceReport,
     operation::{DrainOptions, Operation, Task},
+    project::ProjectUsage,
 };
 use drover_saga::{Event, StepError};
 use drover_store::{
-    Store,
+    Store, StoreError,
     claims::Resources,
     migrations::{Admitted, Lease},
     operations::Begun,
@@ -40,6 +41,7 @@ promises! {
     what_is_put_off_is_on_the_record_with_the_event_that_says_so,
     what_was_put_off_moves_no_guest_that_others_have_moved_since,
     a_guest_that_arrives_counts_all_the_time,
+    what_was_taken_over_settles_nothing_by_its_old_lease,
 }
 
 /// Has as many do something at once.
@@ -55,6 +57,10 @@ where
         all.push(task.await.unwrap());
     }
     all
+}
+
+fn lease(m: &Migration) -> Lease {
+    Store::first_lease(m.uuid)
 }
 
 async fn admit(store: &Store, m: &Migration, unique_id: Option<&str>) -> Admitted {
@@ -168,8 +174,8 @@ async fn what_has_changed_since_it_was_seen_is_not_admitted(store: Store) {
 }
 
 async fn settle(store: &Store, m: &Migration, node: &str) {
-    let (uuid, instance, node) = (m.uuid, m.instance_uuid, host(node));
-    let settled = store.settle(uuid, instance, &node, None, None, 1001);
+    let (lease, instance, node) = (lease(m), m.instance_uuid, host(node));
+    let settled = store.settle(lease, instance, &node, None, None, 1001);
     settled.await.unwrap();
 }
 
@@ -221,7 +227,7 @@ async fn what_was_put_off_moves_no_guest_that_others_have_moved_since(store: Sto
     let begun = async |n| {
         let m = admit(&store, &migration(n, 7), None).await;
         let Admitted::New(m) = m else { panic!("{m:?}") };
-        let claim = store.claim(m.uuid, &kvm2, claimed).await;
+        let claim = store.claim(lease(&m), &kvm2, claimed).await;
         claim.unwrap().unwrap();
         m
     };
@@ -253,11 +259,12 @@ async fn a_guest_that_arrives_counts_all_the_time(store: Store) {
     };
     for n in 1..=50 {
         let m = migration(n, 7);
+        admit(&store, &m, None).await;
         settle(&store, &m, "kvm1").await;
-        let claim = store.claim(m.uuid, &host("kvm2"), wanted).await;
+        let claim = store.claim(lease(&m), &host("kvm2"), wanted).await;
         claim.unwrap().unwrap();
         let settling = tokio::spawn({
-            let store = store.clone();
+            let (store, m) = (store.clone(), m.clone());
             async move { settle(&store, &m, "kvm2").await }
         });
         while !settling.is_finished() {
@@ -269,7 +276,45 @@ async fn a_guest_that_arrives_counts_all_the_time(store: Store) {
             tokio::task::yield_now().await;
         }
         settling.await.unwrap();
+        end(&store, &m).await;
     }
+}
+
+async fn what_was_taken_over_settles_nothing_by_its_old_lease(store: Store) {
+    let node = report("kvm2", 1, vec![]);
+    store.record_report(&node, 1000).await.unwrap();
+    with_guest(&store).await;
+    let m = migration(1, 7);
+    admit(&store, &m, None).await;
+    let (old, kvm2, id) = (lease(&m), host("kvm2"), m.instance_uuid);
+    let wanted = Resources {
+        vcpus: 1,
+        ..Resources::default()
+    };
+    let new = store.take_over(old, "another", term(1_000_000, HELD)).await;
+    let new = new.unwrap().expect("its time is up");
+    store.claim(new, &kvm2, wanted).await.unwrap().unwrap();
+    let project = "other".parse().unwrap();
+    let fenced = [
+        store.claim(old, &kvm2, wanted).await.map(drop),
+        store.release_claim(old).await,
+        store.settle(old, id, &kvm2, None, None, 2).await,
+        store.rebuilt(old, id, &kvm2, 1, 2).await,
+        store
+            .claim_quota(old, &project, ProjectUsage::default())
+            .await
+            .map(drop),
+        store.release_quota(old).await,
+        store.hand_over(old, id, &project, None, 2).await,
+    ];
+    for written in fenced {
+        assert!(matches!(written, Err(StoreError::Fenced(_))), "{written:?}");
+    }
+    assert_eq!(store.claims().await.unwrap().len(), 1);
+    assert_eq!(store.find_instance("vm7").await.unwrap().host, host("kvm1"));
+    let settled = store.settle(new, id, &kvm2, None, None, 3).await;
+    settled.unwrap();
+    assert_eq!(store.claims().await.unwrap(), []);
 }
 
 #[tokio::test]
@@ -332,7 +377,7 @@ async fn a_report_that_is_older_than_a_move_does_not_undo_it() {
     let m = migration(1, 7);
     admit(&store, &m, None).await;
     let nothing = Resources::default();
-    let claim = store.claim(m.uuid, &host("kvm2"), nothing).await;
+    let claim = store.claim(lease(&m), &host("kvm2"), nothing).await;
     claim.unwrap().unwrap();
 
     // Somebody keeps the move from its commit, after it has written where the guest is.

@@ -13,6 +13,7 @@ use drover_model::{
         compute::Outcome,
         conductor::{Identity, ListMigrations, RegisterAgent, Registered},
     },
+    evidence::Life,
     guest::PowerState,
     migration::{Migration, MigrationStatus},
     node::{HypervisorReport, InstanceReport, NodeReport},
@@ -46,6 +47,14 @@ promises! {
     leases_are_renewed_for_what_is_driven_and_no_other,
     put_off_tidying_is_done_by_one_and_ever_more_seldom,
     an_outcome_is_kept_for_whoever_drives,
+}
+
+fn life(incarnation: u64, beat: u64) -> Life {
+    Life { incarnation, beat }
+}
+
+fn lease(m: &Migration) -> Lease {
+    Store::first_lease(m.uuid)
 }
 
 async fn admit(store: &Store, m: &Migration, unique_id: Option<&str>) -> Admitted {
@@ -316,7 +325,7 @@ async fn a_report_that_was_under_way_when_a_move_settled_changes_nothing(store: 
     let kvm2 = host("kvm2");
     let id = m.instance_uuid;
     store
-        .settle(m.uuid, id, &kvm2, None, None, 5)
+        .settle(lease(&m), id, &kvm2, None, None, 5)
         .await
         .unwrap();
     store
@@ -402,9 +411,9 @@ async fn an_agent_of_another_incarnation_is_refused_aloud(store: Store) {
     assert_eq!(kept(2, 1).await, Reported::Stale);
     // Silent for long: as of its last sign of life, and of no other.
     let twin = ask("other", "p3", None);
-    let late = store.register_agent(&twin, Some((2, 9))).await.unwrap();
+    let late = store.register_agent(&twin, Some(life(2, 9))).await.unwrap();
     assert!(refused(late));
-    let now = store.register_agent(&twin, Some((2, 0))).await.unwrap();
+    let now = store.register_agent(&twin, Some(life(2, 0))).await.unwrap();
     assert_eq!(now, admitted(3));
     assert!(
         matches!(kept(3, 1).await, Reported::Kept { .. }),
@@ -438,7 +447,7 @@ async fn during_a_migration_reports_do_not_move_the_instance(store: Store) {
     let row = store.find_instance("vm1").await.unwrap();
     assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm1", None));
     store
-        .settle(m.uuid, m.instance_uuid, &host("kvm2"), None, None, 1003)
+        .settle(lease(&m), m.instance_uuid, &host("kvm2"), None, None, 1003)
         .await
         .unwrap();
     assert_eq!(
@@ -462,9 +471,12 @@ async fn claims_balance(store: Store) {
         disk_bytes: 1 << 30,
     };
     let (a, b) = (migration(1, 2), migration(2, 3));
+    for m in [&a, &b] {
+        admit(&store, m, None).await;
+    }
     for _ in 0..2 {
         store
-            .claim(a.uuid, &host("kvm2"), wanted)
+            .claim(lease(&a), &host("kvm2"), wanted)
             .await
             .unwrap()
             .unwrap();
@@ -476,25 +488,25 @@ async fn claims_balance(store: Store) {
         ..wanted
     };
     let short = store
-        .claim(b.uuid, &host("kvm2"), greedy)
+        .claim(lease(&b), &host("kvm2"), greedy)
         .await
         .unwrap()
         .unwrap_err();
     assert_eq!(short.len(), 1, "only memory is short: {short:?}");
     // Settled: the instance's own use takes the claim's place.
     store
-        .settle(a.uuid, a.instance_uuid, &host("kvm2"), None, None, 1001)
+        .settle(lease(&a), a.instance_uuid, &host("kvm2"), None, None, 1001)
         .await
         .unwrap();
     assert_eq!(store.usage(&node).await.unwrap().used.vcpus, 2);
     assert!(store.claims().await.unwrap().is_empty());
     store
-        .claim(b.uuid, &host("kvm2"), wanted)
+        .claim(lease(&b), &host("kvm2"), wanted)
         .await
         .unwrap()
         .unwrap();
-    store.release_claim(b.uuid).await.unwrap();
-    store.release_claim(b.uuid).await.unwrap();
+    store.release_claim(lease(&b)).await.unwrap();
+    store.release_claim(lease(&b)).await.unwrap();
     assert_eq!(store.usage(&node).await.unwrap().used.vcpus, 2);
 }
 
@@ -509,9 +521,10 @@ async fn rival_claims_never_exceed_the_node(store: Store) {
     let rivals = (1..=8).map(|n| {
         let store = store.clone();
         tokio::spawn(async move {
-            let id = migration(n, n).uuid;
+            let m = migration(n, n);
+            admit(&store, &m, None).await;
             store
-                .claim(id, &host("kvm2"), wanted)
+                .claim(lease(&m), &host("kvm2"), wanted)
                 .await
                 .unwrap()
                 .is_ok()

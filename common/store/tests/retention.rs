@@ -123,6 +123,7 @@ async fn what_is_unfinished_or_needed_stays(store: Store) {
         proof: ProofOfDeath::Fence {
             agent: "fence".into(),
             at_ms: 1,
+            life: None,
         },
         to: Vec::new(),
     });

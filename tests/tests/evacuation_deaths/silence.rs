@@ -368,6 +368,28 @@ async fn what_is_off_by_its_status_is_not_cut_off() {
     assert_eq!(told.cuts(), [""; 0]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_node_that_is_on_again_when_its_guests_would_start_is_noticed() {
+    let (mut cloud, id, told) = unattended(Manner::Cuts).await;
+    dies(&mut cloud, "kvm1");
+    told.switch("kvm1", true);
+    silence().await;
+    // What follows the proof takes its time.
+    cloud.broker.set_faults(Faults {
+        delay_min: Duration::from_millis(200),
+        delay_max: Duration::from_millis(300),
+        ..Faults::default()
+    });
+    let begun = cloud.operate(&Task::Evacuate(options(false))).await;
+    let begun = begun.expect("it is taken");
+    let proven = |o: &Operation| o.proof.is_some();
+    cloud.until_operation(begun.uuid, "proven", proven).await;
+    told.switch("kvm1", false);
+    let ended = cloud.operation_end(begun.uuid).await;
+    assert_eq!(ended.status, OperationStatus::Incomplete, "{ended:#?}");
+    assert_eq!(cloud.fabric.running_on(id), None);
+}
+
 async fn another_guest(cloud: &Cloud, host: &str) -> InstanceId {
     let disk = format!("{IMAGES}/{host}.qcow2");
     let builder = GuestBuilder::new(host).memory_mib(512).disk(&disk, 256);

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::MigrationType;
 use crate::{
+    evidence::Life,
     ids::{HostName, OperationId, ProjectId},
     unknown::Unknown,
 };
@@ -217,6 +218,9 @@ pub enum ProofOfDeath {
         agent: String,
         /// When, milliseconds since 1970.
         at_ms: u64,
+        /// What was heard of the node last.
+        #[serde(default)]
+        life: Option<Life>,
     },
     /// An operator answers for it.
     Operator {
@@ -224,7 +228,26 @@ pub enum ProofOfDeath {
         user: Option<String>,
         /// When, milliseconds since 1970.
         at_ms: u64,
+        /// What was heard of the node last.
+        #[serde(default)]
+        life: Option<Life>,
     },
+}
+
+impl ProofOfDeath {
+    /// When it was given, milliseconds since 1970.
+    pub fn at_ms(&self) -> u64 {
+        match self {
+            Self::Fence { at_ms, .. } | Self::Operator { at_ms, .. } => *at_ms,
+        }
+    }
+
+    /// What was heard of the node before it was given.
+    pub fn life(&self) -> Option<Life> {
+        match self {
+            Self::Fence { life, .. } | Self::Operator { life, .. } => *life,
+        }
+    }
 }
 
 /// An evacuation: of which operation, and by what right.

@@ -469,10 +469,10 @@ fn options(way: &Way) -> String {
 /// By what right a guest of a dead node is started elsewhere.
 fn proof(proof: &ProofOfDeath) -> String {
     match proof {
-        ProofOfDeath::Fence { agent, at_ms } => {
+        ProofOfDeath::Fence { agent, at_ms, .. } => {
             format!("its node is off: says {agent} at {}", moment(*at_ms))
         }
-        ProofOfDeath::Operator { user, at_ms } => {
+        ProofOfDeath::Operator { user, at_ms, .. } => {
             let user = user.as_deref().unwrap_or("an operator");
             format!("its node is off: says {user} at {}", moment(*at_ms))
         }

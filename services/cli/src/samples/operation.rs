@@ -260,6 +260,7 @@ pub(crate) fn evidence() -> Evidence {
         endpoint: None,
         agent_started_ms: T0 - 86_400_000,
         heard_at_ms: T0 - 95_000,
+        life: None,
         silent_ms: 95_000,
         down_after_ms: 60_000,
         forced_down: false,

@@ -16,13 +16,6 @@ use super::{
     Liveness, cold, content, fail, immovable_code, machine, names, network, unmovable_kind,
 };
 
-/// When the proof was given, milliseconds since 1970.
-pub fn proven_at_ms(proof: &ProofOfDeath) -> u64 {
-    match proof {
-        ProofOfDeath::Fence { at_ms, .. } | ProofOfDeath::Operator { at_ms, .. } => *at_ms,
-    }
-}
-
 /// The node that guests leave without its doing: it must be dead still. One that
 /// was heard of after the proof was given has come back, and the proof is void.
 pub fn evacuated_node(
@@ -39,7 +32,11 @@ pub fn evacuated_node(
             "see 'drover node list' for those that have",
         ));
     };
-    let back = live.is_up(row) || row.heard_at_ms > proven_at_ms(proof);
+    let heard_since = match (proof.life(), row.agent.life) {
+        (Some(before), Some(now)) => now > before,
+        _ => row.heard_at_ms > proof.at_ms(),
+    };
+    let back = live.is_up(row) || heard_since;
     back.then(|| {
         fail(
             CheckCode::HostAlive,

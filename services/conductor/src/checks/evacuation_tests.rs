@@ -3,6 +3,7 @@
 
 use drover_model::{
     api::compute::{EvacuationFacts, KeptDefinition, StorageIdentity},
+    evidence::Life,
     migration::ProofOfDeath,
     operation::FenceAnswer,
 };
@@ -150,6 +151,7 @@ fn a_node_that_was_heard_of_since_is_back() {
     let proof = ProofOfDeath::Fence {
         agent: "fence".into(),
         at_ms: 60_000,
+        life: None,
     };
     let code = |row: Option<&NodeRow>| {
         let failure = evacuated_node(&kvm1, row, &proof, live);
@@ -165,6 +167,31 @@ fn a_node_that_was_heard_of_since_is_back() {
     declared.heard_at_ms = 99_000;
     assert_eq!(code(Some(&declared)), alive, "whatever was declared before");
     assert_eq!(code(None), Some(CheckCode::UnknownHost));
+}
+
+#[test]
+fn whether_it_was_heard_of_since_is_no_matter_of_clocks() {
+    let live = Liveness {
+        down_after_ms: 30_000,
+        now_ms: 100_000,
+    };
+    let life = |incarnation, beat| Life { incarnation, beat };
+    // The clock was ten hours ahead when it was proven off, or ten hours behind.
+    for at_ms in [36_060_000, 1] {
+        let proof = ProofOfDeath::Fence {
+            agent: "fence".into(),
+            at_ms,
+            life: Some(life(3, 500)),
+        };
+        let is_back = |life| {
+            let mut row = node_row("kvm1", 50_000);
+            row.agent.life = Some(life);
+            evacuated_node(&host("kvm1"), Some(&row), &proof, live).is_some()
+        };
+        assert!(!is_back(life(3, 500)));
+        assert!(is_back(life(3, 501)), "a heartbeat");
+        assert!(is_back(life(4, 0)), "it registered anew");
+    }
 }
 
 #[test]

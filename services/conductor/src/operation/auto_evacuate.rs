@@ -21,7 +21,7 @@ use drover_model::{
 };
 use drover_store::{
     StoreError,
-    fencing::{COUNTED_MS, FenceLimits, Fenced},
+    fencing::{FenceLimits, Fenced},
     nodes::NodeRow,
     outbox::Notification,
 };
@@ -161,7 +161,12 @@ fn tried(found: &Found, evacuations: &[Operation]) -> bool {
             && !was_cut
             && !o.refusals.is_empty()
             && o.refusals.iter().all(doubt);
-        let since = o.created_at_ms >= found.node.heard_at_ms || !o.status.is_final();
+        let known = o.evidence.as_ref().and_then(|e| e.life);
+        let since = match (known, found.evidence.life) {
+            (Some(known), Some(life)) => known >= life,
+            _ => o.created_at_ms >= found.node.heard_at_ms,
+        };
+        let since = since || !o.status.is_final();
         same && since && !came_to_nothing
     })
 }
@@ -294,8 +299,7 @@ impl Watch {
                 ..ListOperations::default()
             })
             .await?;
-        let from_ms = context.clock.now_ms().saturating_sub(COUNTED_MS);
-        let fenced = store.fenced(from_ms).await?;
+        let fenced = store.fenced(context.clock.now_ms()).await?;
         let seen = Seen {
             evacuations: &evacuations,
             worth: &worth,

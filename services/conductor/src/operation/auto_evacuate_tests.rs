@@ -33,6 +33,7 @@ fn evidence(silent_ms: u64) -> Evidence {
         endpoint: None,
         agent_started_ms: 1,
         heard_at_ms: 1_000_000 - silent_ms,
+        life: None,
         silent_ms,
         down_after_ms: 30_000,
         forced_down: false,

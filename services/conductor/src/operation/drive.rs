@@ -10,8 +10,8 @@ use drover_model::{
     operation::{EvacuateOptions, Evidence, MoveWay, Operation, OperationStatus, Task},
 };
 use drover_store::{
-    Store, StoreError,
-    fencing::{COUNTED_MS, FenceClaim, FenceRefusal},
+    Store, StoreError, Term,
+    fencing::{FenceClaim, FenceRefusal},
     operations::OperationLease,
 };
 use futures_util::{StreamExt, stream};
@@ -263,15 +263,17 @@ impl Drive {
         evidence: &Evidence,
     ) -> Result<Vec<CheckFailure>> {
         let context = &self.context;
-        let (host, now_ms) = (&options.host, context.clock.now_ms());
+        let host = &options.host;
         let longest_ms = u64::try_from(context.fences.longest().as_millis()).unwrap_or(u64::MAX);
         let claim = FenceClaim {
             host,
             lease: self.lease,
             conductor: &context.name,
-            now_ms,
-            counted_from_ms: now_ms.saturating_sub(COUNTED_MS),
-            until_ms: now_ms.saturating_add(longest_ms),
+            term: Term {
+                now_ms: context.clock.now_ms(),
+                lease_ms: longest_ms,
+            },
+            life: evidence.life,
             heard_at_ms: evidence.heard_at_ms,
             limits: options.automatic.then_some(context.auto_evacuate.limits),
         };

@@ -144,6 +144,8 @@ async fn cut(
         if let Some(node) = nodes.iter().find(|n| n.report.host == *host) {
             let (reach, agent) = signs(context, node, &nodes, limit).await;
             (evidence.reach, evidence.agent) = (reach, Some(agent));
+            // What it said until its end is no sign of life after it.
+            evidence.life = context.store.hearing().state(host).life;
         }
     }
     Ok(())
@@ -176,6 +178,7 @@ async fn collect(
         endpoint: Some(node.report.endpoint.clone()),
         agent_started_ms: node.report.agent_started_ms,
         heard_at_ms: node.heard_at_ms,
+        life: node.agent.life,
         silent_ms: live.silent_ms(&node),
         down_after_ms: live.down_after_ms,
         forced_down: node.forced_down,
@@ -431,8 +434,14 @@ pub async fn still_dead(
     host: &HostName,
     proof: &ProofOfDeath,
 ) -> drover_store::Result<(Option<NodeRow>, Option<CheckFailure>)> {
-    let status = context.fences.status_lately(host, &context.clock).await;
-    let row = context.store.known_node(host).await?;
+    let status = context.fences.status_shared(host, &context.clock).await;
+    // The record has a registration at once, and this process only soon: an agent that
+    // came back and was told of no evacuation is seen here.
+    let recorded = context.store.agent(host).await?.map(|agent| agent.life());
+    let mut row = context.store.known_node(host).await?;
+    if let Some(row) = &mut row {
+        row.agent.life = row.agent.life.max(recorded);
+    }
     let live = context.liveness();
     let failure = checks::evacuation::evacuated_node(host, row.as_ref(), proof, live);
     let failure = failure.or_else(|| checks::evacuation::has_power(host, &status));

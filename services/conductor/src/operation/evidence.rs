@@ -149,6 +149,7 @@ pub fn verdict(
             None => Ok(ProofOfDeath::Fence {
                 agent: agent.clone(),
                 at_ms: *at_ms,
+                life: evidence.life,
             }),
         };
     }
@@ -166,6 +167,7 @@ pub fn verdict(
                 .as_ref()
                 .and_then(|who| who.user_id.clone()),
             at_ms: evidence.at_ms,
+            life: evidence.life,
         }),
     }
 }

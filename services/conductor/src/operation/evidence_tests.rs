@@ -50,6 +50,7 @@ fn silent() -> Evidence {
         endpoint: None,
         agent_started_ms: 1,
         heard_at_ms: 1,
+        life: None,
         silent_ms: 60_000,
         down_after_ms: 30_000,
         forced_down: false,
@@ -425,11 +426,11 @@ fn what_the_answers_come_to() {
         });
         let found = verdict(&options(confirmed, false), &evidence);
         let found = found.map(|proof| match proof {
-            ProofOfDeath::Fence { agent, at_ms } => {
+            ProofOfDeath::Fence { agent, at_ms, .. } => {
                 assert_eq!((agent.as_str(), at_ms), ("fence_test", 2000));
                 "fence"
             }
-            ProofOfDeath::Operator { user, at_ms } => {
+            ProofOfDeath::Operator { user, at_ms, .. } => {
                 assert_eq!((user.as_deref(), at_ms), (Some("ann"), 1000));
                 "operator"
             }

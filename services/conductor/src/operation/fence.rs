@@ -12,7 +12,10 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -22,7 +25,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     process::Command,
     sync::Mutex as TurnMutex,
-    time::{Instant, timeout},
+    time::timeout,
 };
 use tracing::{error, info};
 
@@ -34,10 +37,8 @@ const AGENTS: &str = "/usr/sbin";
 const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// What is kept of what an agent says, bytes: the end of it.
 const MAX_SAID: usize = 2048;
-/// An answer so old is as good as a new one to whoever starts guests.
-const LATELY: Duration = Duration::from_secs(3);
 /// How long whoever starts guests waits for an answer.
-const LATELY_LIMIT: Duration = Duration::from_secs(10);
+const SHARED_LIMIT: Duration = Duration::from_secs(10);
 /// Parameters of one agent.
 const MAX_PARAMETERS: usize = 64;
 
@@ -145,11 +146,17 @@ enum Means {
 pub struct Fences {
     means: Means,
     limit: Duration,
-    lately: Arc<Mutex<BTreeMap<HostName, Latest>>>,
+    shared: Arc<Mutex<BTreeMap<HostName, Arc<Shared>>>>,
 }
 
-/// What an agent said last, and when; held while it is asked.
-type Latest = Arc<TurnMutex<Option<(Instant, FenceAnswer)>>>;
+/// One node's status, asked once for all who wait for it.
+#[derive(Default)]
+struct Shared {
+    /// How often the agent has begun to be asked.
+    begun: AtomicU64,
+    /// What it said last, and to which asking; held while it is asked.
+    last: TurnMutex<Option<(u64, FenceAnswer)>>,
+}
 
 impl Default for Fences {
     /// None at all.
@@ -164,7 +171,7 @@ impl Fences {
         Self {
             means: Means::Programs(Arc::new(of)),
             limit,
-            lately: Arc::default(),
+            shared: Arc::default(),
         }
     }
 
@@ -176,7 +183,7 @@ impl Fences {
         Self {
             means: Means::Script(Arc::new(answer)),
             limit: Duration::ZERO,
-            lately: Arc::default(),
+            shared: Arc::default(),
         }
     }
 
@@ -207,20 +214,22 @@ impl Fences {
         })
     }
 
-    /// Whether a node has power, as it was a moment ago: one answer serves all who
-    /// start its guests.
-    pub async fn status_lately(&self, host: &HostName, clock: &Clock) -> FenceAnswer {
-        let latest = {
-            let mut all = self.lately.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Whether a node has power: one answer serves all who start its guests and
+    /// waited when it was asked for, and nobody who came later.
+    pub async fn status_shared(&self, host: &HostName, clock: &Clock) -> FenceAnswer {
+        let shared = {
+            let mut all = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
             all.entry(host.clone()).or_default().clone()
         };
-        let mut latest = latest.lock().await;
-        match &*latest {
-            Some((at, answer)) if at.elapsed() < LATELY => return answer.clone(),
+        let before = shared.begun.load(Ordering::SeqCst);
+        let mut last = shared.last.lock().await;
+        match &*last {
+            Some((asking, answer)) if *asking > before => return answer.clone(),
             _ => {}
         }
-        let answer = self.status_within(host, clock, LATELY_LIMIT).await;
-        *latest = Some((Instant::now(), answer.clone()));
+        let asking = shared.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        let answer = self.status_within(host, clock, SHARED_LIMIT).await;
+        *last = Some((asking, answer.clone()));
         answer
     }
 

@@ -115,14 +115,17 @@ async fn an_agent_that_confirms_nothing_in_time_is_not_believed() {
 }
 
 #[tokio::test]
-async fn one_answer_serves_all_who_start_guests_at_the_same_time() {
+async fn one_answer_serves_all_who_start_guests_at_the_same_time_and_none_later() {
     let rig = rig("echo x >> asked; exit 2");
     let (host, clock) = (kvm1(), &rig.clock);
-    let lately = || rig.fences.status_lately(&host, clock);
-    let answers = tokio::join!(lately(), lately(), lately());
-    assert!(is_off(&answers.0) && is_off(&answers.1) && is_off(&answers.2));
-    let asked = fs::read_to_string(rig.directory.path().join("asked")).unwrap();
-    assert_eq!(asked, "x\n");
+    let shared = || rig.fences.status_shared(&host, clock);
+    let answers = tokio::join!(shared(), shared(), shared(), shared());
+    assert!(is_off(&answers.0) && is_off(&answers.1) && is_off(&answers.2) && is_off(&answers.3));
+    let asked = || fs::read_to_string(rig.directory.path().join("asked")).unwrap();
+    let which = "one for the first, who was there before; one for all others";
+    assert_eq!(asked(), "x\nx\n", "{which}");
+    assert!(is_off(&shared().await));
+    assert_eq!(asked(), "x\nx\nx\n", "an answer of before says nothing of now");
 }
 
 #[tokio::test]

@@ -343,7 +343,7 @@ impl ColdMigrate {
         let m = &self.job.migration;
         let now_ms = self.job.context.clock.now_ms();
         let settled = self.job.store().settle(
-            m.uuid,
+            self.job.lease,
             m.instance_uuid,
             &chosen.host,
             data.arrived,

@@ -396,7 +396,13 @@ impl Evacuate {
         let m = &self.job.migration;
         let generation = data.generation;
         let store = self.job.store();
-        let rebuilt = store.rebuilt(m.uuid, m.instance_uuid, &host, generation, self.now_ms());
+        let rebuilt = store.rebuilt(
+            self.job.lease,
+            m.instance_uuid,
+            &host,
+            generation,
+            self.now_ms(),
+        );
         rebuilt.await.map_err(|e| store_error(&e))?;
         self.job.context.definitions.moved(m.instance_uuid, &host);
         let warnings = self.forget(&host).await?;

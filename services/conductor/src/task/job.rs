@@ -337,8 +337,8 @@ impl Job {
         &self,
         chosen: &Chosen,
     ) -> Result<Result<(), Vec<CheckFailure>>, StepError> {
-        let (uuid, host) = (self.migration.uuid, &chosen.host);
-        let claimed = self.store().claim(uuid, host, chosen.resources()).await;
+        let (lease, host) = (self.lease, &chosen.host);
+        let claimed = self.store().claim(lease, host, chosen.resources()).await;
         let claimed = claimed.map_err(|e| store_error(&e))?;
         Ok(claimed.map_err(|short| checks::room(&short, host)))
     }
@@ -369,7 +369,7 @@ impl Job {
     }
 
     pub(super) async fn release_claim(&self) -> Result<(), StepError> {
-        let released = self.store().release_claim(self.migration.uuid).await;
+        let released = self.store().release_claim(self.lease).await;
         released.map_err(|e| store_error(&e))
     }
 }

@@ -488,7 +488,7 @@ impl LiveMigrate {
         let settled = self
             .job
             .store()
-            .settle(self.job.migration.uuid, id, &host, None, None, now_ms)
+            .settle(self.job.lease, id, &host, None, None, now_ms)
             .await;
         settled.map_err(|e| store_error(&e))?;
         self.job.context.definitions.moved(id, &host);

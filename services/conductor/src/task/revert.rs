@@ -121,7 +121,7 @@ impl Revert {
         let settled = self
             .job
             .store()
-            .settle(m.uuid, id, host, arrived, None, now_ms)
+            .settle(self.job.lease, id, host, arrived, None, now_ms)
             .await;
         settled.map_err(|e| store_error(&e))?;
         self.job.context.definitions.moved(id, host);

@@ -104,7 +104,7 @@ impl Saga for Transfer {
         let agents = self.job.agents();
         match step {
             Step::Check => {
-                let released = self.job.store().release_quota(self.job.migration.uuid);
+                let released = self.job.store().release_quota(self.job.lease);
                 released.await.map_err(|e| store_error(&e))
             }
             Step::Prepare => self.take_back().await,
@@ -200,7 +200,8 @@ impl Transfer {
         }
         let wanted = checks::usage_of(&instance);
         let project = &self.wanted.project;
-        let claimed = self.job.store().claim_quota(m.uuid, project, wanted).await;
+        let store = self.job.store();
+        let claimed = store.claim_quota(self.job.lease, project, wanted).await;
         if let Err(short) = claimed.map_err(|e| store_error(&e))? {
             return refused(checks::quota(project, &short));
         }
@@ -254,10 +255,10 @@ impl Transfer {
         let now_ms = self.job.context.clock.now_ms();
         let name = data.transfer()?.name.as_deref();
         let project = &self.wanted.project;
-        let settled = self
-            .job
-            .store()
-            .hand_over(m.uuid, m.instance_uuid, project, name, now_ms);
+        let settled =
+            self.job
+                .store()
+                .hand_over(self.job.lease, m.instance_uuid, project, name, now_ms);
         settled.await.map_err(|e| store_error(&e))
     }
 

@@ -11,6 +11,7 @@ PACKAGES=(
     postgresql                                                  # the other database, for tests
     gcc libc6-dev busybox-static                                # the guests' user space
     libvirt-dev pkg-config ca-certificates                      # what cargo needs to build Drover
+    g++                                                         # libFuzzer, for devstack/fuzz
     python3 python3-venv                                        # the TCP probe, the oslo.messaging peer
 )
 

@@ -3,4 +3,5 @@
 pub mod cloud;
 pub mod contract;
 pub mod devstack;
+pub mod fuzz;
 pub mod swarm;

@@ -214,7 +214,10 @@ fn sources(below: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(below).expect("a folder") {
         let path = entry.expect("an entry").path();
         if path.is_dir() {
-            sources(&path, found);
+            // What cargo-fuzz builds is below tests/fuzz.
+            if !path.ends_with("target") {
+                sources(&path, found);
+            }
         } else if path.extension().is_some_and(|e| e == "rs") {
             found.push(path);
         }

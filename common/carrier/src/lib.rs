@@ -26,6 +26,8 @@ mod token;
 
 pub use control::{Control, Progress};
 pub use extents::data_bytes;
+#[cfg(feature = "fuzzing")]
+pub use receive::fuzzing;
 pub use receive::{ExpectError, Incoming, MOST_FILES, Mode, Receiver};
 pub use send::{Outgoing, SendError, SendSpec, Summary, send};
 pub use token::{NotAToken, Token};

@@ -325,14 +325,37 @@ fn check_envelope_version(version: &Value) -> Result<(), String> {
 }
 
 /// A message, read for nothing but who sent it.
-#[derive(Deserialize)]
+#[derive(Default)]
 struct Sender {
-    #[serde(rename = "_msg_id")]
     msg_id: Option<String>,
-    #[serde(rename = "_reply_q")]
     reply_q: Option<String>,
-    #[serde(rename = "oslo.message")]
     inner: Option<Inner>,
+}
+
+impl<'de> Deserialize<'de> for Sender {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Members;
+        impl<'de> Visitor<'de> for Members {
+            type Value = Sender;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a message")
+            }
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Sender, M::Error> {
+                let mut sender = Sender::default();
+                // The last of equal names wins, as in a request.
+                while let Some(key) = map.next_key::<Key>()? {
+                    match key {
+                        Key::MsgId => sender.msg_id = map.next_value()?,
+                        Key::ReplyQ => sender.reply_q = map.next_value()?,
+                        Key::Inner => sender.inner = map.next_value()?,
+                        _ => drop(map.next_value::<IgnoredAny>()?),
+                    }
+                }
+                Ok(sender)
+            }
+        }
+        from.deserialize_map(Members)
+    }
 }
 
 /// The message in an envelope: text as it should be, or written straight in.
@@ -506,6 +529,7 @@ enum Key {
     Result,
     Failure,
     Ending,
+    Inner,
     Context(String),
     Other,
 }
@@ -531,6 +555,7 @@ impl<'de> Deserialize<'de> for Key {
                     "result" => Key::Result,
                     "failure" => Key::Failure,
                     "ending" => Key::Ending,
+                    "oslo.message" => Key::Inner,
                     _ => match name.strip_prefix(CONTEXT_PREFIX) {
                         Some(key) => Key::Context(key.to_owned()),
                         None => Key::Other,

@@ -67,6 +67,8 @@ mod dispatch;
 mod envelope;
 mod error;
 mod failure;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod memory;
 mod notifier;
 mod request;

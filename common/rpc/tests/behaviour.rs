@@ -436,6 +436,7 @@ async fn junk_is_counted_answered_where_possible_and_never_comes_again() {
         r#"{"method": "typed", "args": {"disks": [{"size_gb": 1180591620717411303424}]}, "_msg_id": "4", "_reply_q": "reply_x"}"#,
         r#"{"method": 7, "args": {}, "_msg_id": "5", "_reply_q": "reply_x"}"#,
         r#"{"method": "echo", "args": [], "_msg_id": "6", "_reply_q": "reply_x"}"#,
+        r#"{"method": "echo", "args": {"x": NaN}, "_msg_id": "a", "_msg_id": "6b", "_reply_q": "reply_x"}"#,
         r#"{"method": "echo", "_context_x": "\udc00", "_msg_id": "7", "_reply_q": "reply_x"}"#,
     ] {
         inject(answered);
@@ -461,7 +462,7 @@ async fn junk_is_counted_answered_where_possible_and_never_comes_again() {
     assert_eq!(seen.requests_unanswerable, 1, "{seen:?}");
     assert_eq!(seen.handler_panics, 0);
     let replies = replies.lock().unwrap().clone();
-    assert_eq!(replies.len(), 10, "{replies:?}");
+    assert_eq!(replies.len(), 11, "{replies:?}");
     assert!(
         replies.iter().all(|reply| reply.contains("Error")),
         "{replies:?}"

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
+use toml::de::{DeTable, DeValue};
 
 /// Where the file is sought when nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/drover/drover.toml";
@@ -35,18 +36,22 @@ pub enum ConfigError {
         message: String,
     },
     /// A section nobody knows.
-    #[error("{path}: unknown section [{section}]; there are {}", SECTIONS.join(", "))]
+    #[error("{path}: line {line}: unknown section [{section}]; there are {}", SECTIONS.join(", "))]
     UnknownSection {
         /// Which file.
         path: PathBuf,
+        /// Where in it.
+        line: usize,
         /// Its name.
         section: String,
     },
     /// A key that is wrong, missing or unknown.
-    #[error("{path}: [{section}] {key}: {message}")]
+    #[error("{path}: {}[{section}] {key}: {message}", line.map_or(String::new(), |n| format!("line {n}: ")))]
     Key {
         /// Which file.
         path: PathBuf,
+        /// Where in it; none if neither the key nor its section is there.
+        line: Option<usize>,
         /// In which section.
         section: String,
         /// Path of the key; `.` for the section itself.
@@ -60,6 +65,7 @@ pub enum ConfigError {
 #[derive(Debug)]
 pub struct Document {
     path: PathBuf,
+    text: String,
     table: toml::Table,
 }
 
@@ -81,24 +87,21 @@ impl Document {
     /// # Errors
     /// As [`Document::read`].
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let table: toml::Table = toml::from_str(text).map_err(|e| {
-            let before = e
-                .span()
-                .map_or("", |span| text.get(..span.start).unwrap_or(""));
-            ConfigError::Syntax {
-                path: path.to_owned(),
-                line: before.matches('\n').count() + 1,
-                message: one_line(e.message()),
-            }
+        let table: toml::Table = toml::from_str(text).map_err(|e| ConfigError::Syntax {
+            path: path.to_owned(),
+            line: line_at(text, e.span().map_or(0, |span| span.start)),
+            message: one_line(e.message()),
         })?;
         if let Some(section) = table.keys().find(|k| !SECTIONS.contains(&k.as_str())) {
             return Err(ConfigError::UnknownSection {
                 path: path.to_owned(),
-                section: section.clone(),
+                line: line_of(text, section, "").unwrap_or(1),
+                section: one_line(section),
             });
         }
         Ok(Self {
             path: path.to_owned(),
+            text: text.to_owned(),
             table,
         })
     }
@@ -120,15 +123,47 @@ impl Document {
     pub fn bad_key(&self, section: &str, key: &str, message: &str) -> ConfigError {
         ConfigError::Key {
             path: self.path.clone(),
+            line: line_of(&self.text, section, key),
             section: section.to_owned(),
-            key: key.to_owned(),
+            key: one_line(key),
             message: one_line(message),
         }
     }
 }
 
+/// Without line ends and other characters that would not be seen.
 fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    let plain = text.replace(char::is_control, " ");
+    plain.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The line of a byte.
+fn line_at(text: &str, at: usize) -> usize {
+    let before = text.as_bytes().get(..at).unwrap_or_default();
+    before.iter().filter(|byte| **byte == b'\n').count() + 1
+}
+
+/// The line of a key, or of as much of its path as is there.
+fn line_of(text: &str, section: &str, key: &str) -> Option<usize> {
+    let document = DeTable::parse(text).ok()?.into_inner();
+    let (name, mut value) = document.get_key_value(section)?;
+    let (mut at, mut rest) = (name.span().start, key);
+    while let DeValue::Table(table) = value.get_ref() {
+        // A name may hold dots: the longest that fits is meant.
+        let fits = |name: &str| {
+            let after = rest.strip_prefix(name)?;
+            (after.is_empty() || after.starts_with(['.', '['])).then_some(after)
+        };
+        let found = table.iter().filter_map(|(name, value)| {
+            let after = fits(name.get_ref())?;
+            Some((name.span().start, after, value))
+        });
+        let Some((start, after, inner)) = found.min_by_key(|(_, after, _)| after.len()) else {
+            break;
+        };
+        (at, rest, value) = (start, after.trim_start_matches('.'), inner);
+    }
+    Some(line_at(text, at))
 }
 
 #[cfg(test)]
@@ -159,7 +194,13 @@ mod tests {
             ),
             ("[compute]\nreport_intervall_s = 1\n", "report_intervall_s"),
             ("[compute]\nreport_interval_s = \n", "line 2"),
-            ("[computer]\n", "unknown section [computer]"),
+            ("\n[computer]\n", "line 2: unknown section [computer]"),
+            (
+                "\n[compute]\n\nreport_interval_s = 'x'\n",
+                "line 4: [compute] report_interval_s",
+            ),
+            ("[log]\n[compute]\nreport_intervall_s = 1\n", "line 3: "),
+            ("compute.report_interval_s = -1", "line 1: "),
         ];
         for (text, expected) in cases {
             let error = error_of(text);

@@ -19,6 +19,9 @@
 //! Of one node one report is on its way at a time. So the second that comes after
 //! a moment was composed after it, and no clock is asked.
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+
 use std::{collections::HashMap, str::FromStr};
 
 use drover_model::{

@@ -26,6 +26,8 @@ mod autostart;
 mod conductor;
 pub mod config;
 mod faults;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod hypervisor;
 pub mod journal;
 pub mod migration;

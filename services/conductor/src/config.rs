@@ -1,13 +1,15 @@
-//! The `[conductor]` section.
+//! The `[conductor]` section, and `[fence]`, which goes with it.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
+use drover_model::ids::HostName;
+use drover_runtime::config::{ConfigError, Document};
 use drover_store::{fencing::FenceLimits, retention::Retention};
 use serde::Deserialize;
 
 use crate::{
     agent_client::CallLimits,
-    operation::auto_evacuate::AutoEvacuate,
+    operation::{auto_evacuate::AutoEvacuate, fence::FenceSettings},
     plan::{balance::Goal, schedule::Limits},
 };
 
@@ -82,6 +84,26 @@ pub struct ConductorSettings {
     /// For so long after the end of a migration its journal is kept, days: only
     /// whoever looks for a fault of Drover's needs it.
     pub journal_retention_days: u64,
+}
+
+/// Reads and checks both sections.
+///
+/// # Errors
+/// A key is unknown or its value cannot be; the error names file, line and key.
+pub fn read(
+    document: &Document,
+) -> Result<(ConductorSettings, BTreeMap<HostName, FenceSettings>), ConfigError> {
+    let conductor: ConductorSettings = document.section("conductor")?;
+    if let Some((key, message)) = conductor.problem() {
+        return Err(document.bad_key("conductor", key, &message));
+    }
+    let fences: BTreeMap<HostName, FenceSettings> = document.section("fence")?;
+    for (host, fence) in &fences {
+        if let Some((key, message)) = fence.problem() {
+            return Err(document.bad_key("fence", &format!("{host}.{key}"), &message));
+        }
+    }
+    Ok((conductor, fences))
 }
 
 /// How load is balanced.

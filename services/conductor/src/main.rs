@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use drover_conductor::{
     app::Conductor,
     clock::Clock,
-    config::ConductorSettings,
+    config::{self, ConductorSettings},
     operation::fence::{FenceSettings, Fences},
 };
 use drover_model::ids::HostName;
@@ -98,20 +98,7 @@ fn main() -> ExitCode {
 fn read(path: &std::path::Path) -> Result<Settings, String> {
     let text = |e: drover_runtime::config::ConfigError| e.to_string();
     let document = Document::read(path).map_err(text)?;
-    let conductor: ConductorSettings = document.section("conductor").map_err(text)?;
-    if let Some((key, message)) = conductor.problem() {
-        return Err(text(document.bad_key("conductor", key, &message)));
-    }
-    let fences: BTreeMap<HostName, FenceSettings> = document.section("fence").map_err(text)?;
-    for (host, fence) in &fences {
-        if let Some((key, message)) = fence.problem() {
-            return Err(text(document.bad_key(
-                "fence",
-                &format!("{host}.{key}"),
-                &message,
-            )));
-        }
-    }
+    let (conductor, fences) = config::read(&document).map_err(text)?;
     let messaging: MessagingSettings = document.section("messaging").map_err(text)?;
     messaging
         .validate()

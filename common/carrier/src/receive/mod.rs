@@ -1,5 +1,7 @@
 //! The destination's side: a listening socket, and what it is to expect.
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod registry;
 mod session;
 mod store;

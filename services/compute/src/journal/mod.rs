@@ -16,6 +16,8 @@
 
 pub mod definition;
 mod files;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod identity;
 mod record;
 mod shelf;

@@ -18,6 +18,7 @@ use std::{
 use drover_model::ids::{InstanceId, MigrationId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::error::Category;
+use sha2::{Digest, Sha256};
 
 use super::{
     JournalError,
@@ -87,6 +88,9 @@ pub struct UnreadFile {
 #[derive(Serialize, Deserialize)]
 struct Versioned<T> {
     version: u32,
+    /// See [`seal`].
+    #[serde(default)]
+    sum: String,
     #[serde(flatten)]
     content: T,
 }
@@ -94,6 +98,7 @@ struct Versioned<T> {
 #[derive(Deserialize)]
 struct VersionOnly {
     version: u32,
+    sum: Option<String>,
 }
 
 /// What is looked for in a file of a form that is not known.
@@ -171,10 +176,7 @@ impl<T: Shelved> Shelf<T> {
             let path = shelf.path(migration);
             turn.take(&path, || {
                 let summary = content.summary();
-                let version = VERSION;
-                let file = Versioned { version, content };
-                let text = serde_json::to_vec_pretty(&file).map_err(io::Error::other);
-                let written = text.and_then(|text| {
+                let written = encode(migration, content).and_then(|text| {
                     let (flush, disk) = (shelf.flush, &shelf.disk);
                     files::replace_within(&path, &text, flush, disk, shelf.max_bytes)
                 });
@@ -211,7 +213,7 @@ impl<T: Shelved> Shelf<T> {
     /// Reads the file of a migration; none if it is not there.
     pub(crate) async fn read(&self, migration: MigrationId) -> Result<Option<T>, Unread> {
         let shelf = self.clone();
-        let read = off_the_runtime(move || shelf.read_file(&shelf.path(migration))).await;
+        let read = off_the_runtime(move || shelf.read_file(migration)).await;
         read.unwrap_or_else(|e| Err(Unread::NotNow(e.to_string())))
     }
 
@@ -259,7 +261,7 @@ impl<T: Shelved> Shelf<T> {
             Ok(migration) => migration,
             Err(e) => return files::set_aside(path, &format!("its name: {e}")),
         };
-        match self.read_file(path) {
+        match self.read_file(migration) {
             Ok(Some(content)) => {
                 let summary = content.summary();
                 self.lock().summaries.insert(migration, summary);
@@ -278,17 +280,9 @@ impl<T: Shelved> Shelf<T> {
         }
     }
 
-    fn read_file(&self, path: &Path) -> Result<Option<T>, Unread> {
-        let Some(text) = files::read(path, self.max_bytes)? else {
-            return Ok(None);
-        };
-        let VersionOnly { version } = serde_json::from_slice(&text).map_err(|e| unread(&e))?;
-        if version != VERSION {
-            let why = format!("it is of version {version}, and this agent reads {VERSION}");
-            return Err(Unread::NotNow(why));
-        }
-        let file: Versioned<T> = serde_json::from_slice(&text).map_err(|e| unread(&e))?;
-        Ok(Some(file.content))
+    fn read_file(&self, migration: MigrationId) -> Result<Option<T>, Unread> {
+        let text = files::read(&self.path(migration), self.max_bytes)?;
+        text.map(|text| decode(migration, &text)).transpose()
     }
 
     /// The instance of a file, whatever else it says.
@@ -316,6 +310,63 @@ impl<T: Shelved> Shelf<T> {
         // Nothing is left half done under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What the file of a migration says, as text.
+pub(super) fn encode<T: Serialize>(migration: MigrationId, content: T) -> io::Result<Vec<u8>> {
+    let file = Versioned {
+        version: VERSION,
+        sum: "0".repeat(SUM),
+        content,
+    };
+    let mut text = serde_json::to_vec_pretty(&file)?;
+    seal(migration, &mut text)?;
+    Ok(text)
+}
+
+/// Reads such a text.
+pub(super) fn decode<T: DeserializeOwned>(
+    migration: MigrationId,
+    text: &[u8],
+) -> Result<T, Unread> {
+    let VersionOnly { version, sum } = serde_json::from_slice(text).map_err(|e| unread(&e))?;
+    if version != VERSION {
+        let why = format!("it is of version {version}, and this agent reads {VERSION}");
+        return Err(Unread::NotNow(why));
+    }
+    match (parts(text), sum) {
+        (Some((said, rest)), _) if said == sum_of(migration, rest).as_bytes() => {}
+        // Written before there were sums.
+        (None, None) => {}
+        _ => return Err(Unread::Corrupt("its sum is another".to_owned())),
+    }
+    let file: Versioned<T> = serde_json::from_slice(text).map_err(|e| unread(&e))?;
+    Ok(file.content)
+}
+
+/// How every file begins. The sum is of all that comes after it, and of the
+/// migration: a bit that fell over may have made another guest's name, or another
+/// disk's, of one.
+const BEGINNING: &[u8] = b"{\n  \"version\": 1,\n  \"sum\": \"";
+/// Digits of a sum.
+const SUM: usize = 64;
+
+/// The sum in a text, and what it is of.
+fn parts(text: &[u8]) -> Option<(&[u8], &[u8])> {
+    text.strip_prefix(BEGINNING)?.split_at_checked(SUM)
+}
+
+fn sum_of(migration: MigrationId, rest: &[u8]) -> String {
+    let sum = Sha256::new().chain_update(migration.0).chain_update(rest);
+    format!("{:x}", sum.finalize())
+}
+
+fn seal(migration: MigrationId, text: &mut [u8]) -> io::Result<()> {
+    let sum = parts(text).map(|(_, rest)| sum_of(migration, rest));
+    let sum = sum.ok_or_else(|| io::Error::other("a file of the journal begins otherwise"))?;
+    let at = BEGINNING.len();
+    text[at..at + SUM].copy_from_slice(sum.as_bytes());
+    Ok(())
 }
 
 /// A text that is no JSON was cut off or overwritten; one that is JSON and not

@@ -42,6 +42,12 @@ mod transfer;
 mod usage;
 mod xml;
 
+/// What fuzz targets call.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    pub use super::{storage::fuzzing::qcow2, xml::fuzzing::domain};
+}
+
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},

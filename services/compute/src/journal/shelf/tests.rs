@@ -77,6 +77,46 @@ async fn what_is_damaged_is_set_aside_and_the_rest_is_read() {
     assert_eq!(names.iter().filter(|n| n.ends_with(".corrupt")).count(), 3);
 }
 
+/// Whatever falls over in a file, it is not read as another: not another guest, not
+/// another disk.
+#[tokio::test]
+async fn a_file_that_was_changed_by_nobody_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let shelf = open(&dir);
+    let id = MigrationId::generate();
+    shelf.store(id, &record_of(7)).await.unwrap();
+    let text = fs::read(shelf.path(id)).unwrap();
+    for at in 0..text.len() {
+        for bit in 0..8 {
+            let mut damaged = text.clone();
+            damaged[at] ^= 1 << bit;
+            let read = decode::<Record>(id, &damaged);
+            assert!(
+                read.as_ref().is_err() || read == Ok(record_of(7)),
+                "{}",
+                String::from_utf8_lossy(&damaged)
+            );
+        }
+    }
+    let another = MigrationId::generate();
+    fs::rename(shelf.path(id), shelf.path(another)).unwrap();
+    assert_eq!(open(&dir).load().unwrap().corrupt, vec![another]);
+}
+
+#[tokio::test]
+async fn a_file_of_an_agent_that_wrote_no_sums_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let shelf = open(&dir);
+    let id = MigrationId::generate();
+    let said = serde_json::to_value(record_of(7)).unwrap();
+    let mut old = serde_json::json!({"version": 1});
+    old.as_object_mut()
+        .unwrap()
+        .extend(said.as_object().unwrap().clone());
+    fs::write(shelf.path(id), serde_json::to_vec_pretty(&old).unwrap()).unwrap();
+    assert_eq!(shelf.load().unwrap().read, vec![(id, record_of(7))]);
+}
+
 #[tokio::test]
 async fn what_another_agent_would_understand_stays_where_it_is() {
     let dir = tempfile::tempdir().unwrap();
@@ -103,6 +143,9 @@ async fn what_another_agent_would_understand_stays_where_it_is() {
         ),
         ("too long a text", longer, text.len() as u64),
     ] {
+        let mut changed = changed.into_bytes();
+        let sealed = seal(id, &mut changed);
+        assert!(sealed.is_ok() || what == "a newer version");
         fs::write(shelf.path(id), &changed).unwrap();
         let mut again = open(&dir);
         again.max_bytes = max_bytes;
@@ -118,7 +161,7 @@ async fn what_another_agent_would_understand_stays_where_it_is() {
             assert_eq!(unread.instance, Some(instance(7)), "{what}");
         }
         assert_eq!(names(&again), vec![format!("{id}.json")], "{what}");
-        assert_eq!(fs::read_to_string(again.path(id)).unwrap(), changed);
+        assert_eq!(fs::read(again.path(id)).unwrap(), changed);
     }
 }
 
@@ -224,7 +267,7 @@ async fn of_many_writers_at_once_the_last_to_ask_wins() {
                     tasks.spawn(shelf.store(id, &record_of(n)));
                 }
             }
-            let seen = shelf.read_file(&shelf.path(id));
+            let seen = shelf.read_file(id);
             assert!(seen.is_ok(), "round {round}: {seen:?}");
         }
         if random.bool() {

@@ -8,6 +8,8 @@
 pub(super) mod chain;
 pub(super) mod content;
 pub(super) mod files;
+#[cfg(feature = "fuzzing")]
+pub(super) mod fuzzing;
 pub(super) mod identity;
 pub(super) mod image;
 pub(super) mod marks;

@@ -5,6 +5,8 @@ mod bound;
 mod devices;
 mod disks;
 pub(super) mod flavor;
+#[cfg(feature = "fuzzing")]
+pub(super) mod fuzzing;
 pub(super) mod handover;
 pub(super) mod notes;
 pub(super) mod owner;
@@ -12,6 +14,7 @@ mod reads;
 pub(super) mod rewire;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 use drover_model::{
     DEFAULT_PROJECT, METADATA_NAMESPACE,
@@ -46,9 +49,6 @@ impl From<XmlError> for HypervisorError {
 
 type Result<T> = std::result::Result<T, XmlError>;
 
-/// Elements within elements; libvirt's own have about ten.
-const DEEPEST: usize = 64;
-
 /// What only libvirt's calls tell about a domain.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Outside {
@@ -60,11 +60,7 @@ pub(super) struct Outside {
 
 /// Parses a document whose root is called `name`.
 pub(super) fn parse(xml: &str, name: &str) -> Result<Element> {
-    if nesting(xml) > DEEPEST {
-        let words = format!("elements are nested deeper than {DEEPEST}");
-        return Err(XmlError::Malformed(words));
-    }
-    let root = Element::parse(xml.as_bytes()).map_err(|e| XmlError::Malformed(e.to_string()))?;
+    let root = tree::read(xml)?;
     if root.name == name {
         Ok(root)
     } else {
@@ -73,38 +69,6 @@ pub(super) fn parse(xml: &str, name: &str) -> Result<Element> {
             "it is <{found}>, not <{name}>"
         )))
     }
-}
-
-/// How deep elements are nested at the most. The parser calls itself for each,
-/// and a stack is finite.
-fn nesting(xml: &str) -> usize {
-    let (mut depth, mut deepest) = (0_usize, 0);
-    for tag in xml.split('<').skip(1) {
-        if tag.starts_with('/') {
-            depth = depth.saturating_sub(1);
-        } else if !tag.starts_with(['!', '?']) {
-            depth += 1;
-            deepest = deepest.max(depth);
-            depth -= usize::from(ends_itself(tag));
-        }
-    }
-    deepest
-}
-
-/// Whether a tag is of the kind `<…/>`.
-fn ends_itself(tag: &str) -> bool {
-    let (mut quote, mut last) = (None, ' ');
-    for c in tag.chars() {
-        match quote {
-            Some(opened) if c == opened => quote = None,
-            Some(_) => {}
-            None if matches!(c, '"' | '\'') => quote = Some(c),
-            None if c == '>' => return last == '/',
-            None => {}
-        }
-        last = c;
-    }
-    false
 }
 
 /// The guest that a `<domain>` describes.

@@ -404,11 +404,25 @@ fn every_torn_definition_is_an_error_and_never_a_panic() {
 }
 
 #[test]
+fn attributes_of_other_namespaces_are_kept_apart() {
+    let note = "<app:note xmlns:app=\"urn:app\" app:file=\"1\" file=\"2\" xml:lang=\"en\" />";
+    let read = parse(&domain(note, ""), "domain").unwrap();
+    let written = element_text(&read).unwrap();
+    assert!(written.contains(note), "{written}");
+    assert_eq!(parse(&written, "domain").unwrap(), read);
+}
+
+#[test]
 fn what_is_nested_without_end_is_refused() {
     let nested = |depth| format!("{}{}", "<cpu>".repeat(depth), "</cpu>".repeat(depth));
-    assert!(parse(&nested(DEEPEST), "cpu").is_ok());
-    assert!(parse(&nested(DEEPEST + 1), "cpu").is_err());
+    assert!(parse(&nested(tree::DEEPEST), "cpu").is_ok());
+    assert!(parse(&nested(tree::DEEPEST + 1), "cpu").is_err());
     assert!(parse(&nested(100_000), "cpu").is_err());
+    // What looks like an end and is none does not hide it.
+    for hidden in ["<cpu><!--</cpu>-->", "<cpu><![CDATA[</cpu>]]>"] {
+        let text = format!("{}{}", hidden.repeat(1000), "</cpu>".repeat(1000));
+        assert!(parse(&text, "cpu").is_err(), "{hidden}");
+    }
     let flat = format!("<cpu>{}</cpu>", "<a b='>'/><c></c>".repeat(1000));
     assert!(parse(&flat, "cpu").is_ok());
 }

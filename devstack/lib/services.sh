@@ -1,10 +1,11 @@
 # Starting, stopping and asking after the processes of a place.
 # shellcheck shell=bash
 
-SERVICES_CTL="broker conductor"
+SERVICES_CTL="broker conductor conductor2" # the second one only where its caller starts it
 SERVICES_NODE="libvirtd agent"
 
-config_of() { printf '%s/%s/drover.toml' "$RUN" "$1"; }
+# config_of PLACE [SERVICE]
+config_of() { case ${2:-} in conductor2) printf '%s/%s/drover2.toml' "$RUN" "$1" ;; *) printf '%s/%s/drover.toml' "$RUN" "$1" ;; esac; }
 log_of() { printf '%s/%s/%s.log' "$RUN" "$1" "$2"; }
 pid_file_of() { printf '%s/%s/%s.pid' "$RUN" "$1" "$2"; }
 
@@ -21,7 +22,7 @@ gone() { ! running "$1" "$2"; }
 
 program_of() {
     case $1 in
-        conductor) echo "$BIN/drover-conductor" ;;
+        conductor|conductor2) echo "$BIN/drover-conductor" ;;
         agent) echo "$BIN/drover-compute" ;;
     esac
 }
@@ -140,15 +141,20 @@ pool_active() { virsh_on "$1" pool-info default | grep 'State: *running' || virs
 
 # ---- Drover ---------------------------------------------------------------------------------------
 
+# Where the record is: in a file of its own, unless a test has written another URL to `database-url`.
+database_url() { cat "$RUN/ctl/database-url" 2>/dev/null || printf 'sqlite://%s/ctl/conductor.sqlite' "$STATE"; }
+
 # What a person or a test wants besides, keys of the place's own section first, is in `settings.toml` beside it.
 config_write() {
-    local place=$1 new
-    new=$(config_of "$place").new
+    local place=$1 config new
+    config=$(config_of "$place" "$2")
+    new=$config.new
     {
         printf '[messaging]\nurl = "%s"\ncontrol_exchange = "%s"\n' "$AMQP_URL" "$EXCHANGE"
         [ "$place" != ctl ] || [ -e "$RUN/ctl/no-fences" ] || fences_config
         case $place in
-            ctl) printf '\n[conductor]\ndatabase_url = "sqlite://%s/ctl/conductor.sqlite"\n' "$STATE" ;;
+            ctl)
+                printf '\n[conductor]\nname = "%s"\ndatabase_url = "%s"\n' "ctl${2#conductor}" "$(database_url)" ;;
             kvm*) cat <<END
 
 [compute]
@@ -160,7 +166,7 @@ END
         esac
         cat "$RUN/$place/settings.toml" 2>/dev/null || true
     } >"$new"
-    mv "$new" "$(config_of "$place")"
+    mv "$new" "$config"
 }
 
 # One fencing agent for each node there may be. It is run without an environment, so that it is a wrapper which has
@@ -183,8 +189,8 @@ drover_start() {
     local place=$1 name=$2 program
     program=$(program_of "$name")
     [ -x "$program" ] || die "$program does not exist" "build it: cargo build --release (in $REPO_DIR)"
-    config_write "$place"
-    spawn "$place" "$name" "$program" --config "$(config_of "$place")"
+    config_write "$place" "$name"
+    spawn "$place" "$name" "$program" --config "$(config_of "$place" "$name")"
     # What is wrong with a service at its start shows within the first second.
     up_or_die "$place" "$name" 10 sleep 1
 }
@@ -197,16 +203,22 @@ service_start() {
     case $name in
         broker) broker_start ;;
         libvirtd) libvirtd_start "$place" ;;
-        conductor|agent) drover_start "$place" "$name" ;;
+        conductor|conductor2|agent) drover_start "$place" "$name" ;;
     esac
+}
+
+# service_tell PLACE NAME SIGNAL: the broker is a process group of shell, virtual machine and helpers.
+service_tell() {
+    local pid
+    pid=$(pid_of "$1" "$2") || return 0
+    if [ "$2" = broker ]; then kill "-$3" -- "-$pid" 2>/dev/null || true; else kill "-$3" "$pid" || true; fi
 }
 
 # service_signal PLACE NAME SIGNAL: and waits until the process is gone.
 service_signal() {
     local place=$1 name=$2 signal=$3 pid
     pid=$(pid_of "$place" "$name") || return 0
-    # The broker is a process group: shell, virtual machine, helpers.
-    if [ "$name" = broker ]; then kill "-$signal" -- "-$pid" 2>/dev/null || true; else kill "-$signal" "$pid" || true; fi
+    service_tell "$place" "$name" "$signal"
     wait_for 30 "the end of $name on $place (process $pid)" gone "$place" "$name"
 }
 

@@ -5,3 +5,4 @@ pub mod contract;
 pub mod devstack;
 pub mod fuzz;
 pub mod swarm;
+pub mod torture;

@@ -154,6 +154,64 @@ async fn a_destination_that_lost_its_journal_keeps_its_guest() {
     assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm2"));
 }
 
+/// Somebody moved it on to a third node; the record may know it by now, or not.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_moved_on_by_hand_is_not_reverted_and_is_confirmed() {
+    for is_known in [true, false] {
+        let (mut cloud, id, m) = finished(PowerState::Running).await;
+        cloud.add_node("kvm3", NodeSpec::default()).await;
+        if !is_known {
+            cloud.kill_agent("kvm3");
+        }
+        by_hand(&cloud, id, Hand::MovesOn).await;
+        if is_known {
+            follows(&cloud, id, "kvm3").await;
+        }
+        end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{m:#?}");
+        assert!(said(&m, "not on kvm2 any more, and kvm3"), "{m:#?}");
+        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm3"));
+        cloud.fabric.check_invariants().unwrap();
+        assert_eq!(at(&cloud, "kvm2", id), Presence::Absent);
+
+        if !is_known {
+            cloud.start_agent("kvm3").await;
+            follows(&cloud, id, "kvm3").await;
+        }
+        end_with(&cloud, &m, method::CONFIRM_MIGRATION).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Confirmed, "{m:#?}");
+        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm3"));
+        assert!(disk(&cloud, "kvm3").is_some());
+        // Nothing holds it.
+        let on = cloud.migrate(id, Some("kvm1"), LiveOptions::default());
+        let on = rest(&cloud, &on.await.expect("it is accepted")).await;
+        assert_eq!(on.status, S::Completed, "{on:#?}");
+    }
+}
+
+async fn follows(cloud: &Cloud, id: InstanceId, host: &str) {
+    eventually("the record follows", async || {
+        let row = cloud.store.find_instance(&id.to_string()).await.unwrap();
+        (row.host.as_str() == host).then_some(())
+    })
+    .await;
+}
+
+/// Undefined by hand on its destination, it is nowhere: what the source keeps is all
+/// there is.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_nowhere_any_more_is_reverted() {
+    let (mut cloud, id, m) = finished(PowerState::Running).await;
+    cloud.add_node("kvm3", NodeSpec::default()).await;
+    by_hand(&cloud, id, Hand::Undefines).await;
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Reverted, "{m:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+}
+
 /// A source that fails to bring it back after it said that it could.
 #[tokio::test(start_paused = true)]
 async fn a_revert_that_fails_midway_leaves_the_guest_as_it_was_there() {
@@ -183,6 +241,19 @@ async fn a_revert_that_fails_midway_leaves_the_guest_as_it_was_there() {
             assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
         }
     }
+}
+
+/// What was copied stays at a source that has forgotten it; nobody has to find that out.
+#[tokio::test(start_paused = true)]
+async fn copies_that_a_source_has_forgotten_are_named() {
+    let (mut cloud, _, m) = arrived_unseen(&["kvm1"], 1).await;
+    cloud.lose_state("kvm1");
+    cloud.start_agent("kvm1").await;
+    cloud.start_conductor().await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    assert!(cloud.fabric.file("kvm1", DISK).is_some(), "{m:#?}");
+    assert!(said(&m, "is left"), "{m:#?}");
 }
 
 /// The owner's doing since then is not undone: a guest that he shut down stays off.

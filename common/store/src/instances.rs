@@ -206,8 +206,10 @@ fn at_home(
     now_ms: u64,
 ) -> Vec<Change> {
     let is_active = seen.is_some_and(|seen| seen.power_state.is_active());
+    // Nobody hands over what waits to be confirmed: it may be moved on by hand.
+    let stands = moving.is_none_or(|m| m.between.is_empty());
     if let Some(other) = &row.other
-        && moving.is_none()
+        && stands
         && !is_active
     {
         let followed = row_of(&other.host, &other.seen, now_ms);

@@ -43,7 +43,8 @@ impl Confirm {
             let message = "no destination is on the record".to_owned();
             return Err(ended(EndReason::Failed { message }));
         };
-        let there = self.job.look_at(dest).await?;
+        // There, or where somebody has moved it on since.
+        let there = self.job.look_for_it(dest, self.job.source()).await?;
         // One that does not answer is looked at when its copy goes.
         let source = self.job.look_at(self.job.source()).await.ok();
         let whole = proof::may_confirm(source.as_ref(), &there);

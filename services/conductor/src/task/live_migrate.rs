@@ -514,8 +514,18 @@ impl LiveMigrate {
                 format!("removed from {source}: {}", cleaned.removed.join(", ")),
             );
         }
+        let says_nothing = cleaned == CleanUp::default();
         let noted = cleaned.warnings.into_iter().chain(cleaned.kept);
         data.warn(Self::name(Step::Tidy), noted.collect());
+        let copied = &data.chosen()?.copied_disks;
+        if says_nothing && !copied.is_empty() {
+            let left = format!(
+                "{source} knows nothing of it any more (did its agent lose its state?): its copy of {} \
+                 is left",
+                copied.join(", ")
+            );
+            data.warn(Self::name(Step::Tidy), vec![left]);
+        }
         Ok(())
     }
 

@@ -13,7 +13,8 @@
 //! set aside: one that has lost it refuses, and the guest runs on. The destination
 //! is stopped before the source starts anything (invariant 1), and keeps its disks
 //! until the source was seen to have the guest, with its files in place. That it is
-//! *absent* there is no success (invariant 11).
+//! *absent* there is no success (invariant 11): then every other node is asked, as
+//! somebody may have moved it on.
 
 use async_trait::async_trait;
 use drover_model::{
@@ -23,6 +24,7 @@ use drover_model::{
     migration::{EndReason, Migration, MigrationStatus as S, Phase, Way},
 };
 use drover_saga::{Saga, StepError};
+use futures_util::future::join_all;
 
 use super::{
     job::{Data, Job, agent_error, all_clean, ended, lost, patient, store_error},
@@ -63,8 +65,43 @@ impl Revert {
         let source = self.job.look_at(self.job.source()).await?;
         let proof = proof::way_back(&source).map_err(cannot_go_back)?;
         let (dest, step) = (self.dest()?, self.job.step());
+        if !self.job.look_at(dest).await?.is_present() {
+            self.is_on_no_other_node(dest)
+                .await
+                .map_err(cannot_go_back)?;
+        }
         let reverted = self.job.agents().revert_resize(dest, step, &proof).await;
         reverted.map(drop).map_err(patient)
+    }
+
+    /// That the destination has it no longer does not mean that nobody has: somebody may
+    /// have moved it on, which the record need not know yet. Every other node has to say
+    /// that it is not there.
+    async fn is_on_no_other_node(&self, dest: &HostName) -> Result<(), String> {
+        let nodes = self.job.store().nodes().await.map_err(|e| e.to_string())?;
+        let hosts = nodes.into_iter().map(|node| node.report.host);
+        let others: Vec<_> = hosts
+            .filter(|host| host != dest && host != self.job.source())
+            .collect();
+        let asked = join_all(others.iter().map(|host| self.job.locate(host))).await;
+        for (host, answer) in others.iter().zip(asked) {
+            match answer {
+                Ok(found) if found.presence == Presence::Absent => {}
+                Ok(found) => {
+                    let presence = found.presence;
+                    return Err(format!(
+                        "it is not on {dest} any more, and {host} has it ({presence:?})"
+                    ));
+                }
+                Err(error) => {
+                    return Err(format!(
+                        "it is not on {dest} any more, and {host} does not say whether it is there: \
+                         {error}"
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The guest is on the destination again, as it was there.

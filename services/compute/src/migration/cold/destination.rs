@@ -396,16 +396,20 @@ impl Actor {
         self.same_instance(step)?;
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
-        if !matches!(presence, Presence::Present(_)) {
+        if matches!(self.stage, Stage::Idle) && matches!(presence, Presence::Present(_)) {
+            return self.remembered().await;
+        }
+        // One that had come and was moved on by hand needs nothing of this node any more;
+        // whoever confirms has seen it elsewhere.
+        let has_left = presence == Presence::Absent
+            && matches!(&self.stage, Stage::Coming(record) if record.arrived && record.reverted.is_none());
+        if !matches!(presence, Presence::Present(_)) && !has_left {
             let message = format!("the guest is not on this node ({presence:?})");
             return Err(Fault::refused(message));
         }
-        if matches!(self.stage, Stage::Idle) {
-            return self.remembered().await;
-        }
         let record = self.coming(step.instance)?.clone();
         let lasting = |file: &&ComingFile| !file.present && file.role != FileRole::Delta;
-        for file in record.files.iter().filter(lasting) {
+        for file in record.files.iter().filter(lasting).filter(|_| !has_left) {
             hypervisor.flush_file(&file.path).await.map_err(fault)?;
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);

@@ -47,6 +47,7 @@ const EDGES: &[(&str, &[&str])] = &[
 const OWNERS: &[(&str, &[&str])] = &[
     ("lapin", &["drover-rpc", "drover-tests"]),
     ("sqlx", &["drover-store"]),
+    ("rusqlite", &["drover-store"]),
     ("virt", &["drover-compute"]),
 ];
 
@@ -54,6 +55,7 @@ const OWNERS: &[(&str, &[&str])] = &[
 const PLACES: &[(&str, &[&str])] = &[
     ("lapin::", &["common/rpc/src/amqp", "tests/src/bin"]),
     ("sqlx::", &["common/store/src", "common/store/tests"]),
+    ("rusqlite::", &["common/store/src/here.rs"]),
     ("virt::", &["services/compute/src/hypervisor/libvirt"]),
     (
         "unsafe {",
@@ -112,7 +114,7 @@ const DESTRUCTIVE: &[(&str, &[&str], &[&str])] = &[
 /// (`docs/decisions/0013-a-seed-is-a-run.md`), and where alone it may stand.
 const OUTSIDE_THE_SEED: &[(&str, &[&str])] = &[
     ("spawn_blocking(", &["common/runtime/src/blocking.rs"]),
-    ("thread::", &["common/store/src/at_once.rs"]),
+    ("thread::", &[]),
     ("tokio::fs", &[]),
     ("SystemTime", &["common/runtime/src/clock.rs"]),
     ("std::time::Instant", &[]),

@@ -10,9 +10,9 @@ use drover_model::{
     evidence::Life,
     ids::HostName,
 };
-use sqlx::{Any, Row, Transaction, any::AnyRow};
+use sqlx::{Row, any::AnyRow};
 
-use crate::{Result, Store, corrupt, from_json, signed, to_json, unsigned};
+use crate::{Result, Store, corrupt, database::Tx, from_json, signed, to_json, unsigned};
 
 /// An agent as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -249,10 +249,7 @@ impl Store {
 }
 
 /// Which incarnation of a host's agent counts, if any has registered.
-pub(crate) async fn incarnation(
-    tx: &mut Transaction<'static, Any>,
-    host: &HostName,
-) -> Result<Option<u64>> {
+pub(crate) async fn incarnation(tx: &mut Tx, host: &HostName) -> Result<Option<u64>> {
     let row = sqlx::query("SELECT incarnation FROM agents WHERE host = $1")
         .bind(host.as_str())
         .fetch_optional(&mut **tx)
@@ -261,7 +258,7 @@ pub(crate) async fn incarnation(
         .transpose()
 }
 
-async fn heard_at(tx: &mut Transaction<'static, Any>, host: &HostName, now_ms: u64) -> Result<()> {
+async fn heard_at(tx: &mut Tx, host: &HostName, now_ms: u64) -> Result<()> {
     sqlx::query("UPDATE nodes SET heard_at_ms = $2 WHERE host = $1 AND heard_at_ms < $2")
         .bind(host.as_str())
         .bind(signed(now_ms))
@@ -270,7 +267,7 @@ async fn heard_at(tx: &mut Transaction<'static, Any>, host: &HostName, now_ms: u
     Ok(())
 }
 
-async fn refuse(tx: &mut Transaction<'static, Any>, host: &HostName, reason: &str) -> Result<()> {
+async fn refuse(tx: &mut Tx, host: &HostName, reason: &str) -> Result<()> {
     sqlx::query("UPDATE agents SET refusals = refusals + 1, refusal = $2 WHERE host = $1")
         .bind(host.as_str())
         .bind(reason)
@@ -280,14 +277,11 @@ async fn refuse(tx: &mut Transaction<'static, Any>, host: &HostName, reason: &st
 }
 
 /// The last that was heard of a host's agent, if any has registered.
-pub(crate) async fn life(
-    tx: &mut Transaction<'static, Any>,
-    host: &HostName,
-) -> Result<Option<Life>> {
+pub(crate) async fn life(tx: &mut Tx, host: &HostName) -> Result<Option<Life>> {
     Ok(row_of(tx, host).await?.map(|row| row.life()))
 }
 
-async fn row_of(tx: &mut Transaction<'static, Any>, host: &HostName) -> Result<Option<AgentRow>> {
+async fn row_of(tx: &mut Tx, host: &HostName) -> Result<Option<AgentRow>> {
     let row = sqlx::query("SELECT * FROM agents WHERE host = $1")
         .bind(host.as_str())
         .fetch_optional(&mut **tx)

@@ -10,10 +10,12 @@ use drover_model::{
     migration::Migration,
     node::{AllocationPolicy, HypervisorReport, Inventory, NodeReport},
 };
-use sqlx::{Any, Row, Transaction, any::AnyRow};
+use sqlx::{Any, Row, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, from_json, instances,
+    Result, Store, StoreError,
+    database::Tx,
+    from_json, instances,
     migrations::{self, Lease},
     signed, unsigned,
 };
@@ -132,7 +134,7 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn usage(&self, report: &NodeReport) -> Result<Usage> {
-        self.steady(usage(&self.pool, report, None)).await
+        self.steady(usage(&self.database, report, None)).await
     }
 
     /// The room of many nodes, in their order, by one question in all.
@@ -159,7 +161,7 @@ impl Store {
              GROUP BY host"
         );
         let query = sqlx::query(sqlx::AssertSqlSafe(sql));
-        let rows = query.fetch_all(&self.pool).await?;
+        let rows = query.fetch_all(&self.database).await?;
         rows.iter()
             .map(|row| Ok((row.try_get("host")?, resources(row)?)))
             .collect()
@@ -294,7 +296,7 @@ impl Store {
     /// The database failed.
     pub async fn claims(&self) -> Result<Vec<(String, Resources)>> {
         let query = sqlx::query("SELECT * FROM claims ORDER BY migration_uuid");
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter()
             .map(|row| Ok((row.try_get("migration_uuid")?, resources(row)?)))
             .collect()
@@ -302,7 +304,7 @@ impl Store {
 }
 
 async fn settle(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     (migration, instance): (MigrationId, InstanceId),
     host: &HostName,
     state: Option<PowerState>,
@@ -323,7 +325,7 @@ async fn settle(
 /// Whether the instance of a migration is still on a node, nobody having moved it
 /// since; it is held there until this commit.
 pub(crate) async fn is_still_on(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     migration: &Migration,
     host: &HostName,
 ) -> Result<bool> {
@@ -341,7 +343,7 @@ pub(crate) async fn is_still_on(
 }
 
 async fn insert(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     migration: MigrationId,
     host: &HostName,
     resources: Resources,
@@ -360,10 +362,7 @@ async fn insert(
     Ok(())
 }
 
-pub(crate) async fn release(
-    tx: &mut Transaction<'static, Any>,
-    migration: MigrationId,
-) -> Result<()> {
+pub(crate) async fn release(tx: &mut Tx, migration: MigrationId) -> Result<()> {
     sqlx::query("DELETE FROM claims WHERE migration_uuid = $1")
         .bind(migration.to_string())
         .execute(&mut **tx)

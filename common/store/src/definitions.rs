@@ -7,10 +7,12 @@ use drover_model::{
     ids::{HostName, InstanceId, MigrationId},
     migration::{Migration, MigrationStatus, MigrationType},
 };
-use sqlx::{Any, Row, Transaction};
+use sqlx::Row;
 
 use crate::{
-    Result, Store, claims, from_json, instances,
+    Result, Store, claims,
+    database::Tx,
+    from_json, instances,
     migrations::{self, Lease},
     signed, to_json, unsigned,
 };
@@ -34,7 +36,7 @@ impl Store {
     pub async fn definition_digests(&self, host: &HostName) -> Result<Vec<(InstanceId, String)>> {
         let query = sqlx::query("SELECT instance_uuid, digest FROM definitions WHERE host = $1")
             .bind(host.as_str());
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter()
             .map(|row| {
                 let id: String = row.try_get("instance_uuid")?;
@@ -94,7 +96,7 @@ impl Store {
     pub async fn kept_definition(&self, id: InstanceId) -> Result<Option<DefinitionRow>> {
         let query =
             sqlx::query("SELECT * FROM definitions WHERE instance_uuid = $1").bind(id.to_string());
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = self.steady(query.fetch_optional(&self.database)).await?;
         row.map(|row| {
             let host: String = row.try_get("host")?;
             Ok(DefinitionRow {
@@ -132,7 +134,7 @@ impl Store {
         )
         .bind(host.as_str())
         .bind(MigrationType::Evacuation.to_string());
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         let mut found = Vec::new();
         for row in &rows {
             let migration = migrations::record(row)?;
@@ -228,7 +230,7 @@ impl Store {
 }
 
 async fn rebuilt(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     (migration, instance): (MigrationId, InstanceId),
     host: &HostName,
     generation: u64,

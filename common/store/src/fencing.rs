@@ -13,10 +13,12 @@ use drover_model::{
     evidence::{AgentLost, Life},
     ids::{HostName, OperationId},
 };
-use sqlx::{Any, Row, Transaction, any::AnyRow};
+use sqlx::{Row, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, Term, agents, corrupt, from_json,
+    Result, Store, StoreError, Term, agents, corrupt,
+    database::Tx,
+    from_json,
     operations::OperationLease,
     outbox::{self, Notification},
     signed, to_json, unsigned,
@@ -162,7 +164,7 @@ impl Store {
     pub async fn fence_ended(&self, operation: OperationId) -> Result<()> {
         let query = sqlx::query("UPDATE fences SET until_ms = 0 WHERE operation_uuid = $1")
             .bind(operation.to_string());
-        self.steady(query.execute(&self.pool)).await?;
+        self.steady(query.execute(&self.database)).await?;
         Ok(())
     }
 
@@ -237,7 +239,7 @@ impl Store {
     /// The database failed.
     pub async fn clear_agent_lost(&self, host: &HostName) -> Result<bool> {
         let query = sqlx::query("DELETE FROM agents_lost WHERE host = $1").bind(host.as_str());
-        let done = self.steady(query.execute(&self.pool)).await?;
+        let done = self.steady(query.execute(&self.database)).await?;
         Ok(done.rows_affected() > 0)
     }
 
@@ -248,7 +250,7 @@ impl Store {
     pub async fn agent_lost(&self, host: &HostName) -> Result<Option<AgentLost>> {
         let query =
             sqlx::query("SELECT record FROM agents_lost WHERE host = $1").bind(host.as_str());
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = self.steady(query.fetch_optional(&self.database)).await?;
         row.as_ref().map(agent_lost).transpose()
     }
 
@@ -258,7 +260,7 @@ impl Store {
     /// The database failed.
     pub async fn agents_lost(&self) -> Result<Vec<HostName>> {
         let query = sqlx::query("SELECT host FROM agents_lost ORDER BY host");
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter().map(host).collect()
     }
 }
@@ -269,7 +271,7 @@ fn kinds(lost: &AgentLost) -> BTreeSet<CheckCode> {
 }
 
 /// Whether the node was heard of since the evidence was taken.
-async fn was_heard(tx: &mut Transaction<'static, Any>, claim: &FenceClaim<'_>) -> Result<bool> {
+async fn was_heard(tx: &mut Tx, claim: &FenceClaim<'_>) -> Result<bool> {
     if let Some(life) = agents::life(tx, claim.host).await?
         && let Some(known) = claim.life
     {
@@ -286,7 +288,7 @@ async fn was_heard(tx: &mut Transaction<'static, Any>, claim: &FenceClaim<'_>) -
 /// Another conductor that had begun and whose time is not up. One that comes
 /// back under the same name has died meanwhile.
 async fn other_at_it(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     claim: &FenceClaim<'_>,
     now_ms: u64,
 ) -> Result<Option<FenceRefusal>> {
@@ -309,11 +311,7 @@ async fn other_at_it(
 }
 
 /// Those that a clock which was set back dates in the future count as well.
-async fn fenced(
-    tx: &mut Transaction<'static, Any>,
-    now_ms: u64,
-    but: Option<OperationId>,
-) -> Result<Fenced> {
+async fn fenced(tx: &mut Tx, now_ms: u64, but: Option<OperationId>) -> Result<Fenced> {
     let rows = sqlx::query("SELECT host FROM fences WHERE at_ms > $1 AND operation_uuid <> $2")
         .bind(signed(now_ms.saturating_sub(COUNTED_MS)))
         .bind(but.map(|id| id.to_string()).unwrap_or_default())

@@ -32,10 +32,11 @@ use drover_model::{
     node::{HypervisorReport, InstanceReport, NodeReport},
 };
 use serde::{Deserialize, Serialize};
-use sqlx::{Any, Row, Transaction, any::AnyRow};
+use sqlx::{Row, any::AnyRow};
 
 use crate::{
-    Result, Statement, Store, StoreError, corrupt, from_json, outbox, signed, to_json, unsigned,
+    Result, Statement, Store, StoreError, corrupt, database::Tx, from_json, outbox, signed,
+    to_json, unsigned,
 };
 
 /// For how long an instance that its node no longer lists stays on the record
@@ -351,11 +352,7 @@ fn row_of(host: &HostName, seen: &InstanceReport, now_ms: u64) -> InstanceRow {
 }
 
 /// Takes in the instances of a report; says what an operator should know.
-pub(crate) async fn take_in(
-    tx: &mut Transaction<'static, Any>,
-    report: &NodeReport,
-    now_ms: u64,
-) -> Result<Vec<String>> {
+pub(crate) async fn take_in(tx: &mut Tx, report: &NodeReport, now_ms: u64) -> Result<Vec<String>> {
     let HypervisorReport::Up {
         instances: listed, ..
     } = &report.hypervisor
@@ -413,10 +410,7 @@ pub(crate) async fn take_in(
     Ok(notes)
 }
 
-async fn by_id(
-    tx: &mut Transaction<'static, Any>,
-    id: InstanceId,
-) -> Result<Option<(InstanceRow, i64)>> {
+async fn by_id(tx: &mut Tx, id: InstanceId) -> Result<Option<(InstanceRow, i64)>> {
     let row = sqlx::query("SELECT * FROM instances WHERE uuid = $1")
         .bind(id.to_string())
         .fetch_optional(&mut **tx)
@@ -446,7 +440,7 @@ fn notification(row: &InstanceRow) -> outbox::Notification {
     outbox::Notification::new("instance.two_copies", "ERROR", payload)
 }
 
-async fn under_way(tx: &mut Transaction<'static, Any>) -> Result<UnderWay> {
+async fn under_way(tx: &mut Tx) -> Result<UnderWay> {
     let rows = sqlx::query(
         "SELECT instance_uuid, migration_type, status, source_host, dest_host FROM migrations \
          WHERE active = 1",
@@ -475,7 +469,7 @@ async fn under_way(tx: &mut Transaction<'static, Any>) -> Result<UnderWay> {
 }
 
 /// Puts a new instance on the record.
-async fn add(tx: &mut Transaction<'static, Any>, row: &InstanceRow) -> Result<()> {
+async fn add(tx: &mut Tx, row: &InstanceRow) -> Result<()> {
     let add = sqlx::query(
         "INSERT INTO instances (uuid, serial, name, project_id, host, power_state, vcpus, \
          memory_mib, disk_bytes, generation, changed_at_ms, missing_since_ms, unreadable, \
@@ -487,7 +481,7 @@ async fn add(tx: &mut Transaction<'static, Any>, row: &InstanceRow) -> Result<()
 }
 
 /// Puts a row in place of the one of a serial.
-async fn replace(tx: &mut Transaction<'static, Any>, row: &InstanceRow, serial: i64) -> Result<()> {
+async fn replace(tx: &mut Tx, row: &InstanceRow, serial: i64) -> Result<()> {
     let replace = sqlx::query(
         "UPDATE instances SET serial = serial + 1, name = $3, project_id = $4, host = $5, \
          power_state = $6, vcpus = $7, memory_mib = $8, disk_bytes = $9, generation = $10, \
@@ -521,11 +515,7 @@ fn other_copy(row: &InstanceRow) -> Result<Option<String>> {
 }
 
 /// Writes a row that was read before, if it is still the same.
-async fn as_it_was(
-    tx: &mut Transaction<'static, Any>,
-    id: InstanceId,
-    statement: Statement<'_>,
-) -> Result<()> {
+async fn as_it_was(tx: &mut Tx, id: InstanceId, statement: Statement<'_>) -> Result<()> {
     match statement.execute(&mut **tx).await?.rows_affected() {
         1 => Ok(()),
         _ => Err(StoreError::Conflict(format!("instance {id}"))),
@@ -534,10 +524,7 @@ async fn as_it_was(
 
 /// Holds an instance against all who would change it until this commit, and those
 /// who have read it from writing what they made of that.
-pub(crate) async fn lock(
-    tx: &mut Transaction<'static, Any>,
-    id: InstanceId,
-) -> Result<Option<InstanceRow>> {
+pub(crate) async fn lock(tx: &mut Tx, id: InstanceId) -> Result<Option<InstanceRow>> {
     let row = sqlx::query("UPDATE instances SET serial = serial + 1 WHERE uuid = $1 RETURNING *")
         .bind(id.to_string())
         .fetch_optional(&mut **tx)
@@ -554,12 +541,7 @@ fn awaited(hosts: &[HostName]) -> Result<Option<String>> {
 }
 
 /// Puts an instance where a saga saw it run (invariant 2).
-pub(crate) async fn moved(
-    tx: &mut Transaction<'static, Any>,
-    id: InstanceId,
-    host: &HostName,
-    now_ms: u64,
-) -> Result<()> {
+pub(crate) async fn moved(tx: &mut Tx, id: InstanceId, host: &HostName, now_ms: u64) -> Result<()> {
     let mut hosts = vec![host.clone()];
     if let Some((row, _)) = by_id(tx, id).await?
         && row.host != *host
@@ -580,11 +562,7 @@ pub(crate) async fn moved(
 }
 
 /// Records the state in which a saga saw an instance, before its node reports it.
-pub(crate) async fn seen_in(
-    tx: &mut Transaction<'static, Any>,
-    id: InstanceId,
-    state: PowerState,
-) -> Result<()> {
+pub(crate) async fn seen_in(tx: &mut Tx, id: InstanceId, state: PowerState) -> Result<()> {
     sqlx::query("UPDATE instances SET serial = serial + 1, power_state = $2 WHERE uuid = $1")
         .bind(id.to_string())
         .bind(to_json("a power state", &state)?)
@@ -595,7 +573,7 @@ pub(crate) async fn seen_in(
 
 /// Gives an instance to a project, under a new name if there is one.
 pub(crate) async fn handed_over(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     id: InstanceId,
     project: &ProjectId,
     name: Option<&str>,
@@ -638,7 +616,7 @@ impl Store {
         )
         .bind(host.map(HostName::as_str))
         .bind(project);
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter().map(instance).collect()
     }
 
@@ -651,7 +629,7 @@ impl Store {
         let not_found = || StoreError::NotFound(format!("instance '{}'", shown(reference)));
         if let Ok(id) = InstanceId::from_str(reference) {
             let query = sqlx::query("SELECT * FROM instances WHERE uuid = $1").bind(id.to_string());
-            let row = self.steady(query.fetch_optional(&self.pool)).await?;
+            let row = self.steady(query.fetch_optional(&self.database)).await?;
             return instance(&row.ok_or_else(not_found)?);
         }
         let pattern = crate::migrations::uuid_pattern(reference);
@@ -661,7 +639,7 @@ impl Store {
         )
         .bind(reference)
         .bind(pattern.unwrap_or_default());
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         let rows = rows.iter().map(instance).collect::<Result<Vec<_>>>()?;
         let named: Vec<_> = rows.iter().filter(|row| row.name == reference).collect();
         match (named.as_slice(), rows.as_slice()) {

@@ -11,11 +11,12 @@
 //! is over is kept. What belongs together is committed together.
 
 pub mod agents;
-mod at_once;
 pub mod claims;
+mod database;
 pub mod definitions;
 pub mod fencing;
 pub mod hearing;
+mod here;
 pub mod instances;
 pub mod migrations;
 pub mod nodes;
@@ -35,10 +36,13 @@ use drover_model::{
     ids::{MigrationId, OperationId},
 };
 use sqlx::{
-    Any, AnyConnection, AnyPool, Connection, Row, Transaction,
+    Any, AnyConnection, Connection, Row,
     any::{AnyPoolOptions, AnyRow, install_default_drivers},
 };
 use tokio::sync::{broadcast, watch};
+
+use database::{Database, Tx};
+use here::Here;
 
 /// Result of a store call.
 pub type Result<T> = std::result::Result<T, StoreError>;
@@ -155,14 +159,12 @@ impl Kind {
 /// The record. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
-    pool: AnyPool,
+    database: Database,
     kind: Kind,
     changes: broadcast::Sender<MigrationId>,
     operation_changes: broadcast::Sender<OperationId>,
     turns: watch::Sender<()>,
     hearing: hearing::Hearing,
-    /// It answers at once, as a simulation needs it.
-    at_once: bool,
     /// While this is true, the process that uses it stands still.
     still: Option<watch::Receiver<bool>>,
 }
@@ -180,7 +182,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Open`] with what to do about it.
     pub async fn open(url: &str) -> Result<Self> {
-        Self::connect(url, false, false).await
+        Self::connect(url, false).await
     }
 
     /// The same, bringing the schema up to date while others use it, as far as that
@@ -189,21 +191,17 @@ impl Store {
     /// # Errors
     /// [`StoreError::Open`] with what to do about it.
     pub async fn migrate(url: &str) -> Result<Self> {
-        Self::connect(url, false, true).await
+        Self::connect(url, true).await
     }
 
-    /// An empty record in memory. It answers at once (see [`Self::open_at_once`]).
-    pub async fn in_memory() -> Result<Self> {
-        Self::connect("sqlite::memory:", true, false).await
-    }
-
-    /// As [`Self::open`], for simulation: each call is over before anybody else of
-    /// this thread goes on, and tokio's paused clock stands still meanwhile.
+    /// An empty record in memory, for simulation: each call is over before anybody
+    /// else of this thread goes on, and tokio's paused clock stands still meanwhile.
     ///
     /// # Errors
-    /// As [`Self::open`].
-    pub async fn open_at_once(url: &str) -> Result<Self> {
-        Self::connect(url, true, false).await
+    /// SQLite has no memory.
+    pub async fn in_memory() -> Result<Self> {
+        let here = Here::new(schema::whole())?;
+        Ok(Self::of(Database::Here(here), Kind::Sqlite))
     }
 
     /// The same record as another process has it, for simulation: what changes
@@ -219,15 +217,7 @@ impl Store {
         }
     }
 
-    async fn connect(url: &str, at_once: bool, told: bool) -> Result<Self> {
-        let connecting = Self::connect_to(url, at_once, told);
-        match at_once {
-            true => at_once::at_once(connecting),
-            false => connecting.await,
-        }
-    }
-
-    async fn connect_to(url: &str, at_once: bool, told: bool) -> Result<Self> {
+    async fn connect(url: &str, told: bool) -> Result<Self> {
         install_default_drivers();
         let shown = shown_url(url);
         let open = |message: String, remedy| StoreError::Open {
@@ -276,18 +266,21 @@ impl Store {
                 open(message, remedy)
             })?;
         }
+        Ok(Self::of(Database::Pool(pool), kind))
+    }
+
+    fn of(database: Database, kind: Kind) -> Self {
         let (changes, _) = broadcast::channel(CHANGES_BUFFERED);
         let (operation_changes, _) = broadcast::channel(CHANGES_BUFFERED);
-        Ok(Self {
-            pool,
+        Self {
+            database,
             kind,
             changes,
             operation_changes,
             turns: watch::Sender::new(()),
             hearing: hearing::Hearing::default(),
-            at_once,
             still: None,
-        })
+        }
     }
 
     /// The same record for a conductor that hears with its own ears.
@@ -309,7 +302,8 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn damage(&self, sql: &'static str) -> Result<()> {
-        self.steady(sqlx::raw_sql(sql).execute(&self.pool)).await?;
+        self.steady(sqlx::raw_sql(sql).execute(&self.database))
+            .await?;
         Ok(())
     }
 
@@ -346,21 +340,21 @@ impl Store {
         let _ = self.changes.send(id);
     }
 
-    async fn begin(&self) -> Result<Transaction<'static, Any>> {
+    async fn begin(&self) -> Result<Tx> {
         Ok(match self.kind {
             // A transaction that begins as a reader and writes later can fail half-way.
-            Kind::Sqlite => self.pool.begin_with("BEGIN IMMEDIATE").await?,
-            Kind::Postgresql => self.pool.begin().await?,
+            Kind::Sqlite => self.database.begin("BEGIN IMMEDIATE").await?,
+            Kind::Postgresql => self.database.begin("BEGIN").await?,
         })
     }
 
     /// Begins to read in several statements what is to be of one moment.
-    async fn begin_reading(&self) -> Result<Transaction<'static, Any>> {
+    async fn begin_reading(&self) -> Result<Tx> {
         Ok(match self.kind {
-            Kind::Sqlite => self.pool.begin().await?,
+            Kind::Sqlite => self.database.begin("BEGIN").await?,
             Kind::Postgresql => {
                 let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
-                self.pool.begin_with(begin).await?
+                self.database.begin(begin).await?
             }
         })
     }
@@ -374,10 +368,7 @@ impl Store {
                 std::future::pending::<()>().await;
             }
         }
-        match self.at_once {
-            true => at_once::at_once(work),
-            false => work.await,
-        }
+        work.await
     }
 
     /// Does work on the record, and does it again, from its first reading on, while
@@ -397,13 +388,13 @@ impl Store {
 
     /// One statement that writes; says how many rows.
     async fn execute<'q>(&self, statement: impl Fn() -> Statement<'q>) -> Result<u64> {
-        let work = || async { Ok(statement().execute(&self.pool).await?.rows_affected()) };
+        let work = || async { Ok(statement().execute(&self.database).await?.rows_affected()) };
         self.attempt(work).await
     }
 
     /// One statement that writes and returns rows.
     async fn returned<'q>(&self, statement: impl Fn() -> Statement<'q>) -> Result<Vec<AnyRow>> {
-        let work = || async { Ok(statement().fetch_all(&self.pool).await?) };
+        let work = || async { Ok(statement().fetch_all(&self.database).await?) };
         self.attempt(work).await
     }
 
@@ -415,7 +406,7 @@ impl Store {
             Kind::Postgresql => {
                 let now =
                     "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) AS now_ms";
-                let row = sqlx::query(now).fetch_one(&self.pool).await?;
+                let row = sqlx::query(now).fetch_one(&self.database).await?;
                 Ok(unsigned(row.try_get("now_ms")?))
             }
         }
@@ -457,7 +448,7 @@ impl Tries {
 }
 
 /// The next number of a kind.
-pub(crate) async fn next_number(tx: &mut Transaction<'static, Any>, kind: Numbered) -> Result<i64> {
+pub(crate) async fn next_number(tx: &mut Tx, kind: Numbered) -> Result<i64> {
     // A conductor of an older build may have given out more.
     let row = sqlx::query(match kind {
         Numbered::Migrations => {

@@ -8,10 +8,12 @@ use drover_model::{
     ids::{InstanceId, MigrationId},
     migration::{Migration, Way},
 };
-use sqlx::{Any, Row, Transaction, any::AnyRow};
+use sqlx::{Any, Row, any::AnyRow};
 
 use crate::{
-    Numbered, Result, Store, StoreError, Term, Tries, corrupt, from_json,
+    Numbered, Result, Store, StoreError, Term, Tries, corrupt,
+    database::Tx,
+    from_json,
     instances::{self, InstanceRow, shown},
     next_number, offers, signed, to_json, unsigned,
 };
@@ -121,7 +123,7 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn active_migration(&self, instance: InstanceId) -> Result<Option<Migration>> {
-        self.steady(active(&self.pool, instance)).await
+        self.steady(active(&self.database, instance)).await
     }
 
     /// What a request with that unique id made, if it was carried out.
@@ -129,7 +131,7 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn requested(&self, unique_id: &str) -> Result<Option<Migration>> {
-        self.steady(requested(&self.pool, unique_id)).await
+        self.steady(requested(&self.database, unique_id)).await
     }
 
     /// The migration of an integer id, a UUID, or a unique prefix of one.
@@ -145,7 +147,7 @@ impl Store {
         )
         .bind(number.unwrap_or(-1))
         .bind(pattern.unwrap_or_default());
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
         the_one("migration", reference, found, |m| m.id)
     }
@@ -157,7 +159,7 @@ impl Store {
     pub async fn migration(&self, id: MigrationId) -> Result<Migration> {
         let query = sqlx::query("SELECT version, record FROM migrations WHERE uuid = $1")
             .bind(id.to_string());
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = self.steady(query.fetch_optional(&self.database)).await?;
         record(&row.ok_or_else(|| StoreError::NotFound(format!("migration {id}")))?)
     }
 
@@ -180,7 +182,7 @@ impl Store {
         .bind(filter.host.as_ref().map(|h| h.as_str()))
         .bind(i64::from(filter.active))
         .bind(i64::from(filter.limit.unwrap_or(100).clamp(1, 1000)));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter().map(record).collect()
     }
 
@@ -195,7 +197,7 @@ impl Store {
              AND migration_type <> 'project-transfer' ORDER BY id DESC LIMIT $1",
         )
         .bind(i64::from(limit));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter().map(record).collect()
     }
 
@@ -284,7 +286,7 @@ impl Store {
     pub async fn outcome(&self, id: MigrationId) -> Result<Option<Outcome>> {
         let query =
             sqlx::query("SELECT outcome FROM migrations WHERE uuid = $1").bind(id.to_string());
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = self.steady(query.fetch_optional(&self.database)).await?;
         let row = row.ok_or_else(|| StoreError::NotFound(format!("migration {id}")))?;
         let text: Option<String> = row.try_get("outcome")?;
         text.map(|t| from_json("an outcome", &t)).transpose()
@@ -313,7 +315,7 @@ impl Store {
         )
         .bind(owner)
         .bind(signed(now_ms));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         let mut leases = rows.iter().map(lease).collect::<Result<Vec<_>>>()?;
         leases.retain(|lease| !driven.contains(lease));
         Ok(leases)
@@ -337,7 +339,7 @@ impl Store {
         )
         .bind(owner)
         .bind(signed(now_ms));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         Ok(readable(&rows, |row| Ok((lease(row)?, record(row)?))))
     }
 
@@ -351,7 +353,7 @@ impl Store {
             "SELECT version, record FROM migrations \
              WHERE active = 1 AND status = 'finished' ORDER BY id",
         );
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         Ok(readable(&rows, record))
     }
 
@@ -479,11 +481,7 @@ fn readable<T>(rows: &[AnyRow], read: impl Fn(&AnyRow) -> Result<T>) -> Vec<T> {
     rows.iter().filter_map(|row| said(row).ok()).collect()
 }
 
-async fn insert(
-    tx: &mut Transaction<'static, Any>,
-    m: &Migration,
-    lease_until_ms: u64,
-) -> Result<()> {
+async fn insert(tx: &mut Tx, m: &Migration, lease_until_ms: u64) -> Result<()> {
     sqlx::query(
         "INSERT INTO migrations (uuid, id, instance_uuid, status, active, source_host, dest_host, \
          owner, epoch, lease_until_ms, version, record, migration_type, operation_uuid, old_copy, \
@@ -515,7 +513,7 @@ async fn insert(
 ///
 /// # Errors
 /// [`StoreError::Fenced`], or the database failed.
-pub(crate) async fn fence(tx: &mut Transaction<'static, Any>, lease: Lease) -> Result<()> {
+pub(crate) async fn fence(tx: &mut Tx, lease: Lease) -> Result<()> {
     let held = sqlx::query("UPDATE migrations SET epoch = epoch WHERE uuid = $1 AND epoch = $2")
         .bind(lease.migration.to_string())
         .bind(lease.epoch)
@@ -527,7 +525,7 @@ pub(crate) async fn fence(tx: &mut Transaction<'static, Any>, lease: Lease) -> R
     }
 }
 
-pub(crate) async fn load(tx: &mut Transaction<'static, Any>, id: MigrationId) -> Result<Migration> {
+pub(crate) async fn load(tx: &mut Tx, id: MigrationId) -> Result<Migration> {
     let row = sqlx::query("SELECT version, record FROM migrations WHERE uuid = $1")
         .bind(id.to_string())
         .fetch_optional(&mut **tx)
@@ -538,7 +536,7 @@ pub(crate) async fn load(tx: &mut Transaction<'static, Any>, id: MigrationId) ->
 /// Writes a changed record over the one it was made from; `epoch` if the writer
 /// must be the one that drives the saga.
 pub(crate) async fn write(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     before: &Migration,
     after: &mut Migration,
     epoch: Option<i64>,
@@ -609,7 +607,7 @@ async fn active(
 /// Notes what a request made (a migration or an operation), and when, to know it
 /// when it comes again.
 pub(crate) async fn remember_request(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     unique_id: Option<&str>,
     (made, at_ms): (uuid::Uuid, u64),
 ) -> Result<()> {

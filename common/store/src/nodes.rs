@@ -115,7 +115,7 @@ impl Store {
     /// The database failed.
     pub async fn nodes(&self) -> Result<Vec<NodeRow>> {
         let rows =
-            self.steady(sqlx::query("SELECT * FROM nodes ORDER BY host").fetch_all(&self.pool));
+            self.steady(sqlx::query("SELECT * FROM nodes ORDER BY host").fetch_all(&self.database));
         rows.await?.iter().map(|row| self.node_of(row)).collect()
     }
 
@@ -134,7 +134,7 @@ impl Store {
     /// The database failed.
     pub async fn known_node(&self, host: &HostName) -> Result<Option<NodeRow>> {
         let query = sqlx::query("SELECT * FROM nodes WHERE host = $1").bind(host.as_str());
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = self.steady(query.fetch_optional(&self.database)).await?;
         row.as_ref().map(|row| self.node_of(row)).transpose()
     }
 

@@ -10,12 +10,14 @@ use drover_model::{
     migration::Requester,
 };
 use sha2::{Digest, Sha256};
-use sqlx::{Any, Row, Transaction, any::AnyRow};
+use sqlx::{Row, any::AnyRow};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
 use crate::{
-    Result, Statement, Store, StoreError, corrupt, from_json,
+    Result, Statement, Store, StoreError, corrupt,
+    database::Tx,
+    from_json,
     instances::{self, InstanceRow, shown},
     migrations::uuid_pattern,
     signed, to_json, unsigned,
@@ -202,7 +204,7 @@ impl Store {
         .bind(filter.project.as_deref())
         .bind(i64::from(filter.all))
         .bind(MOST_LISTED);
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter().map(offer).collect()
     }
 
@@ -285,12 +287,7 @@ pub(crate) fn forget_closed<'q>(made_before_ms: i64, now_ms: u64, most: i64) -> 
     .bind(most)
 }
 
-async fn insert(
-    tx: &mut Transaction<'static, Any>,
-    id: OfferId,
-    key: &OfferKey,
-    new: &NewOffer<'_>,
-) -> Result<()> {
+async fn insert(tx: &mut Tx, id: OfferId, key: &OfferKey, new: &NewOffer<'_>) -> Result<()> {
     sqlx::query(
         "INSERT INTO offers (id, instance_uuid, instance_name, from_project, to_project, \
          key_digest, offered_by, created_at_ms, expires_at_ms, wrong_keys, withdrawn) \
@@ -312,11 +309,7 @@ async fn insert(
 
 /// Holds an offer against all who would change it until this commit, and says
 /// where it stands.
-pub(crate) async fn lock(
-    tx: &mut Transaction<'static, Any>,
-    id: OfferId,
-    now_ms: u64,
-) -> Result<Offer> {
+pub(crate) async fn lock(tx: &mut Tx, id: OfferId, now_ms: u64) -> Result<Offer> {
     sqlx::query("UPDATE offers SET wrong_keys = wrong_keys WHERE id = $1")
         .bind(id.to_string())
         .execute(&mut **tx)
@@ -325,11 +318,7 @@ pub(crate) async fn lock(
 }
 
 /// Remembers which transfer came of an offer.
-pub(crate) async fn take(
-    tx: &mut Transaction<'static, Any>,
-    id: OfferId,
-    migration: MigrationId,
-) -> Result<()> {
+pub(crate) async fn take(tx: &mut Tx, id: OfferId, migration: MigrationId) -> Result<()> {
     sqlx::query("UPDATE offers SET migration_uuid = $2 WHERE id = $1")
         .bind(id.to_string())
         .bind(migration.to_string())
@@ -338,11 +327,11 @@ pub(crate) async fn take(
     Ok(())
 }
 
-async fn load(tx: &mut Transaction<'static, Any>, id: OfferId, now_ms: u64) -> Result<Offer> {
+async fn load(tx: &mut Tx, id: OfferId, now_ms: u64) -> Result<Offer> {
     find(tx, &id.to_string(), now_ms).await
 }
 
-async fn find(tx: &mut Transaction<'static, Any>, reference: &str, now_ms: u64) -> Result<Offer> {
+async fn find(tx: &mut Tx, reference: &str, now_ms: u64) -> Result<Offer> {
     let rows = sqlx::query(offers_now!("WHERE id LIKE $3 LIMIT 2"))
         .bind(signed(now_ms))
         .bind(i64::from(MAX_WRONG_KEYS))

@@ -9,10 +9,12 @@ use drover_model::{
     migration::Migration,
     operation::Operation,
 };
-use sqlx::{Any, Row, Transaction, any::AnyRow};
+use sqlx::{Any, Row, any::AnyRow};
 
 use crate::{
-    Numbered, Result, Store, StoreError, Term, Tries, corrupt, from_json, migrations, next_number,
+    Numbered, Result, Store, StoreError, Term, Tries, corrupt,
+    database::Tx,
+    from_json, migrations, next_number,
     outbox::{self, Notification},
     signed, to_json, unsigned,
 };
@@ -150,7 +152,7 @@ impl Store {
     pub async fn operation(&self, id: OperationId) -> Result<Operation> {
         let query = sqlx::query("SELECT version, record FROM operations WHERE uuid = $1")
             .bind(id.to_string());
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = self.steady(query.fetch_optional(&self.database)).await?;
         record(&row.ok_or_else(|| StoreError::NotFound(format!("operation {id}")))?)
     }
 
@@ -166,7 +168,7 @@ impl Store {
         )
         .bind(number.unwrap_or(-1))
         .bind(migrations::uuid_pattern(reference).unwrap_or_default());
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
         migrations::the_one("operation", reference, found, |o| o.id)
     }
@@ -176,7 +178,7 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn active_operation(&self, host: Option<&HostName>) -> Result<Option<Operation>> {
-        self.steady(active(&self.pool, subject(host))).await
+        self.steady(active(&self.database, subject(host))).await
     }
 
     /// Operations, newest first.
@@ -194,7 +196,7 @@ impl Store {
         .bind(filter.kind.as_deref())
         .bind(i64::from(filter.active))
         .bind(i64::from(filter.limit.unwrap_or(100).clamp(1, 1000)));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter().map(record).collect()
     }
 
@@ -292,7 +294,7 @@ impl Store {
         )
         .bind(owner)
         .bind(signed(now_ms));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         let mut leases = rows.iter().map(lease).collect::<Result<Vec<_>>>()?;
         leases.retain(|lease| !driven.contains(lease));
         Ok(leases)
@@ -359,7 +361,7 @@ impl Store {
             "SELECT version, record FROM migrations WHERE operation_uuid = $1 ORDER BY id",
         )
         .bind(operation.to_string());
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter().map(migrations::record).collect()
     }
 
@@ -370,7 +372,7 @@ impl Store {
     pub async fn active_migrations(&self) -> Result<Vec<Migration>> {
         let query =
             sqlx::query("SELECT version, record FROM migrations WHERE active = 1 ORDER BY id");
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter().map(migrations::record).collect()
     }
 
@@ -452,7 +454,7 @@ impl Store {
     /// The database failed.
     pub async fn is_switched_on(&self, name: &str) -> Result<bool> {
         let query = sqlx::query("SELECT is_on FROM switches WHERE name = $1").bind(name);
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = self.steady(query.fetch_optional(&self.database)).await?;
         let is_on = row.map(|row| row.try_get::<i64, _>("is_on")).transpose()?;
         Ok(is_on.is_none_or(|is_on| is_on != 0))
     }
@@ -500,7 +502,7 @@ async fn active(
 }
 
 async fn write(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     before: &Operation,
     after: &Operation,
     lease: Option<OperationLease>,

@@ -3,10 +3,10 @@
 
 use drover_model::ids::fresh;
 use serde_json::Value;
-use sqlx::{Any, Row, Transaction};
+use sqlx::Row;
 use uuid::Uuid;
 
-use crate::{Result, Store, from_json, signed, to_json};
+use crate::{Result, Store, database::Tx, from_json, signed, to_json};
 
 /// A notification to publish.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,7 +33,7 @@ impl Notification {
     }
 }
 
-pub(crate) async fn put(tx: &mut Transaction<'static, Any>, n: &Notification) -> Result<()> {
+pub(crate) async fn put(tx: &mut Tx, n: &Notification) -> Result<()> {
     sqlx::query("INSERT INTO outbox (id, event_type, priority, payload) VALUES ($1, $2, $3, $4)")
         .bind(n.id.to_string())
         .bind(&n.event_type)
@@ -55,7 +55,7 @@ impl Store {
             sqlx::query("SELECT * FROM outbox WHERE not_before_ms <= $2 ORDER BY id LIMIT $1")
                 .bind(i64::from(limit))
                 .bind(signed(now_ms));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter()
             .map(|row| {
                 let id: String = row.try_get("id")?;

@@ -10,10 +10,12 @@ use drover_model::{
     migration::Migration,
     project::{Project, ProjectUsage, QuotaShortfall},
 };
-use sqlx::{Any, Row, Transaction, any::AnyRow};
+use sqlx::{Row, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, claims, from_json, instances,
+    Result, Store, StoreError, claims,
+    database::Tx,
+    from_json, instances,
     instances::shown,
     migrations::{self, Lease},
     signed, to_json, unsigned,
@@ -260,7 +262,7 @@ impl Store {
     /// The database failed.
     pub async fn quota_claims(&self) -> Result<Vec<(String, ProjectUsage)>> {
         let query = sqlx::query("SELECT * FROM quota_claims ORDER BY migration_uuid");
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter()
             .map(|row| Ok((row.try_get("migration_uuid")?, amounts(row)?)))
             .collect()
@@ -279,7 +281,7 @@ fn named(reference: &str) -> String {
     format!("project '{}'", shown(reference))
 }
 
-async fn find(tx: &mut Transaction<'static, Any>, reference: &str) -> Result<Project> {
+async fn find(tx: &mut Tx, reference: &str) -> Result<Project> {
     let rows = sqlx::query(
         "SELECT record FROM projects WHERE id = $1 OR name = $1 \
          ORDER BY CASE WHEN id = $1 THEN 0 ELSE 1 END, id LIMIT 2",
@@ -302,7 +304,7 @@ async fn find(tx: &mut Transaction<'static, Any>, reference: &str) -> Result<Pro
 }
 
 /// Takes the lock of those who claim quota of a project or change it.
-async fn lock(tx: &mut Transaction<'static, Any>, id: &ProjectId) -> Result<Project> {
+async fn lock(tx: &mut Tx, id: &ProjectId) -> Result<Project> {
     let row = sqlx::query(
         "UPDATE projects SET claim_serial = claim_serial + 1 WHERE id = $1 RETURNING record",
     )
@@ -316,7 +318,7 @@ async fn lock(tx: &mut Transaction<'static, Any>, id: &ProjectId) -> Result<Proj
 /// `except`, by id. One statement, so that an instance that is handed over
 /// meanwhile is seen either on its way or there.
 async fn totals(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     project: Option<&ProjectId>,
     except: Option<MigrationId>,
 ) -> Result<BTreeMap<String, Totals>> {
@@ -346,7 +348,7 @@ async fn totals(
 }
 
 async fn insert(
-    tx: &mut Transaction<'static, Any>,
+    tx: &mut Tx,
     migration: MigrationId,
     project: &ProjectId,
     wanted: ProjectUsage,
@@ -366,7 +368,7 @@ async fn insert(
     Ok(())
 }
 
-async fn release(tx: &mut Transaction<'static, Any>, migration: MigrationId) -> Result<()> {
+async fn release(tx: &mut Tx, migration: MigrationId) -> Result<()> {
     sqlx::query("DELETE FROM quota_claims WHERE migration_uuid = $1")
         .bind(migration.to_string())
         .execute(&mut **tx)

@@ -6,11 +6,11 @@ use drover_model::{
     ids::{HostName, MigrationId},
     migration::{MigrationStatus, MigrationType},
 };
-use sqlx::{Any, Row, Transaction};
+use sqlx::Row;
 
 use crate::{
-    Result, Store, StoreError, from_json, instances::instance, offers, sagas::SagaKey, signed,
-    unsigned,
+    Result, Store, StoreError, database::Tx, from_json, instances::instance, offers,
+    sagas::SagaKey, signed, unsigned,
 };
 
 /// Rows of a kind that one commit forgets.
@@ -109,7 +109,7 @@ impl Store {
     /// The newest number of those that are over, of a kind, that is one too many.
     async fn too_many(&self, newest: &'static str, keep: Retention) -> Result<i64> {
         let query = sqlx::query(newest).bind(i64::from(keep.keep_count));
-        let row = self.steady(query.fetch_optional(&self.pool)).await?;
+        let row = self.steady(query.fetch_optional(&self.database)).await?;
         Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(0))
     }
 
@@ -118,7 +118,7 @@ impl Store {
     async fn give_up_tidying(&self, keep: Retention, now_ms: u64) -> Result<u64> {
         let statement = "SELECT migration_uuid, step FROM cleanups WHERE at_ms < $1 LIMIT $2";
         let query = sqlx::query(statement).bind(keep.before(now_ms)).bind(BATCH);
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         for row in &rows {
             let (uuid, step): (String, String) = (row.try_get(0)?, row.try_get(1)?);
             let words = format!("{step} was put off for too long, and is given up");
@@ -223,7 +223,7 @@ impl Store {
              (SELECT COUNT(*) FROM requests) AS requests, \
              (SELECT COUNT(*) FROM outbox) AS notifications",
         );
-        let row = self.steady(query.fetch_one(&self.pool)).await?;
+        let row = self.steady(query.fetch_one(&self.database)).await?;
         let count = |column| Ok::<_, StoreError>(unsigned(row.try_get(column)?));
         Ok(Size {
             migrations: count("migrations")?,
@@ -264,11 +264,7 @@ impl Store {
     }
 }
 
-async fn forget_node(
-    tx: &mut Transaction<'static, Any>,
-    host: &HostName,
-    silent_since_ms: u64,
-) -> Result<()> {
+async fn forget_node(tx: &mut Tx, host: &HostName, silent_since_ms: u64) -> Result<()> {
     // Reports of the node, and claims there, wait here.
     let held = sqlx::query(
         "UPDATE nodes SET claim_serial = claim_serial WHERE host = $1 RETURNING heard_at_ms",
@@ -308,11 +304,7 @@ async fn forget_node(
 const NEWEST_MIGRATIONS: &str =
     "SELECT id FROM migrations WHERE active = 0 ORDER BY id DESC LIMIT 1 OFFSET $1";
 
-async fn forget_journals(
-    tx: &mut Transaction<'static, Any>,
-    migration: &str,
-    record: &str,
-) -> Result<()> {
+async fn forget_journals(tx: &mut Tx, migration: &str, record: &str) -> Result<()> {
     /// All of the record that tells how many journals there are.
     #[derive(serde::Deserialize)]
     struct Endings {
@@ -334,7 +326,7 @@ async fn forget_journals(
 }
 
 /// What needs a node, in words.
-async fn needed(tx: &mut Transaction<'static, Any>, host: &HostName) -> Result<Vec<String>> {
+async fn needed(tx: &mut Tx, host: &HostName) -> Result<Vec<String>> {
     /// Names that are told.
     const NAMED: usize = 3;
     let mut against = Vec::new();

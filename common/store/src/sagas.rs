@@ -54,7 +54,7 @@ impl Store {
     pub async fn saga_events(&self, saga: &SagaKey) -> Result<Vec<Event>> {
         let query = sqlx::query("SELECT event FROM saga_events WHERE saga_uuid = $1 ORDER BY seq")
             .bind(&saga.0);
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         rows.iter()
             .map(|row| from_json("a saga", row.try_get("event")?))
             .collect()
@@ -143,7 +143,7 @@ impl Store {
     async fn epoch(&self, lease: Lease) -> Result<i64> {
         let row = sqlx::query("SELECT epoch FROM migrations WHERE uuid = $1")
             .bind(lease.migration.to_string())
-            .fetch_one(&self.pool)
+            .fetch_one(&self.database)
             .await?;
         Ok(row.try_get("epoch")?)
     }
@@ -183,7 +183,7 @@ impl Store {
         .bind(signed(term.now_ms))
         .bind(signed(lease_now_ms))
         .bind(i64::from(limit));
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         let step = |row: &sqlx::any::AnyRow| {
             let uuid: String = row.try_get("migration_uuid")?;
             Ok(PutOff {

@@ -1,4 +1,4 @@
-//! Records to hold to promises, in both databases, and what they are filled with.
+//! Records to hold to promises, in every database, and what they are filled with.
 
 #![allow(dead_code, unused_imports)] // Each test uses a part of it.
 
@@ -12,8 +12,16 @@ pub(crate) use drover_store::scratch::postgresql_url;
 use drover_store::{Kind, Store, Term};
 use uuid::Uuid;
 
-/// Holds an empty record in SQLite to a promise.
+/// Holds an empty record in a file of SQLite to a promise.
 pub(crate) async fn in_sqlite(promise: impl AsyncFnOnce(Store)) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("drover.sqlite");
+    let store = Store::open(&format!("sqlite://{}", file.display())).await;
+    promise(store.unwrap()).await;
+}
+
+/// The same of one in memory, as simulations have it.
+pub(crate) async fn in_memory(promise: impl AsyncFnOnce(Store)) {
     promise(Store::in_memory().await.unwrap()).await;
 }
 
@@ -31,6 +39,9 @@ macro_rules! promises {
     ($($promise:ident,)*) => {
         mod sqlite {
             $(#[tokio::test] async fn $promise() { crate::common::in_sqlite(super::$promise).await })*
+        }
+        mod memory {
+            $(#[tokio::test] async fn $promise() { crate::common::in_memory(super::$promise).await })*
         }
         mod postgresql {
             $(#[tokio::test] async fn $promise() { crate::common::in_postgresql(super::$promise).await })*

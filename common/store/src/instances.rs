@@ -162,6 +162,13 @@ struct Moving {
     changes_hands: bool,
 }
 
+impl Moving {
+    /// It waits to be confirmed: where the instance is by now is for reports to say.
+    fn has_arrived(&self) -> bool {
+        self.between.is_empty() && !self.changes_hands
+    }
+}
+
 /// What follows from a report, given the rows that it can touch: those of its
 /// own host, those that wait for it, and those of the ids it lists.
 fn reconcile(
@@ -193,7 +200,8 @@ fn reconcile(
         if row.host == *host {
             changes.extend(at_home(row, seen, moving, now_ms));
         } else if moving.is_none_or(|m| !m.between.contains(host)) {
-            changes.extend(elsewhere(row, host, seen, moving.is_some(), now_ms));
+            let is_moving = moving.is_some_and(|m| !m.has_arrived());
+            changes.extend(elsewhere(row, host, seen, is_moving, now_ms));
         }
     }
     changes
@@ -208,7 +216,7 @@ fn at_home(
 ) -> Vec<Change> {
     let is_active = seen.is_some_and(|seen| seen.power_state.is_active());
     // Nobody hands over what waits to be confirmed: it may be moved on by hand.
-    let stands = moving.is_none_or(|m| m.between.is_empty());
+    let stands = moving.is_none_or(Moving::has_arrived);
     if let Some(other) = &row.other
         && stands
         && !is_active
@@ -221,7 +229,7 @@ fn at_home(
         return vec![Change::Keep(Box::new(followed)), Change::Note(words)];
     }
     let Some(seen) = seen else {
-        return gone(row, moving.is_some(), now_ms).into_iter().collect();
+        return gone(row, moving, now_ms).into_iter().collect();
     };
     let mut next = known(row, row_of(&row.host, seen, row.changed_at_ms));
     next.other.clone_from(&row.other);
@@ -242,12 +250,12 @@ fn at_home(
 }
 
 /// Its node does not list it.
-fn gone(row: &InstanceRow, is_moving: bool, now_ms: u64) -> Option<Change> {
-    if is_moving {
-        return None;
-    }
+fn gone(row: &InstanceRow, moving: Option<&Moving>, now_ms: u64) -> Option<Change> {
     match row.missing_since_ms {
+        _ if moving.is_some_and(|m| !m.has_arrived()) => None,
         None => Some(Change::Missing(row.id)),
+        // Whoever confirms or reverts has to find it.
+        Some(_) if moving.is_some() => None,
         Some(since) if now_ms.saturating_sub(since) > FORGET_AFTER_MS => {
             Some(Change::Forget(row.id))
         }

@@ -36,6 +36,7 @@ promises! {
     silence_and_old_news_change_nothing,
     two_nodes_that_list_one_instance_are_told_of_and_nothing_flips,
     the_record_follows_the_copy_that_runs,
+    a_guest_that_waits_to_be_confirmed_is_followed_too,
     two_copies_that_run_are_an_alarm_until_one_is_gone,
     a_report_that_was_under_way_when_a_move_settled_changes_nothing,
     of_a_guest_that_cannot_be_read_what_was_read_is_kept,
@@ -295,6 +296,47 @@ async fn the_record_follows_the_copy_that_runs(store: Store) {
         store.unpublished(10, u64::MAX).await.unwrap().is_empty(),
         "no alarm"
     );
+}
+
+/// A cold migration that nobody has confirmed yet holds no guest where it arrived.
+async fn a_guest_that_waits_to_be_confirmed_is_followed_too(store: Store) {
+    says(&store, "kvm1", 1, OFF).await;
+    let m = migration(1, 1);
+    admit(&store, &m, None).await;
+    let (kvm2, id) = (host("kvm2"), m.instance_uuid);
+    let settled = store.settle(lease(&m), id, &kvm2, None, None, 5).await;
+    settled.unwrap();
+    let finishes = |m: &mut Migration| {
+        m.status = MigrationStatus::Finished;
+        true
+    };
+    store.update_migration(m.uuid, finishes).await.unwrap();
+    says(&store, "kvm1", 2, None).await;
+    says(&store, "kvm2", 1, OFF).await;
+    let row = says(&store, "kvm2", 2, OFF).await;
+    assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm2", None));
+    // Somebody takes it elsewhere, off.
+    let row = says(&store, "kvm2", 3, None).await;
+    assert_eq!(row.missing_since_ms, Some(3));
+    let row = says(&store, "kvm3", 1, OFF).await;
+    assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm3", None));
+    // And back, where it runs.
+    says(&store, "kvm1", 3, ON).await;
+    let row = says(&store, "kvm3", 2, None).await;
+    assert_eq!(
+        (row.host.as_str(), row.power_state),
+        ("kvm1", PowerState::Running)
+    );
+    // It is not forgotten before that is confirmed, or reverted.
+    let late = report("kvm1", 4, vec![]);
+    for at_ms in [10, u64::MAX >> 8] {
+        let late = NodeReport {
+            sequence: at_ms,
+            ..late.clone()
+        };
+        store.record_report(&late, at_ms).await.unwrap();
+    }
+    assert!(store.find_instance("vm1").await.is_ok());
 }
 
 async fn two_copies_that_run_are_an_alarm_until_one_is_gone(store: Store) {

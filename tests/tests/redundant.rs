@@ -684,3 +684,23 @@ async fn a_cold_move_whose_guest_does_not_start_is_taken_back() {
     assert_eq!(cloud.fabric.leftovers(), Vec::<String>::new());
     cloud.fabric.check_invariants().unwrap();
 }
+
+/// An agent that is installed anew while its libvirt sends a guest takes that up.
+#[tokio::test(start_paused = true)]
+async fn a_transfer_that_its_source_has_forgotten_is_watched_again() {
+    let mut cloud = Cloud::start(1).await;
+    // It never ends by itself: whoever watches has to see that.
+    let id = guest(&cloud, web().dirty_mib_s(2000).working_set_mib(512)).await;
+    let m = cloud
+        .migrate(id, Some("kvm2"), LiveOptions::default())
+        .await;
+    let m = m.expect("it is accepted");
+    let sending = |m: &Migration| m.progress.memory.total_bytes > 0;
+    let m = cloud.until(m.uuid, "sending", sending).await;
+    cloud.kill_agent("kvm1");
+    cloud.lose_state("kvm1");
+    cloud.start_agent("kvm1").await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    cloud.check(&m).await;
+}

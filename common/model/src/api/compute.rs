@@ -473,6 +473,10 @@ pub struct LiveMigration {
     /// compared; none from a conductor too old to say.
     #[serde(default)]
     pub checked: Option<Vec<CheckedFile>>,
+    /// libvirt sends it already, and the destination has it as arriving: the agent
+    /// that began it has forgotten that. It is watched to its end, and not begun.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub attach: bool,
     /// How.
     pub options: LiveOptions,
 }

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     faults::hypervisor as fault,
+    hypervisor::Job,
     journal::{CopiedDisk, Record, SourceRecord},
     node::Counters,
 };
@@ -137,22 +138,43 @@ impl Actor {
         let guest = self.node.hypervisor.guest(instance).await.map_err(fault)?;
         let missing = || Fault::refused(format!("there is no instance {instance} on this node"));
         let guest = guest.ok_or_else(missing)?;
-        if let Some(checked) = &step.checked {
+        let attaches = step.attach;
+        if attaches {
+            self.is_being_sent(&guest).await?;
+        }
+        if let Some(checked) = step.checked.as_ref().filter(|_| !attaches) {
             are_as_checked(&*self.node.hypervisor, checked).await?;
             are_all_checked(&guest, checked, |_| false)?;
             no_disk_is_new(&step, &guest)?;
         }
         let record = self.plan(step, &guest)?;
-        let spec = spec(&self.node, &record);
+        let spec = (!attaches).then(|| spec(&self.node, &record));
         let entry = Record::Source(Box::new(record.clone()));
         self.write_down(&entry).await?;
+        let counters = &self.node.counters;
+        let (what, count) = match attaches {
+            true => (
+                "the guest is being sent already",
+                &counters.transfers_attached,
+            ),
+            false => ("sending the guest", &counters.transfers_started),
+        };
         info!(migration = %self.migration, %instance, name = %guest.name,
-            to = %record.request.dest_host, "sending the guest");
-        Counters::add(&self.node.counters.transfers_started);
-        let sending = Sending::watch(&self.node, self.migration, record, Some(spec));
+            to = %record.request.dest_host, "{what}");
+        Counters::add(count);
+        let sending = Sending::watch(&self.node, self.migration, record, spec);
         let job = sending.job();
         self.stage = Stage::Sending(sending);
         Ok(job)
+    }
+
+    /// libvirt sends it, and nobody here watches that: the journal was lost.
+    async fn is_being_sent(&self, guest: &Guest) -> Result<(), Fault> {
+        let job = self.node.hypervisor.job(guest.id).await.map_err(fault)?;
+        match job {
+            Job::Migration(_) if guest.power_state.is_active() => Ok(()),
+            _ => Err(Fault::refused("libvirt no longer sends the guest")),
+        }
     }
 
     /// What is to be done, if it fits the guest as it is now.
@@ -163,7 +185,7 @@ impl Actor {
                 "the guest is not running: {state:?}"
             )));
         }
-        if let Some(job) = &guest.active_job {
+        if let Some(job) = guest.active_job.as_ref().filter(|_| !request.attach) {
             return Err(Fault::refused(format!(
                 "libvirt is busy with the guest: {job}"
             )));

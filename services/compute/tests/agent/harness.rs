@@ -408,6 +408,7 @@ impl Move {
             copied_disks: self.copied.clone(),
             shared_disks: Vec::new(),
             checked: None,
+            attach: false,
             options: self.options.clone(),
         }
     }

@@ -208,6 +208,7 @@ fn beginnings(world: &World, m: &Move, guest: &Guest) -> Vec<(&'static str, Valu
         shared_disks: Vec::new(),
         options: m.options.clone(),
         checked: None,
+        attach: false,
     };
     let rebuild = json!({"domain": "<domain/>", "generation": 1});
     let leave = json!({

@@ -26,7 +26,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{CleanUp, GuestLocation, JobState, LiveMigration, Outcome, PreLiveMigration},
+    api::compute::{
+        CleanUp, GuestLocation, JobState, Known, LiveMigration, Outcome, PreLiveMigration,
+    },
     error::ErrorClass,
     guest::{PowerState, Presence},
     ids::HostName,
@@ -344,7 +346,7 @@ impl LiveMigrate {
         if let Some(outcome) = self.outcome().await? {
             return Ok(outcome);
         }
-        let ask = LiveMigration {
+        let mut ask = LiveMigration {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             dest_host: chosen.host.clone(),
@@ -352,9 +354,18 @@ impl LiveMigrate {
             copied_disks: chosen.copied_disks.clone(),
             shared_disks: chosen.shared_disks.clone(),
             checked: Some(chosen.checked_at_source.clone()),
+            attach: false,
             options: self.options.clone(),
         };
-        match agents.start(source, &ask).await {
+        let mut started = agents.start(source, &ask).await;
+        let is_refused = started
+            .as_ref()
+            .is_err_and(|e| e.class == ErrorClass::Refused);
+        if is_refused && self.is_sent_unwatched(chosen).await {
+            ask.attach = true;
+            started = agents.start(source, &ask).await;
+        }
+        match started {
             Ok(JobState::Ended { outcome, .. }) => return Ok(outcome),
             Ok(_) => {}
             Err(e) if e.class == ErrorClass::Refused => {
@@ -386,6 +397,15 @@ impl LiveMigrate {
                 }
             }
         }
+    }
+
+    /// libvirt sends the guest and it is arriving, and the source's agent knows nothing
+    /// of that: it has lost its journal.
+    async fn is_sent_unwatched(&self, chosen: &Chosen) -> bool {
+        let source = self.job.locate(&self.job.migration.source_host).await;
+        let dest = self.job.locate(&chosen.host).await;
+        let forgotten = source.is_ok_and(|l| l.migrating && l.known == Known::Nothing);
+        forgotten && dest.is_ok_and(|l| l.presence == Presence::Incoming)
     }
 
     async fn outcome(&self) -> Result<Option<Outcome>, StepError> {

@@ -1,4 +1,4 @@
-//! Runs the swarm: `swarm [--all] [--seeds N] [--from S]`, or one seed with `--seed S
+//! Runs the swarm: `swarm [--seeds N] [--from S]`, or one seed with `--seed S
 //! [--trace] [--least] [--twice]`. See `drover_tests::swarm`.
 
 use std::{
@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         Ok(Asked::One {
             plan, trace, least, ..
         }) => one(&plan, trace, least),
-        Ok(Asked::Many { from, seeds, all }) => many(from, seeds, all),
+        Ok(Asked::Many { from, seeds }) => many(from, seeds),
         Err(words) => {
             eprintln!("swarm: {words}; see devstack/swarm --help");
             ExitCode::from(2)
@@ -35,13 +35,12 @@ enum Asked {
     Many {
         from: u64,
         seeds: u64,
-        all: bool,
     },
 }
 
 fn asked(mut words: impl Iterator<Item = String>) -> Result<Asked, String> {
     let (mut seed, mut from, mut seeds) = (None, 0, 1000);
-    let (mut trace, mut least, mut twice, mut all) = (false, false, false, false);
+    let (mut trace, mut least, mut twice) = (false, false, false);
     while let Some(word) = words.next() {
         let mut number = || {
             let text = words.next().unwrap_or_default();
@@ -55,18 +54,17 @@ fn asked(mut words: impl Iterator<Item = String>) -> Result<Asked, String> {
             "--trace" => trace = true,
             "--least" => least = true,
             "--twice" => twice = true,
-            "--all" => all = true,
             _ => return Err(format!("unknown argument '{word}'")),
         }
     }
     Ok(match seed {
         Some(seed) => Asked::One {
-            plan: Plan::draw(seed, all),
+            plan: Plan::draw(seed),
             trace,
             least,
             twice,
         },
-        None => Asked::Many { from, seeds, all },
+        None => Asked::Many { from, seeds },
     })
 }
 
@@ -94,11 +92,10 @@ fn two(plan: &Plan) -> ExitCode {
     }
 }
 
-fn many(from: u64, seeds: u64, all: bool) -> ExitCode {
+fn many(from: u64, seeds: u64) -> ExitCode {
     let began = Instant::now();
     let (failed, virtual_ms) = (AtomicU64::new(0), AtomicU64::new(0));
-    let draw = |seed| Plan::draw(seed, all);
-    run_seeds(from..from + seeds, &draw, &|seed, ran| {
+    run_seeds(from..from + seeds, &Plan::draw, &|seed, ran| {
         virtual_ms.fetch_add(ran.virtual_ms, Ordering::Relaxed);
         if !ran.broken.is_empty() {
             failed.fetch_add(1, Ordering::Relaxed);

@@ -5,11 +5,15 @@ use drover_compute::hypervisor::fake::Fabric;
 use drover_model::{
     api::conductor::{ListMigrations, ListOperations},
     ids::InstanceId,
-    migration::MigrationStatus,
+    migration::{Migration, MigrationStatus},
+    operation::OperationStatus,
 };
 use drover_store::Store;
 
-use super::plan::{Ask, Event, Plan};
+use super::{
+    fences::Switches,
+    plan::{Ask, Event, Fence, Plan},
+};
 
 /// Whoever checks.
 pub(super) struct Ledger {
@@ -19,6 +23,8 @@ pub(super) struct Ledger {
     pub(super) store: Store,
     /// The guests.
     pub(super) guests: Vec<InstanceId>,
+    /// What cuts power.
+    pub(super) switches: Switches,
 }
 
 impl Ledger {
@@ -33,12 +39,22 @@ impl Ledger {
     /// What has not come to rest, in words: migrations and operations that are under
     /// way, claims of none, a record that says otherwise, things left behind.
     pub(super) async fn unrest(&self, plan: &Plan) -> Vec<String> {
-        let mut left = self.under_way().await;
-        left.extend(self.claims().await);
-        for id in &self.guests {
-            left.extend(self.record_of(*id).await);
+        let mut left = Vec::new();
+        let mut waiting = Vec::new();
+        for m in self.under_way().await {
+            // Where somebody else's hand was in it, nothing is done without people.
+            match plan.is_moved_by_hand(self.number(m.instance_uuid)) && m.end_reason.is_some() {
+                true => waiting.push(m.instance_uuid),
+                false => left.push(in_words(&m)),
+            }
         }
-        if !plan.loses_journals() {
+        left.extend(self.operations_under_way(&waiting).await);
+        left.extend(self.claims().await);
+        for id in self.guests.iter().filter(|id| !waiting.contains(id)) {
+            let by_hand = plan.is_moved_by_hand(self.number(*id));
+            left.extend(self.record_of(*id, by_hand).await);
+        }
+        if !plan.may_leave_things() {
             left.extend(self.left_behind().await);
         }
         left
@@ -58,25 +74,32 @@ impl Ledger {
         left
     }
 
-    async fn under_way(&self) -> Vec<String> {
+    async fn under_way(&self) -> Vec<Migration> {
         let all = ListMigrations::default();
         let migrations = self.store.migrations(&all, None).await;
-        let migrations = migrations.expect("readable");
-        let moving = migrations.iter().filter(|m| !m.status.rests()).map(|m| {
-            let why = m.end_reason.as_ref().map(ToString::to_string);
-            let (status, step) = (m.status, &m.step);
-            format!(
-                "migration {} of {} is {status} at {step}: {why:?} {:?}",
-                m.id, m.instance_name, m.warnings
-            )
-        });
+        let migrations = migrations.expect("readable").into_iter();
+        migrations.filter(|m| !m.status.rests()).collect()
+    }
+
+    /// Operations that have not ended, and wait for no guest of those.
+    async fn operations_under_way(&self, waiting: &[InstanceId]) -> Vec<String> {
         let operations = self.store.operations(&ListOperations::default()).await;
         let operations = operations.expect("readable");
         let working = operations
             .iter()
             .filter(|o| !o.status.is_final())
+            .filter(|o| {
+                !o.items
+                    .iter()
+                    .any(|i| waiting.contains(&i.planned.instance))
+            })
             .map(|o| format!("operation {} is {:?}", o.id, o.status));
-        moving.chain(working).collect()
+        working.collect()
+    }
+
+    fn number(&self, id: InstanceId) -> usize {
+        let number = self.guests.iter().position(|guest| *guest == id);
+        number.expect("it is one of them")
     }
 
     async fn claims(&self) -> Vec<String> {
@@ -95,10 +118,15 @@ impl Ledger {
         wrong
     }
 
-    /// The record follows the guest.
-    async fn record_of(&self, id: InstanceId) -> Option<String> {
+    /// The record follows the guest. Of one that somebody took away while Drover moved
+    /// it there may be two definitions, of which it names one.
+    async fn record_of(&self, id: InstanceId, by_hand: bool) -> Option<String> {
         let row = self.store.find_instance(&id.to_string()).await.ok()?;
-        let found = self.fabric.whereabouts(id);
+        let mut found = self.fabric.whereabouts(id);
+        if by_hand && found.len() > 1 {
+            let runs = found.iter().any(|(_, here)| here.is_active());
+            found.retain(|(at, here)| here.is_active() || (!runs && *at == row.host));
+        }
         let [(at, here)] = &found[..] else {
             return Some(format!("{} is at {found:?}", row.name));
         };
@@ -114,8 +142,9 @@ impl Ledger {
 
     /// What must hold when all has come to rest: each guest is whole somewhere, and
     /// runs if nothing but Drover touched it.
-    pub(super) fn at_rest(&self, plan: &Plan) -> Vec<String> {
-        let mut wrong = Vec::new();
+    pub(super) async fn at_rest(&self, plan: &Plan) -> Vec<String> {
+        let mut wrong = self.unexplained().await;
+        wrong.extend(self.switches.wrong());
         for (number, id) in self.guests.iter().enumerate() {
             let runs = self.fabric.running_on(*id).is_some();
             let should = plan.guests[number].runs;
@@ -129,9 +158,51 @@ impl Ledger {
     }
 }
 
+fn in_words(m: &Migration) -> String {
+    let why = m.end_reason.as_ref().map(ToString::to_string);
+    let (status, step) = (m.status, &m.step);
+    format!(
+        "migration {} of {} is {status} at {step}: {why:?} {:?}",
+        m.id, m.instance_name, m.warnings
+    )
+}
+
+impl Ledger {
+    /// What did not come to what was asked for, and does not say why.
+    async fn unexplained(&self) -> Vec<String> {
+        let all = ListMigrations::default();
+        let migrations = self.store.migrations(&all, None).await;
+        let migrations = migrations.expect("readable").into_iter();
+        let silent =
+            migrations.filter(|m| m.status == MigrationStatus::Failed && m.end_reason.is_none());
+        let silent = silent.map(|m| format!("migration {} failed and does not say why", m.id));
+        let operations = self.store.operations(&ListOperations::default()).await;
+        let operations = operations.expect("readable").into_iter();
+        let mute = operations.filter(|o| match o.status {
+            OperationStatus::Failed => o.failure.is_none() && o.refusals.is_empty(),
+            OperationStatus::Incomplete => o.items.is_empty() && o.decisions.is_empty(),
+            _ => false,
+        });
+        let mute =
+            mute.map(|o| format!("operation {} is {:?} and does not say why", o.id, o.status));
+        silent.chain(mute).collect()
+    }
+}
+
 impl Plan {
-    fn loses_journals(&self) -> bool {
-        self.any(|event| matches!(event, Event::LoseJournal { .. }))
+    /// A lost journal knows of no clean-up, one that cannot be written of no marks,
+    /// and whoever moves a guest by hand leaves its disks where they were.
+    fn may_leave_things(&self) -> bool {
+        self.any(|event| {
+            matches!(
+                event,
+                Event::LoseJournal { .. } | Event::FullState { .. } | Event::GuestMoves { .. }
+            )
+        })
+    }
+
+    fn is_moved_by_hand(&self, number: usize) -> bool {
+        self.any(|event| matches!(event, Event::GuestMoves { guest, .. } if *guest == number))
     }
 
     fn any(&self, what: impl Fn(&Event) -> bool) -> bool {
@@ -140,13 +211,19 @@ impl Plan {
 
     /// Whether anybody but Drover may have started a guest, or ended it.
     fn touches(&self, number: usize) -> bool {
-        self.any(|event| match event {
-            Event::GuestStops { guest } | Event::GuestStarts { guest } => *guest == number,
-            Event::Ask(Ask::Live {
-                guest, post_copy, ..
-            }) => *guest == number && *post_copy,
-            Event::PowerCut { .. } => true,
-            _ => false,
-        })
+        // Of a node that was dead by all signs the power may be cut.
+        let may_be_cut = self.fence == Fence::Works;
+        may_be_cut
+            || self.any(|event| match event {
+                Event::GuestStops { guest }
+                | Event::GuestStarts { guest }
+                | Event::GuestReboots { guest }
+                | Event::GuestMoves { guest, .. } => *guest == number,
+                Event::Ask(Ask::Live {
+                    guest, post_copy, ..
+                }) => *guest == number && *post_copy,
+                Event::PowerCut { .. } => true,
+                _ => false,
+            })
     }
 }

@@ -5,6 +5,7 @@
 //! same ([`entropy`], [`trace`]), and a plan that fails is made smaller ([`shrink`]).
 
 mod entropy;
+mod fences;
 mod ledger;
 mod operator;
 pub mod plan;
@@ -98,7 +99,7 @@ fn carry_out(plan: &Plan, heed: Heed) -> (Ran, Vec<String>) {
         .expect("a runtime can be made");
     runtime.block_on(async {
         let began = Instant::now();
-        let trace = Trace::new(began, heed);
+        let trace = Trace::new(began, heed, files.path());
         let mut broken = world::carry_out(plan, files, &trace).await;
         broken.extend(PANICS.take());
         let (hash, things) = trace.sum();

@@ -14,6 +14,8 @@ pub struct Plan {
     pub nodes: usize,
     /// How many conductors: `ctl1`, ….
     pub conductors: usize,
+    /// What can cut nodes' power; if anything can, dead nodes are evacuated unasked.
+    pub fence: Fence,
     /// The guests.
     pub guests: Vec<GuestPlan>,
     /// What happens, in order of time.
@@ -44,6 +46,17 @@ pub enum Disks {
     Shared,
     /// In its project's directory on its node: it can be handed to another project.
     Project,
+}
+
+/// What can cut nodes' power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fence {
+    /// Nothing.
+    None,
+    /// An agent that does it.
+    Works,
+    /// One that says that it could not.
+    Fails,
 }
 
 /// Something and its moment.
@@ -86,6 +99,8 @@ pub enum Event {
     LoseJournal { node: usize, for_ms: u64 },
     /// A node has no room for disks.
     FullDisk { node: usize, for_ms: u64 },
+    /// Nor for what its agent writes down.
+    FullState { node: usize, for_ms: u64 },
     /// A node's libvirtd is started anew.
     RestartLibvirtd { node: usize },
     /// A node's libvirtd answers nobody.
@@ -96,6 +111,10 @@ pub enum Event {
     GuestStops { guest: usize },
     /// Somebody starts a guest by hand, if it is off.
     GuestStarts { guest: usize },
+    /// Somebody stops a guest and starts it again.
+    GuestReboots { guest: usize },
+    /// Somebody moves a guest by hand, with its disks: stopped meanwhile.
+    GuestMoves { guest: usize, to: usize },
     /// A guest writes more or less memory.
     GuestWrites { guest: usize, mib_s: u64 },
 }
@@ -140,23 +159,25 @@ pub enum Ask {
 }
 
 /// Length of the time in which things happen, ms.
-const HORIZON_MS: u64 = 150_000;
+const HORIZON_MS: u64 = 100_000;
 
 impl Plan {
-    /// What that seed stands for: of the faults that are withstood, or of all.
-    pub fn draw(seed: u64, all: bool) -> Self {
+    /// What that seed stands for.
+    pub fn draw(seed: u64) -> Self {
         let mut rng = Rng::with_seed(seed);
-        let mut kinds = WITHSTOOD.to_vec();
-        kinds.extend(OPEN.iter().filter(|_| all));
-        let nodes = rng.usize(2..=5);
-        let conductors = rng.usize(1..=3);
+        let nodes = pick(&mut rng, &[2, 3, 3, 4, 4, 5]);
+        let conductors = pick(&mut rng, &[1, 2, 2, 3]);
+        let fence = pick(
+            &mut rng,
+            &[Fence::None, Fence::Works, Fence::Works, Fence::Fails],
+        );
         let guests: Vec<GuestPlan> = (0..rng.usize(1..=5))
             .map(|_| guest(&mut rng, nodes))
             .collect();
         let mut events: Vec<Planned> = (0..rng.usize(4..=16))
             .map(|_| Planned {
                 at_ms: moment(&mut rng),
-                event: event(&mut rng, &kinds, (nodes, conductors, guests.len())),
+                event: event(&mut rng, (nodes, conductors, guests.len())),
             })
             .collect();
         events.sort_by_key(|planned| planned.at_ms);
@@ -164,6 +185,7 @@ impl Plan {
             seed,
             nodes,
             conductors,
+            fence,
             guests,
             events,
         }
@@ -201,11 +223,7 @@ fn pick<T: Clone>(rng: &mut Rng, from: &[T]) -> T {
     from[rng.usize(..from.len())].clone()
 }
 
-fn event(
-    rng: &mut Rng,
-    kinds: &[Kind],
-    (nodes, conductors, guests): (usize, usize, usize),
-) -> Event {
+fn event(rng: &mut Rng, (nodes, conductors, guests): (usize, usize, usize)) -> Event {
     if rng.u8(..100) < 50 {
         return Event::Ask(ask(rng, nodes, guests));
     }
@@ -215,8 +233,8 @@ fn event(
         false => Who::Agent(node),
     };
     // Short of every patience, longer than a lease, longer than most patience.
-    let for_ms = pick(rng, &[300, 3_000, 20_000, 60_000, 200_000]);
-    let kind = pick(rng, kinds);
+    let for_ms = pick(rng, FOR_MS);
+    let kind = pick(rng, KINDS);
     match kind {
         Kind::Kill => Event::Kill { who, for_ms },
         Kind::Freeze => Event::Freeze { who, for_ms },
@@ -241,14 +259,17 @@ fn event(
         }
         Kind::LoseJournal => Event::LoseJournal { node, for_ms },
         Kind::FullDisk => Event::FullDisk { node, for_ms },
+        Kind::FullState => Event::FullState { node, for_ms },
         Kind::RestartLibvirtd => Event::RestartLibvirtd { node },
         Kind::SilentLibvirtd => Event::SilentLibvirtd { node, for_ms },
         Kind::PowerCut => Event::PowerCut { node, for_ms },
         Kind::Guest => {
             let guest = rng.usize(..guests);
-            match rng.u8(..3) {
+            match rng.u8(..6) {
                 0 => Event::GuestStops { guest },
                 1 => Event::GuestStarts { guest },
+                2 => Event::GuestReboots { guest },
+                3 => Event::GuestMoves { guest, to: node },
                 _ => Event::GuestWrites {
                     guest,
                     mib_s: pick(rng, &[0, 100, 1000, 4000]),
@@ -268,15 +289,20 @@ enum Kind {
     WrongClock,
     LoseJournal,
     FullDisk,
+    FullState,
     RestartLibvirtd,
     SilentLibvirtd,
     PowerCut,
     Guest,
 }
 
-/// The kinds of faults that Drover withstands; what stands twice is drawn twice as
-/// often.
-const WITHSTOOD: &[Kind] = &[
+/// For how long things last, ms; what stands twice is drawn twice as often.
+const FOR_MS: &[u64] = &[
+    300, 300, 3_000, 3_000, 20_000, 20_000, 20_000, 60_000, 60_000, 200_000,
+];
+
+/// The kinds of faults; the same holds of them.
+const KINDS: &[Kind] = &[
     Kind::Kill,
     Kind::Kill,
     Kind::Kill,
@@ -289,12 +315,14 @@ const WITHSTOOD: &[Kind] = &[
     Kind::RestartLibvirtd,
     Kind::SilentLibvirtd,
     Kind::PowerCut,
+    Kind::PowerCut,
+    Kind::LoseJournal,
+    Kind::WrongClock,
+    Kind::FullState,
+    Kind::Guest,
     Kind::Guest,
     Kind::Guest,
 ];
-
-/// Those that something is known to be wrong with.
-const OPEN: &[Kind] = &[Kind::LoseJournal, Kind::WrongClock];
 
 fn ask(rng: &mut Rng, nodes: usize, guests: usize) -> Ask {
     let guest = rng.usize(..guests);
@@ -335,8 +363,8 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "seed {}: {} nodes, {} conductors",
-            self.seed, self.nodes, self.conductors
+            "seed {}: {} nodes, {} conductors, fence: {:?}",
+            self.seed, self.nodes, self.conductors, self.fence
         )?;
         for (number, guest) in self.guests.iter().enumerate() {
             writeln!(f, "  guest {number}: {guest:?}")?;

@@ -43,7 +43,7 @@ mod tests {
 
     #[test]
     fn what_is_needed_is_left() {
-        let mut plan = Plan::draw(3, false);
+        let mut plan = Plan::draw(3);
         let stops = |guest| Planned {
             at_ms: 1,
             event: Event::GuestStops { guest },

@@ -2,13 +2,18 @@
 //! and, if somebody wants to read it, in words.
 
 use std::{
+    borrow::Cow,
     fmt,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use drover_rpc::transport::Address;
 use tokio::time::Instant;
+
+/// What stands for the directory of a run's files.
+const SOMEWHERE: &str = "/run/swarm";
 
 /// What becomes of what is heard, besides a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +32,8 @@ struct Book {
     count: u64,
     heed: Heed,
     kept: Vec<String>,
+    /// Where this run's files are: nobody's to foresee.
+    directory: String,
 }
 
 /// A run's trace. Cheap to clone.
@@ -35,13 +42,14 @@ pub(super) struct Trace(Arc<Mutex<Book>>);
 
 impl Trace {
     /// An empty one.
-    pub(super) fn new(began: Instant, heed: Heed) -> Self {
+    pub(super) fn new(began: Instant, heed: Heed, directory: &Path) -> Self {
         Self(Arc::new(Mutex::new(Book {
             began,
             hash: 0xcbf2_9ce4_8422_2325,
             count: 0,
             heed,
             kept: Vec::new(),
+            directory: directory.display().to_string(),
         })))
     }
 
@@ -49,7 +57,7 @@ impl Trace {
     pub(super) fn note(&self, who: &str, what: fmt::Arguments<'_>) {
         let mut book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let at = book.began.elapsed();
-        let line = format!("{who}: {what}");
+        let line = format!("{who}: {what}").replace(&book.directory, SOMEWHERE);
         book.mix(&at.as_nanos().to_le_bytes());
         book.mix(line.as_bytes());
         book.heed(at, |_| line);
@@ -59,12 +67,13 @@ impl Trace {
     pub(super) fn sent(&self, who: &str, to: &Address, body: &[u8]) {
         let mut book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let at = book.began.elapsed();
+        let body = book.without_directory(body);
         book.mix(&at.as_nanos().to_le_bytes());
         book.mix(who.as_bytes());
-        book.mix(body);
+        book.mix(&body);
         book.heed(at, |whole| match whole {
-            true => format!("{who} ─► {to}: {}", String::from_utf8_lossy(body)),
-            false => format!("{who} ─► {to}: {}", gist(body)),
+            true => format!("{who} ─► {to}: {}", String::from_utf8_lossy(&body)),
+            false => format!("{who} ─► {to}: {}", gist(&body)),
         });
     }
 
@@ -88,6 +97,16 @@ impl Book {
             Heed::Sum => {}
             Heed::Aloud => println!("{}", line(false)),
             Heed::Keep => self.kept.push(line(true)),
+        }
+    }
+
+    fn without_directory<'a>(&self, body: &'a [u8]) -> Cow<'a, [u8]> {
+        match std::str::from_utf8(body) {
+            Ok(text) if text.contains(&self.directory) => {
+                let text = text.replace(&self.directory, SOMEWHERE);
+                Cow::Owned(text.into_bytes())
+            }
+            _ => Cow::Borrowed(body),
         }
     }
 

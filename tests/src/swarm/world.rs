@@ -12,12 +12,10 @@ use drover_compute::{
     },
     journal::StateDisk,
 };
-use drover_conductor::{
-    app::Conductor, clock::Clock, config::ConductorSettings, operation::fence::Fences,
-};
+use drover_conductor::{app::Conductor, clock::Clock, config::ConductorSettings};
 use drover_model::{
     api::conductor::{ProjectView, method},
-    guest::{NicAttachment, PowerState},
+    guest::{Disk, DiskSource, NicAttachment, PowerState},
     ids::InstanceId,
     node::AllocationPolicy,
     project::{Location, NetworkPlace, Project, StoragePlace},
@@ -35,9 +33,10 @@ use tokio::{
 };
 
 use super::{
+    fences::Switches,
     ledger::Ledger,
     operator::{Operator, asked},
-    plan::{Disks, Event, GuestPlan, Plan, Planned, Who},
+    plan::{Disks, Event, Fence, GuestPlan, Plan, Planned, Who},
     process::{Life, WallClock, seconds},
     trace::Trace,
 };
@@ -50,7 +49,13 @@ const LOCAL: &str = "/var/lib/libvirt/images";
 pub(super) const PROJECTS: [&str; 2] = ["alpha", "beta"];
 const GIB: u64 = 1 << 30;
 /// Time that everything has to come to rest in after the last fault.
-const PATIENCE_S: u64 = 3600;
+const PATIENCE_S: u64 = 1800;
+/// How long a node has to be dead before it is evacuated unasked.
+const AUTO_EVACUATE_DELAY_S: u64 = 20;
+/// How long a node stays off whose power was cut unasked.
+const CUT_FOR_S: u64 = 90;
+/// How often agents report.
+const REPORT_INTERVAL_S: u64 = 8;
 /// How often is looked.
 const LOOK_S: u64 = 5;
 
@@ -64,6 +69,7 @@ enum Hold {
     Network,
     Clock(Who),
     FullDisk(usize),
+    FullState(usize),
     Libvirtd(usize),
     Power(usize),
 }
@@ -76,7 +82,7 @@ enum Step {
 /// A process, in whatever life it is.
 struct Process {
     clock: WallClock,
-    life: Option<Life>,
+    life: Option<Arc<Life>>,
     body: Body,
 }
 
@@ -101,6 +107,10 @@ pub(super) struct World {
     operator: Arc<Operator>,
     asking: JoinSet<()>,
     boots: u32,
+    switches: Switches,
+    /// Nodes whose power was cut unasked, and when they have it again.
+    returning: BTreeMap<usize, Instant>,
+    state_disks: Vec<StateDisk>,
 }
 
 /// The name of a process, as the broker knows it.
@@ -139,6 +149,7 @@ impl World {
             fabric: fabric.clone(),
             trace: trace.clone(),
         };
+        let switches = Switches::new(&fabric, plan.fence, trace);
         let mut world = Self {
             plan: plan.clone(),
             fabric,
@@ -153,6 +164,9 @@ impl World {
             operator: Arc::new(operator),
             asking: JoinSet::new(),
             boots: 0,
+            switches,
+            returning: BTreeMap::new(),
+            state_disks: (0..plan.nodes).map(|_| StateDisk::default()).collect(),
         };
         world.furnish();
         let began = Instant::now();
@@ -167,6 +181,7 @@ impl World {
             world.start(who);
         }
         world.is_up().await;
+        world.look_at_nodes();
         world
     }
 
@@ -218,7 +233,7 @@ impl World {
     }
 
     fn start(&mut self, who: Who) {
-        let life = Life::new();
+        let life = Arc::new(Life::new());
         if self.holds(Hold::Frozen(who)) {
             life.freeze();
         }
@@ -235,12 +250,22 @@ impl World {
                     self.agent_settings(node),
                     Arc::new(move || clock.now_ms()),
                 );
-                Body::Agent(started.expect("its directory can be used"))
+                match started {
+                    Ok(agent) => Body::Agent(agent),
+                    // Whoever watches over it tries again when there is room.
+                    Err(_) if self.holds(Hold::FullState(node)) => return,
+                    Err(error) => panic!("its directory cannot be used: {error}"),
+                }
             }
             Who::Conductor(_) => {
                 let store = self.store.of_another_process(life.still());
                 let messaging = self.messaging.clone();
-                let settings = ConductorSettings::default();
+                let settings = ConductorSettings {
+                    auto_evacuate: self.plan.fence != Fence::None,
+                    auto_evacuate_delay_s: AUTO_EVACUATE_DELAY_S,
+                    ..ConductorSettings::default()
+                };
+                let fences = self.switches.fences();
                 Body::Conductor(tokio::spawn(async move {
                     let started = Conductor::start(
                         &settings,
@@ -250,7 +275,7 @@ impl World {
                         store,
                         Clock::from_fn(move || clock.now_ms()),
                         Patience::default(),
-                        Fences::default(),
+                        fences,
                     );
                     started.await.expect("a conductor in memory starts")
                 }))
@@ -282,8 +307,8 @@ impl World {
             endpoint: self.fabric.endpoint(&host),
             policy: AllocationPolicy::default(),
             state_dir: self.state_dir(&host),
-            state_disk: StateDisk::default(),
-            report_interval_s: 5,
+            state_disk: self.state_disks[node].clone(),
+            report_interval_s: REPORT_INTERVAL_S,
             max_downtime_ms: 500,
             progress_timeout_s: 150,
             guard_autostart: true,
@@ -314,6 +339,7 @@ impl World {
         let mut ends = due.len();
         while let Some(((at_ms, _), step)) = due.pop_first() {
             sleep_until(began + std::time::Duration::from_millis(at_ms)).await;
+            self.notice_cuts();
             match step {
                 Step::Happens(event) => {
                     self.trace.note("event", format_args!("{event:?}"));
@@ -325,12 +351,70 @@ impl World {
                 }
                 Step::Ends(hold) => self.end(hold),
             }
-            let found = Ledger::moment(&self.fabric);
+            self.look_at_nodes();
+            let found = self.broken();
             if !found.is_empty() {
                 return found;
             }
         }
         Vec::new()
+    }
+
+    /// What must hold at every moment and does not.
+    fn broken(&self) -> Vec<String> {
+        let mut broken = Ledger::moment(&self.fabric);
+        broken.extend(self.switches.wrong());
+        broken
+    }
+
+    /// Nodes whose power a conductor has cut stay off for a while.
+    fn notice_cuts(&mut self) {
+        for cut in self.switches.cut() {
+            let node = (0..self.plan.nodes).find(|node| host(*node) == cut);
+            let node = node.expect("it is one of them");
+            let who = Who::Agent(node);
+            for hold in [Hold::Dead(who), Hold::Power(node)] {
+                *self.holds.entry(hold).or_default() += 1;
+            }
+            self.kill(who);
+            self.returning
+                .insert(node, Instant::now() + seconds(CUT_FOR_S));
+        }
+        let now = Instant::now();
+        let due: Vec<usize> = self
+            .returning
+            .iter()
+            .filter(|(_, at)| **at <= now)
+            .map(|(node, _)| *node)
+            .collect();
+        for node in due {
+            self.returning.remove(&node);
+            self.end(Hold::Dead(Who::Agent(node)));
+            self.end(Hold::Power(node));
+        }
+    }
+
+    /// Looks at how nodes are, as whoever stands before them can.
+    fn look_at_nodes(&self) {
+        let has_power = |node| !self.holds(Hold::Power(node));
+        let agent_is_heard = |node| {
+            let who = Who::Agent(node);
+            let away = [Hold::Dead(who), Hold::Frozen(who), Hold::CutOff(who)];
+            has_power(node) && !away.into_iter().any(|hold| self.holds(hold))
+        };
+        for node in 0..self.plan.nodes {
+            let is_seen_by = |other: usize| {
+                let link = Hold::Link(node.min(other), node.max(other));
+                other != node && agent_is_heard(other) && !self.holds(link)
+            };
+            let libvirtd_is_seen = has_power(node)
+                && !self.holds(Hold::Libvirtd(node))
+                && (0..self.plan.nodes).any(is_seen_by);
+            let is_alive = agent_is_heard(node) || libvirtd_is_seen;
+            let life = self.processes[&Who::Agent(node)].life.as_ref();
+            self.switches
+                .see(&host(node), !has_power(node), is_alive, life);
+        }
     }
 
     /// Lets it happen; gives back what of it lasts, and how long, ms.
@@ -360,6 +444,7 @@ impl World {
                 vec![(Hold::Dead(who), for_ms)]
             }
             Event::FullDisk { node, for_ms } => vec![(Hold::FullDisk(node), for_ms)],
+            Event::FullState { node, for_ms } => vec![(Hold::FullState(node), for_ms)],
             Event::RestartLibvirtd { node } => {
                 self.fabric.restart_libvirtd(&host(node));
                 Vec::new()
@@ -375,6 +460,15 @@ impl World {
             }
             Event::GuestStarts { guest } => {
                 self.start_by_hand(self.guests[guest]).await;
+                Vec::new()
+            }
+            Event::GuestReboots { guest } => {
+                self.fabric.kill_guest(self.guests[guest]);
+                self.start_by_hand(self.guests[guest]).await;
+                Vec::new()
+            }
+            Event::GuestMoves { guest, to } => {
+                self.move_by_hand(guest, to).await;
                 Vec::new()
             }
             Event::GuestWrites { guest, mib_s } => {
@@ -397,6 +491,55 @@ impl World {
         }
     }
 
+    /// Somebody stops a guest, takes it to another node with its disks, and starts it
+    /// there if it ran: who knows of one domain only, and of no migration.
+    async fn move_by_hand(&self, guest: usize, to: usize) {
+        let (id, to) = (self.guests[guest], host(to));
+        let [(from, was)] = &self.fabric.whereabouts(id)[..] else {
+            return;
+        };
+        let (from, runs) = (from.as_str(), was.is_active());
+        let hands_can = [from, &to].iter().all(|node| {
+            let node = (0..self.plan.nodes).find(|n| host(*n) == **node);
+            let away = |node| {
+                [
+                    Hold::Power(node),
+                    Hold::Libvirtd(node),
+                    Hold::FullDisk(node),
+                ]
+            };
+            node.is_some_and(|node| !away(node).into_iter().any(|hold| self.holds(hold)))
+        });
+        let found = self.fabric.guest(from, id);
+        let own = disks(guest, &self.plan.guests[guest]);
+        let has_its_own = found.is_some_and(|found| {
+            let file = |disk: &Disk| matches!(&disk.source, DiskSource::File { path } if own.contains(path));
+            found.disks.iter().all(file)
+        });
+        if from == to || !hands_can || !has_its_own || self.fabric.migrating().contains(&id) {
+            return;
+        }
+        let (here, there) = (self.fabric.driver(from), self.fabric.driver(&to));
+        let Ok(Some(definition)) = here.definition(id).await else {
+            return;
+        };
+        self.fabric.kill_guest(id);
+        if here.withdraw(id).await.is_err() {
+            return;
+        }
+        if self.plan.guests[guest].disks != Disks::Shared {
+            own.iter()
+                .for_each(|path| self.fabric.copy_file(from, &to, path));
+        }
+        let defined = there.define(&definition, None).await;
+        defined.expect("nobody else has a domain of it");
+        self.trace
+            .note("hand", format_args!("guest{guest} is on {to} now"));
+        if runs {
+            drop(there.start(id).await);
+        }
+    }
+
     fn begin(&mut self, hold: Hold) {
         let count = self.holds.entry(hold).or_default();
         *count += 1;
@@ -406,13 +549,14 @@ impl World {
         let life = |who| self.processes[&who].life.as_ref();
         match hold {
             Hold::Dead(who) => self.kill(who),
-            Hold::Frozen(who) => life(who).into_iter().for_each(Life::freeze),
+            Hold::Frozen(who) => life(who).into_iter().for_each(|life| life.freeze()),
             Hold::CutOff(who) => self.broker.cut(&name(who)),
             Hold::Link(a, b) => self.fabric.cut_link(&host(a), &host(b)),
             Hold::Network => self.broker.set_faults(bad_network()),
             // It is wrong already, by as much as was last said.
             Hold::Clock(_) => {}
             Hold::FullDisk(node) => self.fabric.set_disk_bytes(&host(node), LOCAL, 0),
+            Hold::FullState(node) => self.state_disks[node].fill(true),
             Hold::Libvirtd(node) => self.fabric.libvirtd_away(&host(node)),
             Hold::Power(node) => self.fabric.power_off(&host(node)),
         }
@@ -431,13 +575,21 @@ impl World {
             Hold::Dead(who) => self.start(who),
             Hold::Frozen(who) => {
                 let life = self.processes[&who].life.as_ref();
-                life.into_iter().for_each(Life::thaw);
+                life.into_iter().for_each(|life| life.thaw());
             }
             Hold::CutOff(who) => self.broker.heal(&name(who)),
             Hold::Link(a, b) => self.fabric.mend_link(&host(a), &host(b)),
             Hold::Network => self.broker.set_faults(Faults::default()),
             Hold::Clock(who) => self.processes[&who].clock.set_ahead(0),
             Hold::FullDisk(node) => self.fabric.set_disk_bytes(&host(node), LOCAL, 200 * GIB),
+            Hold::FullState(node) => {
+                self.state_disks[node].fill(false);
+                let who = Who::Agent(node);
+                let is_gone = matches!(self.processes[&who].body, Body::None);
+                if is_gone && !self.holds(Hold::Dead(who)) {
+                    self.start(who);
+                }
+            }
             Hold::Libvirtd(node) => self.fabric.libvirtd_back(&host(node)),
             Hold::Power(node) => {
                 self.fabric.power_on(&host(node));
@@ -458,19 +610,23 @@ impl World {
             fabric: self.fabric.clone(),
             store: self.store.clone(),
             guests: self.guests.clone(),
+            switches: self.switches.clone(),
         };
         let began = Instant::now();
         let mut rested = 0;
         loop {
             sleep(seconds(LOOK_S)).await;
-            let found = Ledger::moment(&self.fabric);
+            self.notice_cuts();
+            self.look_at_nodes();
+            let found = self.broken();
             if !found.is_empty() {
                 return found;
             }
             let left = ledger.unrest(&self.plan).await;
-            rested = if left.is_empty() { rested + 1 } else { 0 };
-            if rested > 3 {
-                return ledger.at_rest(&self.plan);
+            let rests = left.is_empty() && self.returning.is_empty();
+            rested = if rests { rested + 1 } else { 0 };
+            if rested > 2 {
+                return ledger.at_rest(&self.plan).await;
             }
             if began.elapsed() > seconds(PATIENCE_S) {
                 return left;
@@ -489,19 +645,24 @@ fn bad_network() -> Faults {
     }
 }
 
-fn builder(number: usize, plan: &GuestPlan) -> GuestBuilder {
-    let name = format!("guest{number}");
+fn disks(number: usize, plan: &GuestPlan) -> [String; 2] {
     let directory = match plan.disks {
         Disks::Local => LOCAL.to_owned(),
         Disks::Shared => SHARED.to_owned(),
         Disks::Project => format!("/projects/{}", PROJECTS[0]),
     };
+    ["qcow2", "raw"].map(|format| format!("{directory}/guest{number}.{format}"))
+}
+
+fn builder(number: usize, plan: &GuestPlan) -> GuestBuilder {
+    let name = format!("guest{number}");
+    let [system, data] = disks(number, plan);
     let mut builder = GuestBuilder::new(&name)
         .memory_mib(1024)
         .dirty_mib_s(plan.dirty_mib_s)
         .working_set_mib(512)
-        .disk(&format!("{directory}/{name}.qcow2"), 256)
-        .disk(&format!("{directory}/{name}-data.raw"), 64);
+        .disk(&system, 256)
+        .disk(&data, 64);
     if !plan.runs {
         builder = builder.state(PowerState::Shutdown);
     }

@@ -222,3 +222,22 @@ fn a_guest_that_outruns_the_link_moves_by_post_copy() {
     session.end();
     guest.check();
 }
+
+#[test]
+fn a_guest_that_is_made_to_end_stands_still_for_a_moment_whatever_its_bandwidth() {
+    let Some(devstack) = Devstack::take() else {
+        return;
+    };
+    let guest = devstack.guest("shared29");
+    let session = guest.session();
+    let options = ["--bandwidth", "1"];
+    let mut following = devstack.start(&[&migrate(&guest, "kvm2")[..], &options].concat());
+    following.until_sending();
+    devstack.json(&["migration", "force-complete", &following.id]);
+    let end = following.end();
+    assert_eq!(end["status"], "completed", "{end:#}");
+    let downtime_ms = end["downtime_ms"].as_u64();
+    assert!(downtime_ms.is_some_and(|ms| ms < 5_000), "{end:#}");
+    session.end();
+    guest.check();
+}

@@ -293,8 +293,8 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
     /// Switches a migration to post-copy. `WrongState` if it was not started so.
     async fn start_post_copy(&self, id: InstanceId) -> Result<()>;
 
-    /// Pauses the guest so that its migration ends at once; it runs again on
-    /// the destination when the migration is over.
+    /// Pauses the guest so that its migration ends at once, whatever bandwidth it was
+    /// given; it runs again on the destination when the migration is over.
     async fn pause_for_switch_over(&self, id: InstanceId) -> Result<()>;
 
     /// Lets a paused guest run on here (after a failed migration).

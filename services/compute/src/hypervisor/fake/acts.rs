@@ -116,6 +116,9 @@ impl World {
         now: Instant,
     ) -> Result<()> {
         self.revocable(host, id)?;
+        if let Some(journey) = self.journeys.get_mut(&id) {
+            journey.spec.options.bandwidth_mib_s = None;
+        }
         self.stop_for_journey(id, now);
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use drover_model::{guest::Presence, ids::InstanceId, migration::Transfer};
+use tracing::warn;
 use virt::{connect::Connect, domain::Domain, error::Error, sys};
 
 use super::{
@@ -220,10 +221,17 @@ pub(super) fn set_max_downtime(connect: &Connect, id: InstanceId, ms: u64) -> Ca
     Ok(domain.migrate_set_max_downtime(ms, 0)?)
 }
 
-/// Pauses a guest whose migration is under way.
+/// Most that libvirt takes for a bandwidth, MiB/s: no limit.
+const UNLIMITED_MIB_S: u64 = (i64::MAX as u64) >> 20;
+
+/// Pauses a guest whose migration is under way. What is left is sent as fast as the
+/// link takes it: a limit would hold the guest still for as long as it lasts.
 pub(super) fn pause(connect: &Connect, id: InstanceId) -> CallResult<()> {
     let domain = guests::get(connect, id)?;
     outgoing(&domain)?;
+    if let Err(error) = domain.migrate_set_max_speed(UNLIMITED_MIB_S, 0) {
+        warn!(instance = %id, %error, "its migration's bandwidth is still limited while it is paused");
+    }
     Ok(domain.suspend().map(drop)?)
 }
 

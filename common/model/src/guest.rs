@@ -1,6 +1,8 @@
 //! A guest as its hypervisor describes it: the part of a domain that decides
 //! whether and how it can move.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -31,6 +33,19 @@ impl PowerState {
     }
 }
 
+/// As people say it.
+impl fmt::Display for PowerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Shutdown => "shut off",
+            Self::Crashed => "crashed",
+            Self::Suspended => "suspended",
+        })
+    }
+}
+
 /// What a node knows of a guest when asked where it is (invariant 3: a node
 /// that cannot tell answers with an error, never with `Absent`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +57,17 @@ pub enum Presence {
     Incoming,
     /// The domain is here, in this state.
     Present(PowerState),
+}
+
+/// As people say it.
+impl fmt::Display for Presence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Absent => f.write_str("absent"),
+            Self::Incoming => f.write_str("about to arrive"),
+            Self::Present(state) => state.fmt(f),
+        }
+    }
 }
 
 impl Presence {

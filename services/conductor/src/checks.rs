@@ -174,13 +174,13 @@ pub fn state(state: PowerState, way: &Way) -> Option<CheckFailure> {
     match (way, state) {
         (Way::Live(_), P::Running | P::Paused) => None,
         (Way::Live(_), _) => no(
-            format!("it is {state:?}; only a running or paused instance moves live"),
+            format!("it is {state}; only a running or paused instance moves live"),
             "start it first, or move it cold",
         ),
         (Way::Transfer(transfer), _) => match transfer.options.mode {
             TransferMode::Cold => cold_state(state, transfer.options.force_stop_after_s),
             TransferMode::Live if state == P::Suspended => no(
-                format!("it is {state:?}, and would not notice a new network"),
+                format!("it is {state}, and would not notice a new network"),
                 "wake it first, or transfer it with --cold",
             ),
             TransferMode::Live => None,
@@ -195,7 +195,7 @@ pub fn state(state: PowerState, way: &Way) -> Option<CheckFailure> {
 fn cold_state(state: PowerState, force_stop_after_s: Option<u64>) -> Option<CheckFailure> {
     let obeys = !matches!(state, PowerState::Paused | PowerState::Suspended);
     (!obeys && force_stop_after_s.is_none()).then(|| {
-        let message = format!("it is {state:?} and could not obey a request to shut down");
+        let message = format!("it is {state} and could not obey a request to shut down");
         fail(
             CheckCode::InstanceState,
             Side::Instance,

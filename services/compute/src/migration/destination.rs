@@ -140,7 +140,7 @@ impl Actor {
         let presence = self.node.hypervisor.presence(record.instance).await;
         let presence = presence.map_err(fault)?;
         if presence != Presence::Absent {
-            let message = format!("the instance is on this node already ({presence:?})");
+            let message = format!("the instance is on this node already ({presence})");
             return Err(Fault::refused(message));
         }
         for disk in &record.disks {
@@ -273,7 +273,7 @@ impl Actor {
         let presence = self.node.hypervisor.presence(step.instance).await;
         let presence = presence.map_err(fault)?;
         if presence.is_active() {
-            let message = format!("the guest is active on this node ({presence:?})");
+            let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }
         let record = match &self.stage {
@@ -290,7 +290,7 @@ impl Actor {
         };
         if record.ran_here || presence != Presence::Absent && presence != Presence::Incoming {
             return Err(Fault::refused(format!(
-                "the guest ran on this node ({presence:?} now): nothing of it is taken back"
+                "the guest ran on this node ({presence} now): nothing of it is taken back"
             )));
         }
         let mut clean_up = CleanUp::default();

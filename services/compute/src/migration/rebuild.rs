@@ -101,7 +101,7 @@ impl Actor {
             let presence = self.node.hypervisor.presence(record.instance).await;
             let presence = presence.map_err(fault)?;
             if presence != Presence::Absent {
-                let message = format!("the instance is on this node already ({presence:?})");
+                let message = format!("the instance is on this node already ({presence})");
                 return Err(Fault::refused(message));
             }
             self.write_rebuilding(&record).await
@@ -187,7 +187,7 @@ impl Actor {
         let presence = presence.map_err(fault)?;
         // Whether it is off by now is its owner's doing.
         if !started || !matches!(presence, Presence::Present(_)) {
-            let message = format!("the guest does not run on this node ({presence:?})");
+            let message = format!("the guest does not run on this node ({presence})");
             return Err(Fault::refused(message));
         }
         self.forget(step, Finished::with(Ended::Arrived)).await?;

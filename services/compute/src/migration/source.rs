@@ -181,9 +181,7 @@ impl Actor {
     fn plan(&self, request: LiveMigration, guest: &Guest) -> Result<SourceRecord, Fault> {
         if !guest.power_state.is_active() {
             let state = guest.power_state;
-            return Err(Fault::refused(format!(
-                "the guest is not running: {state:?}"
-            )));
+            return Err(Fault::refused(format!("the guest is not running: {state}")));
         }
         if let Some(job) = guest.active_job.as_ref().filter(|_| !request.attach) {
             return Err(Fault::refused(format!(
@@ -328,7 +326,7 @@ impl Actor {
             // Its disks may be the only ones.
             Presence::Present(_) | Presence::Incoming => {
                 return Err(Fault::refused(format!(
-                    "the guest is still on the source ({presence:?}): nothing is removed"
+                    "the guest is still on the source ({presence}): nothing is removed"
                 )));
             }
         };

@@ -327,7 +327,7 @@ impl ColdMigrate {
             // Somebody took away what had come: nothing is undone on a guess.
             _ => {
                 return Err(lost(format!(
-                    "the guest came to {} and is not there any more: {presence:?}",
+                    "the guest came to {} and is not there any more: {presence}",
                     chosen.host
                 )));
             }
@@ -449,7 +449,7 @@ impl ColdMigrate {
         match data.handed_over && !matches!(there, Presence::Present(_)) {
             false => Ok(()),
             true => Err(lost(format!(
-                "{} no longer has the guest that it had set aside ({there:?})",
+                "{} no longer has the guest that it had set aside ({there})",
                 self.job.source()
             ))),
         }

@@ -341,7 +341,7 @@ impl Evacuate {
                 (Presence::Present(PowerState::Running), _) => break,
                 (there, _) if there.is_active() => {
                     if began.elapsed() >= LOOK_FOR {
-                        let words = format!("it is on {host}, and does not run: {there:?}");
+                        let words = format!("it is on {host}, and does not run: {there}");
                         data.warn(Self::name(Step::Start), vec![words]);
                         break;
                     }
@@ -351,13 +351,13 @@ impl Evacuate {
                 }
                 // It ran there: with its generation it is the only one that may.
                 (Presence::Present(_), Ok(())) => {
-                    let words = format!("it was started on {host}, and is off again: {there:?}");
+                    let words = format!("it was started on {host}, and is off again: {there}");
                     data.warn(Self::name(Step::Start), vec![words]);
                     break;
                 }
                 (there, Ok(())) => {
                     return Err(lost(format!(
-                        "it was started on {host}, and is not there any more: {there:?}"
+                        "it was started on {host}, and is not there any more: {there}"
                     )));
                 }
                 (_, Err(e)) if began.elapsed() >= LOOK_FOR => return Err(lost(e.message.clone())),

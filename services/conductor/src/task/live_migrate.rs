@@ -721,7 +721,7 @@ fn said(
     at_dest: &Result<GuestLocation, StepError>,
 ) -> String {
     let one = |host: &HostName, said: &Result<GuestLocation, StepError>| match said {
-        Ok(l) => format!("{host} says {:?}", l.presence),
+        Ok(l) => format!("on {host} it is {}", l.presence),
         Err(e) => format!("{host} does not say ({e})"),
     };
     format!("{}, {}", one(source, at_source), one(dest, at_dest))

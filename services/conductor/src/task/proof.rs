@@ -58,7 +58,7 @@ impl Seen {
     /// In words, for people.
     pub(super) fn words(&self) -> String {
         let (host, presence) = (&self.host, self.copy.presence);
-        let mut words = format!("{host} says {presence:?}");
+        let mut words = format!("on {host} it is {presence}");
         if self.copy.is_kept_aside() {
             words.push_str(", kept aside");
         }

@@ -214,7 +214,7 @@ impl World {
             return match here.presence() {
                 Presence::Present(_) if here.guest.generation == generation => Ok(()),
                 presence => Err(HypervisorError::WrongState(format!(
-                    "the guest is here already: {presence:?}, generation {}",
+                    "the guest is here already: {presence}, generation {}",
                     here.guest.generation
                 ))),
             };

@@ -1,5 +1,7 @@
 //! Reading guests off a connection. Everything here blocks.
 
+use std::path::Path;
+
 use drover_model::{
     guest::{Disk, Guest, Immovable, ImmovableKind, Presence},
     ids::InstanceId,
@@ -235,6 +237,10 @@ pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
         let Some(path) = disk.local_path() else {
             continue;
         };
+        if let Err(words) = sizes::is_image(Path::new(path)) {
+            obstacles.push(format!("{}: {path}: {words}", disk.target));
+            continue;
+        }
         match chain::below(path, &disk.format, places) {
             Ok(backing) => disk.backing = backing,
             Err(words) => obstacles.push(format!("{}: {words}", disk.target)),
@@ -260,9 +266,15 @@ pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
 }
 
 /// Sizes of disks that no file of this node tells (network disks, rare
-/// formats), from libvirt.
+/// formats), from libvirt. It opens what it finds there: of what is no image, it
+/// is not asked.
 fn ask_for_missing_sizes(domain: &Domain, guest: &mut Guest) {
-    for disk in guest.disks.iter_mut().filter(|d| is_unmeasured(d)) {
+    let can_be_opened = |disk: &Disk| {
+        let path = disk.local_path();
+        path.is_none_or(|path| sizes::is_image(Path::new(path)).is_ok())
+    };
+    let missing = guest.disks.iter_mut().filter(|d| is_unmeasured(d));
+    for disk in missing.filter(|d| can_be_opened(d)) {
         match domain.block_info(&disk.target, 0) {
             Ok(info) => {
                 disk.virtual_bytes = info.capacity;

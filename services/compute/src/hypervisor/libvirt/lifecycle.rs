@@ -30,7 +30,7 @@ pub(super) fn discard_incoming(connect: &Connect, id: InstanceId) -> CallResult<
         None | Some(Presence::Absent) => return Ok(()),
         Some(Presence::Incoming) => {}
         Some(Presence::Present(state)) => {
-            return Err(wrong(format!("the guest is not arriving, it is {state:?}")));
+            return Err(wrong(format!("the guest is not arriving, it is {state}")));
         }
     }
     errors::absent_is_none(domain.destroy())?;

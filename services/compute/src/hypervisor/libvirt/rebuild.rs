@@ -134,7 +134,7 @@ fn define(connect: &Connect, id: InstanceId, text: &str, generation: u64) -> Cal
         if matches!(presence, Presence::Present(_)) && here == generation {
             return Ok(());
         }
-        let words = format!("the guest is here already: {presence:?}, generation {here}");
+        let words = format!("the guest is here already: {presence}, generation {here}");
         return Err(HypervisorError::WrongState(words).into());
     }
     connect.define_domain_xml_flags(&text, 0)?;

@@ -16,6 +16,9 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Where in it the size stands, as eight bytes, most significant first.
 const QCOW2_SIZE: std::ops::Range<usize> = 24..32;
 
+/// Said of a directory, a pipe, …
+const NO_IMAGE: &str = "neither a file nor a block device";
+
 /// What a disk takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(in super::super) struct Sizes {
@@ -32,6 +35,16 @@ pub(in super::super) fn fill(guest: &mut Guest) {
             disk.virtual_bytes = sizes.virtual_bytes;
             disk.allocated_bytes = sizes.allocated_bytes;
         }
+    }
+}
+
+/// Whether there is something that a disk can be: a file or a block device. Whoever
+/// opens a pipe may wait for ever, libvirtd too.
+pub(in super::super) fn is_image(path: &Path) -> std::io::Result<()> {
+    let kind = std::fs::metadata(path)?.file_type();
+    match kind.is_file() || kind.is_block_device() {
+        true => Ok(()),
+        false => Err(std::io::Error::other(NO_IMAGE)),
     }
 }
 
@@ -59,7 +72,7 @@ pub(in super::super) fn measure(path: &Path, format: &str) -> std::io::Result<Si
     } else if kind.is_file() {
         metadata.len()
     } else {
-        return Err(std::io::Error::other("neither a file nor a block device"));
+        return Err(std::io::Error::other(NO_IMAGE));
     };
     let allocated_bytes = if kind.is_file() {
         metadata.blocks().saturating_mul(512)
@@ -94,6 +107,22 @@ fn qcow2_size(file: &mut File) -> std::io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pipe_is_no_image_and_is_not_waited_for() {
+        let place = tempfile::tempdir().unwrap();
+        let pipe = place.path().join("pipe");
+        let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, mode, 0).unwrap();
+        for odd in [&pipe, place.path(), Path::new("/dev/zero")] {
+            assert_eq!(is_image(odd).unwrap_err().to_string(), NO_IMAGE);
+            assert_eq!(measure(odd, "raw").unwrap_err().to_string(), NO_IMAGE);
+        }
+        let file = place.path().join("file");
+        assert!(is_image(&file).is_err(), "it is not there");
+        File::create(&file).unwrap();
+        is_image(&file).unwrap();
+    }
 
     #[test]
     fn raw_is_its_length_and_qcow2_says_so() {

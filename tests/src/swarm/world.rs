@@ -16,7 +16,10 @@ use drover_conductor::{
     app::Conductor, clock::Clock, config::ConductorSettings, operation::fence::Fences,
 };
 use drover_model::{
-    api::conductor::{ProjectView, method},
+    api::{
+        SPEAKS,
+        conductor::{ProjectView, method},
+    },
     guest::{NicAttachment, PowerState},
     ids::InstanceId,
     node::AllocationPolicy,
@@ -288,6 +291,7 @@ impl World {
             progress_timeout_s: 150,
             guard_autostart: true,
             boot_id_file: self.directories.path().join(format!("{host}.boot")),
+            speaks: SPEAKS,
             host: host.parse().expect("a host name"),
         }
     }

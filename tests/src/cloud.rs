@@ -40,7 +40,7 @@ use drover_model::{
     operation::{Operation, OperationPlan, Task},
 };
 use drover_rpc::{
-    MessagingSettings, RequestContext, RpcClient, RpcError, Target,
+    MessagingSettings, RequestContext, RpcClient, RpcError, Target, Transport,
     memory::{Faults, MemoryBroker},
 };
 use drover_saga::Patience;
@@ -48,6 +48,8 @@ use drover_store::Store;
 use serde::{Serialize, de::DeserializeOwned};
 use tempfile::TempDir;
 use tokio::time::{Instant, timeout};
+
+use crate::{dialect::Dialect, tap::Tap};
 
 /// Longest that anything is waited for, in virtual time.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -74,6 +76,8 @@ pub struct Cloud {
     conductors: BTreeMap<String, Conductor>,
     agents: BTreeMap<String, AgentHandle>,
     /// How far each machine's clock is ahead, ms.
+    dialects: BTreeMap<String, Dialect>,
+    tap: Option<Tap>,
     clocks: Mutex<BTreeMap<String, Arc<AtomicI64>>>,
     directories: TempDir,
     disks: BTreeMap<String, StateDisk>,
@@ -122,6 +126,8 @@ impl Cloud {
             messaging,
             conductors: BTreeMap::new(),
             agents: BTreeMap::new(),
+            dialects: BTreeMap::new(),
+            tap: None,
             clocks: Mutex::default(),
             directories: TempDir::new().expect("a temporary directory"),
             disks: BTreeMap::new(),
@@ -183,11 +189,13 @@ impl Cloud {
 
     /// Starts a conductor that has its own way to the record.
     pub async fn start_conductor_on(&mut self, name: &str, store: Store) {
+        let mut settings = self.settings.clone();
+        settings.speaks = self.dialect(name).speaks();
         let started = Conductor::start(
-            &self.settings,
+            &settings,
             name,
             &self.messaging,
-            self.broker.transport(name),
+            self.transport(name),
             store,
             Clock::from_fn(self.clock(name)),
             Patience::default(),
@@ -244,16 +252,41 @@ impl Cloud {
             progress_timeout_s: 150,
             guard_autostart: true,
             boot_id_file: self.directories.path().join(format!("{host}.boot")),
+            speaks: self.dialect(name).speaks(),
         };
         let started = Agent::start(
             Arc::new(self.fabric.driver(host)),
-            self.broker.transport(name),
+            self.transport(name),
             &self.messaging,
             settings,
             Arc::new(self.clock(name)),
         );
         let agent = started.expect("an agent in memory starts");
         self.agents.insert(name.to_owned(), agent);
+    }
+
+    /// Has a process be of another version from its next start on.
+    pub fn set_dialect(&mut self, name: &str, dialect: Dialect) {
+        self.dialects.insert(name.to_owned(), dialect);
+    }
+
+    fn dialect(&self, name: &str) -> Dialect {
+        self.dialects.get(name).copied().unwrap_or_default()
+    }
+
+    fn transport(&self, name: &str) -> Arc<dyn Transport> {
+        let transport = self.dialect(name).over(self.broker.transport(name));
+        match &self.tap {
+            Some(tap) => tap.over(transport),
+            None => transport,
+        }
+    }
+
+    /// Has whoever starts from now on be listened to.
+    pub fn listen_to(&mut self, tap: Tap) {
+        let operator = tap.over(self.broker.transport("listened"));
+        self.client = RpcClient::new(operator, &self.messaging);
+        self.tap = Some(tap);
     }
 
     /// Waits until an agent serves.
@@ -287,6 +320,11 @@ impl Cloud {
     pub fn lose_state(&self, host: &str) {
         let lost = std::fs::remove_dir_all(self.state_dir(host));
         lost.expect("an agent has been there");
+    }
+
+    /// What a node's agent has written down of a migration that it carries out.
+    pub fn journal(&self, host: &str, id: MigrationId) -> PathBuf {
+        self.state_dir(host).join(format!("migrations/{id}.json"))
     }
 
     fn state_dir(&self, host: &str) -> PathBuf {

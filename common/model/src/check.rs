@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::unknown::Word;
+
 /// One failed check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckFailure {
@@ -46,21 +48,32 @@ pub enum Side {
     Path,
     /// The project that gives or gets it.
     Project,
+    /// One that this version does not know.
+    #[serde(untagged)]
+    Other(Word),
 }
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $variant:ident => $text:literal,)*) => {
         /// Every check there is. The text is what stands in JSON and tables.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-        pub enum CheckCode { $($(#[$doc])* #[serde(rename = $text)] $variant,)* }
+        pub enum CheckCode {
+            $($(#[$doc])* #[serde(rename = $text)] $variant,)*
+            /// One that this version does not know.
+            #[serde(untagged)]
+            Other(Word),
+        }
 
         impl CheckCode {
             /// All codes, for tests that want every one of them to be reachable.
             pub const ALL: &'static [CheckCode] = &[$(CheckCode::$variant,)*];
 
             /// The code as text.
-            pub fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $text,)* }
+            pub fn as_str(&self) -> &str {
+                match self {
+                    $(Self::$variant => $text,)*
+                    Self::Other(word) => word.as_str(),
+                }
             }
         }
     };
@@ -91,6 +104,9 @@ codes! {
     HostDisabled => "host_disabled",
     /// Nothing was heard of the node for too long, or its agent does not answer.
     HostDown => "host_down",
+    /// The node's agent and the conductor have no version in common, or do not
+    /// understand each other.
+    Version => "version",
     /// The node's agent is up and its libvirt is not.
     LibvirtDown => "libvirt_down",
     /// One node cannot reach the other's libvirt.
@@ -202,6 +218,7 @@ impl fmt::Display for Side {
             Self::Destination => "destination",
             Self::Path => "path",
             Self::Project => "project",
+            Self::Other(word) => word.as_str(),
         })
     }
 }

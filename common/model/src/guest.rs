@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     content::{BoundAddress, ReadFile},
     ids::InstanceId,
+    unknown::Word,
 };
 
 /// Where a domain stands, in Nova's words for libvirt's states.
@@ -24,12 +25,16 @@ pub enum PowerState {
     Crashed,
     /// Suspended by the guest's own power management.
     Suspended,
+    /// One that this version does not know.
+    #[serde(untagged)]
+    Other(Word),
 }
 
 impl PowerState {
     /// Whether a QEMU process holds the guest's memory.
     pub fn is_active(self) -> bool {
-        matches!(self, Self::Running | Self::Paused | Self::Suspended)
+        // What is not known may be running.
+        !matches!(self, Self::Shutdown | Self::Crashed)
     }
 }
 

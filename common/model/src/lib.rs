@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`ids`] and [`error`], then what there is ([`guest`],
 //! [`node`], [`project`]), what is done with it ([`migration`], [`operation`], [`check`]), what is kept of
-//! other versions ([`unknown`]), and last
+//! other versions ([`unknown`]), in which version two of them speak ([`version`]), and last
 //! [`api`], the shapes in which conductor, agents and frontends say it to each
 //! other. No I/O and no clock live here; the rules that need neither do.
 
@@ -18,6 +18,7 @@ pub mod node;
 pub mod operation;
 pub mod project;
 pub mod unknown;
+pub mod version;
 
 /// XML namespace of Drover's element in a domain's `<metadata>`.
 pub const METADATA_NAMESPACE: &str = "https://drover.dev/xmlns/instance/1";

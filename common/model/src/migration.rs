@@ -23,7 +23,7 @@
 
 mod options;
 
-use std::fmt;
+use std::{cmp::Ordering, fmt};
 
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,7 @@ pub use options::{
 use crate::{
     check::{self, CheckFailure},
     ids::{HostName, InstanceId, MigrationId, OfferId, OperationId},
+    unknown::{Unknown, Word},
 };
 
 /// What kind of move.
@@ -258,7 +259,7 @@ pub struct Transfer {
 }
 
 /// What is being done right now, finer than the status.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Waiting to begin.
@@ -284,12 +285,44 @@ pub enum Phase {
     Finishing,
     /// Over.
     Done,
+    /// One that this version does not know.
+    #[serde(untagged)]
+    Other(Word),
+}
+
+impl Ord for Phase {
+    /// As they follow on each other. One that is not known comes before all others,
+    /// so that it takes the place of none.
+    fn cmp(&self, other: &Self) -> Ordering {
+        let place = |phase: &Self| match phase {
+            Self::Other(word) => (0, Some(*word)),
+            Self::Waiting => (1, None),
+            Self::Checking => (2, None),
+            Self::Preparing => (3, None),
+            Self::PreCopy => (4, None),
+            Self::Stopping => (5, None),
+            Self::Disk => (6, None),
+            Self::Memory => (7, None),
+            Self::PostCopy => (8, None),
+            Self::SwitchOver => (9, None),
+            Self::Finishing => (10, None),
+            Self::Done => (11, None),
+        };
+        place(self).cmp(&place(other))
+    }
+}
+
+impl PartialOrd for Phase {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 impl Phase {
     /// The phase as a short word for tables.
-    pub fn as_str(self) -> &'static str {
+    pub fn as_str(&self) -> &str {
         match self {
+            Self::Other(word) => word.as_str(),
             Self::Waiting => "waiting",
             Self::Checking => "checking",
             Self::Preparing => "preparing",
@@ -378,6 +411,9 @@ pub enum EndReason {
         #[serde(default)]
         of_guest: bool,
     },
+    /// One that this version does not know.
+    #[serde(untagged)]
+    Other(Unknown),
 }
 
 impl fmt::Display for EndReason {
@@ -387,6 +423,7 @@ impl fmt::Display for EndReason {
             Self::Failed { message } => f.write_str(message),
             Self::Aborted => f.write_str("aborted on request"),
             Self::Stalled { message, .. } => write!(f, "gave up: {message}"),
+            Self::Other(unknown) => write!(f, "a reason of a newer Drover: {unknown}"),
         }
     }
 }
@@ -490,6 +527,9 @@ pub struct Migration {
     pub deadline_at_ms: Option<u64>,
     /// Counts changes of this record; what `wait_migration` waits on.
     pub version: u64,
+    /// What a newer version keeps here.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// A status that cannot follow on another.
@@ -539,6 +579,7 @@ impl Migration {
             finished_at_ms: None,
             deadline_at_ms: None,
             version: 0,
+            unknown: Unknown::default(),
         }
     }
 

@@ -46,7 +46,8 @@ fn one_entry_that_cannot_be_taken_in_costs_no_other_its_place() {
         with(ID, "generation", json!(u64::MAX)),
         with(ID, "name", json!("x".repeat(10_000))),
         with(ID, "project", json!("x".repeat(10_000))),
-        with(ID, "power_state", json!("hibernating")),
+        with(ID, "power_state", json!("x".repeat(100))),
+        with(ID, "power_state", json!(7)),
         with(ID, "memory_mib", json!(-1)),
         with(ID, "wishes", json!("none")),
         with(ID, "usage", json!(3)),
@@ -66,9 +67,12 @@ fn one_entry_that_cannot_be_taken_in_costs_no_other_its_place() {
 }
 
 #[test]
-fn a_state_that_is_not_known_counts_as_running() {
+fn a_state_that_is_not_known_is_kept_and_counts_as_running() {
     let found = read(&[with(ID, "power_state", json!("hibernating"))]);
     assert!(found[0].power_state.is_active());
+    assert_eq!(found[0].unreadable, None);
+    let said = serde_json::to_value(found[0].power_state).unwrap();
+    assert_eq!(said, json!("hibernating"));
     let known = read(&[with(ID, "vcpus", json!(-1))]);
     assert_eq!(known[0].power_state, PowerState::Shutdown);
 }

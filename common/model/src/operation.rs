@@ -598,6 +598,9 @@ pub struct Operation {
     pub finished_at_ms: Option<u64>,
     /// Counts changes of this record; what `wait_operation` waits on.
     pub version: u64,
+    /// What a newer version keeps here.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl Operation {
@@ -625,6 +628,7 @@ impl Operation {
             updated_at_ms: now_ms,
             finished_at_ms: None,
             version: 0,
+            unknown: Unknown::default(),
         }
     }
 

@@ -12,6 +12,7 @@ use crate::{context::RequestContext, dedup::Receipts, failure::RemoteFailure, te
 pub struct Request {
     pub(crate) method: String,
     pub(crate) namespace: Option<String>,
+    pub(crate) version: Option<String>,
     pub(crate) args: Option<Box<RawValue>>,
     pub(crate) context: RequestContext,
     pub(crate) unique_id: Option<String>,
@@ -30,6 +31,17 @@ impl Request {
     /// The namespace called.
     pub fn namespace(&self) -> Option<&str> {
         self.namespace.as_deref()
+    }
+
+    /// The version asked for; none if the caller named none.
+    pub fn version(&self) -> Option<&str> {
+        self.version.as_deref()
+    }
+
+    /// What is answered to a version that is not served.
+    pub fn unsupported_version(&self) -> RemoteFailure {
+        let version = shown(self.version.as_deref().unwrap_or("1.0"));
+        RemoteFailure::unsupported_version(&version, &self.method)
     }
 
     /// Who asks.

@@ -34,7 +34,7 @@ use tracing::{debug, warn};
 use crate::{
     dedup::{Receipts, Seen},
     dispatch::{self, Endpoint, Ping},
-    envelope::{AnswerTo, RequestIn, Unreadable, encode_reply},
+    envelope::{AnswerTo, RequestIn, Unreadable, Version, encode_reply},
     error::TransportError,
     failure::RemoteFailure,
     request::Request,
@@ -382,6 +382,10 @@ impl Core {
         let request = Request {
             method,
             namespace: request.namespace,
+            version: match request.version {
+                Version::Text(version) => Some(version),
+                Version::Absent | Version::Null => None,
+            },
             args: request.args,
             context: request.context,
             unique_id: request.unique_id,

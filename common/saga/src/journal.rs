@@ -9,6 +9,11 @@
 //!                                                        └─ undone (first) ─► Done(rolled back)
 //! Running(n) | Unwinding(n) ── stuck ─► Stuck(that) ── resumed ─► that
 //! ```
+//!
+//! A journal may have been written by a program of another version. One that knew fewer
+//! steps has passed over those that are new here: they count as done, and undoing them
+//! finds nothing. One that knew more has written of steps that are unknown here: that is
+//! [`JournalError::Newer`], and whoever reads it leaves the saga alone.
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -90,6 +95,9 @@ pub enum JournalError {
     /// It cannot be written or read now.
     #[error("the journal cannot be used: {0}")]
     Unavailable(String),
+    /// A newer program has written it: this one neither goes on with it nor undoes it.
+    #[error("the journal is of a newer Drover: {0}")]
+    Newer(String),
     /// It holds what no run of this saga can have written.
     #[error("the journal makes no sense: {0}")]
     Illegal(String),
@@ -128,22 +136,26 @@ impl State {
         let illegal =
             |state: &Self| JournalError::Illegal(format!("{event:?} cannot follow on {state:?}"));
         let at = position::<S>(event.step()).ok_or_else(|| {
-            JournalError::Illegal(format!("no step is called '{}'", event.step()))
+            JournalError::Newer(format!("no step is called '{}' here", event.step()))
         })?;
+        // Who passed over a step did not know it. Nobody passes over the point of no return.
+        let known_fewer = |from: usize, to: usize| from < to && (to <= commit || from > commit);
         let next_ready = |n: usize| match n + 1 == S::STEPS.len() {
             true => Self::Done(Outcome::Completed),
             false => Self::Ready(n + 1),
         };
         match (self, event) {
-            (Self::Ready(n), Event::Started { .. }) if n == at => Ok(Self::Running(n)),
+            (Self::Ready(n), Event::Started { .. }) if n == at || known_fewer(n, at) => {
+                Ok(Self::Running(at))
+            }
             (Self::Running(n), Event::Succeeded { .. }) if n == at => Ok(next_ready(n)),
             (Self::Running(n), Event::PutOff { .. }) if n == at && n > commit => Ok(next_ready(n)),
             (Self::Running(n), Event::Failed { error, .. }) if n == at && n <= commit => {
                 Ok(Self::Unwinding(n, error.clone()))
             }
-            (Self::Unwinding(n, error), Event::Undone { .. }) if n == at => Ok(match n {
+            (Self::Unwinding(n, error), Event::Undone { .. }) if at <= n => Ok(match at {
                 0 => Self::Done(Outcome::RolledBack(error)),
-                n => Self::Unwinding(n - 1, error),
+                at => Self::Unwinding(at - 1, error),
             }),
             (state @ (Self::Running(_) | Self::Unwinding(..)), Event::Stuck { .. })
                 if state.step_position() == Some(at) =>
@@ -175,7 +187,7 @@ pub fn replay<S: Saga>(events: &[Event]) -> Result<(State, Option<S::Data>), Jou
         state = state.after::<S>(event)?;
         if let Event::Succeeded { data: value, .. } = event {
             let read = serde_json::from_value(value.clone());
-            data = Some(read.map_err(|e| JournalError::Illegal(format!("its data: {e}")))?);
+            data = Some(read.map_err(|e| JournalError::Newer(format!("its data: {e}")))?);
         }
     }
     Ok((state, data))

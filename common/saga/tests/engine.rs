@@ -337,11 +337,12 @@ fn events_out_of_order_are_refused() {
     };
     let error = StepError::new(ErrorClass::Refused, "x");
     let bad: [Vec<Event>; 6] = [
-        vec![started("two")],
+        // Nobody passes over the point of no return.
+        vec![started("after")],
         vec![succeeded("one")],
         vec![started("one"), started("one")],
         vec![started("one"), succeeded("two")],
-        vec![started("none")],
+        vec![started("two"), started("one")],
         vec![
             started("one"),
             Event::PutOff {
@@ -356,4 +357,44 @@ fn events_out_of_order_are_refused() {
     }
     let (state, _) = replay::<World>(&[started("one"), succeeded("one")]).unwrap();
     assert_eq!(state, State::Ready(1));
+}
+
+#[test]
+fn a_journal_of_another_version_is_gone_on_with_or_left_alone() {
+    let started = |step: &str| Event::Started { step: step.into() };
+    let undone = |step: &str| Event::Undone { step: step.into() };
+    let succeeded = |step: &str, data: serde_json::Value| Event::Succeeded {
+        step: step.into(),
+        data,
+    };
+    let data = || serde_json::to_value(Data::default()).unwrap();
+    let error = StepError::new(ErrorClass::Refused, "x");
+    let failed = Event::Failed {
+        step: "commit".into(),
+        error: error.clone(),
+    };
+    // By one that did not know of step two, nor of the first after the commit.
+    let fewer = [started("one"), succeeded("one", data()), started("commit")];
+    let (state, _) = replay::<World>(&fewer).unwrap();
+    assert_eq!(state, State::Running(COMMIT));
+    let back = [&fewer[..], &[failed, undone("commit"), undone("one")]].concat();
+    let (state, _) = replay::<World>(&back).unwrap();
+    assert_eq!(state, State::Done(Outcome::RolledBack(error)));
+    let on = [succeeded("commit", data()), started("last")];
+    let (state, _) = replay::<World>(&[&fewer[..], &on].concat()).unwrap();
+    assert_eq!(state, State::Running(4));
+    // By one that knew of more.
+    let odd = serde_json::json!({"learned": "by heart"});
+    for more in [
+        vec![started("none")],
+        vec![
+            started("one"),
+            succeeded("one", data()),
+            started("one-and-a-half"),
+        ],
+        vec![started("one"), succeeded("one", odd)],
+    ] {
+        let read = replay::<World>(&more);
+        assert!(matches!(read, Err(JournalError::Newer(_))), "{more:?}");
+    }
 }

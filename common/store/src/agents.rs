@@ -9,10 +9,12 @@ use drover_model::{
     api::conductor::{Heartbeat, Identity, RegisterAgent, Registered},
     evidence::Life,
     ids::HostName,
+    version::Spoken,
 };
-use sqlx::{Row, any::AnyRow};
+use serde::{Deserialize, Serialize};
+use sqlx::{Any, Row, any::AnyRow};
 
-use crate::{Result, Store, corrupt, database::Tx, from_json, signed, to_json, unsigned};
+use crate::{Result, Store, corrupt, database::Tx, signed, to_json, unsigned};
 
 /// An agent as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +31,8 @@ pub struct AgentRow {
     pub beat: u64,
     /// Its version.
     pub agent_version: String,
+    /// Versions of RPC that it speaks.
+    pub speaks: Spoken,
     /// Its clock less the conductor's at its last heartbeat, ms.
     pub clock_offset_ms: i64,
     /// For how long a conductor that could hear it has not, ms.
@@ -54,6 +58,24 @@ pub type Beat = (Heartbeat, i64);
 
 /// For how long an agent has been silent since its last sign of life, ms.
 pub type Silence = (HostName, Life, u64);
+
+/// Versions as they are kept, with the incarnation that speaks them.
+#[derive(Serialize, Deserialize)]
+struct Said {
+    incarnation: u64,
+    speaks: Spoken,
+}
+
+fn said(incarnation: u64, speaks: &Spoken) -> Result<String> {
+    let speaks = speaks.clone();
+    to_json(
+        "an agent",
+        &Said {
+            incarnation,
+            speaks,
+        },
+    )
+}
 
 /// The incarnation of an agent that asks, or why it gets none. `silent_since` is
 /// the last sign of life of the one that was not heard of for the down time.
@@ -126,21 +148,26 @@ impl Store {
         let row = row_of(&mut tx, &ask.host).await?;
         let row = row.ok_or_else(|| corrupt("an agent", &"it was just written"))?;
         let answer = match judge(&row, ask, silent_since) {
-            Ok(incarnation) if incarnation == row.incarnation => {
-                Registered::Admitted { incarnation }
-            }
+            Ok(incarnation) if incarnation == row.incarnation => Registered::Admitted {
+                incarnation,
+                speaks: Spoken::Unsaid,
+            },
             Ok(incarnation) => {
                 sqlx::query(
                     "UPDATE agents SET incarnation = $2, identity = $3, agent_version = $4, \
-                     gone = 0, beat = 0, silent_ms = 0 WHERE host = $1",
+                     gone = 0, beat = 0, silent_ms = 0, speaks = $5 WHERE host = $1",
                 )
                 .bind(ask.host.as_str())
                 .bind(signed(incarnation))
                 .bind(to_json("an agent", &ask.identity)?)
                 .bind(&ask.agent_version)
+                .bind(said(incarnation, &ask.speaks)?)
                 .execute(&mut *tx)
                 .await?;
-                Registered::Admitted { incarnation }
+                Registered::Admitted {
+                    incarnation,
+                    speaks: Spoken::Unsaid,
+                }
             }
             Err(reason) => {
                 refuse(&mut tx, &ask.host, &reason).await?;
@@ -217,13 +244,14 @@ impl Store {
         for (beat, clock_offset_ms) in beats {
             sqlx::query(
                 "UPDATE agents SET beat = $3, agent_version = $4, clock_offset_ms = $5, \
-                 silent_ms = 0 WHERE host = $1 AND incarnation = $2 AND beat < $3",
+                 silent_ms = 0, speaks = $6 WHERE host = $1 AND incarnation = $2 AND beat < $3",
             )
             .bind(beat.host.as_str())
             .bind(signed(beat.incarnation))
             .bind(signed(beat.sequence))
             .bind(&beat.agent_version)
             .bind(*clock_offset_ms)
+            .bind(said(beat.incarnation, &beat.speaks)?)
             .execute(&mut *tx)
             .await?;
             heard_at(&mut tx, &beat.host, now_ms).await?;
@@ -291,10 +319,17 @@ async fn row_of(tx: &mut Tx, host: &HostName) -> Result<Option<AgentRow>> {
 
 fn agent(row: &AnyRow) -> Result<AgentRow> {
     let host: String = row.try_get("host")?;
+    let incarnation = unsigned(row.try_get("incarnation")?);
+    // What an earlier one said is not this one's word; nor is what cannot be read.
+    let said = row.try_get::<Option<String>, _>("speaks")?;
+    let said = said.and_then(|text| serde_json::from_str::<Said>(&text).ok());
+    let said = said.filter(|said| said.incarnation == incarnation);
     Ok(AgentRow {
         host: host.parse().map_err(|e| corrupt("an agent", &e))?,
-        incarnation: unsigned(row.try_get("incarnation")?),
-        identity: from_json("an agent", row.try_get("identity")?)?,
+        incarnation,
+        speaks: said.map_or(Spoken::Unsaid, |said| said.speaks),
+        // One that cannot be read is nobody's restart.
+        identity: serde_json::from_str(row.try_get("identity")?).unwrap_or_default(),
         gone: row.try_get::<i64, _>("gone")? != 0,
         beat: unsigned(row.try_get("beat")?),
         agent_version: row.try_get("agent_version")?,

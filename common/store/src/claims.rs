@@ -15,9 +15,9 @@ use sqlx::{Any, Row, any::AnyRow};
 use crate::{
     Result, Store, StoreError,
     database::Tx,
-    from_json, instances,
+    instances,
     migrations::{self, Lease},
-    signed, unsigned,
+    nodes, signed, unsigned,
 };
 
 /// Instances that use what they were given: one that is shut off holds neither
@@ -192,13 +192,14 @@ impl Store {
         let mut tx = self.begin().await?;
         migrations::fence(&mut tx, lease).await?;
         let row = sqlx::query(
-            "UPDATE nodes SET claim_serial = claim_serial + 1 WHERE host = $1 RETURNING report",
+            "UPDATE nodes SET claim_serial = claim_serial + 1 WHERE host = $1 \
+             RETURNING host, report, heard_at_ms",
         )
         .bind(host.as_str())
         .fetch_optional(&mut *tx)
         .await?;
         let row = row.ok_or_else(|| StoreError::NotFound(format!("node {host}")))?;
-        let report: NodeReport = from_json("a node", row.try_get("report")?)?;
+        let report = nodes::report(&row)?;
         let short = usage(&mut *tx, &report, Some(migration))
             .await?
             .shortfalls(&wanted);

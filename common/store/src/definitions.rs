@@ -7,14 +7,14 @@ use drover_model::{
     ids::{HostName, InstanceId, MigrationId},
     migration::{Migration, MigrationStatus, MigrationType},
 };
-use sqlx::Row;
+use sqlx::{Any, Row, any::AnyRow};
 
 use crate::{
     Result, Store, claims,
     database::Tx,
     from_json, instances,
     migrations::{self, Lease},
-    signed, to_json, unsigned,
+    readable, signed, to_json, unsigned,
 };
 
 /// A definition, and whose word it is.
@@ -97,7 +97,7 @@ impl Store {
         let query =
             sqlx::query("SELECT * FROM definitions WHERE instance_uuid = $1").bind(id.to_string());
         let row = self.steady(query.fetch_optional(&self.database)).await?;
-        row.map(|row| {
+        let read = |row: &AnyRow| {
             let host: String = row.try_get("host")?;
             Ok(DefinitionRow {
                 host: host
@@ -106,8 +106,9 @@ impl Store {
                 taken_at_ms: unsigned(row.try_get("taken_at_ms")?),
                 kept: from_json("a definition", row.try_get("record")?)?,
             })
-        })
-        .transpose()
+        };
+        // One that only a newer Drover understands is as good as none, for this guest.
+        Ok(readable(row.as_slice(), read).pop())
     }
 
     /// Forgets definitions of instances that are no longer on the record.

@@ -21,7 +21,7 @@ use crate::{
     from_json,
     operations::OperationLease,
     outbox::{self, Notification},
-    signed, to_json, unsigned,
+    readable, signed, to_json, unsigned,
 };
 
 /// Over which time fences are counted, ms.
@@ -211,7 +211,7 @@ impl Store {
             .bind(host.as_str())
             .fetch_optional(&mut *tx)
             .await?;
-        let before = row.as_ref().map(agent_lost).transpose()?;
+        let before = row.as_ref().and_then(|row| agent_lost(row).ok());
         let mut after = lost.clone();
         if let Some(before) = &before {
             after.since_ms = before.since_ms;
@@ -251,7 +251,7 @@ impl Store {
         let query =
             sqlx::query("SELECT record FROM agents_lost WHERE host = $1").bind(host.as_str());
         let row = self.steady(query.fetch_optional(&self.database)).await?;
-        row.as_ref().map(agent_lost).transpose()
+        Ok(readable(row.as_slice(), agent_lost).pop())
     }
 
     /// Nodes whose agents are lost.

@@ -16,9 +16,13 @@ use std::{
 };
 
 use drover_model::{
-    api::conductor::{Heartbeat, Word},
+    api::{
+        SPEAKS,
+        conductor::{Heartbeat, Word},
+    },
     evidence::Life,
     ids::HostName,
+    version::{self, Mismatch, RpcVersion, Side, Spoken, VersionRange},
 };
 use tokio::time::Instant;
 
@@ -42,14 +46,22 @@ pub struct AgentState {
     pub clock_offset_ms: Option<i64>,
     /// What was refused in its name lately, and why.
     pub refusal: Option<String>,
+    /// Its version.
+    pub version: String,
+    /// Versions of RPC that it speaks.
+    pub speaks: Spoken,
+    /// Why it is asked nothing, if it and the conductor have no version in common.
+    pub mismatch: Option<Mismatch>,
 }
 
 /// Who was heard of, and when. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Hearing(Arc<Mutex<Heard>>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Heard {
+    /// Versions of RPC that this conductor speaks.
+    speaks: VersionRange,
     /// Whether anybody listens here at all.
     listens: bool,
     /// Time in which an agent would have been heard, ms.
@@ -59,6 +71,19 @@ struct Heard {
     agents: BTreeMap<HostName, Known>,
     /// Heartbeats that are not on the record yet.
     fresh: BTreeMap<HostName, Beat>,
+}
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self {
+            speaks: SPEAKS,
+            listens: false,
+            listened_ms: 0,
+            certain_at: None,
+            agents: BTreeMap::new(),
+            fresh: BTreeMap::new(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -77,13 +102,58 @@ impl Hearing {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A conductor begins to listen, and knows what the record says.
-    pub fn begin(&self, rows: &[AgentRow]) {
+    /// A conductor begins to listen, which speaks those versions, and knows what the
+    /// record says.
+    pub fn begin(&self, speaks: VersionRange, rows: &[AgentRow]) {
         *self.lock() = Heard {
+            speaks,
             listens: true,
             ..Heard::default()
         };
         self.take_in(rows);
+    }
+
+    /// Versions of RPC that this conductor speaks.
+    pub fn speaks(&self) -> VersionRange {
+        self.lock().speaks
+    }
+
+    /// The version in which a node's agent is asked.
+    ///
+    /// # Errors
+    /// It has none in common with this conductor.
+    pub fn pinned(&self, host: &HostName) -> Result<RpcVersion, Mismatch> {
+        let heard = self.lock();
+        let unknown = AgentState::default();
+        let state = heard
+            .agents
+            .get(host)
+            .map_or(&unknown, |known| &known.state);
+        heard.negotiate(host, state)
+    }
+
+    /// What a node's agent, of that incarnation, says itself of its versions.
+    pub fn said(&self, host: &HostName, incarnation: u64, (version, speaks): (&str, &Spoken)) {
+        let mut heard = self.lock();
+        let known = heard.agents.entry(host.clone()).or_default();
+        if incarnation >= known.state.incarnation {
+            known.state.version = version.to_owned();
+            known.state.speaks = speaks.clone();
+        }
+    }
+
+    /// Both sides with their versions, and which of them to upgrade.
+    pub fn versions(&self, host: &HostName) -> (String, String) {
+        let heard = self.lock();
+        let unknown = AgentState::default();
+        let state = heard
+            .agents
+            .get(host)
+            .map_or(&unknown, |known| &known.state);
+        heard.sides(host, state, |agent, own| {
+            let both = format!("{} and {}", version::said(agent), version::said(own));
+            (both, version::remedy(agent, own))
+        })
     }
 
     /// An agent would have been heard just now. The time since this was last so
@@ -135,6 +205,8 @@ impl Hearing {
         known.life = life;
         known.heard_at = listened_ms;
         known.state.clock_offset_ms = Some(offset_ms);
+        known.state.version.clone_from(&beat.agent_version);
+        known.state.speaks.clone_from(&beat.speaks);
         heard
             .fresh
             .insert(beat.host.clone(), (beat.clone(), offset_ms));
@@ -202,6 +274,7 @@ impl Hearing {
         state.refusal = state
             .refusal
             .filter(|_| known.refused_at.is_some_and(lately));
+        state.mismatch = heard.negotiate(host, &state).err();
         state
     }
 
@@ -220,6 +293,32 @@ impl Hearing {
 }
 
 impl Heard {
+    fn sides<T>(
+        &self,
+        host: &HostName,
+        state: &AgentState,
+        of: impl FnOnce(Side<'_>, Side<'_>) -> T,
+    ) -> T {
+        let own = Spoken::from(self.speaks);
+        let agent = Side {
+            who: &format!("the agent of {host}"),
+            program: &format!("drover-compute on {host}"),
+            version: &state.version,
+            speaks: &state.speaks,
+        };
+        let conductor = Side {
+            who: "this conductor",
+            program: "drover-conductor",
+            version: env!("CARGO_PKG_VERSION"),
+            speaks: &own,
+        };
+        of(agent, conductor)
+    }
+
+    fn negotiate(&self, host: &HostName, state: &AgentState) -> Result<RpcVersion, Mismatch> {
+        self.sides(host, state, version::negotiate)
+    }
+
     fn take_in(&mut self, row: &AgentRow) {
         let listened_ms = self.listened_ms;
         let silent_ms = i64::try_from(row.silent_ms).unwrap_or(i64::MAX);
@@ -242,6 +341,11 @@ impl Heard {
         if row.refusals > known.refusals {
             known.refusals = row.refusals;
             known.refused_at = Some(Instant::now());
+        }
+        // Of one life the row may be older than what was heard since.
+        if life >= known.life {
+            known.state.version.clone_from(&row.agent_version);
+            known.state.speaks.clone_from(&row.speaks);
         }
         known.state.incarnation = row.incarnation;
         known.state.refusal.clone_from(&row.refusal);

@@ -18,6 +18,7 @@ fn row(incarnation: u64, beat: u64) -> AgentRow {
         gone: false,
         beat,
         agent_version: String::new(),
+        speaks: Spoken::Unsaid,
         clock_offset_ms: 0,
         silent_ms: 0,
         refusals: 0,
@@ -36,6 +37,7 @@ fn beat(incarnation: u64, sequence: u64, clock_ms: u64) -> Heartbeat {
         sequence,
         agent_version: String::new(),
         clock_ms,
+        speaks: Spoken::Unsaid,
     }
 }
 
@@ -56,7 +58,7 @@ fn silent_s(hearing: &Hearing) -> u64 {
 async fn silence_is_time_in_which_one_listened() {
     let hearing = Hearing::default();
     assert_eq!(hearing.silent_ms(&host()), None, "nobody listens");
-    hearing.begin(&[row(1, 4)]);
+    hearing.begin(SPEAKS, &[row(1, 4)]);
     listen(&hearing, 20).await;
     assert_eq!(silent_s(&hearing), 20);
     // Paused, cut off, or without its record for an hour.
@@ -77,7 +79,7 @@ async fn a_conductor_that_starts_goes_on_with_the_silence_on_the_record() {
         silent_ms: 95_000,
         ..row(3, 7)
     };
-    hearing.begin(&[dead]);
+    hearing.begin(SPEAKS, &[dead]);
     assert_eq!(silent_s(&hearing), 95);
     listen(&hearing, 10).await;
     assert_eq!(hearing.silences(), [(host(), life(3, 7), 105_000)]);
@@ -86,7 +88,7 @@ async fn a_conductor_that_starts_goes_on_with_the_silence_on_the_record() {
 #[tokio::test(start_paused = true)]
 async fn a_clock_that_jumps_is_shown_and_changes_nothing() {
     let hearing = Hearing::default();
-    hearing.begin(&[row(1, 0)]);
+    hearing.begin(SPEAKS, &[row(1, 0)]);
     listen(&hearing, 10).await;
     let word = hearing.beat(&beat(1, 1, 36_000_000 + 500), 500);
     assert_eq!(word, Some(Word::Taken));
@@ -105,7 +107,7 @@ async fn a_clock_that_jumps_is_shown_and_changes_nothing() {
 #[tokio::test(start_paused = true)]
 async fn what_another_incarnation_says_is_no_sign_of_life() {
     let hearing = Hearing::default();
-    hearing.begin(&[row(2, 0)]);
+    hearing.begin(SPEAKS, &[row(2, 0)]);
     listen(&hearing, 10).await;
     assert_eq!(hearing.beat(&beat(1, 99, 0), 0), None);
     assert_eq!(silent_s(&hearing), 10);
@@ -116,7 +118,7 @@ async fn what_another_incarnation_says_is_no_sign_of_life() {
 #[tokio::test(start_paused = true)]
 async fn a_refusal_is_shown_for_a_while() {
     let hearing = Hearing::default();
-    hearing.begin(&[row(1, 0)]);
+    hearing.begin(SPEAKS, &[row(1, 0)]);
     let refused = AgentRow {
         refusals: 1,
         refusal: Some("twins".into()),

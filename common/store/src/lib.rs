@@ -75,6 +75,18 @@ pub enum StoreError {
         /// What is wrong.
         message: String,
     },
+    /// A row holds what a newer Drover wrote and this one does not understand. It is
+    /// left as it is.
+    #[error(
+        "the record of {what} is of a newer Drover and cannot be read by this one: {message}; \
+         upgrade this conductor, or leave that to a newer one"
+    )]
+    Newer {
+        /// Which row.
+        what: String,
+        /// What is not understood.
+        message: String,
+    },
     /// There is no such thing.
     #[error("there is no {0}")]
     NotFound(String),
@@ -104,6 +116,7 @@ impl StoreError {
         match self {
             Self::Database(_) | Self::Raced(_) | Self::Conflict(_) => ErrorClass::Retryable,
             Self::Open { .. }
+            | Self::Newer { .. }
             | Self::NotFound(_)
             | Self::Ambiguous(_)
             | Self::Exists(_)
@@ -536,7 +549,45 @@ pub(crate) fn to_json<T: serde::Serialize>(what: &str, value: &T) -> Result<Stri
 }
 
 pub(crate) fn from_json<T: serde::de::DeserializeOwned>(what: &str, text: &str) -> Result<T> {
-    serde_json::from_str(text).map_err(|e| corrupt(what, &e))
+    serde_json::from_str(text).map_err(|e| match e.is_data() {
+        true => newer(what, &e),
+        false => corrupt(what, &e),
+    })
+}
+
+/// A row that is well-formed, and says what this build does not know.
+pub(crate) fn newer(what: &str, error: &dyn std::fmt::Display) -> StoreError {
+    StoreError::Newer {
+        what: what.to_owned(),
+        message: error.to_string(),
+    }
+}
+
+/// What can be read of many rows; the others do not stand in its way.
+pub(crate) fn readable<T>(rows: &[AnyRow], read: impl Fn(&AnyRow) -> Result<T>) -> Vec<T> {
+    let said = |row| {
+        read(row).inspect_err(|error| match error {
+            // Said once, by whoever leaves it alone.
+            StoreError::Newer { .. } => tracing::debug!(%error, "left out"),
+            error => tracing::error!(%error, "left out"),
+        })
+    };
+    rows.iter().filter_map(|row| said(row).ok()).collect()
+}
+
+/// A record as it is kept, whether or not this build understands it, with its version.
+pub(crate) fn as_kept(row: &AnyRow) -> Result<serde_json::Value> {
+    let text: String = row.try_get("record")?;
+    let mut record: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| corrupt("a row", &e))?;
+    record["version"] = unsigned(row.try_get("version")?).into();
+    Ok(record)
+}
+
+/// A record by its number, for words about one that cannot be read.
+pub(crate) fn named(kind: &str, row: &AnyRow) -> String {
+    let id = as_kept(row).ok().and_then(|record| record["id"].as_i64());
+    id.map_or_else(|| kind.to_owned(), |id| format!("{kind} {id}"))
 }
 
 pub(crate) fn corrupt(what: &str, error: &dyn std::fmt::Display) -> StoreError {

@@ -8,14 +8,15 @@ use drover_model::{
     ids::{InstanceId, MigrationId},
     migration::{Migration, Way},
 };
+use serde_json::Value;
 use sqlx::{Any, Row, any::AnyRow};
 
 use crate::{
-    Numbered, Result, Store, StoreError, Term, Tries, corrupt,
+    Numbered, Result, Store, StoreError, Term, Tries, as_kept, corrupt,
     database::Tx,
     from_json,
     instances::{self, InstanceRow, shown},
-    next_number, offers, signed, to_json, unsigned,
+    named, newer, next_number, offers, readable, signed, to_json, unsigned,
 };
 
 /// What came of asking for a migration to be put on the record.
@@ -139,17 +140,29 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Ambiguous`], or the database failed.
     pub async fn find_migration(&self, reference: &str) -> Result<Migration> {
+        record(&self.found(reference).await?)
+    }
+
+    /// The same as it is kept, whoever understands it.
+    ///
+    /// # Errors
+    /// As [`Self::find_migration`].
+    pub async fn migration_as_kept(&self, reference: &str) -> Result<Value> {
+        as_kept(&self.found(reference).await?)
+    }
+
+    async fn found(&self, reference: &str) -> Result<AnyRow> {
         let number = reference.parse::<i64>().ok();
         let pattern = uuid_pattern(reference);
         let query = sqlx::query(
-            "SELECT version, record FROM migrations WHERE id = $1 OR uuid LIKE $2 \
+            "SELECT id, version, record FROM migrations WHERE id = $1 OR uuid LIKE $2 \
              ORDER BY CASE WHEN id = $1 THEN 0 ELSE 1 END LIMIT 2",
         )
         .bind(number.unwrap_or(-1))
         .bind(pattern.unwrap_or_default());
         let rows = self.steady(query.fetch_all(&self.database)).await?;
-        let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
-        the_one("migration", reference, found, |m| m.id)
+        let number = |row: &AnyRow| row.try_get("id").unwrap_or(-1);
+        the_one("migration", reference, rows, number)
     }
 
     /// A migration by its id.
@@ -163,7 +176,8 @@ impl Store {
         record(&row.ok_or_else(|| StoreError::NotFound(format!("migration {id}")))?)
     }
 
-    /// Migrations, newest first. `instance` must be a resolved UUID.
+    /// Migrations, newest first, but for those that cannot be read. `instance` must
+    /// be a resolved UUID.
     ///
     /// # Errors
     /// The database failed.
@@ -172,6 +186,27 @@ impl Store {
         filter: &ListMigrations,
         instance: Option<InstanceId>,
     ) -> Result<Vec<Migration>> {
+        Ok(readable(&self.listed(filter, instance).await?, record))
+    }
+
+    /// The same as they are kept: also what a newer Drover wrote, for whoever
+    /// understands it.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn migrations_as_kept(
+        &self,
+        filter: &ListMigrations,
+        instance: Option<InstanceId>,
+    ) -> Result<Vec<Value>> {
+        Ok(readable(&self.listed(filter, instance).await?, as_kept))
+    }
+
+    async fn listed(
+        &self,
+        filter: &ListMigrations,
+        instance: Option<InstanceId>,
+    ) -> Result<Vec<AnyRow>> {
         let query = sqlx::query(
             "SELECT version, record FROM migrations \
              WHERE (CAST($1 AS TEXT) IS NULL OR instance_uuid = $1) \
@@ -182,8 +217,7 @@ impl Store {
         .bind(filter.host.as_ref().map(|h| h.as_str()))
         .bind(i64::from(filter.active))
         .bind(i64::from(filter.limit.unwrap_or(100).clamp(1, 1000)));
-        let rows = self.steady(query.fetch_all(&self.database)).await?;
-        rows.iter().map(record).collect()
+        Ok(self.steady(query.fetch_all(&self.database)).await?)
     }
 
     /// Migrations that moved a guest, newest first.
@@ -198,7 +232,7 @@ impl Store {
         )
         .bind(i64::from(limit));
         let rows = self.steady(query.fetch_all(&self.database)).await?;
-        rows.iter().map(record).collect()
+        Ok(readable(&rows, record))
     }
 
     /// Changes a migration's record in one commit. `change` says whether there
@@ -357,6 +391,26 @@ impl Store {
         Ok(readable(&rows, record))
     }
 
+    /// Migrations that wait for somebody's word and cannot be read here, each with
+    /// what of it is not understood.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn newer_resting(&self) -> Result<Vec<(MigrationId, String)>> {
+        let query = sqlx::query(
+            "SELECT uuid, epoch, version, record FROM migrations \
+             WHERE active = 1 AND status IN ('finished', 'stuck') ORDER BY id",
+        );
+        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let newer = rows.iter().filter_map(|row| match record(row) {
+            Err(error @ StoreError::Newer { .. }) => {
+                Some(lease(row).map(|lease| (lease.migration, error.to_string())))
+            }
+            _ => None,
+        });
+        newer.collect()
+    }
+
     /// Takes a lease as it was seen, with a new epoch that shuts out whoever had it;
     /// none if somebody was faster.
     ///
@@ -473,12 +527,6 @@ fn lease(row: &AnyRow) -> Result<Lease> {
         migration: uuid.parse().map_err(|e| corrupt("a migration", &e))?,
         epoch: row.try_get("epoch")?,
     })
-}
-
-/// What can be read of many rows; the others do not stand in its way.
-fn readable<T>(rows: &[AnyRow], read: impl Fn(&AnyRow) -> Result<T>) -> Vec<T> {
-    let said = |row| read(row).inspect_err(|error| tracing::error!(%error, "left out"));
-    rows.iter().filter_map(|row| said(row).ok()).collect()
 }
 
 async fn insert(tx: &mut Tx, m: &Migration, lease_until_ms: u64) -> Result<()> {
@@ -652,7 +700,11 @@ pub(crate) fn uuid_pattern(text: &str) -> Option<String> {
 }
 
 pub(crate) fn record(row: &AnyRow) -> Result<Migration> {
-    let mut migration: Migration = from_json("a migration", row.try_get("record")?)?;
+    let read = from_json("a migration", row.try_get("record")?);
+    let mut migration: Migration = read.map_err(|error| match error {
+        StoreError::Newer { message, .. } => newer(&named("migration", row), &message),
+        other => other,
+    })?;
     migration.version = unsigned(row.try_get("version")?);
     Ok(migration)
 }

@@ -1,10 +1,14 @@
 //! Nodes: their agents' last word, and whether they are open.
 
-use drover_model::{ids::HostName, node::NodeReport};
+use drover_model::{
+    ids::HostName,
+    node::{AllocationPolicy, Endpoint, HypervisorReport, NodeReport},
+};
+use serde::Deserialize;
 use sqlx::{Row, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, agents, from_json, hearing::AgentState, instances, signed, to_json,
+    Result, Store, StoreError, agents, corrupt, hearing::AgentState, instances, signed, to_json,
     unsigned,
 };
 
@@ -26,6 +30,46 @@ pub struct NodeRow {
     pub disabled_reason: Option<String>,
     /// Whether an operator declared it down, whatever it says.
     pub forced_down: bool,
+}
+
+/// What of a report puts it in order, whoever wrote it.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Place {
+    incarnation: u64,
+    sequence: u64,
+    agent_started_ms: u64,
+}
+
+/// The last report in a node's row. One that cannot be read, as a newer conductor kept
+/// it, costs the node nothing but its hypervisor, until its next report.
+pub(crate) fn report(row: &AnyRow) -> Result<NodeReport> {
+    let (host, text): (String, String) = (row.try_get("host")?, row.try_get("report")?);
+    let read = serde_json::from_str(&text);
+    let error = match read {
+        Ok(report) => return Ok(report),
+        Err(error) => error,
+    };
+    tracing::warn!(host, %error, "its report on the record cannot be read here");
+    let place: Place = serde_json::from_str(&text).unwrap_or_default();
+    let host: HostName = host.parse().map_err(|e| corrupt("a node", &e))?;
+    Ok(NodeReport {
+        agent_version: String::new(),
+        agent_started_ms: place.agent_started_ms,
+        incarnation: place.incarnation,
+        sequence: place.sequence,
+        clock_ms: unsigned(row.try_get("heard_at_ms")?),
+        endpoint: Endpoint {
+            address: host.to_string(),
+            libvirt_uri: String::new(),
+            libvirt_port: 0,
+        },
+        policy: AllocationPolicy::default(),
+        hypervisor: HypervisorReport::Down {
+            reason: format!("its report on the record is of a newer Drover: {error}"),
+        },
+        host,
+    })
 }
 
 /// What became of a report.
@@ -69,11 +113,12 @@ impl Store {
         .fetch_optional(&mut *tx)
         .await?;
         if let Some(row) = row {
-            let last: NodeReport = from_json("a node", row.try_get("report")?)?;
-            let order = |r: &NodeReport| (r.incarnation, r.sequence);
+            let text: String = row.try_get("report")?;
+            let last: Place = serde_json::from_str(&text).unwrap_or_default();
             // One that is too old to register counts anew at each start.
             let anew = report.incarnation == 0 && last.agent_started_ms != report.agent_started_ms;
-            if order(&last) >= order(report) && !anew {
+            let order = (report.incarnation, report.sequence);
+            if (last.incarnation, last.sequence) >= order && !anew {
                 return Ok(Reported::Stale);
             }
         }
@@ -175,7 +220,7 @@ impl Store {
     }
 
     fn node_of(&self, row: &AnyRow) -> Result<NodeRow> {
-        let report: NodeReport = from_json("a node", row.try_get("report")?)?;
+        let report = report(row)?;
         Ok(NodeRow {
             heard_at_ms: unsigned(row.try_get("heard_at_ms")?),
             silent_ms: self.hearing.silent_ms(&report.host),

@@ -20,7 +20,7 @@ use crate::{
     from_json,
     instances::{self, InstanceRow, shown},
     migrations::uuid_pattern,
-    signed, to_json, unsigned,
+    newer, readable, signed, to_json, unsigned,
 };
 
 /// Wrong keys that lock an offer.
@@ -205,7 +205,7 @@ impl Store {
         .bind(i64::from(filter.all))
         .bind(MOST_LISTED);
         let rows = self.steady(query.fetch_all(&self.database)).await?;
-        rows.iter().map(offer).collect()
+        Ok(readable(&rows, offer))
     }
 
     /// Takes an open offer back.
@@ -366,7 +366,7 @@ fn offer(row: &AnyRow) -> Result<Offer> {
         instance_name: row.try_get("instance_name")?,
         from_project: row.try_get("from_project")?,
         to_project: to_project.map_err(|e| wrong(&e))?,
-        state: serde_json::from_value(state.into()).map_err(|e| wrong(&e))?,
+        state: serde_json::from_value(state.into()).map_err(|e| newer("an offer", &e))?,
         offered_by: from_json("an offer", row.try_get("offered_by")?)?,
         created_at_ms: unsigned(row.try_get("created_at_ms")?),
         expires_at_ms: unsigned(row.try_get("expires_at_ms")?),

@@ -9,14 +9,15 @@ use drover_model::{
     migration::Migration,
     operation::Operation,
 };
+use serde_json::Value;
 use sqlx::{Any, Row, any::AnyRow};
 
 use crate::{
-    Numbered, Result, Store, StoreError, Term, Tries, corrupt,
+    Numbered, Result, Store, StoreError, Term, Tries, as_kept, corrupt,
     database::Tx,
-    from_json, migrations, next_number,
+    from_json, migrations, named, newer, next_number,
     outbox::{self, Notification},
-    signed, to_json, unsigned,
+    readable, signed, to_json, unsigned,
 };
 
 /// Subject of an operation that is about all nodes.
@@ -163,14 +164,14 @@ impl Store {
     pub async fn find_operation(&self, reference: &str) -> Result<Operation> {
         let number = reference.parse::<i64>().ok();
         let query = sqlx::query(
-            "SELECT version, record FROM operations WHERE id = $1 OR uuid LIKE $2 \
+            "SELECT id, version, record FROM operations WHERE id = $1 OR uuid LIKE $2 \
              ORDER BY CASE WHEN id = $1 THEN 0 ELSE 1 END LIMIT 2",
         )
         .bind(number.unwrap_or(-1))
         .bind(migrations::uuid_pattern(reference).unwrap_or_default());
         let rows = self.steady(query.fetch_all(&self.database)).await?;
-        let found = rows.iter().map(record).collect::<Result<Vec<_>>>()?;
-        migrations::the_one("operation", reference, found, |o| o.id)
+        let number = |row: &AnyRow| row.try_get("id").unwrap_or(-1);
+        record(&migrations::the_one("operation", reference, rows, number)?)
     }
 
     /// The unfinished operation on a node, or of all of them.
@@ -181,11 +182,24 @@ impl Store {
         self.steady(active(&self.database, subject(host))).await
     }
 
-    /// Operations, newest first.
+    /// Operations, newest first, but for those that cannot be read.
     ///
     /// # Errors
     /// The database failed.
     pub async fn operations(&self, filter: &ListOperations) -> Result<Vec<Operation>> {
+        Ok(readable(&self.listed_operations(filter).await?, record))
+    }
+
+    /// The same as they are kept: also what a newer Drover wrote, for whoever
+    /// understands it.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn operations_as_kept(&self, filter: &ListOperations) -> Result<Vec<Value>> {
+        Ok(readable(&self.listed_operations(filter).await?, as_kept))
+    }
+
+    async fn listed_operations(&self, filter: &ListOperations) -> Result<Vec<AnyRow>> {
         let query = sqlx::query(
             "SELECT version, record FROM operations \
              WHERE (CAST($1 AS TEXT) IS NULL OR subject = $1) \
@@ -196,8 +210,7 @@ impl Store {
         .bind(filter.kind.as_deref())
         .bind(i64::from(filter.active))
         .bind(i64::from(filter.limit.unwrap_or(100).clamp(1, 1000)));
-        let rows = self.steady(query.fetch_all(&self.database)).await?;
-        rows.iter().map(record).collect()
+        Ok(self.steady(query.fetch_all(&self.database)).await?)
     }
 
     /// Changes an operation's record in one commit. `change` says whether there
@@ -362,7 +375,7 @@ impl Store {
         )
         .bind(operation.to_string());
         let rows = self.steady(query.fetch_all(&self.database)).await?;
-        rows.iter().map(migrations::record).collect()
+        Ok(readable(&rows, migrations::record))
     }
 
     /// Every unfinished migration, oldest first.
@@ -533,7 +546,11 @@ fn ended_at_ms(operation: &Operation) -> Option<i64> {
 }
 
 fn record(row: &AnyRow) -> Result<Operation> {
-    let mut operation: Operation = from_json("an operation", row.try_get("record")?)?;
+    let read = from_json("an operation", row.try_get("record")?);
+    let mut operation: Operation = read.map_err(|error| match error {
+        StoreError::Newer { message, .. } => newer(&named("operation", row), &message),
+        other => other,
+    })?;
     operation.version = unsigned(row.try_get("version")?);
     Ok(operation)
 }

@@ -129,6 +129,8 @@ impl Store {
                 });
                 match noted.await {
                     Ok(_) | Err(StoreError::NotFound(_)) => {}
+                    // Whoever understands it gives it up.
+                    Err(StoreError::Newer { .. }) => continue,
                     Err(error) => return Err(error),
                 }
             }

@@ -81,6 +81,12 @@ const CHANGES: &[Change] = &[
         kind: Kind::Expands,
         sql: include_str!("../migrations/0007_cleanups.sql"),
     },
+    Change {
+        version: 8,
+        name: "versions",
+        kind: Kind::Expands,
+        sql: include_str!("../migrations/0008_versions.sql"),
+    },
 ];
 
 fn newest() -> i64 {

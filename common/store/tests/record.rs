@@ -11,12 +11,13 @@ use common::{HELD, host, listed, migration, passed, report, term};
 use drover_model::{
     api::{
         compute::Outcome,
-        conductor::{Identity, ListMigrations, RegisterAgent, Registered},
+        conductor::{Heartbeat, Identity, ListMigrations, RegisterAgent, Registered},
     },
     evidence::Life,
     guest::PowerState,
     migration::{Migration, MigrationStatus},
     node::{HypervisorReport, InstanceReport, NodeReport},
+    version::{RpcVersion, Spoken, VersionRange},
 };
 use drover_saga::{Event, JournalError};
 use drover_store::{
@@ -29,6 +30,7 @@ use drover_store::{
 };
 
 promises! {
+    versions_are_said_by_one_incarnation,
     a_request_is_carried_out_once_and_an_instance_moves_once,
     what_is_final_stays,
     migrations_are_found_by_number_uuid_and_prefix,
@@ -408,6 +410,7 @@ async fn of_a_guest_that_cannot_be_read_what_was_read_is_kept(store: Store) {
 
 async fn an_agent_of_another_incarnation_is_refused_aloud(store: Store) {
     let ask = |state: &str, process: &str, held| RegisterAgent {
+        speaks: Spoken::Unsaid,
         host: host("kvm1"),
         identity: Identity {
             state: state.into(),
@@ -418,7 +421,10 @@ async fn an_agent_of_another_incarnation_is_refused_aloud(store: Store) {
         agent_version: "1".into(),
         held,
     };
-    let admitted = |incarnation| Registered::Admitted { incarnation };
+    let admitted = |incarnation| Registered::Admitted {
+        incarnation,
+        speaks: Spoken::Unsaid,
+    };
     let register = async |ask: &RegisterAgent| store.register_agent(ask, None).await.unwrap();
     assert_eq!(register(&ask("s", "p1", None)).await, admitted(1));
     assert_eq!(
@@ -465,6 +471,48 @@ async fn an_agent_of_another_incarnation_is_refused_aloud(store: Store) {
     assert_eq!(register(&ask("s", "p4", None)).await, admitted(4));
     let row = store.agent(&host("kvm1")).await.unwrap().unwrap();
     assert!(row.refusals >= 3 && row.refusal.is_some() && !row.gone);
+}
+
+async fn versions_are_said_by_one_incarnation(store: Store) {
+    let spoken = |minor| {
+        let max = RpcVersion::new(1, minor);
+        Spoken::from(VersionRange::new(RpcVersion::new(1, 0), max))
+    };
+    let ask = |process: &str, speaks| RegisterAgent {
+        host: host("kvm1"),
+        identity: Identity {
+            state: "s".into(),
+            machine: "m".into(),
+            boot: "b".into(),
+            process: process.into(),
+        },
+        agent_version: "1".into(),
+        held: None,
+        speaks,
+    };
+    let kept = async || store.agent(&host("kvm1")).await.unwrap().unwrap().speaks;
+    let first = ask("p1", spoken(4));
+    store.register_agent(&first, None).await.unwrap();
+    assert_eq!(kept().await, spoken(4));
+    let beat = |incarnation, sequence, speaks| Heartbeat {
+        host: host("kvm1"),
+        incarnation,
+        sequence,
+        agent_version: "1".into(),
+        clock_ms: 1,
+        speaks,
+    };
+    let garbled = Spoken::Garbled("soup".into());
+    let beats = [(beat(1, 1, garbled.clone()), 0)];
+    let rows = store.hear(&beats, &[], 1).await.unwrap();
+    assert_eq!(rows[0].speaks, garbled);
+    // One that an older conductor lets in: the column is another incarnation's.
+    let older = "UPDATE agents SET incarnation = 2, beat = 0";
+    store.damage(older).await.unwrap();
+    assert_eq!(kept().await, Spoken::Unsaid);
+    let beats = [(beat(2, 1, spoken(5)), 0)];
+    store.hear(&beats, &[], 1).await.unwrap();
+    assert_eq!(kept().await, spoken(5));
 }
 
 async fn during_a_migration_reports_do_not_move_the_instance(store: Store) {

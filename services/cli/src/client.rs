@@ -1,6 +1,7 @@
 //! Typed calls to the conductor and the agents. Errors come back as
 //! [`Trouble`], told for an operator (see [`crate::failure`]).
 
+mod listed;
 mod operation;
 
 use std::{sync::Arc, time::Duration};
@@ -28,6 +29,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 use tokio::{sync::watch, time::Instant};
 use uuid::Uuid;
+
+pub use listed::Listed;
 
 use crate::{
     exit::Trouble,
@@ -205,7 +208,10 @@ impl Client {
     }
 
     /// Migrations, newest first.
-    pub async fn list_migrations(&self, which: &ListMigrations) -> Result<Vec<Migration>, Trouble> {
+    pub async fn list_migrations(
+        &self,
+        which: &ListMigrations,
+    ) -> Result<Listed<Migration>, Trouble> {
         self.ask(method::LIST_MIGRATIONS, which).await
     }
 

@@ -32,9 +32,20 @@ pub fn tell(error: &RpcError, asked: &Asked<'_>) -> Trouble {
             method, silence, ..
         } => silent(method, *silence, asked),
         RpcError::NotSent { source, .. } => not_sent(source, asked),
-        RpcError::BadReply { .. } => unclear(error).place(Place::Peer),
+        RpcError::BadReply { method, reason, .. } => unread(method, reason, asked),
         other => unclear(other),
     }
+}
+
+fn unread(method: &str, reason: &str, asked: &Asked<'_>) -> Trouble {
+    let message = format!(
+        "what {} answers to {method} cannot be read by this command ({}): {reason}",
+        asked.whom,
+        env!("CARGO_PKG_VERSION")
+    );
+    Trouble::new(Exit::Failed, message)
+        .remedy("it may be of another version: `drover doctor` compares them")
+        .place(Place::Peer)
 }
 
 fn unclear(error: &RpcError) -> Trouble {

@@ -71,6 +71,8 @@ pub(crate) fn node(name: &str) -> Node {
         clock_offset_ms: 3,
         incarnation: 1,
         refusal: None,
+        speaks: drover_model::api::SPEAKS.into(),
+        version_mismatch: None,
         vcpus_used: 2,
         memory_used_mib: 256,
         disk_claimed_bytes: 0,
@@ -437,6 +439,8 @@ pub(crate) fn conductor() -> ConductorStatus {
         migrations_owned: 0,
         counters: std::collections::BTreeMap::new(),
         service_down_time_s: 60,
+        speaks: drover_model::api::SPEAKS.into(),
+        left_alone: Vec::new(),
     }
 }
 

@@ -79,6 +79,7 @@ impl Agent {
             steps: Arc::new(Steps {
                 node: node.clone(),
                 registry: registry.clone(),
+                version: node.settings.speaks.max.to_string(),
             }),
             nova: Arc::new(NovaCompute {
                 node: node.clone(),

@@ -8,7 +8,7 @@ use drover_model::{
     api::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         conductor::{
-            AgentLeaves, EvacuatedAnswer, EvacuatedRemoved, Heartbeat, ListEvacuated,
+            AgentLeaves, EvacuatedAnswer, EvacuatedRemoved, Heard, Heartbeat, ListEvacuated,
             ListMigrations, MigrationRef, MigrationReport, RegisterAgent, Registered, Word, method,
         },
     },
@@ -96,7 +96,7 @@ impl Conductor {
         &self,
         beat: &Heartbeat,
         limit: Duration,
-    ) -> Result<Word, RpcError> {
+    ) -> Result<Heard, RpcError> {
         self.ask_within(method::HEARTBEAT, beat, limit).await
     }
 

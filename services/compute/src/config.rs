@@ -4,6 +4,7 @@
 use std::{net::IpAddr, path::PathBuf};
 
 use drover_model::{
+    api::SPEAKS,
     ids::HostName,
     node::{AllocationPolicy, Endpoint},
 };
@@ -162,6 +163,7 @@ fn settings(section: Section) -> Result<AgentSettings, Problem> {
         progress_timeout_s: section.progress_timeout_s,
         guard_autostart: section.guard_autostart,
         boot_id_file: section.boot_id_file,
+        speaks: SPEAKS,
     })
 }
 

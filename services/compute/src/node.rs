@@ -15,6 +15,7 @@ use drover_model::{
     api::compute::Outcome,
     ids::HostName,
     node::{AllocationPolicy, Endpoint},
+    version::VersionRange,
 };
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -52,6 +53,8 @@ pub struct AgentSettings {
     pub guard_autostart: bool,
     /// A file that holds another text after each boot of the node.
     pub boot_id_file: std::path::PathBuf,
+    /// Versions of RPC that it speaks: this build's, but for tests.
+    pub speaks: VersionRange,
 }
 
 /// The shared parts.
@@ -137,7 +140,7 @@ impl Counters {
     pub(crate) fn count_outcome(&self, outcome: &Outcome) {
         Self::add(match outcome {
             Outcome::Moved { .. } => &self.transfers_moved,
-            Outcome::Failed { .. } => &self.transfers_failed,
+            Outcome::Failed { .. } | Outcome::Other(_) => &self.transfers_failed,
             Outcome::Aborted => &self.transfers_aborted,
             Outcome::Stalled { .. } => &self.transfers_stalled,
         });

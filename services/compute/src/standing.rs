@@ -16,6 +16,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use drover_model::{
     api::conductor::{Heartbeat, Identity, RegisterAgent, Registered, Word},
     ids::StateId,
+    version::{Side, Spoken, negotiate},
 };
 use drover_runtime::error_chain::Chain;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -88,12 +89,19 @@ async fn register(node: &Node, held: Option<u64>) -> u64 {
         identity: node.identity.clone(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         held,
+        speaks: node.settings.speaks.into(),
     };
     let mut pause = FIRST_PAUSE;
     let mut said: Option<Instant> = None;
     loop {
         match node.conductor.register(&ask).await {
-            Ok(Registered::Admitted { incarnation }) => return incarnation,
+            Ok(Registered::Admitted {
+                incarnation,
+                speaks,
+            }) => {
+                compare(node, &speaks);
+                return incarnation;
+            }
             Ok(Registered::Refused { reason }) => {
                 if said.is_none_or(|at| at.elapsed() >= SAID_EVERY) {
                     error!("the conductor refuses this agent: {reason}; it serves no steps");
@@ -112,11 +120,33 @@ async fn register(node: &Node, held: Option<u64>) -> u64 {
     }
 }
 
+/// Says aloud if the conductor will ask nothing of this agent for its version. It
+/// lives, and says so, all the same.
+fn compare(node: &Node, conductors: &Spoken) {
+    let own = Spoken::from(node.settings.speaks);
+    let agent = Side {
+        who: "this agent",
+        program: "drover-compute here",
+        version: env!("CARGO_PKG_VERSION"),
+        speaks: &own,
+    };
+    let conductor = Side {
+        who: "the conductor",
+        program: "drover-conductor",
+        version: "",
+        speaks: conductors,
+    };
+    if let Err(mismatch) = negotiate(agent, conductor) {
+        error!("nothing will be asked of this agent: {mismatch}");
+    }
+}
+
 /// Sends heartbeats; says why it is the node's agent no longer.
 async fn live(node: &Node, incarnation: u64) -> String {
     let interval = Duration::from_secs(node.settings.report_interval_s);
     let mut is_heard = true;
     let mut sequence = 0;
+    let mut conductors = Spoken::Unsaid;
     loop {
         let due = Instant::now() + interval;
         sequence += 1;
@@ -126,8 +156,15 @@ async fn live(node: &Node, incarnation: u64) -> String {
             sequence,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             clock_ms: node.now_ms(),
+            speaks: node.settings.speaks.into(),
         };
-        let said = node.conductor.heartbeat(&beat, interval).await;
+        let heard = node.conductor.heartbeat(&beat, interval).await;
+        let said = heard.map(|heard| {
+            if std::mem::replace(&mut conductors, heard.speaks.clone()) != heard.speaks {
+                compare(node, &heard.speaks);
+            }
+            heard.word
+        });
         let was_heard = std::mem::replace(&mut is_heard, said.is_ok());
         match said {
             Ok(Word::Stranger { reason }) => return reason,

@@ -149,13 +149,26 @@ impl Admission<'_> {
         Ok(Tried::Answered(answer))
     }
 
+    /// What stands against the request itself. A migration that only a newer conductor
+    /// understands has the instance as any other.
+    async fn request(&self, wanted: &Wanted) -> drover_store::Result<Vec<CheckFailure>> {
+        let instance = &wanted.instance;
+        let (active, newer) = match self.context.store.active_migration(instance.id).await {
+            Ok(active) => (active, None),
+            Err(error @ StoreError::Newer { .. }) => (None, Some(checks::of_newer(&error))),
+            Err(error) => return Err(error),
+        };
+        let mut failures = checks::request(instance, &wanted.way, active.as_ref());
+        failures.extend(newer);
+        Ok(failures)
+    }
+
     /// What the record says against it.
     async fn failures(&self, wanted: &Wanted) -> drover_store::Result<Vec<CheckFailure>> {
         let store = &self.context.store;
         let live = self.context.liveness();
         let instance = &wanted.instance;
-        let active = self.context.store.active_migration(instance.id).await?;
-        let mut failures = checks::request(instance, &wanted.way, active.as_ref());
+        let mut failures = self.request(wanted).await?;
         if let Way::Transfer(transfer) = &wanted.way {
             failures.extend(self.survey(instance, transfer).record().await?);
             failures.extend(self.now(wanted, failures.is_empty()).await?);
@@ -260,10 +273,8 @@ impl Admission<'_> {
         if let Way::Transfer(transfer) = &wanted.way {
             return self.plan_transfer(wanted, transfer).await;
         }
-        let store = &self.context.store;
         let survey = self.moves(wanted);
-        let active = store.active_migration(wanted.instance.id).await?;
-        let mut failures = checks::request(&wanted.instance, &wanted.way, active.as_ref());
+        let mut failures = self.request(wanted).await?;
         let (hosts, mut tried) = survey.candidates(wanted.host.as_ref()).await?;
         let mut chosen = None;
         let mut source = None;
@@ -305,8 +316,7 @@ impl Admission<'_> {
         transfer: &ProjectTransfer,
     ) -> drover_store::Result<Plan> {
         let instance = &wanted.instance;
-        let active = self.context.store.active_migration(instance.id).await?;
-        let mut failures = checks::request(instance, &wanted.way, active.as_ref());
+        let mut failures = self.request(wanted).await?;
         let examined = self.survey(instance, transfer).examine().await?;
         failures.extend(examined.failures);
         let disks = examined.plan.map_or(Vec::new(), |plan| plan.disks);

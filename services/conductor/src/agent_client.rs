@@ -8,11 +8,17 @@ use drover_model::{
     api::{self, compute as c, fault::Fault},
     error::ErrorClass,
     ids::{HostName, InstanceId},
+    version::{Mismatch, RpcVersion},
 };
-use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target};
+use drover_rpc::{
+    BUILTINS_MODULE, CallOptions, DISPATCHER_MODULE, RequestContext, RpcClient, RpcError, Target,
+};
 use drover_runtime::error_chain::Chain;
 use drover_store::{hearing::Hearing, migrations::Lease};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{
+    Serialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
 use tracing::warn;
 
 use crate::task::proof::{NeverRan, Redundant};
@@ -25,6 +31,18 @@ pub struct AgentError {
     pub class: ErrorClass,
     /// In words.
     pub message: String,
+    /// What does not fit, if the two are of versions that do not understand each other.
+    pub mismatch: Option<Box<Mismatch>>,
+}
+
+impl From<Mismatch> for AgentError {
+    fn from(mismatch: Mismatch) -> Self {
+        Self {
+            class: ErrorClass::Refused,
+            message: mismatch.to_string(),
+            mismatch: Some(Box::new(mismatch)),
+        }
+    }
 }
 
 /// Time limits of calls to agents.
@@ -151,6 +169,24 @@ impl AgentClient {
         self.call(host, method, args, options).await
     }
 
+    /// As [`Self::act`], where that it was done is the whole answer.
+    async fn have_done<A>(&self, host: &HostName, method: &str, args: &A) -> Result<()>
+    where
+        A: Serialize + Sync,
+    {
+        let done: Result<IgnoredAny> = self.act(host, method, args).await;
+        done.map(drop)
+    }
+
+    /// As [`Self::ask`], likewise.
+    async fn have_taken<A>(&self, host: &HostName, method: &str, args: &A) -> Result<()>
+    where
+        A: Serialize + Sync,
+    {
+        let taken: Result<IgnoredAny> = self.ask(host, method, args).await;
+        taken.map(drop)
+    }
+
     /// Has something removed by evidence, which is stale before long: what is not
     /// begun by then is not done, and has to be proven again.
     async fn remove<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
@@ -177,8 +213,53 @@ impl AgentClient {
         A: Serialize + Sync,
         R: DeserializeOwned,
     {
-        let called = self.called(host, method, args, options).await;
-        called.map_err(|e| agent_error(host, &e))
+        let pinned = self.hearing.pinned(host)?;
+        let called = self.called(host, method, args, (pinned, options)).await;
+        let error = match called {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        // It may have been replaced by one of another version, and not be heard of yet.
+        if knows_another_version(&error)
+            && let Ok(pinned) = self.pin_anew(host).await
+        {
+            let called = self.called(host, method, args, (pinned, options)).await;
+            return called.map_err(|e| self.error(host, &e));
+        }
+        Err(self.error(host, &error))
+    }
+
+    /// Asks an agent itself what it speaks; the version in which it is asked from now
+    /// on, if that is another one.
+    async fn pin_anew(&self, host: &HostName) -> std::result::Result<RpcVersion, ()> {
+        let before = self.hearing.pinned(host);
+        let none = serde_json::Map::new();
+        let options = CallOptions {
+            timeout: Some(self.limits.check),
+            ..CallOptions::default()
+        };
+        let asked = (api::OLDEST, options);
+        let status: c::AgentStatus = self
+            .called(host, c::method::GET_STATUS, &none, asked)
+            .await
+            .map_err(drop)?;
+        let said = (status.version.as_str(), &status.speaks);
+        self.hearing.said(host, status.incarnation, said);
+        let now = self.hearing.pinned(host);
+        now.clone().ok().filter(|_| now != before).ok_or(())
+    }
+
+    /// A call's error, and whose versions do not fit if that is what it is.
+    fn error(&self, host: &HostName, error: &RpcError) -> AgentError {
+        let Some(what) = not_understood(host, error) else {
+            return agent_error(host, error);
+        };
+        let (versions, remedy) = self.hearing.versions(host);
+        Mismatch {
+            message: format!("{what}; {versions}"),
+            remedy,
+        }
+        .into()
     }
 
     async fn called<A, R>(
@@ -186,7 +267,7 @@ impl AgentClient {
         host: &HostName,
         method: &str,
         args: &A,
-        options: CallOptions,
+        (version, options): (RpcVersion, CallOptions),
     ) -> std::result::Result<R, RpcError>
     where
         A: Serialize + Sync,
@@ -195,7 +276,7 @@ impl AgentClient {
         let target = Target::topic(api::COMPUTE_TOPIC)
             .server(host.as_str())
             .namespace(api::NAMESPACE)
-            .version(api::VERSION);
+            .version(version.to_string());
         let incarnation = self.hearing.state(host).incarnation;
         let context = RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()))
             .with(api::INCARNATION_KEY, incarnation);
@@ -245,7 +326,8 @@ impl AgentClient {
 
     /// Makes the destination ready.
     pub async fn prepare(&self, host: &HostName, ask: &c::PreLiveMigration) -> Result<()> {
-        self.act(host, c::method::PRE_LIVE_MIGRATION, ask).await
+        self.have_done(host, c::method::PRE_LIVE_MIGRATION, ask)
+            .await
     }
 
     /// Starts the transfer on the source, or finds it started.
@@ -260,12 +342,13 @@ impl AgentClient {
 
     /// Aborts the transfer.
     pub async fn abort(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.ask(host, c::method::ABORT, &step).await
+        self.have_taken(host, c::method::ABORT, &step).await
     }
 
     /// Has the transfer end soon, whatever it costs the guest.
     pub async fn force_complete(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.ask(host, c::method::FORCE_COMPLETE, &step).await
+        self.have_taken(host, c::method::FORCE_COMPLETE, &step)
+            .await
     }
 
     /// Where a node sees the guest.
@@ -332,7 +415,8 @@ impl AgentClient {
 
     /// Has the source forget the migration.
     pub async fn rollback_at_source(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.act(host, c::method::ROLLBACK_AT_SOURCE, &step).await
+        self.have_done(host, c::method::ROLLBACK_AT_SOURCE, &step)
+            .await
     }
 
     // ---- cold
@@ -349,7 +433,7 @@ impl AgentClient {
 
     /// Stops the part under way.
     pub async fn abort_resize(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.act(host, c::method::ABORT_RESIZE, &step).await
+        self.have_done(host, c::method::ABORT_RESIZE, &step).await
     }
 
     /// Keeps the source's copy from starting.
@@ -435,7 +519,7 @@ impl AgentClient {
 
     /// Has the node write down what is to be done.
     pub async fn prep_transfer(&self, host: &HostName, ask: &c::PrepTransfer) -> Result<()> {
-        self.act(host, c::method::PREP_TRANSFER, ask).await
+        self.have_done(host, c::method::PREP_TRANSFER, ask).await
     }
 
     /// Has the node do a part of it, or finds it at it.
@@ -445,7 +529,7 @@ impl AgentClient {
 
     /// Stops the part under way.
     pub async fn abort_transfer(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.act(host, c::method::ABORT_TRANSFER, &step).await
+        self.have_done(host, c::method::ABORT_TRANSFER, &step).await
     }
 
     /// Removes what the instance had of the giver's.
@@ -478,11 +562,13 @@ impl AgentClient {
             ..CallOptions::default()
         };
         let method = c::method::GET_STATUS;
+        // It lives, whatever it speaks.
+        let asked = (api::OLDEST, options);
         match self
-            .called::<_, c::AgentStatus>(host, method, &none, options)
+            .called::<_, IgnoredAny>(host, method, &none, asked)
             .await
         {
-            Ok(_) => Ok(()),
+            Ok(IgnoredAny) => Ok(()),
             // A refusal, or what cannot be understood, comes from somebody as well.
             Err(error @ (RpcError::Remote { .. } | RpcError::BadReply { .. })) => {
                 warn!(%host, error = %Chain(&error), "its agent answers, though not as it should");
@@ -529,7 +615,7 @@ impl AgentClient {
 
     /// Has a guest of a dead node defined, not started.
     pub async fn prep_rebuild(&self, host: &HostName, ask: &c::RebuildInstance) -> Result<()> {
-        self.act(host, c::method::PREP_REBUILD, ask).await
+        self.have_done(host, c::method::PREP_REBUILD, ask).await
     }
 
     /// Has it started.
@@ -569,18 +655,47 @@ fn agent_error(host: &HostName, error: &RpcError) -> AgentError {
         (Some(fault), _) => AgentError {
             class: fault.class,
             message: format!("{host}: {}", fault.message),
+            mismatch: None,
         },
-        // An exception of dispatch or decoding: the two sides do not fit.
         (None, Some(failure)) => AgentError {
             class: ErrorClass::Refused,
             message: format!("{host}: {}: {}", failure.class, failure.message),
+            mismatch: None,
         },
         (None, None) => AgentError {
             class: match error {
-                RpcError::BadArguments { .. } | RpcError::BadReply { .. } => ErrorClass::Bug,
+                RpcError::BadArguments { .. } => ErrorClass::Bug,
                 _ => ErrorClass::Retryable,
             },
             message: Chain(error).to_string(),
+            mismatch: None,
         },
     }
+}
+
+/// Whether an agent says that it does not serve the version that it is asked in.
+fn knows_another_version(error: &RpcError) -> bool {
+    let failure = error.failure();
+    failure.is_some_and(|f| f.module == DISPATCHER_MODULE && f.class == "UnsupportedVersion")
+}
+
+/// What of a call or of its answer the other side does not understand, in words.
+fn not_understood(host: &HostName, error: &RpcError) -> Option<String> {
+    if let RpcError::BadReply { method, reason, .. } = error {
+        return Some(format!(
+            "what {host} answers to {method} cannot be read here: {reason}"
+        ));
+    }
+    let RpcError::Remote {
+        method, failure, ..
+    } = error
+    else {
+        return None;
+    };
+    let of_dispatch = failure.module == DISPATCHER_MODULE;
+    // What decoding the arguments ends with.
+    let of_arguments = failure.module == BUILTINS_MODULE
+        && ["TypeError", "ValueError"].contains(&failure.class.as_ref());
+    (of_dispatch || of_arguments)
+        .then(|| format!("{host} does not understand {method}: {}", failure.message))
 }

@@ -16,7 +16,9 @@ use crate::{
     checks::Liveness,
     clock::Clock,
     config::{BalanceSettings, ConductorSettings},
-    ear, notify,
+    ear,
+    left_alone::Left,
+    notify,
     operation::{
         auto_evacuate::{self, AutoEvacuate},
         balancer,
@@ -67,6 +69,8 @@ pub struct Context {
     pub balance: BalanceSettings,
     /// What guests use.
     pub loads: Loads,
+    /// What a newer Drover wrote.
+    pub left_alone: Left,
 }
 
 impl Context {
@@ -148,8 +152,9 @@ impl Conductor {
             costs: Costs::default(),
             balance: settings.balance(),
             loads: Loads::new(settings.balance_duration_s * 1000),
+            left_alone: Left::default(),
         };
-        ear::begin(&context).await?;
+        ear::begin(&context, settings.speaks).await?;
         let slots = settings.max_concurrent_migrations;
         let runner = Runner::new(context.clone(), name, settings.lease_s, slots, patience);
         let stop = CancellationToken::new();

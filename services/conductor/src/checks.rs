@@ -24,7 +24,9 @@ use drover_model::{
     migration::{BlockMigration, LiveOptions, Migration, MigrationStatus, TransferMode, Way},
     node::{HypervisorReport, Inventory},
 };
-use drover_store::{claims, instances::InstanceRow, nodes::NodeRow};
+use drover_store::{StoreError, claims, instances::InstanceRow, nodes::NodeRow};
+
+use crate::agent_client::AgentError;
 
 /// How long without a report makes a node *down*, and the time now.
 #[derive(Debug, Clone, Copy)]
@@ -171,6 +173,18 @@ pub fn state(state: PowerState, way: &Way) -> Option<CheckFailure> {
             remedy,
         ))
     };
+    if let P::Other(word) = state {
+        return Some(fail(
+            CheckCode::Version,
+            Side::Instance,
+            format!(
+                "its state '{}' is not known to this Drover ({})",
+                word.as_str(),
+                env!("CARGO_PKG_VERSION")
+            ),
+            "upgrade drover-conductor to the version of its node's agent",
+        ));
+    }
     match (way, state) {
         (Way::Live(_), P::Running | P::Paused) => None,
         (Way::Live(_), _) => no(
@@ -241,6 +255,10 @@ pub fn node(
             format!("see whether drover-compute runs on {host} and reaches the broker"),
         ));
     }
+    if let Some(mismatch) = &row.agent.mismatch {
+        let (message, remedy) = (mismatch.message.clone(), mismatch.remedy.clone());
+        failures.push(fail(CheckCode::Version, side, message, remedy));
+    }
     if let HypervisorReport::Down { reason } = &row.report.hypervisor {
         failures.push(fail(
             CheckCode::LibvirtDown,
@@ -284,8 +302,23 @@ pub fn same_host(source: &HostName, dest: &HostName) -> Option<CheckFailure> {
     })
 }
 
-/// A node that does not answer a check.
-pub fn unanswered(host: &HostName, side: Side, error: &str) -> CheckFailure {
+/// The instance is under a migration that only a newer conductor understands.
+pub fn of_newer(error: &StoreError) -> CheckFailure {
+    fail(
+        CheckCode::InstanceBusy,
+        Side::Instance,
+        format!("it is under a migration of a newer Drover: {error}"),
+        "upgrade this conductor, or have a newer one end it",
+    )
+}
+
+/// A node that does not answer a check, or not so that it can be understood.
+pub fn unanswered(host: &HostName, side: Side, error: &AgentError) -> CheckFailure {
+    if let Some(mismatch) = &error.mismatch {
+        let (message, remedy) = (mismatch.message.clone(), mismatch.remedy.clone());
+        return fail(CheckCode::Version, side, message, remedy);
+    }
+    let error = &error.message;
     fail(
         CheckCode::HostDown,
         side,

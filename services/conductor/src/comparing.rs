@@ -127,7 +127,7 @@ async fn ask(
         return Ok(Vec::new());
     }
     let asked = agents.contents(host, &GetContents { paths }).await;
-    let answer = asked.map_err(|e| checks::unanswered(host, side, &e.message))?;
+    let answer = asked.map_err(|e| checks::unanswered(host, side, &e))?;
     Ok(answer.files)
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use drover_model::ids::HostName;
+use drover_model::{api::SPEAKS, ids::HostName, version::VersionRange};
 use drover_runtime::config::{ConfigError, Document};
 use drover_store::{fencing::FenceLimits, retention::Retention};
 use serde::Deserialize;
@@ -17,6 +17,9 @@ use crate::{
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ConductorSettings {
+    /// Versions of RPC that it speaks: this build's, but for tests.
+    #[serde(skip)]
+    pub speaks: VersionRange,
     /// Name of this conductor; leases on migrations are held in it, so it must
     /// stay the same over restarts and differ between conductors. Default: the
     /// machine's host name.
@@ -144,6 +147,7 @@ impl BalanceMode {
 impl Default for ConductorSettings {
     fn default() -> Self {
         Self {
+            speaks: SPEAKS,
             name: None,
             database_url: "sqlite:///var/lib/drover/conductor.sqlite".to_owned(),
             service_down_time_s: 30,

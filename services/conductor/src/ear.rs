@@ -10,13 +10,13 @@ use std::time::Duration;
 use drover_model::{
     api::{
         CONDUCTOR_TOPIC, NAMESPACE, VERSION,
-        conductor::{
-            AgentLeaves, ConductorStatus, Heartbeat, RegisterAgent, Registered, Word, method,
-        },
+        conductor::{AgentLeaves, Heard, Heartbeat, RegisterAgent, Registered, Word, method},
     },
     ids::HostName,
+    version::VersionRange,
 };
-use drover_rpc::{CallOptions, RequestContext, RpcClient, Target};
+use drover_rpc::{CallOptions, RequestContext, RpcClient, RpcError, Target};
+use serde::de::IgnoredAny;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -34,9 +34,9 @@ const COUNTED_LOOKS: u32 = 3;
 ///
 /// # Errors
 /// The record cannot be read.
-pub async fn begin(context: &Context) -> drover_store::Result<()> {
+pub async fn begin(context: &Context, speaks: VersionRange) -> drover_store::Result<()> {
     let rows = context.store.hear(&[], &[], context.clock.now_ms()).await?;
-    context.store.hearing().begin(&rows);
+    context.store.hearing().begin(speaks, &rows);
     Ok(())
 }
 
@@ -95,17 +95,13 @@ async fn echo(client: &RpcClient, limit: Duration) -> Result<(), String> {
         ..CallOptions::default()
     };
     let none = serde_json::Map::new();
-    let asked = client.call_with::<_, ConductorStatus>(
-        &target,
-        &context,
-        method::GET_STATUS,
-        &none,
-        options,
-    );
-    let answered = asked.await;
-    answered
-        .map(drop)
-        .map_err(|e| drover_runtime::error_chain::Chain(&e).to_string())
+    let asked =
+        client.call_with::<_, IgnoredAny>(&target, &context, method::GET_STATUS, &none, options);
+    match asked.await {
+        // Of whatever version the conductor is that it reached.
+        Ok(IgnoredAny) | Err(RpcError::Remote { .. } | RpcError::BadReply { .. }) => Ok(()),
+        Err(error) => Err(drover_runtime::error_chain::Chain(&error).to_string()),
+    }
 }
 
 impl Context {
@@ -116,13 +112,23 @@ impl Context {
     pub(crate) async fn register(&self, ask: &RegisterAgent) -> drover_store::Result<Registered> {
         let hearing = self.store.hearing();
         let silent_since = hearing.silent_for(&ask.host, self.down_after_ms);
-        let answer = self.store.register_agent(ask, silent_since).await?;
+        let mut answer = self.store.register_agent(ask, silent_since).await?;
         if let Some(row) = self.store.agent(&ask.host).await? {
             hearing.learn(&row);
         }
-        match &answer {
-            Registered::Admitted { incarnation } => {
-                info!(host = %ask.host, incarnation, version = ask.agent_version, "an agent registers");
+        match &mut answer {
+            Registered::Admitted {
+                incarnation,
+                speaks,
+            } => {
+                *speaks = hearing.speaks().into();
+                info!(
+                    host = %ask.host, incarnation, version = ask.agent_version, speaks = %ask.speaks,
+                    "an agent registers"
+                );
+                if let Err(mismatch) = hearing.pinned(&ask.host) {
+                    error!(host = %ask.host, "nothing can be asked of it: {mismatch}");
+                }
             }
             Registered::Refused { reason } => {
                 if hearing.is_to_be_said(&ask.host) {
@@ -137,7 +143,14 @@ impl Context {
     ///
     /// # Errors
     /// The record cannot be read or written.
-    pub(crate) async fn heartbeat(&self, beat: &Heartbeat) -> drover_store::Result<Word> {
+    pub(crate) async fn heartbeat(&self, beat: &Heartbeat) -> drover_store::Result<Heard> {
+        Ok(Heard {
+            word: self.word_on(beat).await?,
+            speaks: self.store.hearing().speaks().into(),
+        })
+    }
+
+    async fn word_on(&self, beat: &Heartbeat) -> drover_store::Result<Word> {
         let hearing = self.store.hearing();
         let now_ms = self.clock.now_ms();
         if let Some(word) = hearing.beat(beat, now_ms) {

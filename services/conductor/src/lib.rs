@@ -5,7 +5,8 @@
 //! committed, the request acknowledged, and [`task::runner`] drives the saga in
 //! [`task`], which asks agents through [`agent_client`]. What decides is pure:
 //! [`checks`], [`placement`], [`plan`]. What is done with whole nodes is in
-//! [`operation`]; which nodes live, [`ear`] hears. [`app`] puts it all together.
+//! [`operation`]; which nodes live, [`ear`] hears; what a newer
+//! Drover wrote is [`left_alone`]. [`app`] puts it all together.
 
 pub mod admission;
 pub mod agent_client;
@@ -17,6 +18,7 @@ pub mod comparing;
 pub mod config;
 pub mod ear;
 pub mod leases;
+pub mod left_alone;
 pub mod notify;
 pub mod operation;
 pub mod placement;

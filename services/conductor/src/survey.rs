@@ -121,7 +121,7 @@ impl Survey<'_> {
                 Ok((Some(facts), failures))
             }
             Err(error) => {
-                failures.push(checks::unanswered(host, Side::Source, &error.message));
+                failures.push(checks::unanswered(host, Side::Source, &error));
                 Ok((None, failures))
             }
         }
@@ -192,7 +192,7 @@ impl Survey<'_> {
         let mut facts = match answered {
             Ok(facts) => facts,
             Err(error) => {
-                failures.push(checks::unanswered(host, Side::Destination, &error.message));
+                failures.push(checks::unanswered(host, Side::Destination, &error));
                 return Ok(());
             }
         };
@@ -210,11 +210,7 @@ impl Survey<'_> {
         match reached {
             Ok(path) => failures.extend(checks::path(&path, source_host, host, self.way)),
             Err(error) => {
-                failures.push(checks::unanswered(
-                    source_host,
-                    Side::Source,
-                    &error.message,
-                ));
+                failures.push(checks::unanswered(source_host, Side::Source, &error));
             }
         }
         let mut chosen = choose(guest, &facts, dest, (self.way, self.migration));

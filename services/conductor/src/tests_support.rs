@@ -14,6 +14,7 @@ use crate::{
     app::Context,
     clock::Clock,
     config::ConductorSettings,
+    left_alone::Left,
     operation::{definitions::Definitions, fence::Fences, load::Loads},
     plan::Costs,
 };
@@ -38,6 +39,7 @@ pub(crate) async fn context() -> Context {
         costs: Costs::default(),
         balance: settings.balance(),
         loads: Loads::new(1000),
+        left_alone: Left::default(),
     }
 }
 

@@ -124,7 +124,7 @@ impl TransferSurvey<'_> {
                 examined.words = judged.words;
             }
             Err(error) => {
-                let silent = checks::unanswered(host, Side::Source, &error.message);
+                let silent = checks::unanswered(host, Side::Source, &error);
                 examined.failures.push(silent);
             }
         }

@@ -14,7 +14,10 @@ use drover_compute::{
 };
 use drover_conductor::{app::Conductor, clock::Clock, config::ConductorSettings};
 use drover_model::{
-    api::conductor::{ProjectView, method},
+    api::{
+        SPEAKS,
+        conductor::{ProjectView, method},
+    },
     guest::{Disk, DiskSource, NicAttachment, PowerState},
     ids::InstanceId,
     node::AllocationPolicy,
@@ -313,6 +316,7 @@ impl World {
             progress_timeout_s: 150,
             guard_autostart: true,
             boot_id_file: self.directories.path().join(format!("{host}.boot")),
+            speaks: SPEAKS,
             host: host.parse().expect("a host name"),
         }
     }

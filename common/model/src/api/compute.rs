@@ -26,6 +26,8 @@ use crate::{
     ids::{HostName, InstanceId, MigrationId, StateId},
     migration::{ColdOptions, Flavor, LiveOptions, Progress},
     node::{Endpoint, Inventory},
+    unknown::Unknown,
+    version::Spoken,
 };
 
 /// Names of the methods, in the order in which a live migration uses them.
@@ -219,6 +221,9 @@ pub struct AgentStatus {
     /// Why the conductor refuses its reports, if it does.
     #[serde(default)]
     pub refused: Option<String>,
+    /// Versions of RPC that it speaks.
+    #[serde(default, skip_serializing_if = "Spoken::is_unsaid")]
+    pub speaks: Spoken,
     /// Counters since it started, by name.
     pub counters: std::collections::BTreeMap<String, u64>,
 }
@@ -545,6 +550,9 @@ pub enum Outcome {
         #[serde(default)]
         of_guest: bool,
     },
+    /// One that this version does not know: where the guest is tells what became of it.
+    #[serde(untagged)]
+    Other(Unknown),
 }
 
 /// What a clean-up did. A failed part is a warning (invariant 2).

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use agent::{AgentLeaves, Heartbeat, Identity, RegisterAgent, Registered, Word};
+pub use agent::{AgentLeaves, Heard, Heartbeat, Identity, RegisterAgent, Registered, Word};
 pub use operation::{
     Automation, BalanceNodes, DrainNode, EvacuateNode, Evacuated, EvacuatedAnswer,
     EvacuatedRemoved, EvidenceAnswer, ForceDown, ForgetNode, ListEvacuated, ListOperations,
@@ -24,6 +24,7 @@ use crate::{
     migration::{Migration, MigrationType, Progress, Requester, TransferOptions, Way},
     node::NodeReport,
     project::{Limit, NetworkPlace, Project, ProjectUsage, StoragePlace},
+    version::Spoken,
 };
 
 /// Names of the methods.
@@ -112,7 +113,7 @@ pub mod method {
     pub const GET_STATUS: &str = "get_status";
     /// [`super::RegisterAgent`] → [`super::Registered`], by agents at their start.
     pub const REGISTER_AGENT: &str = "register_agent";
-    /// [`super::Heartbeat`] → [`super::Word`], by agents.
+    /// [`super::Heartbeat`] → [`super::Heard`], by agents.
     pub const HEARTBEAT: &str = "heartbeat";
     /// [`super::AgentLeaves`] → `null`, by agents.
     pub const AGENT_LEAVES: &str = "agent_leaves";
@@ -624,6 +625,13 @@ pub struct Node {
     /// that name, or reports that are too old.
     #[serde(default)]
     pub refusal: Option<String>,
+    /// Versions of RPC that its agent speaks.
+    #[serde(default, skip_serializing_if = "Spoken::is_unsaid")]
+    pub speaks: Spoken,
+    /// Why nothing is asked of its agent, if the conductor has no version in common
+    /// with it: it lives, and takes part in nothing.
+    #[serde(default)]
+    pub version_mismatch: Option<String>,
     /// vCPUs in use and on their way there.
     pub vcpus_used: u64,
     /// Memory in use and on its way there, MiB.
@@ -660,6 +668,21 @@ pub struct ConductorStatus {
     pub counters: std::collections::BTreeMap<String, u64>,
     /// After how long without a report a node counts as down, seconds.
     pub service_down_time_s: u64,
+    /// Versions of RPC that it speaks.
+    #[serde(default, skip_serializing_if = "Spoken::is_unsaid")]
+    pub speaks: Spoken,
+    /// What it leaves alone because a newer Drover wrote it, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_alone: Vec<LeftAlone>,
+}
+
+/// What a conductor leaves alone because a newer Drover wrote it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftAlone {
+    /// Which, in words: `migration 2f…`.
+    pub what: String,
+    /// What of it cannot be read.
+    pub why: String,
 }
 
 /// An agent's word on a migration it carries out.

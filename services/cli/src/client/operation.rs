@@ -11,7 +11,7 @@ use drover_model::{
 };
 use serde::Serialize;
 
-use super::{ADMISSION, Client};
+use super::{ADMISSION, Client, Listed};
 use crate::exit::Trouble;
 
 /// How long one wait for a change of an operation or its migrations lasts: a
@@ -37,7 +37,10 @@ impl Client {
     }
 
     /// Operations, newest first.
-    pub async fn list_operations(&self, which: &ListOperations) -> Result<Vec<Operation>, Trouble> {
+    pub async fn list_operations(
+        &self,
+        which: &ListOperations,
+    ) -> Result<Listed<Operation>, Trouble> {
         self.ask(method::LIST_OPERATIONS, which).await
     }
 

@@ -88,7 +88,10 @@ async fn examine(setup: Result<Setup, Trouble>, timeout: Duration) -> Vec<Findin
         Err(trouble) => findings.push(Finding::trouble("nodes", "list", &trouble)),
     }
     match active {
-        Ok(active) => findings.extend(judge::migrations(&active)),
+        Ok(active) => {
+            findings.extend(judge::migrations(active.known()));
+            findings.extend(judge::newer("migrations", active.newer()));
+        }
         Err(trouble) => findings.push(Finding::trouble("migrations", "list", &trouble)),
     }
     match client.list_instances(&ListInstances::default()).await {
@@ -112,7 +115,11 @@ async fn operations(client: &Client, now_ms: u64) -> Vec<Finding> {
         client.set_automation(&nothing)
     );
     let mut findings = match active {
-        Ok(active) => judge::operations(&active, now_ms),
+        Ok(active) => {
+            let mut findings = judge::operations(active.known(), now_ms);
+            findings.extend(judge::newer("operations", active.newer()));
+            findings
+        }
         Err(trouble) => vec![Finding::trouble("operations", "list", &trouble)],
     };
     match automation {

@@ -34,7 +34,7 @@ pub async fn run(session: &mut Session, verb: MigrationVerb) -> Result<Exit, Tro
             let migrations = session.client.list_migrations(&which).await?;
             session
                 .screen
-                .value(&migrations, |migrations| table::migrations(migrations))?;
+                .value(&migrations, |m| m.below(table::migrations(m.known())))?;
             Ok(Exit::Done)
         }
         MigrationVerb::Show { id } => {

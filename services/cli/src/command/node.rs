@@ -10,6 +10,7 @@ use drover_model::{
 use super::{Session, operate};
 use crate::{
     args::{Change, NodeVerb, operation as order},
+    client::Listed,
     exit::{Exit, Trouble},
     render::{clean, describe, screen::Manner, table},
 };
@@ -94,6 +95,7 @@ async fn operations(session: &Session, nodes: &[Node]) -> Vec<Operation> {
         .client
         .list_operations(&which)
         .await
+        .map(Listed::into_known)
         .unwrap_or_default()
 }
 

@@ -37,7 +37,7 @@ pub async fn run(session: &mut Session, verb: OperationVerb) -> Result<Exit, Tro
             let operations = session.client.list_operations(&which).await?;
             session
                 .screen
-                .value(&operations, |operations| operation::table(operations))?;
+                .value(&operations, |o| o.below(operation::table(o.known())))?;
             Ok(Exit::Done)
         }
         OperationVerb::Show { id } => {

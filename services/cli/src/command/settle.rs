@@ -77,7 +77,7 @@ async fn finished(session: &Session, id: &str, verb: &str) -> Result<Migration, 
         limit: Some(1000),
         ..ListMigrations::default()
     };
-    let all = session.client.list_migrations(&which).await?;
+    let all = session.client.list_migrations(&which).await?.into_known();
     let newest = all
         .iter()
         .find(|m| m.status == MigrationStatus::Finished)

@@ -82,13 +82,16 @@ pub fn node(node: &Node, operations: &[Operation]) -> String {
         (
             "agent",
             format!(
-                "{}, since {}, incarnation {}",
+                "{}, RPC {}, since {}, incarnation {}",
                 report.agent_version,
+                node.speaks,
                 moment(report.agent_started_ms),
                 node.incarnation
             ),
         ),
     ];
+    let mismatch = node.version_mismatch.clone();
+    pairs.extend(mismatch.map(|why| ("versions", why)));
     pairs.extend(node.refusal.clone().map(|reason| ("refused", reason)));
     let mut guests = Vec::new();
     match &report.hypervisor {
@@ -125,8 +128,8 @@ pub fn node(node: &Node, operations: &[Operation]) -> String {
             ]);
             let row = |i: &drover_model::node::InstanceReport| {
                 let state = match (&i.unreadable, i.incoming) {
-                    (Some(_), _) => "unreadable",
-                    (None, true) => "incoming",
+                    (Some(_), _) => "unreadable".to_owned(),
+                    (None, true) => "incoming".to_owned(),
                     (None, false) => power(i.power_state),
                 };
                 vec![

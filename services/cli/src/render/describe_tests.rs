@@ -279,7 +279,7 @@ memory        0.2/7.5 GiB
 disk claimed  0 B
 address       100.100.100.11
 libvirt uri   qemu+tcp://kvm1/system
-agent         0.1.0, since 2026-11-23 18:46:51Z, incarnation 1
+agent         0.1.0, RPC 1.0 to 1.1, since 2026-11-23 18:46:51Z, incarnation 1
 libvirt       9.0.0
 hypervisor    QEMU 7.2.0, offers KVM
 cpu           4 x EPYC-Rome (x86_64)

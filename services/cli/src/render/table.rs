@@ -74,11 +74,12 @@ pub fn busy(node: &Node, operations: &[Operation]) -> Option<String> {
     Some(format!("{word} ({})", o.id))
 }
 
-/// Whether a node is heard of, declared down, or silent without being known to be
+/// Whether a node is heard of (and of a version with which one can speak), declared down, or silent without being known to be
 /// dead.
 pub fn state(node: &Node) -> &'static str {
     match (node.forced_down, node.up) {
         (true, _) => "down (declared)",
+        (false, true) if node.version_mismatch.is_some() => "up (version)",
         (false, true) => "up",
         (false, false) if node.agent_lost.is_some() => "agent lost",
         (false, false) => "down",
@@ -139,7 +140,7 @@ pub fn instances(instances: &[Instance]) -> String {
             i.name.clone(),
             i.uuid.to_string(),
             i.host.to_string(),
-            power(i.power_state).to_owned(),
+            power(i.power_state),
             i.task_state.clone().unwrap_or_else(nothing),
             i.vcpus.to_string(),
             mib(i.memory_mb),
@@ -151,14 +152,16 @@ pub fn instances(instances: &[Instance]) -> String {
 }
 
 /// A power state in a word.
-pub fn power(state: PowerState) -> &'static str {
-    match state {
+pub fn power(state: PowerState) -> String {
+    let word = match &state {
+        PowerState::Other(word) => word.as_str(),
         PowerState::Running => "running",
         PowerState::Paused => "paused",
         PowerState::Shutdown => "shutdown",
         PowerState::Crashed => "crashed",
         PowerState::Suspended => "suspended",
-    }
+    };
+    word.to_owned()
 }
 
 /// Migrations.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use drover_model::api::{
-    INCARNATION_KEY, NAMESPACE, VERSION,
+    INCARNATION_KEY, NAMESPACE, OLDEST,
     compute::{AgentStatus, GuestLocation, StepRef, Subject, method},
     fault::Fault,
 };
@@ -81,6 +81,8 @@ struct Under {
 pub(crate) struct Steps {
     pub(crate) node: Arc<Node>,
     pub(crate) registry: Arc<Registry>,
+    /// The newest version that it serves.
+    pub(crate) version: String,
 }
 
 #[async_trait]
@@ -90,7 +92,7 @@ impl Endpoint for Steps {
     }
 
     fn version(&self) -> &str {
-        VERSION
+        &self.version
     }
 
     fn methods(&self) -> &[&str] {
@@ -118,6 +120,7 @@ impl Endpoint for Steps {
 impl Steps {
     async fn serve(&self, request: &Request) -> Result<Value, RemoteFailure> {
         use Command as C;
+        self.is_spoken(request)?;
         self.is_meant(request).map_err(faults::exception)?;
         match request.method() {
             method::GET_STATUS => answer(Ok(self.status().await)),
@@ -177,6 +180,17 @@ impl Steps {
         answer(asked.await)
     }
 
+    /// Refuses a version that is too old. How it is it says to everybody.
+    fn is_spoken(&self, request: &Request) -> Result<(), RemoteFailure> {
+        let asked = request.version().map_or(Ok(OLDEST), str::parse);
+        // What is no version was answered by dispatch.
+        let is_older = asked.is_ok_and(|asked| asked < self.node.settings.speaks.min);
+        match is_older && request.method() != method::GET_STATUS {
+            true => Err(request.unsupported_version()),
+            false => Ok(()),
+        }
+    }
+
     /// Refuses what is meant for the agent that took this one's place.
     fn is_meant(&self, request: &Request) -> Result<(), Fault> {
         let meant = request.context().get(INCARNATION_KEY);
@@ -214,6 +228,7 @@ impl Steps {
             state: Some(self.node.journal.state()),
             incarnation: self.node.standing.borrow().incarnation().unwrap_or(0),
             refused: self.node.refused.borrow().clone(),
+            speaks: self.node.settings.speaks.into(),
             counters,
         }
     }

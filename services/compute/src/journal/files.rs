@@ -12,6 +12,7 @@ use std::{
 };
 
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::error::Category;
 use tracing::{error, warn};
 
 use super::JournalError;
@@ -59,6 +60,19 @@ pub(crate) enum Unread {
     /// It is damaged: what it said is lost.
     #[error("{0}")]
     Corrupt(String),
+}
+
+impl Unread {
+    /// A text that is no JSON was cut off or overwritten; one that is JSON and not
+    /// understood is some other agent's.
+    pub(super) fn from_json(error: &serde_json::Error) -> Self {
+        match error.classify() {
+            Category::Syntax | Category::Eof => Self::Corrupt(error.to_string()),
+            Category::Data | Category::Io => {
+                Self::NotNow(format!("it says what this agent does not know: {error}"))
+            }
+        }
+    }
 }
 
 /// Puts a text in the place of a file. Of two that do so at once one is there
@@ -138,7 +152,7 @@ pub(crate) async fn read_whole<T: DeserializeOwned>(path: &Path) -> Result<Optio
     let text = read.unwrap_or_else(|e| Err(Unread::NotNow(e.to_string())))?;
     let parse = |text: Vec<u8>| serde_json::from_slice(&text);
     let content = text.map(parse).transpose();
-    content.map_err(|e| Unread::Corrupt(e.to_string()))
+    content.map_err(|e| Unread::from_json(&e))
 }
 
 /// Removes a file; one that is not there is no error.

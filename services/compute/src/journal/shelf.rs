@@ -17,7 +17,6 @@ use std::{
 
 use drover_model::ids::{InstanceId, MigrationId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use serde_json::error::Category;
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -329,7 +328,8 @@ pub(super) fn decode<T: DeserializeOwned>(
     migration: MigrationId,
     text: &[u8],
 ) -> Result<T, Unread> {
-    let VersionOnly { version, sum } = serde_json::from_slice(text).map_err(|e| unread(&e))?;
+    let VersionOnly { version, sum } =
+        serde_json::from_slice(text).map_err(|e| Unread::from_json(&e))?;
     if version != VERSION {
         let why = format!("it is of version {version}, and this agent reads {VERSION}");
         return Err(Unread::NotNow(why));
@@ -340,7 +340,7 @@ pub(super) fn decode<T: DeserializeOwned>(
         (None, None) => {}
         _ => return Err(Unread::Corrupt("its sum is another".to_owned())),
     }
-    let file: Versioned<T> = serde_json::from_slice(text).map_err(|e| unread(&e))?;
+    let file: Versioned<T> = serde_json::from_slice(text).map_err(|e| Unread::from_json(&e))?;
     Ok(file.content)
 }
 
@@ -367,17 +367,6 @@ fn seal(migration: MigrationId, text: &mut [u8]) -> io::Result<()> {
     let at = BEGINNING.len();
     text[at..at + SUM].copy_from_slice(sum.as_bytes());
     Ok(())
-}
-
-/// A text that is no JSON was cut off or overwritten; one that is JSON and not
-/// understood is some other agent's.
-fn unread(error: &serde_json::Error) -> Unread {
-    match error.classify() {
-        Category::Syntax | Category::Eof => Unread::Corrupt(error.to_string()),
-        Category::Data | Category::Io => {
-            Unread::NotNow(format!("it says what this agent does not know: {error}"))
-        }
-    }
 }
 
 /// The right to write a file, in the order of asking.

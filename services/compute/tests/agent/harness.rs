@@ -13,7 +13,7 @@ use drover_compute::{
 };
 use drover_model::{
     api::{
-        COMPUTE_TOPIC, CONDUCTOR_TOPIC, NAMESPACE, VERSION,
+        COMPUTE_TOPIC, CONDUCTOR_TOPIC, NAMESPACE, SPEAKS, VERSION,
         compute::{
             CheckDestination, CheckPath, CheckSource, CleanUp, CopySeen, DestinationFacts,
             GuestLocation, JobState, LiveMigration, Outcome, PathFacts, PreLiveMigration,
@@ -121,6 +121,7 @@ impl World {
             progress_timeout_s: 30,
             guard_autostart: true,
             boot_id_file: self.state.path().join(format!("{node}.boot")),
+            speaks: SPEAKS,
         };
         let began = self.began;
         let clock = move || 1_700_000_000_000 + u64::try_from(began.elapsed().as_millis()).unwrap();

@@ -8,7 +8,7 @@ use std::sync::{
 use async_trait::async_trait;
 use drover_model::{
     api::{
-        NAMESPACE,
+        NAMESPACE, SPEAKS,
         conductor::{
             EvacuatedAnswer, EvacuatedRemoved, Heartbeat, MigrationReport, Registered, Word,
         },
@@ -65,6 +65,7 @@ impl Endpoint for Listener {
                 let registered = self.0.registered.fetch_add(1, Ordering::Relaxed) + 1;
                 let answer = Registered::Admitted {
                     incarnation: registered,
+                    speaks: SPEAKS.into(),
                 };
                 return Ok(serde_json::to_value(answer).unwrap());
             }

@@ -43,6 +43,7 @@ fn vm_state(row: &InstanceRow, moving: Option<&Migration>) -> &'static str {
         PowerState::Suspended => "suspended",
         PowerState::Shutdown => "stopped",
         PowerState::Crashed => "error",
+        PowerState::Other(_) => "unknown",
     }
 }
 
@@ -84,6 +85,8 @@ pub(crate) fn node(
         clock_offset_ms: row.agent.clock_offset_ms.unwrap_or(by_report),
         incarnation: row.agent.incarnation,
         refusal: row.agent.refusal.clone(),
+        speaks: row.agent.speaks.clone(),
+        version_mismatch: row.agent.mismatch.as_ref().map(ToString::to_string),
         vcpus_used: usage.used.vcpus,
         memory_used_mib: usage.used.memory_mib,
         disk_claimed_bytes: usage.used.disk_bytes,

@@ -43,6 +43,7 @@ pub(crate) fn store_failure(error: &StoreError) -> RemoteFailure {
         error @ (StoreError::Conflict(_) | StoreError::Raced(_)) => {
             nova("Conflict", format!("{error}. Try again."), 409)
         }
+        error @ StoreError::Newer { .. } => nova("Invalid", format!("{error}."), 409),
         StoreError::Exists(what) => nova("ProjectExists", format!("There is {what} already."), 409),
         other => {
             error!(error = %Chain(other), "the record failed");

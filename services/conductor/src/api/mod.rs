@@ -21,7 +21,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use async_trait::async_trait;
 use drover_model::{
     api::{
-        NAMESPACE, VERSION,
+        NAMESPACE,
         conductor::{
             AgentLeaves, ConductorStatus, Heartbeat, InstanceRef, ListInstances, ListMigrations,
             MigrateInstance, MigrationRef, MigrationReport, NodeRef, RegisterAgent, SetNode,
@@ -33,7 +33,7 @@ use drover_model::{
     node::NodeReport,
 };
 use drover_rpc::{Endpoint, Notifier, Priority, RemoteFailure, Request, RpcStats};
-use drover_store::nodes::Reported;
+use drover_store::{StoreError, nodes::Reported};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::Semaphore;
@@ -62,6 +62,8 @@ pub struct DroverEndpoint {
     notifier: Notifier,
     stats: Arc<RpcStats>,
     waits: Semaphore,
+    /// The newest version that it answers in.
+    version: String,
 }
 
 #[async_trait]
@@ -71,7 +73,7 @@ impl Endpoint for DroverEndpoint {
     }
 
     fn version(&self) -> &str {
-        VERSION
+        &self.version
     }
 
     fn methods(&self) -> &[&str] {
@@ -137,7 +139,7 @@ impl Endpoint for DroverEndpoint {
             }
             method::REVERT_MIGRATION => to_value(&self.revert(&request).await?),
             method::RESUME_MIGRATION => to_value(&self.resume(&request.args()?).await?),
-            method::GET_MIGRATION => to_value(&self.find(&request.args()?).await?),
+            method::GET_MIGRATION => self.get_migration(&request.args()?).await,
             method::WAIT_MIGRATION => {
                 let ask: WaitMigration = request.args()?;
                 // A long wait holds no unacknowledged message.
@@ -176,12 +178,14 @@ impl DroverEndpoint {
         notifier: Notifier,
         stats: Arc<RpcStats>,
     ) -> Self {
+        let version = context.store.hearing().speaks().max.to_string();
         Self {
             context,
             runner,
             operations,
             notifier,
             stats,
+            version,
             waits: Semaphore::new(wait::MAX_WAITS),
         }
     }
@@ -214,6 +218,12 @@ impl DroverEndpoint {
     async fn find(&self, ask: &MigrationRef) -> Result<Migration, RemoteFailure> {
         let found = self.context.store.find_migration(&ask.migration).await;
         found.map_err(|e| store_failure(&e))
+    }
+
+    /// As it is kept: who asks may be newer than this conductor.
+    async fn get_migration(&self, ask: &MigrationRef) -> Answer {
+        let kept = self.context.store.migration_as_kept(&ask.migration).await;
+        kept.map_err(|e| store_failure(&e))
     }
 
     async fn change(
@@ -280,7 +290,7 @@ impl DroverEndpoint {
                 Err(_) => Some(self.instance(text).await?.id),
             },
         };
-        let listed = self.context.store.migrations(ask, instance).await;
+        let listed = self.context.store.migrations_as_kept(ask, instance).await;
         to_value(&listed.map_err(|e| store_failure(&e))?)
     }
 
@@ -310,8 +320,11 @@ impl DroverEndpoint {
 
     async fn get_instance(&self, ask: &InstanceRef) -> Answer {
         let row = self.instance(&ask.instance).await?;
-        let moving = self.context.store.active_migration(row.id).await;
-        let moving = moving.map_err(|e| store_failure(&e))?;
+        let moving = match self.context.store.active_migration(row.id).await {
+            // Looked at it may be, whatever a newer conductor does with it.
+            Err(StoreError::Newer { .. }) => None,
+            moving => moving.map_err(|e| store_failure(&e))?,
+        };
         to_value(&convert::instance(&row, moving.as_slice()))
     }
 
@@ -410,6 +423,8 @@ impl DroverEndpoint {
             migrations_owned: self.runner.driven() as u64,
             counters: counters(&self.stats.snapshot()),
             service_down_time_s: self.context.down_after_ms / 1000,
+            speaks: self.context.store.hearing().speaks().into(),
+            left_alone: self.context.left_alone.all(),
         }
     }
 

@@ -75,7 +75,8 @@ impl DroverEndpoint {
                 to_value(&self.wait_operation(&ask).await?)
             }
             method::LIST_OPERATIONS => {
-                let listed = self.context.store.operations(&request.args()?).await;
+                let ask = request.args()?;
+                let listed = self.context.store.operations_as_kept(&ask).await;
                 to_value(&listed.map_err(|e| store_failure(&e))?)
             }
             method::CANCEL_OPERATION => {

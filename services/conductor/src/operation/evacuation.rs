@@ -364,7 +364,7 @@ async fn ask(
         contents: kept.contents.clone(),
     };
     let answered = agents.check_evacuation(host, &ask).await;
-    answered.map_err(|e| checks::unanswered(host, Side::Destination, &e.message))
+    answered.map_err(|e| checks::unanswered(host, Side::Destination, &e))
 }
 
 /// Compares what a dead node told of the files that a guest only reads with what

@@ -46,6 +46,13 @@ pub struct OperationRunner {
     driven: Driven<OperationLease>,
 }
 
+/// What is left alone here is called so.
+const KIND: &str = "operation ";
+
+fn name_of(lease: &OperationLease) -> String {
+    format!("{KIND}{}", lease.operation)
+}
+
 impl OperationRunner {
     /// A runner in the name of the runner of migrations.
     pub fn new(context: Context, moves: Runner) -> Self {
@@ -70,6 +77,10 @@ impl OperationRunner {
                 Ok(Ok(())) => break,
                 Ok(Err(StoreError::Fenced(what))) => {
                     info!(what, "another conductor goes on with it");
+                    break;
+                }
+                Ok(Err(error @ StoreError::Newer { .. })) if !self.understands(lease).await => {
+                    info!(%error, "it is left alone");
                     break;
                 }
                 Ok(Err(failed)) => {
@@ -100,7 +111,10 @@ impl OperationRunner {
         let store = &self.context.store;
         let (owner, term) = (self.moves.owner(), self.moves.term().recorded);
         let driven = self.driven.leases();
-        for seen in store.undriven_operations(owner, &driven, term).await? {
+        let undriven = store.undriven_operations(owner, &driven, term).await?;
+        let names: Vec<String> = undriven.iter().map(name_of).collect();
+        self.context.left_alone.keep(KIND, &names);
+        for seen in undriven {
             if let Err(error) = self.take_up_one(seen).await {
                 warn!(
                     operation = %seen.operation, error = %Chain(&error),
@@ -111,9 +125,24 @@ impl OperationRunner {
         Ok(())
     }
 
+    /// Whether this build can go on with an operation. What a newer one wrote is left
+    /// alone, with its lease as it is.
+    async fn understands(&self, lease: OperationLease) -> bool {
+        let read = self.context.store.operation(lease.operation).await;
+        let Err(error @ StoreError::Newer { .. }) = read else {
+            return true;
+        };
+        let left = &self.context.left_alone;
+        left.note(name_of(&lease), &error.to_string());
+        false
+    }
+
     async fn take_up_one(&self, seen: OperationLease) -> Result<(), StoreError> {
         let (store, owner) = (&self.context.store, self.moves.owner());
         let term = self.moves.term();
+        if !self.understands(seen).await {
+            return Ok(());
+        }
         let taken = store.take_over_operation(seen, owner, term.recorded);
         let Some(lease) = taken.await? else {
             return Ok(());

@@ -14,6 +14,7 @@ use drover_model::{
     guest::PowerState,
     ids::HostName,
     migration::{EndReason, Migration},
+    unknown::Unknown,
 };
 use drover_saga::StepError;
 use drover_store::{Store, StoreError, claims::Resources, migrations::Lease};
@@ -63,6 +64,9 @@ pub struct Data {
     pub decisions: BTreeMap<String, Vec<String>>,
     /// What went wrong without harm, by step.
     pub warnings: BTreeMap<String, Vec<String>>,
+    /// What a newer version keeps here.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl Data {
@@ -388,6 +392,9 @@ pub(super) fn moved(outcome: Outcome) -> Result<Option<u64>, EndReason> {
         Outcome::Failed { message } => Err(EndReason::Failed { message }),
         Outcome::Aborted => Err(EndReason::Aborted),
         Outcome::Stalled { message, of_guest } => Err(EndReason::Stalled { message, of_guest }),
+        Outcome::Other(what) => Err(EndReason::Failed {
+            message: format!("it ended as only a newer conductor understands: {what}"),
+        }),
     }
 }
 

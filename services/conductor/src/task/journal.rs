@@ -9,7 +9,7 @@ use drover_model::migration::{
     Decision, EndReason, IllegalTransition, Migration, MigrationStatus as S, Phase, StepTiming, Way,
 };
 use drover_saga::{Event, Journal, JournalError, Saga, StepError};
-use drover_store::{Store, migrations::Lease, outbox::Notification, sagas::SagaKey};
+use drover_store::{Store, StoreError, migrations::Lease, outbox::Notification, sagas::SagaKey};
 use serde_json::{Value, json};
 
 use super::job::Data;
@@ -87,7 +87,10 @@ pub struct RecordJournal<G> {
 impl<G: Recorded> Journal for RecordJournal<G> {
     async fn load(&self) -> Result<Vec<Event>, JournalError> {
         let events = self.store.saga_events(&self.saga).await;
-        events.map_err(|e| JournalError::Unavailable(e.to_string()))
+        events.map_err(|e| match e {
+            StoreError::Newer { .. } => JournalError::Newer(e.to_string()),
+            e => JournalError::Unavailable(e.to_string()),
+        })
     }
 
     async fn append(&self, at: usize, events: &[Event]) -> Result<(), JournalError> {

@@ -164,6 +164,10 @@ impl Runner {
                     info!(migration = %lease.migration, "another conductor goes on with it");
                     return Ok(());
                 }
+                Err(DriveError::Journal(JournalError::Newer(why))) => {
+                    self.leave_alone(lease.migration, &why);
+                    return Ok(());
+                }
                 Err(DriveError::Journal(error @ JournalError::Illegal(_))) => {
                     return Err(error.to_string());
                 }
@@ -184,6 +188,9 @@ impl Runner {
             let change = |m: &mut Migration| journal::be_stuck(m, why, now_ms);
             match self.context.store.update_driven(lease, change).await {
                 Ok(_) | Err(StoreError::Fenced(_)) => return,
+                Err(error @ StoreError::Newer { .. }) => {
+                    return self.leave_alone(lease.migration, &error.to_string());
+                }
                 Err(error) => warn!(error = %Chain(&error), "tried again soon"),
             }
             tokio::time::sleep(JOURNAL_PAUSE).await;
@@ -212,7 +219,10 @@ impl Runner {
     async fn drive_once(&self, lease: Lease, slot: &Slot) -> Result<Outcome, DriveError> {
         let store = &self.context.store;
         let migration = store.migration(lease.migration).await;
-        let migration = migration.map_err(|e| JournalError::Unavailable(e.to_string()))?;
+        let migration = migration.map_err(|e| match e {
+            StoreError::Newer { .. } => JournalError::Newer(e.to_string()),
+            e => JournalError::Unavailable(e.to_string()),
+        })?;
         let ending = migration.ending;
         let key = key_of(&migration);
         let way = migration.way.clone();
@@ -287,6 +297,36 @@ impl Runner {
         }
     }
 
+    /// Whether this build can go on with a migration. What a newer one wrote is left
+    /// alone, with its lease as it is.
+    pub(super) async fn understands(&self, id: MigrationId) -> Result<bool, StoreError> {
+        let why = match self.read_through(id).await {
+            Ok(Ok(()) | Err(JournalError::Illegal(_))) => return Ok(true),
+            Ok(Err(error)) => error.to_string(),
+            Err(error @ StoreError::Newer { .. }) => error.to_string(),
+            Err(error) => return Err(error),
+        };
+        self.leave_alone(id, &why);
+        Ok(false)
+    }
+
+    async fn read_through(&self, id: MigrationId) -> Result<Result<(), JournalError>, StoreError> {
+        let migration = self.context.store.migration(id).await?;
+        let events = self.context.store.saga_events(&key_of(&migration)).await?;
+        Ok(match (migration.ending, &migration.way) {
+            (Some(Ending::Confirm), _) => replay::<Confirm>(&events).map(drop),
+            (Some(Ending::Revert), _) => replay::<Revert>(&events).map(drop),
+            (None, Way::Live(_)) => replay::<LiveMigrate>(&events).map(drop),
+            (None, Way::Cold(_)) => replay::<ColdMigrate>(&events).map(drop),
+            (None, Way::Transfer(_)) => replay::<Transfer>(&events).map(drop),
+            (None, Way::Evacuation(_)) => replay::<Evacuate>(&events).map(drop),
+        })
+    }
+
+    fn leave_alone(&self, id: MigrationId, why: &str) {
+        self.context.left_alone.note(name_of(id), why);
+    }
+
     /// Takes up what this owner left unfinished in an earlier life.
     ///
     /// # Errors
@@ -300,7 +340,16 @@ impl Runner {
     async fn take_up(&self) -> Result<(), StoreError> {
         let (store, term) = (&self.context.store, self.term().recorded);
         let driven = self.driven.leases();
-        for seen in store.undriven(&self.owner, &driven, term).await? {
+        let undriven = store.undriven(&self.owner, &driven, term).await?;
+        let resting = store.newer_resting().await?;
+        for (id, why) in &resting {
+            self.leave_alone(*id, why);
+        }
+        let undriven_ids = undriven.iter().map(|lease| lease.migration);
+        let ids = undriven_ids.chain(resting.into_iter().map(|(id, _)| id));
+        let names: Vec<String> = ids.map(name_of).collect();
+        self.context.left_alone.keep(KIND, &names);
+        for seen in undriven {
             if let Err(error) = self.take_up_one(seen).await {
                 warn!(
                     migration = %seen.migration, error = %Chain(&error),
@@ -313,6 +362,9 @@ impl Runner {
 
     async fn take_up_one(&self, seen: Lease) -> Result<(), StoreError> {
         let (store, term) = (&self.context.store, self.term());
+        if !self.understands(seen.migration).await? {
+            return Ok(());
+        }
         let taken = store.take_over(seen, &self.owner, term.recorded).await?;
         let Some(lease) = taken else {
             return Ok(());
@@ -405,6 +457,12 @@ impl Runner {
     /// The record cannot be read or written.
     pub async fn resume(&self, id: MigrationId) -> Result<(), StoreError> {
         let (store, term) = (&self.context.store, self.term());
+        if !self.understands(id).await? {
+            return Err(StoreError::Newer {
+                what: format!("migration {id}"),
+                message: "its saga has what is not known here".to_owned(),
+            });
+        }
         let lease = store.adopt_one(id, &self.owner, term.recorded).await?;
         self.spawn(lease, term);
         Ok(())
@@ -461,7 +519,9 @@ impl Runner {
                 continue;
             }
             let term = self.term();
-            if let Some(lease) = store.take_over(seen, &self.owner, term.recorded).await? {
+            if self.understands(seen.migration).await?
+                && let Some(lease) = store.take_over(seen, &self.owner, term.recorded).await?
+            {
                 self.spawn(lease, term);
             }
         }
@@ -504,6 +564,13 @@ impl Runner {
         let node = self.context.store.known_node(host).await?;
         Ok(node.is_some_and(|node| live.is_up(&node) && hypervisor_is_up(&node)))
     }
+}
+
+/// What is left alone here is called so.
+const KIND: &str = "migration ";
+
+fn name_of(id: MigrationId) -> String {
+    format!("{KIND}{id}")
 }
 
 /// The saga that a migration is in, or was in last.

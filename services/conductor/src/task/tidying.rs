@@ -77,6 +77,10 @@ impl Runner {
             return Ok(());
         }
         let store = &self.context.store;
+        // A step of a newer conductor is not done by another of the same name.
+        if !self.understands(step.lease.migration).await? {
+            return self.put_off_again(&step, false).await;
+        }
         let m = store.migration(step.lease.migration).await?;
         for host in asked(&m, &step) {
             if !self.is_up(host).await? {

@@ -321,6 +321,10 @@ impl Transfer {
             Outcome::Aborted => {
                 return Err(StepError::new(ErrorClass::Retryable, "it was stopped"));
             }
+            Outcome::Other(what) => {
+                let message = format!("it ended as only a newer conductor understands: {what}");
+                return Err(StepError::new(ErrorClass::Retryable, message));
+            }
         }
         let forgotten = self.job.agents().rollback_transfer(host, step).await;
         all_clean(forgotten.map_err(agent_error)?)

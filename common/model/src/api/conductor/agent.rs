@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::HostName;
+use crate::{ids::HostName, version::Spoken};
 
 /// Who an agent is, so that a restart can be told from a second agent of one name.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -42,6 +42,9 @@ pub struct RegisterAgent {
     /// any more: then it is no restart.
     #[serde(default)]
     pub held: Option<u64>,
+    /// Versions of RPC that it speaks.
+    #[serde(default, skip_serializing_if = "Spoken::is_unsaid")]
+    pub speaks: Spoken,
 }
 
 /// What became of that.
@@ -52,6 +55,9 @@ pub enum Registered {
     Admitted {
         /// Which incarnation it is.
         incarnation: u64,
+        /// Versions of RPC that the conductor speaks.
+        #[serde(default, skip_serializing_if = "Spoken::is_unsaid")]
+        speaks: Spoken,
     },
     /// It is not: another one is, and lives.
     Refused {
@@ -73,6 +79,20 @@ pub struct Heartbeat {
     pub agent_version: String,
     /// The node's own clock, milliseconds since 1970; shown, and compared with nothing.
     pub clock_ms: u64,
+    /// Versions of RPC that it speaks.
+    #[serde(default, skip_serializing_if = "Spoken::is_unsaid")]
+    pub speaks: Spoken,
+}
+
+/// What comes back for a sign of life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heard {
+    /// Whether it counts.
+    #[serde(flatten)]
+    pub word: Word,
+    /// Versions of RPC that the conductor speaks.
+    #[serde(default, skip_serializing_if = "Spoken::is_unsaid")]
+    pub speaks: Spoken,
 }
 
 /// What a conductor says to a heartbeat or a report.

@@ -4,7 +4,7 @@
 use drover_model::{
     api::{
         compute::AgentStatus,
-        conductor::{Automation, ConductorStatus, Instance, Node},
+        conductor::{Automation, ConductorStatus, Instance, LeftAlone, Node},
     },
     ids::HostName,
     migration::{Migration, MigrationStatus},
@@ -153,6 +153,16 @@ pub fn conductor(answer: &Answer<ConductorStatus>) -> Vec<Finding> {
         ),
         clock(who, *offset_ms, "this machine's"),
     ]
+    .into_iter()
+    .chain(said.left_alone.iter().map(left_alone))
+    .collect()
+}
+
+/// What a newer conductor wrote waits for one.
+fn left_alone(left: &LeftAlone) -> Finding {
+    let message = format!("{} is left alone: {}", left.what, left.why);
+    Finding::warn("conductor", "newer", message)
+        .remedy("upgrade this conductor, or start a newer one: it goes on with that")
 }
 
 /// A node, against the conductor.
@@ -180,9 +190,20 @@ pub fn node(node: &Node, agent: &AgentAnswer, conductor: &Answer<ConductorStatus
         &conductor.said.version,
     ));
     findings.push(clock(host, offset_ms, "the conductor's"));
+    findings.extend(mismatch(node));
     findings.extend(refusal(node, agent));
     findings.extend(unreadable(node));
     findings
+}
+
+/// Nothing is asked of an agent with which the conductor has no version in common.
+fn mismatch(node: &Node) -> Option<Finding> {
+    let why = node.version_mismatch.as_ref()?;
+    let (found, remedy) = why
+        .rsplit_once("; ")
+        .unwrap_or((why, "upgrade the older one"));
+    let message = format!("nothing can be asked of its agent: {found}");
+    Some(Finding::fail(node.host.as_str(), "rpc", message).remedy(remedy))
 }
 
 /// What is refused in the node's name: a second agent, reports that are too old.
@@ -441,6 +462,12 @@ fn stuck_one(m: &Migration) -> Finding {
         "`drover migration show {0}`, mend it, `drover migration resume {0}`",
         m.id
     ))
+}
+
+/// What this command does not understand.
+pub fn newer<'a>(who: &'a str, lines: &'a [String]) -> impl Iterator<Item = Finding> + 'a {
+    let finding = |line: &'a String| Finding::warn(who, "newer", line.clone());
+    lines.iter().map(finding)
 }
 
 /// Operations that have come to a halt. By the conductor's clock.

@@ -19,6 +19,7 @@ fn agent(host: &str) -> AgentStatus {
         libvirt: Ok(samples::inventory()),
         incarnation: 1,
         refused: None,
+        speaks: drover_model::version::Spoken::Unsaid,
         migrations: Vec::new(),
         state: None,
         counters: std::collections::BTreeMap::new(),

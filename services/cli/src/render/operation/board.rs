@@ -243,7 +243,7 @@ fn row(item: &Item, moving: Option<(&Migration, &Shown)>) -> Vec<String> {
     row
 }
 
-fn phase(item: &Item, moving: Option<&Migration>) -> &'static str {
+fn phase<'a>(item: &'a Item, moving: Option<&'a Migration>) -> &'a str {
     moving.map_or(item.state.as_str(), |m| m.progress.phase.as_str())
 }
 

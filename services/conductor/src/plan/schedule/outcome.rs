@@ -58,7 +58,7 @@ fn lies_with_the_guest(reason: Option<&EndReason>) -> bool {
             let of_guest = |c: &CheckFailure| matches!(c.side, Side::Source | Side::Instance);
             !checks.is_empty() && checks.iter().all(of_guest)
         }
-        Some(EndReason::Failed { .. } | EndReason::Aborted) | None => false,
+        Some(EndReason::Failed { .. } | EndReason::Aborted | EndReason::Other(_)) | None => false,
     }
 }
 

@@ -12,7 +12,7 @@ use drover_model::{
     version::Spoken,
 };
 use serde::{Deserialize, Serialize};
-use sqlx::{Any, Row, any::AnyRow};
+use sqlx::{Row, any::AnyRow};
 
 use crate::{Result, Store, corrupt, database::Tx, signed, to_json, unsigned};
 

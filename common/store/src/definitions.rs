@@ -7,7 +7,7 @@ use drover_model::{
     ids::{HostName, InstanceId, MigrationId},
     migration::{Migration, MigrationStatus, MigrationType},
 };
-use sqlx::{Any, Row, any::AnyRow};
+use sqlx::{Row, any::AnyRow};
 
 use crate::{
     Result, Store, claims,

@@ -125,7 +125,11 @@ async fn one_answer_serves_all_who_start_guests_at_the_same_time_and_none_later(
     let which = "one for the first, who was there before; one for all others";
     assert_eq!(asked(), "x\nx\n", "{which}");
     assert!(is_off(&shared().await));
-    assert_eq!(asked(), "x\nx\nx\n", "an answer of before says nothing of now");
+    assert_eq!(
+        asked(),
+        "x\nx\nx\n",
+        "an answer of before says nothing of now"
+    );
 }
 
 #[tokio::test]

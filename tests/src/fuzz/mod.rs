@@ -3,7 +3,7 @@
 //!
 //! The targets are here and, where they need what is private to a crate, in its
 //! `fuzzing` module. `devstack/fuzz` runs them under libFuzzer (`tests/fuzz`), which
-//! looks for inputs that take new ways through the code; `tests/tests/fuzz.rs` runs
+//! looks for inputs that take new ways through the code; `tests/tests/fakes/fuzz.rs` runs
 //! each briefly in every test run, by chance alone ([`short`]).
 
 mod configuration;

@@ -2,12 +2,9 @@
 
 #![allow(clippy::unwrap_used)] // all of it is test
 
-#[macro_use]
-mod common;
-
 use std::path::PathBuf;
 
-use common::{HELD, host, listed, migration, passed, report, term};
+use crate::common::{HELD, host, listed, migration, passed, report, term};
 use drover_model::{
     api::{
         compute::Outcome,

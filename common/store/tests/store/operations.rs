@@ -3,10 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // all of it is test
 
-#[macro_use]
-mod common;
-
-use common::{HELD, host, listed, migration, report, term};
+use crate::common::{HELD, host, listed, migration, report, term};
 use drover_model::{
     api::conductor::ListOperations,
     ids::{InstanceId, OperationId},

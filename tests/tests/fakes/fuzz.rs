@@ -4,7 +4,7 @@
 use drover_tests::fuzz::{TARGETS, short};
 
 /// Inputs of each target beside its corpus.
-const INPUTS: usize = 4000;
+const INPUTS: usize = 2000;
 
 fn run(name: &str) {
     let (name, target) = TARGETS.iter().find(|(n, _)| *n == name).expect("a target");

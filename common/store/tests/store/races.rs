@@ -3,12 +3,9 @@
 
 #![allow(clippy::unwrap_used)] // all of it is test
 
-#[macro_use]
-mod common;
-
 use std::{collections::BTreeSet, time::Duration};
 
-use common::{HELD, host, listed, migration, postgresql_url, report, term};
+use crate::common::{HELD, host, listed, migration, postgresql_url, report, term};
 use drover_model::{
     guest::PowerState,
     ids::{MigrationId, OperationId},

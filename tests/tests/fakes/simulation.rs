@@ -134,8 +134,7 @@ async fn the_conductor_dies_at_every_turn_of_a_migration() {
 
 #[tokio::test(start_paused = true)]
 async fn the_conductor_is_away_until_all_is_over() {
-    // Less than makes nodes count as down, of which a new one has not heard yet.
-    killed_everywhere("conductor", Duration::from_secs(25)).await;
+    killed_everywhere("conductor", Duration::from_secs(60)).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -346,7 +345,8 @@ async fn force_complete_ends_a_transfer_that_would_not() {
     cloud.check(&m).await;
 }
 
-/// A network that loses, delays, doubles and reorders, over many seeds.
+/// A network that loses, delays, doubles and reorders. The swarm does that too, with
+/// everything else; here it is alone.
 #[tokio::test(start_paused = true)]
 async fn a_bad_network_loses_no_guest() {
     let faults = Faults {
@@ -357,7 +357,7 @@ async fn a_bad_network_loses_no_guest() {
         reordering: 0.2,
     };
     let mut moved = 0;
-    for seed in 0..40 {
+    for seed in 0..8 {
         let cloud = Cloud::with_faults(seed, faults.clone()).await;
         let id = guest(&cloud).await;
         // The answer may be lost; the record has it then.
@@ -372,7 +372,7 @@ async fn a_bad_network_loses_no_guest() {
         cloud.broker.set_faults(Faults::default());
         cloud.check(&m).await;
     }
-    assert!(moved >= 20, "most of them arrive: {moved} of 40");
+    assert!(moved >= 4, "most of them arrive: {moved} of 8");
 }
 
 #[tokio::test(start_paused = true)]

@@ -14,6 +14,8 @@ use super::*;
 const MINUTE: Duration = Duration::from_secs(60);
 /// What the settings' delay and silence come to.
 const USUAL: Duration = Duration::from_secs(180);
+/// What was not done by then is not done.
+const FOR_GOOD: Duration = Duration::from_secs(900);
 
 /// What a fence does when it is told to cut power.
 #[derive(Clone, Copy, PartialEq)]
@@ -138,7 +140,7 @@ async fn check_lost(cloud: &Cloud, host: &str, code: CheckCode) {
 async fn an_agent_that_stopped_beside_healthy_guests_is_lost_and_nothing_is_fenced() {
     let (mut cloud, id, told) = unattended(Manner::Cuts).await;
     cloud.kill_agent("kvm1");
-    tokio::time::sleep(120 * MINUTE).await;
+    tokio::time::sleep(60 * MINUTE).await;
     check_left_alone(&cloud, id, &told).await;
     check_lost(&cloud, "kvm1", CheckCode::HostAlive).await;
     cloud.start_agent("kvm1").await;
@@ -152,7 +154,7 @@ async fn an_agent_that_stopped_beside_healthy_guests_is_lost_and_nothing_is_fenc
 async fn a_node_cut_off_from_the_broker_is_not_fenced() {
     let (cloud, id, told) = unattended(Manner::Cuts).await;
     cloud.broker.cut("kvm1");
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     check_left_alone(&cloud, id, &told).await;
     check_lost(&cloud, "kvm1", CheckCode::HostAlive).await;
 }
@@ -164,7 +166,7 @@ async fn a_node_without_agent_and_libvirtd_whose_machine_runs_is_not_fenced() {
     let (mut cloud, id, told) = unattended(Manner::Cuts).await;
     cloud.kill_agent("kvm1");
     cloud.fabric.libvirtd_dies("kvm1");
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     check_left_alone(&cloud, id, &told).await;
     check_lost(&cloud, "kvm1", CheckCode::HostAlive).await;
 }
@@ -173,7 +175,7 @@ async fn a_node_without_agent_and_libvirtd_whose_machine_runs_is_not_fenced() {
 async fn a_dead_libvirtd_beside_an_agent_that_lives_is_no_death() {
     let (cloud, id, told) = unattended(Manner::Cuts).await;
     cloud.fabric.libvirtd_dies("kvm1");
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     check_left_alone(&cloud, id, &told).await;
     assert!(node(&cloud, "kvm1").await.up);
 }
@@ -182,12 +184,12 @@ async fn a_dead_libvirtd_beside_an_agent_that_lives_is_no_death() {
 async fn a_conductor_that_is_cut_off_fences_nobody() {
     let (mut cloud, id, told) = unattended(Manner::Cuts).await;
     cloud.broker.cut("ctl");
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     assert_eq!(told.cuts(), [""; 0]);
     // One agent stops meanwhile: what was not heard of it proves nothing.
     cloud.kill_agent("kvm1");
     cloud.broker.heal("ctl");
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     check_left_alone(&cloud, id, &told).await;
 }
 
@@ -197,7 +199,7 @@ async fn when_all_agents_stop_nothing_is_fenced() {
     for host in ["kvm1", "kvm2", "kvm3", "kvm4"] {
         cloud.kill_agent(host);
     }
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     check_left_alone(&cloud, id, &told).await;
 }
 
@@ -213,7 +215,7 @@ async fn witnesses_that_reach_nobody_do_not_count() {
             .for_each(|b| cloud.fabric.cut_link(a, b));
     }
     cloud.kill_agent("kvm1");
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     check_left_alone(&cloud, id, &told).await;
     check_lost(&cloud, "kvm1", CheckCode::NoEvidence).await;
 }
@@ -227,7 +229,7 @@ async fn a_conductor_whose_clock_jumps_fences_nobody() {
     cloud.kill_agent("kvm1");
     tokio::time::sleep(Duration::from_secs(20)).await;
     cloud.set_clock("ctl", 6 * 3600);
-    tokio::time::sleep(30 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     check_left_alone(&cloud, id, &told).await;
 }
 
@@ -247,7 +249,7 @@ async fn a_node_that_is_dead_is_fenced_and_evacuated_in_the_usual_time() {
         evidence.cut_at_ms.is_some() && evidence.fence.is_off(),
         "{evidence:#?}"
     );
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     assert_eq!(told.cuts(), ["kvm1"], "once is enough");
     assert!(node(&cloud, "kvm1").await.agent_lost.is_none());
 }
@@ -300,7 +302,7 @@ async fn what_a_fence_cannot_confirm_is_not_believed() {
         let ended = the_evacuation(&cloud).await;
         assert_eq!(ended.status, OperationStatus::Failed, "{ended:#?}");
         assert_eq!(codes(&ended.refusals), [CheckCode::NotFenced]);
-        tokio::time::sleep(60 * MINUTE).await;
+        tokio::time::sleep(FOR_GOOD).await;
         assert_eq!(told.cuts(), ["kvm1"], "it is not tried again and again");
         assert_eq!(cloud.fabric.running_on(id), Some(name("kvm1")));
     }
@@ -439,7 +441,7 @@ async fn a_closed_node_that_dies_waits_for_people() {
     let closed = cloud.store.set_node(&host, false, Some("new fans"));
     closed.await.expect("writable");
     dies(&mut cloud, "kvm1");
-    tokio::time::sleep(60 * MINUTE).await;
+    tokio::time::sleep(FOR_GOOD).await;
     assert_eq!(told.cuts(), [""; 0]);
     check_lost(&cloud, "kvm1", CheckCode::HostDisabled).await;
 }

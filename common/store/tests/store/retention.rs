@@ -2,10 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // all of it is test
 
-#[macro_use]
-mod common;
-
-use common::{HELD, host, listed, migration, report, term};
+use crate::common::{HELD, host, listed, migration, report, term};
 use drover_model::{
     api::conductor::{ListMigrations, ListOperations},
     ids::OperationId,

@@ -1,0 +1,10 @@
+//! The record's promises, in both databases. One program: each would link all of
+//! sqlx once more.
+
+#[macro_use]
+mod common;
+mod operations;
+mod projects;
+mod races;
+mod record;
+mod retention;

@@ -47,6 +47,7 @@ impl fmt::Display for PowerState {
             Self::Shutdown => "shut off",
             Self::Crashed => "crashed",
             Self::Suspended => "suspended",
+            Self::Other(word) => word.as_str(),
         })
     }
 }

@@ -401,7 +401,7 @@ impl Store {
             "SELECT uuid, epoch, version, record FROM migrations \
              WHERE active = 1 AND status IN ('finished', 'stuck') ORDER BY id",
         );
-        let rows = self.steady(query.fetch_all(&self.pool)).await?;
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
         let newer = rows.iter().filter_map(|row| match record(row) {
             Err(error @ StoreError::Newer { .. }) => {
                 Some(lease(row).map(|lease| (lease.migration, error.to_string())))

@@ -645,7 +645,7 @@ async fn an_offer_is_void_when_the_instance_is_not_the_givers(store: Store) {
 async fn fill_old(url: &str, cold: &Migration) {
     sqlx::any::install_default_drivers();
     let pool = AnyPool::connect(url).await.unwrap();
-    let sql = sqlx::SqlStr::from_static(include_str!("../migrations/0001_record.sql"));
+    let sql = sqlx::SqlStr::from_static(include_str!("../../migrations/0001_record.sql"));
     let first = SchemaChange::new(1, "record".into(), MigrationType::Simple, sql, false);
     let schema = Migrator::with_migrations(vec![first]);
     schema.run(&pool).await.unwrap();

@@ -419,7 +419,7 @@ async fn conductors_hold_leases_by_one_clock() {
         .renew_leases("ctl", &[lease], term(u64::MAX / 4, 0))
         .await
         .unwrap();
-    common::passed().await;
+    crate::common::passed().await;
     let free = store.undriven("other", &[], term(0, HELD)).await.unwrap();
     assert_eq!(free, [lease]);
 }

@@ -322,8 +322,10 @@ async fn a_schema_is_not_changed_under_those_who_use_it_unless_somebody_says_so(
     let pool = AnyPool::connect(&url).await.unwrap();
     let mut tables = pool.acquire().await.unwrap();
     let at_work = Store::open(&url).await.unwrap();
-    let older = "DELETE FROM _sqlx_migrations WHERE version = 7";
-    let newer = "UPDATE _sqlx_migrations SET version = version + 93 WHERE version = 7";
+    let older = "DELETE FROM _sqlx_migrations \
+        WHERE version = (SELECT MAX(version) FROM _sqlx_migrations)";
+    let newer = "UPDATE _sqlx_migrations SET version = version + 93 \
+        WHERE version = (SELECT MAX(version) FROM _sqlx_migrations)";
     let stop = "UPDATE compatibility SET minimum = 100";
     sqlx::query(newer).execute(&mut *tables).await.unwrap();
     Store::open(&url)

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use drover_tests::swarm::{first_difference, plan::Plan, run, run_seeds};
 
 /// Seeds of every run.
-const SEEDS: u64 = 8;
+const SEEDS: u64 = 300;
 
 #[test]
 fn everything_at_once_harms_no_guest() {

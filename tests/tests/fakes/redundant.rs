@@ -704,3 +704,33 @@ async fn a_transfer_that_its_source_has_forgotten_is_watched_again() {
     assert_eq!(m.status, S::Failed, "{m:#?}");
     cloud.check(&m).await;
 }
+
+/// The same while the disks of a guest stand still, to be copied before it stops.
+#[tokio::test(start_paused = true)]
+async fn disks_that_their_agent_has_forgotten_to_have_frozen_are_thawed() {
+    let mut cloud = Cloud::start(1).await;
+    let id = guest(&cloud, web()).await;
+    let options = ColdOptions {
+        pre_copy: true,
+        ..ColdOptions::default()
+    };
+    let m = cloud
+        .migrate_by(id, Some("kvm2"), &Way::Cold(options))
+        .await;
+    let m = m.expect("it is accepted");
+    let fabric = cloud.fabric.clone();
+    eventually("its disks stand still", async || {
+        let guest = fabric.guest("kvm1", id)?;
+        let mut paths = guest.disks.iter().filter_map(|disk| disk.local_path());
+        paths.any(|path| path.contains(".delta-")).then_some(())
+    })
+    .await;
+    cloud.kill_agent("kvm1");
+    cloud.lose_state("kvm1");
+    cloud.start_agent("kvm1").await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    let runs_on = cloud.fabric.running_on(id);
+    assert_eq!(runs_on, m.dest_host);
+    cloud.fabric.check_invariants().expect("they hold");
+}

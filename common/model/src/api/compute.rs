@@ -697,6 +697,10 @@ pub struct FinishRevertResize {
     pub instance: InstanceId,
     /// The other node was asked just now and does not run it (invariant 1).
     pub runs_nowhere_else: bool,
+    /// It ran when the migration began. An agent that has lost its journal since found
+    /// it off, where it had asked it to go off itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ran: bool,
 }
 
 /// Stop the guest on its destination and take its definition away.

@@ -439,6 +439,7 @@ impl ColdMigrate {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             runs_nowhere_else,
+            ran: was_running(chosen),
         };
         let restored = self
             .job

@@ -137,6 +137,7 @@ impl Revert {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             runs_nowhere_else: dest.presence == Presence::Absent,
+            ran: false,
         };
         let source = self.job.source();
         let restored = self.job.agents().finish_revert_resize(source, &ask).await;

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     faults::{hypervisor as fault, journal_lost},
-    hypervisor::{HypervisorError, SendSpec},
+    hypervisor::{HypervisorError, Overlay, SendSpec},
     journal::{Ended, KeptFile, LeavingRecord, Record, definition},
     node::Counters,
 };
@@ -198,6 +198,8 @@ impl Actor {
         }
         let hypervisor = self.node.hypervisor.clone();
         if record.definition.is_none() {
+            self.thaw_what_is_forgotten(step.instance, &overlays)
+                .await?;
             // As it is without overlays; what is frozen is no lasting change.
             let taken = hypervisor.definition(step.instance).await.map_err(fault)?;
             record.definition = Some(taken.ok_or_else(no_longer_defined)?);
@@ -209,6 +211,34 @@ impl Actor {
         }
         let frozen = hypervisor.freeze_disks(step.instance, &overlays).await;
         frozen.map_err(fault)
+    }
+
+    /// A life of this agent whose journal is lost may have had the same disks stand
+    /// still: the guest's definition names their overlays until those are merged.
+    async fn thaw_what_is_forgotten(
+        &self,
+        instance: InstanceId,
+        overlays: &[Overlay],
+    ) -> Result<(), Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let guest = hypervisor.guest(instance).await.map_err(fault)?;
+        let guest = guest.ok_or_else(no_longer_defined)?;
+        let is_used = |overlay: &&Overlay| {
+            let path = Some(overlay.path.as_str());
+            guest.disks.iter().any(|disk| disk.local_path() == path)
+        };
+        if !overlays.iter().any(|overlay| is_used(&overlay)) {
+            return Ok(());
+        }
+        warn!(migration = %self.migration, %instance,
+            "its disks stand still since a time that this agent has forgotten: they are thawed");
+        let thawed = hypervisor.thaw_disks(instance, overlays).await;
+        thawed.map_err(fault)?;
+        for overlay in overlays {
+            let removed = destroy::remove_thawed(&self.node, overlay).await;
+            removed.map_err(fault)?;
+        }
+        Ok(())
     }
 
     /// What a part sends. Disks go only when the guest is off, together with its
@@ -383,7 +413,7 @@ impl Actor {
         // One that was set aside has been counted as moved.
         let counts = !record.aside;
         self.put_back(&mut record).await?;
-        if record.was_running {
+        if record.was_running || step.ran {
             self.start_again(&record, step.runs_nowhere_else).await?;
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);

@@ -65,7 +65,10 @@ impl Revert {
         let source = self.job.look_at(self.job.source()).await?;
         let proof = proof::way_back(&source).map_err(cannot_go_back)?;
         let (dest, step) = (self.dest()?, self.job.step());
-        if !self.job.look_at(dest).await?.is_present() {
+        // One that is away is waited for, as it is when it is told to stop the guest.
+        let there = self.job.look_at(dest).await;
+        let there = there.map_err(|error| lost(error.to_string()))?;
+        if !there.is_present() {
             self.is_on_no_other_node(dest)
                 .await
                 .map_err(cannot_go_back)?;

@@ -21,7 +21,8 @@ pub(super) struct Pooled {
 }
 
 /// What guests do, which is little: they are emulated.
-pub(super) const LOAD: &str = "drover.dirty_mib_s=1 drover.mem_mib=8 drover.disk_hz=5";
+pub(super) const LOAD: &str =
+    "drover.dirty_mib_s=1 drover.mem_mib=8 drover.disk_hz=4 drover.clock_ms=0";
 
 /// The guests; the last one is a project's.
 pub(super) const POOL: [Pooled; 5] = [

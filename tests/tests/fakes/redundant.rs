@@ -154,12 +154,18 @@ async fn a_destination_that_lost_its_journal_keeps_its_guest() {
     assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm2"));
 }
 
-/// Somebody moved it on to a third node; the record may know it by now, or not.
+/// Somebody moved it on to a third node; the record may know it by now, or not, and the
+/// node from which it went may have lost its journal.
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_was_moved_on_by_hand_is_not_reverted_and_is_confirmed() {
-    for is_known in [true, false] {
+    for (is_known, forgets) in [(true, false), (false, false), (true, true)] {
         let (mut cloud, id, m) = finished(PowerState::Running).await;
         cloud.add_node("kvm3", NodeSpec::default()).await;
+        if forgets {
+            cloud.kill_agent("kvm2");
+            cloud.lose_state("kvm2");
+            cloud.start_agent("kvm2").await;
+        }
         if !is_known {
             cloud.kill_agent("kvm3");
         }

@@ -126,11 +126,11 @@ impl Revert {
         let Err(error) = again else {
             return Ok(());
         };
-        // An agent that knows nothing of it stopped nothing.
+        // An agent that knows nothing of it stopped nothing that it could start again.
         let there = self.job.look_at(self.dest()?).await?;
-        match there.is_present() && !there.copy().known.under_way {
-            true => Ok(()),
-            false => Err(agent_error(error)),
+        match there.copy().known.under_way {
+            false => Ok(()),
+            true => Err(agent_error(error)),
         }
     }
 

@@ -396,11 +396,11 @@ impl Actor {
         self.same_instance(step)?;
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
-        if matches!(self.stage, Stage::Idle) && matches!(presence, Presence::Present(_)) {
-            return self.remembered().await;
-        }
         // One that had come and was moved on by hand needs nothing of this node any more;
         // whoever confirms has seen it elsewhere.
+        if matches!(self.stage, Stage::Idle) && presence != Presence::Incoming {
+            return self.remembered().await;
+        }
         let has_left = presence == Presence::Absent
             && matches!(&self.stage, Stage::Coming(record) if record.arrived && record.reverted.is_none());
         if !matches!(presence, Presence::Present(_)) && !has_left {

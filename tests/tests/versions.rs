@@ -555,17 +555,23 @@ async fn goes_on(cloud: &mut Cloud, m: &Migration) {
     cloud.check(&m).await;
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_status_that_is_not_known_is_left_to_a_newer_conductor() {
+/// A move under way of which the row, or the journal, is made a newer one's, and is put
+/// back.
+async fn is_left_alone_until_it_is_known(newer: &'static str, why: &str, back: &'static str) {
     let (mut cloud, guest, m) = orphaned().await;
-    let newer = "UPDATE migrations SET status = 'hovering', \
-                 record = json_set(record, '$.status', 'hovering')";
     cloud.store.damage(newer).await.unwrap();
-    is_left_alone(&mut cloud, guest, &m, "hovering").await;
-    let back = "UPDATE migrations SET status = 'running', \
-                record = json_set(record, '$.status', 'running') WHERE status = 'hovering'";
+    is_left_alone(&mut cloud, guest, &m, why).await;
     cloud.store.damage(back).await.unwrap();
     goes_on(&mut cloud, &m).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_status_that_is_not_known_is_left_to_a_newer_conductor() {
+    let newer = "UPDATE migrations SET status = 'hovering', \
+                 record = json_set(record, '$.status', 'hovering')";
+    let back = "UPDATE migrations SET status = 'running', \
+                record = json_set(record, '$.status', 'running') WHERE status = 'hovering'";
+    is_left_alone_until_it_is_known(newer, "hovering", back).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -594,38 +600,26 @@ async fn what_rests_and_is_not_understood_is_left_to_a_newer_conductor() {
 
 #[tokio::test(start_paused = true)]
 async fn a_kind_of_migration_that_is_not_known_is_left_to_a_newer_conductor() {
-    let (mut cloud, guest, m) = orphaned().await;
     let newer = "UPDATE migrations SET migration_type = 'teleport', \
                  record = json_set(record, '$.migration_type', 'teleport')";
-    cloud.store.damage(newer).await.unwrap();
-    is_left_alone(&mut cloud, guest, &m, "teleport").await;
     let back = "UPDATE migrations SET migration_type = 'live-migration', \
                 record = json_set(record, '$.migration_type', 'live-migration') \
                 WHERE migration_type = 'teleport'";
-    cloud.store.damage(back).await.unwrap();
-    goes_on(&mut cloud, &m).await;
+    is_left_alone_until_it_is_known(newer, "teleport", back).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_step_that_is_not_known_is_left_to_a_newer_conductor() {
-    let (mut cloud, guest, m) = orphaned().await;
     let newer = "UPDATE saga_events SET event = replace(event, '\"turn\"', '\"warm\"')";
-    cloud.store.damage(newer).await.unwrap();
-    is_left_alone(&mut cloud, guest, &m, "'warm'").await;
     let back = "UPDATE saga_events SET event = replace(event, '\"warm\"', '\"turn\"')";
-    cloud.store.damage(back).await.unwrap();
-    goes_on(&mut cloud, &m).await;
+    is_left_alone_until_it_is_known(newer, "'warm'", back).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_event_that_is_not_known_is_left_to_a_newer_conductor() {
-    let (mut cloud, guest, m) = orphaned().await;
     let newer = "UPDATE saga_events SET event = replace(event, '\"started\"', '\"sprouted\"')";
-    cloud.store.damage(newer).await.unwrap();
-    is_left_alone(&mut cloud, guest, &m, "sprouted").await;
     let back = "UPDATE saga_events SET event = replace(event, '\"sprouted\"', '\"started\"')";
-    cloud.store.damage(back).await.unwrap();
-    goes_on(&mut cloud, &m).await;
+    is_left_alone_until_it_is_known(newer, "sprouted", back).await;
 }
 
 #[tokio::test(start_paused = true)]

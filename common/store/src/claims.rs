@@ -13,11 +13,7 @@ use drover_model::{
 use sqlx::{Any, Row, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError,
-    database::Tx,
-    instances,
-    migrations::{self, Lease},
-    nodes, signed, unsigned,
+    Result, Store, StoreError, database::Tx, instances, migrations::Lease, nodes, signed, unsigned,
 };
 
 /// Instances that use what they were given: one that is shut off holds neither
@@ -189,8 +185,7 @@ impl Store {
         wanted: Resources,
     ) -> Result<std::result::Result<(), Vec<Shortfall>>> {
         let migration = lease.migration;
-        let mut tx = self.begin().await?;
-        migrations::fence(&mut tx, lease).await?;
+        let mut tx = self.begin_under(lease).await?;
         let row = sqlx::query(
             "UPDATE nodes SET claim_serial = claim_serial + 1 WHERE host = $1 \
              RETURNING host, report, heard_at_ms",
@@ -218,8 +213,7 @@ impl Store {
     /// [`StoreError::Fenced`], or the database failed.
     pub async fn release_claim(&self, lease: Lease) -> Result<()> {
         self.attempt(|| async {
-            let mut tx = self.begin().await?;
-            migrations::fence(&mut tx, lease).await?;
+            let mut tx = self.begin_under(lease).await?;
             release(&mut tx, lease.migration).await?;
             tx.commit().await?;
             Ok(())
@@ -244,8 +238,7 @@ impl Store {
         now_ms: u64,
     ) -> Result<()> {
         self.attempt(|| async {
-            let mut tx = self.begin().await?;
-            migrations::fence(&mut tx, lease).await?;
+            let mut tx = self.begin_under(lease).await?;
             settle(
                 &mut tx,
                 (lease.migration, instance),

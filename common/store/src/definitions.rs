@@ -180,8 +180,7 @@ impl Store {
     ) -> Result<()> {
         let ids = (lease.migration, instance);
         self.attempt(|| async {
-            let mut tx = self.begin().await?;
-            migrations::fence(&mut tx, lease).await?;
+            let mut tx = self.begin_under(lease).await?;
             rebuilt(&mut tx, ids, host, generation, now_ms).await?;
             tx.commit().await?;
             Ok(())

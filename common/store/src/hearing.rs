@@ -10,6 +10,7 @@
 //! agent's row has moved on.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -124,12 +125,7 @@ impl Hearing {
     /// It has none in common with this conductor.
     pub fn pinned(&self, host: &HostName) -> Result<RpcVersion, Mismatch> {
         let heard = self.lock();
-        let unknown = AgentState::default();
-        let state = heard
-            .agents
-            .get(host)
-            .map_or(&unknown, |known| &known.state);
-        heard.negotiate(host, state)
+        heard.negotiate(host, &heard.state_of(host))
     }
 
     /// What a node's agent, of that incarnation, says itself of its versions.
@@ -145,12 +141,7 @@ impl Hearing {
     /// Both sides with their versions, and which of them to upgrade.
     pub fn versions(&self, host: &HostName) -> (String, String) {
         let heard = self.lock();
-        let unknown = AgentState::default();
-        let state = heard
-            .agents
-            .get(host)
-            .map_or(&unknown, |known| &known.state);
-        heard.sides(host, state, |agent, own| {
+        heard.sides(host, &heard.state_of(host), |agent, own| {
             let both = format!("{} and {}", version::said(agent), version::said(own));
             (both, version::remedy(agent, own))
         })
@@ -293,6 +284,12 @@ impl Hearing {
 }
 
 impl Heard {
+    /// What was heard of a node's agent; of one that is not known, nothing.
+    fn state_of(&self, host: &HostName) -> Cow<'_, AgentState> {
+        let known = self.agents.get(host);
+        known.map_or_else(Cow::default, |known| Cow::Borrowed(&known.state))
+    }
+
     fn sides<T>(
         &self,
         host: &HostName,

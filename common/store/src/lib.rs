@@ -43,6 +43,7 @@ use tokio::sync::{broadcast, watch};
 
 use database::{Database, Tx};
 use here::Here;
+use migrations::Lease;
 
 /// Result of a store call.
 pub type Result<T> = std::result::Result<T, StoreError>;
@@ -359,6 +360,16 @@ impl Store {
             Kind::Sqlite => self.database.begin("BEGIN IMMEDIATE").await?,
             Kind::Postgresql => self.database.begin("BEGIN").await?,
         })
+    }
+
+    /// The same for whoever drives a migration, by its newest lease alone.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`], or the database failed.
+    async fn begin_under(&self, lease: Lease) -> Result<Tx> {
+        let mut tx = self.begin().await?;
+        migrations::fence(&mut tx, lease).await?;
+        Ok(tx)
     }
 
     /// Begins to read in several statements what is to be of one moment.

@@ -13,12 +13,8 @@ use drover_model::{
 use sqlx::{Row, any::AnyRow};
 
 use crate::{
-    Result, Store, StoreError, claims,
-    database::Tx,
-    from_json, instances,
-    instances::shown,
-    migrations::{self, Lease},
-    signed, to_json, unsigned,
+    Result, Store, StoreError, claims, database::Tx, from_json, instances, instances::shown,
+    migrations::Lease, signed, to_json, unsigned,
 };
 
 /// What a project has, and what it is promised.
@@ -177,8 +173,7 @@ impl Store {
         wanted: ProjectUsage,
     ) -> Result<std::result::Result<(), Vec<QuotaShortfall>>> {
         let migration = lease.migration;
-        let mut tx = self.begin().await?;
-        migrations::fence(&mut tx, lease).await?;
+        let mut tx = self.begin_under(lease).await?;
         let quota = lock(&mut tx, project).await?.quota;
         let mut all = totals(&mut tx, Some(project), Some(migration)).await?;
         let Totals { usage, promised } = all.remove(project.as_str()).unwrap_or_default();
@@ -198,8 +193,7 @@ impl Store {
     /// [`StoreError::Fenced`], or the database failed.
     pub async fn release_quota(&self, lease: Lease) -> Result<()> {
         self.attempt(|| async {
-            let mut tx = self.begin().await?;
-            migrations::fence(&mut tx, lease).await?;
+            let mut tx = self.begin_under(lease).await?;
             release(&mut tx, lease.migration).await?;
             tx.commit().await?;
             Ok(())
@@ -221,8 +215,7 @@ impl Store {
         now_ms: u64,
     ) -> Result<()> {
         self.attempt(|| async {
-            let mut tx = self.begin().await?;
-            migrations::fence(&mut tx, lease).await?;
+            let mut tx = self.begin_under(lease).await?;
             instances::handed_over(&mut tx, instance, project, name, now_ms).await?;
             release(&mut tx, lease.migration).await?;
             tx.commit().await?;

@@ -155,8 +155,7 @@ impl Store {
     /// database failed.
     pub async fn put_off(&self, lease: Lease, step: &str, now_ms: u64) -> Result<()> {
         let work = || async {
-            let mut tx = self.begin().await?;
-            migrations::fence(&mut tx, lease).await?;
+            let mut tx = self.begin_under(lease).await?;
             put_off(&mut *tx, lease.migration, step, now_ms).await?;
             tx.commit().await?;
             Ok(())
@@ -230,8 +229,7 @@ impl Store {
     /// database failed.
     pub async fn tidied(&self, lease: Lease, step: &str, said: &str) -> Result<()> {
         let work = || async {
-            let mut tx = self.begin().await?;
-            migrations::fence(&mut tx, lease).await?;
+            let mut tx = self.begin_under(lease).await?;
             sqlx::query("DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2")
                 .bind(lease.migration.to_string())
                 .bind(step)

@@ -11,13 +11,12 @@ use drover_compute::hypervisor::{
 use drover_model::{
     api::conductor::{MigrateAnswer, MigrateInstance, method},
     check::{CheckCode, CheckFailure},
-    ids::{HostName, InstanceId, OperationId},
-    migration::{
-        ColdOptions, EndReason, Evacuation, LiveOptions, Migration, MigrationStatus as S,
-        ProofOfDeath, Way,
-    },
+    ids::{HostName, InstanceId},
+    migration::{ColdOptions, EndReason, LiveOptions, Migration, MigrationStatus as S, Way},
 };
 use drover_tests::cloud::{Cloud, eventually};
+
+use crate::evacuation_deaths;
 
 const IMAGES: &str = "/var/lib/libvirt/images";
 const BASE: &str = "/var/lib/libvirt/images/base.qcow2";
@@ -301,35 +300,7 @@ async fn evacuated(kind: Kind, there: Option<&str>) -> (Cloud, InstanceId, Migra
     cloud.fabric.power_off("kvm1");
     cloud.kill_agent("kvm1");
     tokio::time::sleep(Duration::from_secs(60)).await;
-    let node = cloud
-        .store
-        .node(&name("kvm1"))
-        .await
-        .expect("on the record");
-    let at_ms = node.heard_at_ms + 60_000;
-    let way = Way::Evacuation(Evacuation {
-        operation: OperationId::generate(),
-        proof: ProofOfDeath::Fence {
-            agent: "fence_fabric".into(),
-            at_ms,
-            life: None,
-        },
-        to: vec![name("kvm2")],
-    });
-    let m = Migration {
-        instance_name: "web".into(),
-        owner: "nobody".into(),
-        ..Migration::new(id, name("kvm1"), way, at_ms)
-    };
-    let no_term = drover_store::Term {
-        now_ms: 0,
-        lease_ms: 0,
-    };
-    cloud
-        .store
-        .admit(&m, None, None, no_term)
-        .await
-        .expect("writable");
+    let m = evacuation_deaths::begin(&cloud, id, &["kvm2"]).await;
     let m = cloud.end(m.uuid).await;
     (cloud, id, m)
 }

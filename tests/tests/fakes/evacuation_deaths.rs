@@ -131,7 +131,7 @@ async fn returns(cloud: &mut Cloud, host: &str) {
 }
 
 /// An evacuation as an operation begins one, its node being proven dead now.
-async fn begin(cloud: &Cloud, id: InstanceId, to: &[&str]) -> Migration {
+pub(crate) async fn begin(cloud: &Cloud, id: InstanceId, to: &[&str]) -> Migration {
     let row = cloud.store.find_instance(&id.to_string()).await;
     let row = row.expect("on the record");
     let node = cloud.store.node(&row.host).await.expect("on the record");

@@ -257,15 +257,21 @@ async fn the_end_is_what_is_seen_not_what_is_said() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_guest_that_never_converges_is_given_up_and_runs_on() {
-    let cloud = Cloud::start(6).await;
+/// A guest that writes faster than its memory can be sent.
+async fn busy(cloud: &Cloud) -> InstanceId {
     let builder = GuestBuilder::new("busy")
         .memory_mib(4096)
         .dirty_mib_s(5000)
         .working_set_mib(4000);
     let id = cloud.fabric.add_guest("kvm1", builder);
     cloud.adopted(id).await;
+    id
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_never_converges_is_given_up_and_runs_on() {
+    let cloud = Cloud::start(6).await;
+    let id = busy(&cloud).await;
     let options = LiveOptions {
         progress_timeout_s: Some(30),
         ..LiveOptions::default()
@@ -316,12 +322,7 @@ async fn a_destination_that_dies_holds_nobody_up() {
 #[tokio::test(start_paused = true)]
 async fn force_complete_ends_a_transfer_that_would_not() {
     let cloud = Cloud::start(7).await;
-    let builder = GuestBuilder::new("busy")
-        .memory_mib(4096)
-        .dirty_mib_s(5000)
-        .working_set_mib(4000);
-    let id = cloud.fabric.add_guest("kvm1", builder);
-    cloud.adopted(id).await;
+    let id = busy(&cloud).await;
     let m = cloud
         .migrate(id, Some("kvm2"), LiveOptions::default())
         .await

@@ -219,7 +219,7 @@ impl Unused {
                 files: record.disks.iter().map(|d| d.path.clone()).collect(),
             }),
             false => Err(Fault::refused(format!(
-                "the guest may have come to this node ({presence:?}): its disks stay"
+                "the guest may have come to this node ({presence}): its disks stay"
             ))),
         }
     }
@@ -246,7 +246,7 @@ impl NeverRan {
         presence: Presence,
     ) -> std::result::Result<Self, Fault> {
         if presence.is_active() || presence == Presence::Incoming {
-            let message = format!("the guest is active on this node ({presence:?})");
+            let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }
         match record.started {

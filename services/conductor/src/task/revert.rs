@@ -93,7 +93,7 @@ impl Revert {
                 Ok(found) => {
                     let presence = found.presence;
                     return Err(format!(
-                        "it is not on {dest} any more, and {host} has it ({presence:?})"
+                        "it is not on {dest} any more, and {host} has it ({presence})"
                     ));
                 }
                 Err(error) => {

@@ -87,7 +87,7 @@ impl Actor {
         let hypervisor = &self.node.hypervisor;
         let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
         if presence != Presence::Absent {
-            let message = format!("the instance is on this node already ({presence:?})");
+            let message = format!("the instance is on this node already ({presence})");
             return Err(Fault::refused(message));
         }
         let paths: Vec<String> = record.files.iter().map(|f| f.path.clone()).collect();
@@ -244,7 +244,7 @@ impl Actor {
             Some(definition) => definition,
             None if presence != Presence::Absent => {
                 return Err(Fault::refused(format!(
-                    "somebody else has defined the guest on this node ({presence:?}): that \
+                    "somebody else has defined the guest on this node ({presence}): that \
                      definition is not replaced"
                 )));
             }
@@ -339,7 +339,7 @@ impl Actor {
         let presence = self.node.hypervisor.presence(step.instance).await;
         let presence = presence.map_err(fault)?;
         if presence.is_active() || presence == Presence::Incoming {
-            let message = format!("the guest is active on this node ({presence:?})");
+            let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }
         let proof = self.another_stays(&ask, &record, presence)?;
@@ -383,7 +383,7 @@ impl Actor {
                 Redundant::by_restored(survivor, own, lasting_files(record))
             }
             _ => Err(Fault::refused(format!(
-                "the guest ran on this node ({presence:?} now): nothing of it is taken back"
+                "the guest ran on this node ({presence} now): nothing of it is taken back"
             ))),
         }
     }
@@ -404,7 +404,7 @@ impl Actor {
         let has_left = presence == Presence::Absent
             && matches!(&self.stage, Stage::Coming(record) if record.arrived && record.reverted.is_none());
         if !matches!(presence, Presence::Present(_)) && !has_left {
-            let message = format!("the guest is not on this node ({presence:?})");
+            let message = format!("the guest is not on this node ({presence})");
             return Err(Fault::refused(message));
         }
         let record = self.coming(step.instance)?.clone();

@@ -303,7 +303,7 @@ impl Actor {
         let hypervisor = &self.node.hypervisor;
         let presence = hypervisor.presence(instance).await.map_err(fault)?;
         if !matches!(presence, Presence::Present(state) if !state.is_active()) {
-            let message = format!("the guest is not shut off on this node ({presence:?})");
+            let message = format!("the guest is not shut off on this node ({presence})");
             return Err(Fault::refused(message));
         }
         let taken = match record
@@ -358,7 +358,7 @@ impl Actor {
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
         if presence.is_active() || presence == Presence::Incoming {
-            let message = format!("the guest is active on this node ({presence:?})");
+            let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }
         let proof = Aside::of(&record)?;

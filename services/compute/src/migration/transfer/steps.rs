@@ -134,7 +134,7 @@ impl Actor {
         let hypervisor = &self.node.hypervisor;
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
         let Presence::Present(state) = presence else {
-            let message = format!("the guest is not on this node ({presence:?})");
+            let message = format!("the guest is not on this node ({presence})");
             return Err(Fault::refused(message));
         };
         let is_live = step.plan.mode == TransferMode::Live;

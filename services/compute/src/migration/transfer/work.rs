@@ -191,7 +191,7 @@ impl Worker {
     async fn place_all(&mut self, record: &TransferRecord) -> Attempt {
         let presence = self.node.hypervisor.presence(self.instance).await?;
         if !is_off(presence) {
-            let words = format!("the guest is not off on this node ({presence:?})");
+            let words = format!("the guest is not off on this node ({presence})");
             return Ok(failed(&words));
         }
         let in_all = record.plan.disks.iter().map(|d| d.data_bytes).sum();
@@ -253,7 +253,7 @@ impl Worker {
             });
         }
         if !is_off(presence) {
-            let words = format!("the guest is no longer on this node ({presence:?})");
+            let words = format!("the guest is no longer on this node ({presence})");
             return Ok(failed(&words));
         }
         let lasting = hypervisor.lasting_guest(self.instance).await?;
@@ -373,7 +373,7 @@ impl Worker {
         let hypervisor = &node.hypervisor;
         let handed = record.begun.contains(&TransferPart::HandOver);
         if !is_off(presence) {
-            let words = format!("the guest is not off on this node ({presence:?})");
+            let words = format!("the guest is not off on this node ({presence})");
             return Err(HypervisorError::WrongState(words));
         }
         if handed {

@@ -239,8 +239,11 @@ impl Cloud {
     }
 
     /// Starts an agent for a node with a state directory of its own, and does not
-    /// wait until it serves. Its name in this cloud is the directory's.
+    /// wait until it serves. Its name in this cloud is the directory's, and the
+    /// machine's that it runs on.
     pub fn launch_agent(&mut self, host: &str, name: &str) {
+        let machine_id_file = self.directories.path().join(format!("{name}.machine"));
+        std::fs::write(&machine_id_file, name).expect("there is room");
         let settings = AgentSettings {
             host: host.parse().expect("a host name"),
             endpoint: self.fabric.endpoint(host),
@@ -252,6 +255,7 @@ impl Cloud {
             progress_timeout_s: 150,
             guard_autostart: true,
             boot_id_file: self.directories.path().join(format!("{host}.boot")),
+            machine_id_file,
             speaks: self.dialect(name).speaks(),
         };
         let started = Agent::start(
@@ -318,8 +322,11 @@ impl Cloud {
     /// Loses what a node's agent has written down, as when the node is installed
     /// again; the agent is not running meanwhile.
     pub fn lose_state(&self, host: &str) {
-        let lost = std::fs::remove_dir_all(self.state_dir(host));
-        lost.expect("an agent has been there");
+        // Under another name first: what the dead agent's threads still write goes nowhere.
+        let state = self.state_dir(host);
+        let gone = state.with_extension("gone");
+        std::fs::rename(&state, &gone).expect("an agent has been there");
+        std::fs::remove_dir_all(&gone).expect("it is there");
     }
 
     /// What a node's agent has written down of a migration that it carries out.
@@ -336,6 +343,15 @@ impl Cloud {
         if let Some(agent) = self.agents.remove(host) {
             agent.kill();
         }
+    }
+
+    /// A node that has no power boots, and its agent starts with it.
+    pub async fn boot(&mut self, host: &str) {
+        let boot = self.directories.path().join(format!("{host}.boot"));
+        let id = format!("{:?}", self.began.elapsed());
+        std::fs::write(boot, id).expect("there is room");
+        self.fabric.power_on(host);
+        self.start_agent(host).await;
     }
 
     /// Waits until the conductor lists an instance.
@@ -407,6 +423,17 @@ impl Cloud {
             migration: id.to_string(),
         };
         self.call(method::ABORT_MIGRATION, &ask).await
+    }
+
+    /// Has a stuck migration tried again.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn resume(&self, id: MigrationId) -> Result<Migration, RpcError> {
+        let ask = MigrationRef {
+            migration: id.to_string(),
+        };
+        self.call(method::RESUME_MIGRATION, &ask).await
     }
 
     /// Waits, on the record, until a migration satisfies something.

@@ -201,6 +201,10 @@ fn a_guest_whose_destination_dies_midway_goes_to_the_next() {
     assert_moved(&party, &end, "vm88", dies);
     session.end();
     assert_whole(&party);
+    devstack.until("what was made for it there is taken back", || {
+        let files = devstack.ok("on", &[dies, "ls", "/var/lib/libvirt/images"]);
+        !files.contains("vm88")
+    });
 }
 
 /// Busy with nothing that has to move.

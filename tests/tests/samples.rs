@@ -128,7 +128,7 @@ fn readers() -> BTreeMap<&'static str, (Reader, Reader)> {
         ("agent abort_resize", (read::<c::StepRef>, nothing)),
         (
             "agent set_aside_instance",
-            (read::<c::StepRef>, read::<c::CleanUp>),
+            (read::<c::SetAside>, read::<c::CleanUp>),
         ),
         (
             "agent finish_resize",

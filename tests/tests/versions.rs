@@ -541,6 +541,17 @@ async fn is_left_alone(cloud: &mut Cloud, guest: InstanceId, m: &Migration, why:
     let other = adopted(cloud, "kvm1", vm("other")).await;
     let other = rests(cloud, other, "kvm2", &live()).await;
     assert_eq!(other.status, S::Completed, "{other:#?}");
+    let listed = ListInstances::default();
+    let listed: Vec<Instance> = cloud.call(method::LIST_INSTANCES, &listed).await.unwrap();
+    assert_eq!(listed.len(), 2);
+    // Operations pass it over, and come to an end.
+    let third = adopted(cloud, "kvm1", vm("third")).await;
+    let drain = Task::Drain(DrainOptions::new("kvm1".parse().unwrap()));
+    let begun = cloud.operate(&drain).await.unwrap();
+    let ended = cloud.operation_end(begun.uuid).await;
+    assert!(ended.status.is_final(), "{ended:#?}");
+    let home = cloud.fabric.running_on(third);
+    assert_eq!(home.unwrap().as_str(), "kvm2", "{ended:#?}");
     nobody_is_down(cloud).await;
     cloud.fabric.check_invariants().unwrap();
     cloud.kill_conductor();

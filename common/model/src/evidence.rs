@@ -170,7 +170,8 @@ pub struct Evidence {
     /// What its fencing agent says.
     pub fence: FenceAnswer,
     /// When the fencing agent was told to cut the power, milliseconds since
-    /// 1970; what the nodes see is of afterwards then.
+    /// 1970; what the nodes see is of afterwards then, unless the node was off by
+    /// its status before.
     #[serde(default)]
     pub cut_at_ms: Option<u64>,
     /// Who answers for its being off, if somebody said so.

@@ -2,8 +2,10 @@
 //!
 //! An incarnation is handed out to each agent that starts, a counter per host.
 //! What another incarnation says does not count. A second agent of one name is
-//! let in only in the place of one that is gone: that said good-bye, was silent
-//! for long enough, or whose restart it is.
+//! let in only in the place of one that was silent for long enough, or whose restart
+//! it is. After a good-bye the node's own machine is let in at once, with its state or
+//! with a new one; another machine waits for the silence all the same, for it asks
+//! every few seconds and would be there before an agent that is only restarted.
 
 use drover_model::{
     api::conductor::{Heartbeat, Identity, RegisterAgent, Registered},
@@ -90,13 +92,18 @@ fn judge(
     }
     let is_restart = ask.held.is_none() && ask.identity.succeeds(&row.identity);
     let is_silent = silent_since == Some(row.life());
-    if row.incarnation == 0 || row.gone || is_restart || is_silent {
+    let is_freed = row.gone && ask.identity.is_akin(&row.identity);
+    if row.incarnation == 0 || is_freed || is_restart || is_silent {
         return Ok(row.incarnation.max(ask.held.unwrap_or(0)) + 1);
     }
     let which = |i: &Identity| format!("machine {}, state {}", named(&i.machine), named(&i.state));
+    let stands = match row.gone {
+        true => "that has just stopped",
+        false => "that lives",
+    };
     Err(format!(
-        "{} has another agent that lives ({}); this one ({}) takes its place when that one is \
-         stopped or has been silent for the down time: is [compute] host the same on two machines?",
+        "{} has another agent {stands} ({}); this one ({}) takes its place when that one has \
+         been silent for the down time: is [compute] host the same on two machines?",
         ask.host,
         which(&row.identity),
         which(&ask.identity)

@@ -29,10 +29,23 @@ impl Database {
     /// Begins a transaction with that statement.
     pub(crate) async fn begin(&self, sql: &'static str) -> Result<Tx, Error> {
         Ok(Tx(match self {
-            Self::Pool(pool) => Open::Pooled(pool.begin_with(sql).await?),
+            Self::Pool(pool) => Open::Pooled(begin(pool, sql).await?),
             Self::Here(here) => Open::Here(here.begin(sql)?),
         }))
     }
+}
+
+/// SQLite itself undoes a transaction for which its disk is full, or fails: then the
+/// connection takes it for open, undoes it in vain, and begins no other for ever. Such
+/// a connection gives way to a new one.
+async fn begin(pool: &AnyPool, sql: &'static str) -> Result<Transaction<'static, Any>, Error> {
+    match pool.begin_with(sql).await {
+        Err(Error::InvalidSavePointStatement) => {}
+        begun => return begun,
+    }
+    // Of the one that there is: only SQLite's can be in that state.
+    pool.acquire().await?.close().await?;
+    pool.begin_with(sql).await
 }
 
 /// A transaction. Dropped, it is undone.
@@ -179,6 +192,37 @@ impl<'c> Executor<'c> for &'c Database {
         match self {
             Database::Pool(pool) => pool.prepare_with(sql, parameters),
             Database::Here(_) => unprepared(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{any::AnyPoolOptions, query, raw_sql};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_transaction_that_sqlite_undid_itself_is_not_the_last() {
+        sqlx::any::install_default_drivers();
+        let place = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}/record?mode=rwc", place.path().display());
+        let options = AnyPoolOptions::new()
+            .max_connections(1)
+            .test_before_acquire(false);
+        let database = Database::Pool(options.connect(&url).await.unwrap());
+        let full = "CREATE TABLE t (x BLOB); PRAGMA max_page_count = 3";
+        raw_sql(full).execute(&database).await.unwrap();
+        let mut tx = database.begin("BEGIN IMMEDIATE").await.unwrap();
+        let large = query("INSERT INTO t VALUES (zeroblob(1000000))");
+        let refused = large.execute(&mut *tx).await.unwrap_err();
+        assert!(refused.to_string().contains("full"), "{refused}");
+        drop(tx);
+        for _ in 0..2 {
+            let mut tx = database.begin("BEGIN IMMEDIATE").await.unwrap();
+            let small = query("INSERT INTO t VALUES (1)");
+            small.execute(&mut *tx).await.unwrap();
+            tx.commit().await.unwrap();
         }
     }
 }

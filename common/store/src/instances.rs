@@ -35,8 +35,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Row, any::AnyRow};
 
 use crate::{
-    Result, Statement, Store, StoreError, corrupt, database::Tx, from_json, outbox, signed,
-    to_json, unsigned,
+    Result, Statement, Store, StoreError, corrupt, database::Tx, from_json, nodes, outbox,
+    readable, signed, to_json, unsigned,
 };
 
 /// For how long an instance that its node no longer lists stays on the record
@@ -538,6 +538,69 @@ pub(crate) async fn lock(tx: &mut Tx, id: InstanceId) -> Result<Option<InstanceR
         .fetch_optional(&mut **tx)
         .await?;
     row.as_ref().map(instance).transpose()
+}
+
+/// Guests of a node that will not come back: those with a copy elsewhere are on the
+/// record there from now on. Gives the others.
+pub(crate) async fn leave(tx: &mut Tx, host: &HostName, now_ms: u64) -> Result<Vec<InstanceRow>> {
+    let rows = sqlx::query("SELECT * FROM instances WHERE host = $1 ORDER BY name, uuid")
+        .bind(host.as_str())
+        .fetch_all(&mut **tx)
+        .await?;
+    if rows.is_empty() {
+        return Ok(Vec::new());
+    }
+    let copies = listed_elsewhere(tx, host).await?;
+    let mut left = Vec::new();
+    for (row, serial) in rows.iter().map(with_serial).collect::<Result<Vec<_>>>()? {
+        let active = row.other.as_ref().map(|other| (&other.host, &other.seen));
+        let listed = copies.get(&row.id).map(|(host, seen)| (host, seen));
+        match active.or(listed) {
+            Some((home, seen)) => {
+                let moved = known(&row, row_of(home, seen, now_ms));
+                replace(tx, &moved, serial).await?;
+            }
+            None => left.push(row),
+        }
+    }
+    Ok(left)
+}
+
+/// What other nodes listed last, by guest; of several an active one counts, or the
+/// newest.
+async fn listed_elsewhere(
+    tx: &mut Tx,
+    host: &HostName,
+) -> Result<HashMap<InstanceId, (HostName, InstanceReport)>> {
+    let rows = sqlx::query("SELECT * FROM nodes WHERE host <> $1")
+        .bind(host.as_str())
+        .fetch_all(&mut **tx)
+        .await?;
+    let mut copies: HashMap<InstanceId, (HostName, InstanceReport)> = HashMap::new();
+    let rank = |seen: &InstanceReport| (seen.power_state.is_active(), seen.generation);
+    for report in readable(&rows, nodes::report) {
+        let HypervisorReport::Up { instances, .. } = report.hypervisor else {
+            continue;
+        };
+        for seen in instances.into_iter().filter(|seen| !seen.incoming) {
+            let better = copies
+                .get(&seen.id)
+                .is_none_or(|(_, other)| rank(other) < rank(&seen));
+            if better {
+                copies.insert(seen.id, (report.host.clone(), seen));
+            }
+        }
+    }
+    Ok(copies)
+}
+
+/// Takes guests from the record that are nowhere any more.
+pub(crate) async fn forget(tx: &mut Tx, guests: &[InstanceRow]) -> Result<()> {
+    for guest in guests {
+        let forget = sqlx::query("DELETE FROM instances WHERE uuid = $1");
+        forget.bind(guest.id.to_string()).execute(&mut **tx).await?;
+    }
+    Ok(())
 }
 
 /// None is none, so that those that wait are found.

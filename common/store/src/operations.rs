@@ -5,8 +5,8 @@
 
 use drover_model::{
     api::conductor::ListOperations,
-    ids::{HostName, MigrationId, OperationId},
-    migration::Migration,
+    ids::{HostName, InstanceId, MigrationId, OperationId},
+    migration::{Migration, MigrationStatus, MigrationType},
     operation::Operation,
 };
 use serde_json::Value;
@@ -52,6 +52,46 @@ pub struct TurnLimits {
     pub inbound: u32,
     /// In all.
     pub cluster: u32,
+}
+
+/// Migrations that are not over.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct UnderWay {
+    /// Those that can be read.
+    pub known: Vec<Migration>,
+    /// What is known of the others.
+    pub unread: Vec<UnreadMove>,
+}
+
+/// An unfinished migration whose record only a newer conductor understands, or nobody,
+/// as its columns tell of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnreadMove {
+    /// Its number.
+    pub id: i64,
+    /// Of which guest.
+    pub instance: InstanceId,
+    /// From where.
+    pub source: HostName,
+    /// Where to, if that is known.
+    pub dest: Option<HostName>,
+    /// Of what kind.
+    pub kind: String,
+    /// Where it stands.
+    pub status: String,
+}
+
+impl UnreadMove {
+    /// Whether nothing is being done about it.
+    pub fn rests(&self) -> bool {
+        let resting = [MigrationStatus::Finished, MigrationStatus::Stuck];
+        resting.iter().any(|status| status.as_str() == self.status)
+    }
+
+    /// Whether it is of a kind.
+    pub fn is(&self, kind: MigrationType) -> bool {
+        self.kind == kind.to_string()
+    }
 }
 
 /// Whether a migration may send now.
@@ -378,15 +418,32 @@ impl Store {
         Ok(readable(&rows, migrations::record))
     }
 
-    /// Every unfinished migration, oldest first.
+    /// Every unfinished migration that can be read, oldest first.
     ///
     /// # Errors
     /// The database failed.
     pub async fn active_migrations(&self) -> Result<Vec<Migration>> {
-        let query =
-            sqlx::query("SELECT version, record FROM migrations WHERE active = 1 ORDER BY id");
+        Ok(self.under_way().await?.known)
+    }
+
+    /// Every unfinished migration, oldest first; one that cannot be read costs its own
+    /// guest and nobody else's.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn under_way(&self) -> Result<UnderWay> {
+        let query = sqlx::query(
+            "SELECT id, version, record, instance_uuid, migration_type, status, source_host, \
+             dest_host FROM migrations WHERE active = 1 ORDER BY id",
+        );
         let rows = self.steady(query.fetch_all(&self.database)).await?;
-        rows.iter().map(migrations::record).collect()
+        let (known, unread): (Vec<_>, Vec<_>) = rows
+            .into_iter()
+            .partition(|row| migrations::record(row).is_ok());
+        Ok(UnderWay {
+            known: readable(&known, migrations::record),
+            unread: readable(&unread, unread_move),
+        })
     }
 
     /// Lets a migration send if neither of its nodes, nor all of them together,
@@ -488,6 +545,21 @@ impl Store {
         .await?;
         Ok(())
     }
+}
+
+fn unread_move(row: &AnyRow) -> Result<UnreadMove> {
+    let instance: String = row.try_get("instance_uuid")?;
+    let source: String = row.try_get("source_host")?;
+    let dest: Option<String> = row.try_get("dest_host")?;
+    let dest = dest.map(|host| host.parse::<HostName>()).transpose();
+    Ok(UnreadMove {
+        id: row.try_get("id")?,
+        instance: instance.parse().map_err(|e| corrupt("a migration", &e))?,
+        source: source.parse().map_err(|e| corrupt("a migration", &e))?,
+        dest: dest.map_err(|e| corrupt("a migration", &e))?,
+        kind: row.try_get("migration_type")?,
+        status: row.try_get("status")?,
+    })
 }
 
 fn lease(row: &AnyRow) -> Result<OperationLease> {

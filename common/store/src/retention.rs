@@ -3,14 +3,19 @@
 //! still needs. Numbers are never given out again.
 
 use drover_model::{
-    ids::{HostName, MigrationId},
+    ids::{HostName, InstanceId, MigrationId},
     migration::{MigrationStatus, MigrationType},
 };
 use sqlx::Row;
 
 use crate::{
-    Result, Store, StoreError, database::Tx, from_json, instances::instance, offers,
-    sagas::SagaKey, signed, unsigned,
+    Result, Store, StoreError,
+    database::Tx,
+    from_json,
+    instances::{self, InstanceRow},
+    offers,
+    sagas::SagaKey,
+    signed, unsigned,
 };
 
 /// Rows of a kind that one commit forgets.
@@ -25,6 +30,19 @@ pub struct Retention {
     pub keep_count: u32,
     /// A saga's journal after its end, ms.
     pub journal_ms: u64,
+}
+
+/// How a node is forgotten.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Forgetting {
+    /// Now, milliseconds since 1970.
+    pub now_ms: u64,
+    /// It must not have been heard of since.
+    pub silent_since_ms: u64,
+    /// Guests that an evacuation would start elsewhere.
+    pub evacuable: Vec<InstanceId>,
+    /// Those that are nowhere else go with it.
+    pub despite_lost_guests: bool,
 }
 
 /// Rows of what grows with the work done.
@@ -116,10 +134,14 @@ impl Store {
     /// What could not be tidied for as long as anything is kept never will be: the
     /// migration's record says so.
     async fn give_up_tidying(&self, keep: Retention, now_ms: u64) -> Result<u64> {
-        let statement = "SELECT migration_uuid, step FROM cleanups WHERE at_ms < $1 LIMIT $2";
-        let query = sqlx::query(statement).bind(keep.before(now_ms)).bind(BATCH);
+        let statement = "SELECT migration_uuid, step FROM cleanups WHERE at_ms < $1";
+        let query = sqlx::query(statement).bind(keep.before(now_ms));
         let rows = self.steady(query.fetch_all(&self.database)).await?;
+        let mut given_up = 0;
         for row in &rows {
+            if given_up == BATCH.unsigned_abs() {
+                break;
+            }
             let (uuid, step): (String, String) = (row.try_get(0)?, row.try_get(1)?);
             let words = format!("{step} was put off for too long, and is given up");
             if let Ok(id) = uuid.parse::<MigrationId>() {
@@ -131,6 +153,10 @@ impl Store {
                     Ok(_) | Err(StoreError::NotFound(_)) => {}
                     // Whoever understands it gives it up.
                     Err(StoreError::Newer { .. }) => continue,
+                    // Nobody ever will, and it holds up nothing else.
+                    Err(error @ StoreError::Corrupt { .. }) => {
+                        tracing::error!(migration = uuid, %error, "its tidying is given up");
+                    }
                     Err(error) => return Err(error),
                 }
             }
@@ -140,8 +166,9 @@ impl Store {
                     .bind(step.clone())
             })
             .await?;
+            given_up += 1;
         }
-        Ok(rows.len() as u64)
+        Ok(given_up)
     }
 
     async fn prune_offers(&self, keep: Retention, now_ms: u64) -> Result<u64> {
@@ -238,15 +265,16 @@ impl Store {
 
     /// Ends a node that was scrapped: its row, its guests' definitions, what was to be
     /// tidied there and what was promised there. It must not have been heard of since
-    /// a moment, and nothing may need it.
+    /// a moment, and nothing may need it. Guests that are elsewhere by now are on the
+    /// record there.
     ///
     /// # Errors
     /// [`StoreError::Invalid`] with every reason against it, [`StoreError::NotFound`],
     /// or the database failed.
-    pub async fn forget_node(&self, host: &HostName, silent_since_ms: u64) -> Result<()> {
+    pub async fn forget_node(&self, host: &HostName, how: &Forgetting) -> Result<()> {
         self.attempt(|| async {
             let mut tx = self.begin().await?;
-            forget_node(&mut tx, host, silent_since_ms).await?;
+            forget_node(&mut tx, host, how).await?;
             tx.commit().await?;
             Ok(())
         })
@@ -257,24 +285,30 @@ impl Store {
     ///
     /// # Errors
     /// As [`Self::forget_node`].
-    pub async fn may_forget_node(&self, host: &HostName, silent_since_ms: u64) -> Result<()> {
+    pub async fn may_forget_node(&self, host: &HostName, how: &Forgetting) -> Result<()> {
         self.attempt(|| async {
             let mut tx = self.begin().await?;
-            forget_node(&mut tx, host, silent_since_ms).await
+            forget_node(&mut tx, host, how).await
         })
         .await
     }
 }
 
-async fn forget_node(tx: &mut Tx, host: &HostName, silent_since_ms: u64) -> Result<()> {
+async fn forget_node(tx: &mut Tx, host: &HostName, how: &Forgetting) -> Result<()> {
     // Reports of the node, and claims there, wait here.
     let held = sqlx::query(
         "UPDATE nodes SET claim_serial = claim_serial WHERE host = $1 RETURNING heard_at_ms",
     );
     let held = held.bind(host.as_str()).fetch_optional(&mut **tx).await?;
     let held = held.ok_or_else(|| StoreError::NotFound(format!("node {host}")))?;
-    let mut against = needed(tx, host).await?;
-    if held.try_get::<i64, _>("heard_at_ms")? > signed(silent_since_ms) {
+    let lost = instances::leave(tx, host, how.now_ms).await?;
+    let mut against = Vec::new();
+    match how.despite_lost_guests {
+        true => instances::forget(tx, &lost).await?,
+        false => against.extend(would_be_lost(&lost, host, &how.evacuable)),
+    }
+    against.extend(unfinished(tx, host).await?);
+    if held.try_get::<i64, _>("heard_at_ms")? > signed(how.silent_since_ms) {
         against.insert(
             0,
             "its agent was heard of just now: stop it first".to_owned(),
@@ -316,7 +350,14 @@ async fn forget_journals(tx: &mut Tx, migration: &str, record: &str) -> Result<(
     let id = migration
         .parse()
         .map_err(|e| crate::corrupt("a migration", &e))?;
-    let endings: Endings = from_json("a migration", record)?;
+    let Ok(endings) = from_json::<Endings>("a migration", record) else {
+        // Nobody can read it: whatever begins with its id goes, however long that takes.
+        sqlx::query("DELETE FROM saga_events WHERE saga_uuid LIKE $1")
+            .bind(format!("{migration}%"))
+            .execute(&mut **tx)
+            .await?;
+        return Ok(());
+    };
     let of_endings = (1..=endings.ending_attempt).map(|n| SagaKey::of_ending(id, n));
     for saga in std::iter::once(SagaKey::of_move(id)).chain(of_endings) {
         sqlx::query("DELETE FROM saga_events WHERE saga_uuid = $1")
@@ -327,30 +368,38 @@ async fn forget_journals(tx: &mut Tx, migration: &str, record: &str) -> Result<(
     Ok(())
 }
 
-/// What needs a node, in words.
-async fn needed(tx: &mut Tx, host: &HostName) -> Result<Vec<String>> {
+/// Guests that are nowhere else, in words: those that can be started elsewhere, and
+/// the others.
+fn would_be_lost(lost: &[InstanceRow], host: &HostName, evacuable: &[InstanceId]) -> Vec<String> {
+    let (saved, others): (Vec<_>, Vec<_>) = lost.iter().partition(|g| evacuable.contains(&g.id));
+    let saved = names(&saved).map(|names| {
+        format!(
+            "{names} would be lost with it: 'drover node evacuate {host}' starts them elsewhere"
+        )
+    });
+    let others = names(&others).map(|names| {
+        format!(
+            "{names} would be lost with it, and cannot be evacuated: if they are gone for good, say \
+             --despite-lost-guests"
+        )
+    });
+    saved.into_iter().chain(others).collect()
+}
+
+fn names(guests: &[&InstanceRow]) -> Option<String> {
     /// Names that are told.
-    const NAMED: usize = 3;
-    let mut against = Vec::new();
-    let guests = sqlx::query("SELECT * FROM instances WHERE host = $1 ORDER BY name")
-        .bind(host.as_str())
-        .fetch_all(&mut **tx)
-        .await?;
-    let names: Vec<String> = guests
-        .iter()
-        .take(NAMED)
-        .map(|row| Ok(instance(row)?.name))
-        .collect::<Result<_>>()?;
-    let names = names.join(", ");
+    const NAMED: usize = 20;
+    let names: Vec<_> = guests.iter().take(NAMED).map(|g| g.name.as_str()).collect();
     match guests.len() {
-        0 => {}
-        n if n <= NAMED => {
-            against.push(format!("{names} would be lost with it: evacuate it first"))
-        }
-        n => against.push(format!(
-            "{n} guests ({names}, …) would be lost with it: evacuate it first"
-        )),
+        0 => None,
+        n if n <= NAMED => Some(names.join(", ")),
+        n => Some(format!("{n} guests ({}, …)", names.join(", "))),
     }
+}
+
+/// What of a node is not at its end, in words.
+async fn unfinished(tx: &mut Tx, host: &HostName) -> Result<Vec<String>> {
+    let mut against = Vec::new();
     let unfinished = [
         (
             "migration",

@@ -35,6 +35,10 @@ impl SagaKey {
     }
 }
 
+/// Nothing is put off for longer, ms: what is due later was put off before a clock
+/// was set back, and is due now.
+const LONGEST_PUT_OFF_MS: u64 = 7_200_000;
+
 /// A step of tidying that was put off.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PutOff {
@@ -174,14 +178,15 @@ impl Store {
         let query = sqlx::query(
             "SELECT c.migration_uuid, c.step, c.attempts, m.epoch FROM cleanups c \
              JOIN migrations m ON m.uuid = c.migration_uuid \
-             WHERE c.due_at_ms <= $2 AND (m.active = 0 OR m.status = 'finished') \
+             WHERE (c.due_at_ms <= $2 OR c.due_at_ms > $5) AND (m.active = 0 OR m.status = 'finished') \
              AND (m.owner = $1 OR m.lease_until_ms < $3) \
              ORDER BY c.due_at_ms, c.at_ms, c.migration_uuid, c.step LIMIT $4",
         )
         .bind(owner)
         .bind(signed(term.now_ms))
         .bind(signed(lease_now_ms))
-        .bind(i64::from(limit));
+        .bind(i64::from(limit))
+        .bind(signed(term.now_ms.saturating_add(LONGEST_PUT_OFF_MS)));
         let rows = self.steady(query.fetch_all(&self.database)).await?;
         let step = |row: &sqlx::any::AnyRow| {
             let uuid: String = row.try_get("migration_uuid")?;

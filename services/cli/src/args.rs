@@ -123,6 +123,9 @@ pub enum NodeVerb {
     Forget {
         /// Host name.
         host: HostName,
+        /// Its guests that are nowhere else are gone for good: forget them with it
+        #[arg(long)]
+        despite_lost_guests: bool,
         /// How to do it.
         #[command(flatten)]
         change: Change,

@@ -491,6 +491,8 @@ async fn a_scrapped_node_is_forgotten() {
         ("forget_node", answer(&())),
         ("get_node", answer(&node)),
         ("forget_node", answer(&())),
+        ("get_node", answer(&node)),
+        ("forget_node", answer(&())),
     ])
     .await;
     let told = stage.run("node forget kvm1 --dry-run").await;
@@ -501,7 +503,13 @@ async fn a_scrapped_node_is_forgotten() {
     assert_eq!(stage.run("node forget kvm1").await, Exit::Done);
     assert_eq!(stage.last_line(), "kvm1 is forgotten");
     let said = |dry_run| json!({"host": "kvm1", "dry_run": dry_run});
-    assert_eq!(stage.asked("forget_node"), [said(true), said(false)]);
+    let despite = stage.run("node forget kvm1 --despite-lost-guests").await;
+    assert_eq!(despite, Exit::Done);
+    let overruled = json!({"host": "kvm1", "dry_run": false, "despite_lost_guests": true});
+    assert_eq!(
+        stage.asked("forget_node"),
+        [said(true), said(false), overruled]
+    );
 }
 
 #[tokio::test(start_paused = true)]

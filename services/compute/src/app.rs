@@ -51,7 +51,7 @@ impl Agent {
         clock: Clock,
     ) -> Result<AgentHandle, JournalError> {
         let journal = Journal::open(&settings.state_dir, &settings.state_disk)?;
-        let identity = standing::identity(journal.state(), &settings.boot_id_file);
+        let identity = standing::identity(journal.state(), &settings);
         let client = RpcClient::new(transport.clone(), messaging);
         let (conductor, reports) = Conductor::new(client.clone(), transport.clone());
         let node = Arc::new(Node {

@@ -5,23 +5,31 @@
 //! ```text
 //!  libvirt's flag ─► wish in the domain's metadata, flag off      (at any time)
 //!
-//!  the node boots ─► wanted: all that are off and wish it ─┬─ evacuated ──────► waits; goes when it
-//!                    (journalled with the boot's id)       │                    is no longer here
-//!                                                          ├─ in a migration ─► waits
-//!                                                          └─ else ───────────► started, once
+//!  the node boots ─► wanted: all that are off and wish it ─┬─ evacuated ───────► waits; goes when it
+//!                    (journalled with the boot's id)       │                     is no longer here
+//!                                                          ├─ in a migration ──► waits
+//!                                                          ├─ active elsewhere ► waits
+//!                                                          ├─ lives elsewhere ─► stays off
+//!                                                          └─ else ────────────► started, once
 //! ```
 //!
-//! Whatever is stopped after that stays so until the next boot.
+//! Where a guest lives is on the conductor's record, and asked for right before any is
+//! started: somebody may have moved it by hand and left its definition here, or have
+//! brought it up elsewhere while this node was away (invariant 1). Whatever is stopped
+//! or stays off after that does so until the next boot.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use drover_model::{error::ErrorClass, ids::InstanceId, node::InstanceReport};
-use drover_runtime::blocking::blocking_io;
+use drover_model::{
+    api::conductor::KeptOff, error::ErrorClass, ids::InstanceId, node::InstanceReport,
+};
+use drover_rpc::RpcError;
+use drover_runtime::{blocking::blocking_io, error_chain::Chain};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, error, info, warn};
 
@@ -51,6 +59,8 @@ pub(crate) struct Autostart {
     file: PathBuf,
     /// None while what was written of it cannot be read.
     boot: Option<Boot>,
+    /// Why guests are kept off, as it was said last.
+    said: BTreeMap<InstanceId, String>,
 }
 
 impl Autostart {
@@ -62,6 +72,7 @@ impl Autostart {
             registry,
             file,
             boot: None,
+            said: BTreeMap::new(),
         };
         autostart.remember().await;
         autostart
@@ -167,19 +178,72 @@ impl Autostart {
         };
         boot.wanted = Some(wanted.clone());
         self.store(boot.clone()).await;
+        let left = match self.kept_off(&wanted).await {
+            Ok(kept_off) => self.start_others(wanted, &kept_off, evacuated).await,
+            Err(error) => {
+                warn!(
+                    "the conductor does not say which guests may be started at boot: {}; it is \
+                    asked again",
+                    Chain(&error)
+                );
+                wanted
+            }
+        };
+        let waiting = left.len();
+        boot.wanted = Some(left);
+        self.store(boot).await;
+        Ok(waiting)
+    }
+
+    /// Asks which of these must not be started here, by what is on the record now.
+    async fn kept_off(
+        &self,
+        wanted: &BTreeSet<InstanceId>,
+    ) -> Result<BTreeMap<InstanceId, KeptOff>, RpcError> {
+        if wanted.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let starting = wanted.iter().copied().collect();
+        let host = &self.node.settings.host;
+        let answer = self.node.conductor.list_evacuated(host, starting).await?;
+        let kept_off = answer.kept_off.into_iter();
+        Ok(kept_off.map(|kept| (kept.instance, kept)).collect())
+    }
+
+    /// Starts those that may be started; says which are left for later.
+    async fn start_others(
+        &mut self,
+        wanted: BTreeSet<InstanceId>,
+        kept_off: &BTreeMap<InstanceId, KeptOff>,
+        evacuated: &BTreeSet<InstanceId>,
+    ) -> BTreeSet<InstanceId> {
         let mut left = wanted.clone();
         for instance in wanted {
             let waits = evacuated.contains(&instance)
                 || self.registry.holder(instance).is_some()
                 || self.registry.held_back(instance).is_some();
-            if !waits && self.start(instance).await {
+            let is_over = match kept_off.get(&instance) {
+                Some(kept) => {
+                    self.say(kept);
+                    kept.lives_on.is_some()
+                }
+                None => !waits && self.start(instance).await,
+            };
+            if is_over {
                 left.remove(&instance);
             }
         }
-        let waiting = left.len();
-        boot.wanted = Some(left);
-        self.store(boot).await;
-        Ok(waiting)
+        left
+    }
+
+    /// Says once why a guest stays off.
+    fn say(&mut self, kept: &KeptOff) {
+        let KeptOff {
+            instance, reason, ..
+        } = kept;
+        if self.said.insert(*instance, reason.clone()).as_ref() != Some(reason) {
+            warn!(%instance, "the guest wishes to be started at boot and stays off: {reason}");
+        }
     }
 
     /// Starts one; says whether that is over, well or not.

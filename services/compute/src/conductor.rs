@@ -144,12 +144,15 @@ impl Conductor {
         Ok(found.pop())
     }
 
-    /// What of this node lives elsewhere by now.
+    /// What of this node lives elsewhere by now, and which of those that are about to
+    /// be started must not be.
     pub(crate) async fn list_evacuated(
         &self,
         host: &HostName,
+        starting: Vec<InstanceId>,
     ) -> Result<EvacuatedAnswer, RpcError> {
-        let which = ListEvacuated { host: host.clone() };
+        let host = host.clone();
+        let which = ListEvacuated { host, starting };
         match self.ask(method::LIST_EVACUATED, &which, &service()).await {
             // An older conductor evacuates nobody.
             Err(error) if is_unknown_method(&error) => {

@@ -17,6 +17,7 @@ use crate::{hypervisor::libvirt::LibvirtSettings, journal::StateDisk, node::Agen
 const SECTION: &str = "compute";
 /// The kernel's name for this boot.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+const MACHINE_ID: &str = "/etc/machine-id";
 
 /// What the section says about the agent itself.
 #[derive(Debug, Clone, Deserialize)]
@@ -163,6 +164,7 @@ fn settings(section: Section) -> Result<AgentSettings, Problem> {
         progress_timeout_s: section.progress_timeout_s,
         guard_autostart: section.guard_autostart,
         boot_id_file: section.boot_id_file,
+        machine_id_file: PathBuf::from(MACHINE_ID),
         speaks: SPEAKS,
     })
 }

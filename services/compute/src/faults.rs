@@ -17,6 +17,7 @@ pub(crate) fn hypervisor(error: HypervisorError) -> Fault {
         HypervisorError::Aborted(_) | HypervisorError::Exists(_) | HypervisorError::Failed(_) => {
             code::HYPERVISOR_REFUSED
         }
+        HypervisorError::Untold(_) => code::STEP_NOT_NOW,
         HypervisorError::Lost(_) => code::STEP_LOST,
         HypervisorError::Bug(_) => code::AGENT_BUG,
     };

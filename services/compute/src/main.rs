@@ -2,6 +2,7 @@
 //! and runs until a signal.
 
 use std::{
+    fs::{File, TryLockError},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -26,6 +27,9 @@ use tracing::{error, info};
 
 /// Exit code for settings that cannot be used.
 const EXIT_USAGE: u8 = 2;
+
+/// How long an agent that was stopped may take to end.
+const ENDING: Duration = Duration::from_secs(10);
 
 /// Drover's compute agent: carries out migrations on this node's libvirt.
 #[derive(Parser)]
@@ -92,11 +96,13 @@ fn read(path: &Path) -> Result<Settings, String> {
 
 async fn run(settings: Settings) -> Result<(), String> {
     let stop = shutdown::signal_token().map_err(|e| format!("signals cannot be caught: {e}"))?;
-    let ComputeSettings { agent, libvirt } = settings.compute;
+    let ComputeSettings { agent, mut libvirt } = settings.compute;
+    libvirt.memory_file = Some(agent.state_dir.join("storage.json"));
     info!(
         version = env!("CARGO_PKG_VERSION"), host = %agent.host, libvirt = %libvirt.libvirt_uri,
         state_dir = %agent.state_dir.display(), "starting"
     );
+    let _own = own(&agent.state_dir).await?;
     let driver = LibvirtDriver::start(libvirt).map_err(|e| Chain(&e).to_string())?;
     let transport = AmqpTransport::new(&settings.messaging).map_err(|e| Chain(&e).to_string())?;
     let clock = Arc::new(clock::now_ms);
@@ -108,4 +114,33 @@ async fn run(settings: Settings) -> Result<(), String> {
     };
     agent.stop().await;
     failure.map_or(Ok(()), Err)
+}
+
+/// Makes sure that no other agent has the state directory, for as long as what is
+/// returned lives: of two that write one journal neither knows what holds.
+async fn own(state_dir: &Path) -> Result<File, String> {
+    let words = |e: std::io::Error| {
+        let dir = state_dir.display();
+        format!("{dir} cannot be made this agent's own: {e}; correct [compute] state_dir")
+    };
+    std::fs::create_dir_all(state_dir).map_err(words)?;
+    let file = File::create(state_dir.join("lock")).map_err(words)?;
+    let until = tokio::time::Instant::now() + ENDING;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            // Its predecessor may be about to end.
+            Err(TryLockError::WouldBlock) if tokio::time::Instant::now() < until => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(format!(
+                    "another agent runs in {}: stop that, or give this one a [compute] state_dir \
+                     of its own",
+                    state_dir.display()
+                ));
+            }
+            Err(TryLockError::Error(e)) => return Err(words(e)),
+        }
+    }
 }

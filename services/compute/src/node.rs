@@ -53,6 +53,8 @@ pub struct AgentSettings {
     pub guard_autostart: bool,
     /// A file that holds another text after each boot of the node.
     pub boot_id_file: std::path::PathBuf,
+    /// A file that holds the machine's identity.
+    pub machine_id_file: std::path::PathBuf,
     /// Versions of RPC that it speaks: this build's, but for tests.
     pub speaks: VersionRange,
 }
@@ -139,7 +141,7 @@ impl Counters {
 
     pub(crate) fn count_outcome(&self, outcome: &Outcome) {
         Self::add(match outcome {
-            Outcome::Moved { .. } => &self.transfers_moved,
+            Outcome::Moved { .. } | Outcome::Gone => &self.transfers_moved,
             Outcome::Failed { .. } | Outcome::Other(_) => &self.transfers_failed,
             Outcome::Aborted => &self.transfers_aborted,
             Outcome::Stalled { .. } => &self.transfers_stalled,

@@ -110,7 +110,7 @@ impl Returning {
         let mut pause = FIRST_PAUSE;
         loop {
             let host = &self.node.settings.host;
-            match self.node.conductor.list_evacuated(host).await {
+            match self.node.conductor.list_evacuated(host, Vec::new()).await {
                 Ok(answer) => return answer,
                 Err(e) => warn!(
                     "the conductor does not say what was evacuated from this node: {}; asking again",

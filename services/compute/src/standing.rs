@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use crate::node::Node;
+use crate::node::{AgentSettings, Node};
 
 /// Time until the conductor is asked again that did not answer; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -31,8 +31,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How often a refusal is logged.
 const SAID_EVERY: Duration = Duration::from_secs(60);
-/// Where the machine's identity is.
-const MACHINE_ID: &str = "/etc/machine-id";
 
 /// Whether an agent is its node's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,15 +53,15 @@ impl Standing {
 }
 
 /// Who this run of the agent is.
-pub(crate) fn identity(state: StateId, boot_id_file: &Path) -> Identity {
+pub(crate) fn identity(state: StateId, settings: &AgentSettings) -> Identity {
     let said = |path: &Path| {
         let text = std::fs::read_to_string(path).unwrap_or_default();
         text.trim().to_owned()
     };
     Identity {
         state: state.to_string(),
-        machine: said(Path::new(MACHINE_ID)),
-        boot: said(boot_id_file),
+        machine: said(&settings.machine_id_file),
+        boot: said(&settings.boot_id_file),
         process: Uuid::new_v4().to_string(),
     }
 }

@@ -5,7 +5,10 @@
 use std::time::Duration;
 
 use drover_model::{
-    api::{self, compute as c, fault::Fault},
+    api::{
+        self, compute as c,
+        fault::{Fault, code},
+    },
     error::ErrorClass,
     ids::{HostName, InstanceId},
     version::{Mismatch, RpcVersion},
@@ -31,6 +34,8 @@ pub struct AgentError {
     pub class: ErrorClass,
     /// In words.
     pub message: String,
+    /// Another migration has the instance on that node.
+    pub busy: bool,
     /// What does not fit, if the two are of versions that do not understand each other.
     pub mismatch: Option<Box<Mismatch>>,
 }
@@ -40,6 +45,7 @@ impl From<Mismatch> for AgentError {
         Self {
             class: ErrorClass::Refused,
             message: mismatch.to_string(),
+            busy: false,
             mismatch: Some(Box::new(mismatch)),
         }
     }
@@ -437,8 +443,8 @@ impl AgentClient {
     }
 
     /// Keeps the source's copy from starting.
-    pub async fn set_aside(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
-        self.act(host, c::method::SET_ASIDE, &step).await
+    pub async fn set_aside(&self, host: &HostName, ask: &c::SetAside) -> Result<c::CleanUp> {
+        self.act(host, c::method::SET_ASIDE, ask).await
     }
 
     /// Has the guest on the destination.
@@ -488,6 +494,17 @@ impl AgentClient {
         proof: &Redundant,
     ) -> Result<c::CleanUp> {
         let ask = removal(step, proof);
+        self.remove(host, c::method::CONFIRM_RESIZE, &ask).await
+    }
+
+    /// Has the source of a cold migration forget it, whose guest was brought back there
+    /// by hand; it removes nothing, and says what is left. An older agent refuses.
+    pub async fn leave_aside(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
+        let ask = c::RemoveCopy {
+            migration: step.migration,
+            instance: step.instance,
+            survivor: None,
+        };
         self.remove(host, c::method::CONFIRM_RESIZE, &ask).await
     }
 
@@ -655,11 +672,13 @@ fn agent_error(host: &HostName, error: &RpcError) -> AgentError {
         (Some(fault), _) => AgentError {
             class: fault.class,
             message: format!("{host}: {}", fault.message),
+            busy: fault.code == code::INSTANCE_BUSY,
             mismatch: None,
         },
         (None, Some(failure)) => AgentError {
             class: ErrorClass::Refused,
             message: format!("{host}: {}: {}", failure.class, failure.message),
+            busy: false,
             mismatch: None,
         },
         (None, None) => AgentError {
@@ -668,6 +687,7 @@ fn agent_error(host: &HostName, error: &RpcError) -> AgentError {
                 _ => ErrorClass::Retryable,
             },
             message: Chain(error).to_string(),
+            busy: false,
             mismatch: None,
         },
     }

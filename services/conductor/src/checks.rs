@@ -17,6 +17,7 @@ pub mod transfer;
 use drover_model::{
     api::compute::{CpuVerdict, DestinationFacts, DiskFact, NetworkFact, PathFacts, SourceFacts},
     check::{CheckCode, CheckFailure, Side},
+    error::ErrorClass,
     guest::{
         Disk, DiskSource, Guest, Immovable, ImmovableKind, NicAttachment, PowerState, Presence,
     },
@@ -312,19 +313,33 @@ pub fn of_newer(error: &StoreError) -> CheckFailure {
     )
 }
 
-/// A node that does not answer a check, or not so that it can be understood.
+/// A node that does not answer a check, not so that it can be understood, or with the
+/// word that another migration has the guest there.
 pub fn unanswered(host: &HostName, side: Side, error: &AgentError) -> CheckFailure {
     if let Some(mismatch) = &error.mismatch {
         let (message, remedy) = (mismatch.message.clone(), mismatch.remedy.clone());
         return fail(CheckCode::Version, side, message, remedy);
     }
-    let error = &error.message;
-    fail(
-        CheckCode::HostDown,
-        side,
-        format!("the agent on {host} did not answer: {error}"),
-        format!("see whether drover-compute runs on {host} and reaches the broker and libvirt"),
-    )
+    if error.busy {
+        return fail(
+            CheckCode::InstanceBusy,
+            side,
+            error.message.clone(),
+            format!("wait until that migration is ended, or tidied up after, on {host}"),
+        );
+    }
+    let why = &error.message;
+    let (message, remedy) = match error.class {
+        ErrorClass::Refused => (
+            format!("the agent on {host} cannot tell: {why}"),
+            format!("mend that on {host}, and ask again"),
+        ),
+        _ => (
+            format!("the agent on {host} did not answer: {why}"),
+            format!("see whether drover-compute runs on {host} and reaches the broker and libvirt"),
+        ),
+    };
+    fail(CheckCode::HostDown, side, message, remedy)
 }
 
 /// What the source found out about its guest.
@@ -473,6 +488,7 @@ pub fn destination(
         Way::Evacuation(_) => {}
         Way::Live(options) => {
             failures.extend(disks(guest, &facts.disks, options, host));
+            failures.extend(written_beside(guest, facts, host));
             failures.extend(ports(facts, host));
         }
     }
@@ -671,6 +687,27 @@ fn disks(
     }
     failures.extend(disk_space(guest, facts, host));
     failures
+}
+
+/// Firmware variables and a TPM's state are written where the guest arrives, over
+/// whatever lies there: another guest's are not.
+fn written_beside(guest: &Guest, facts: &DestinationFacts, host: &HostName) -> Vec<CheckFailure> {
+    let used = guest.files.iter().filter(|file| {
+        let mut there = facts.files.iter();
+        there.any(|fact| fact.path == file.path && fact.in_use)
+    });
+    let refused = used.map(|file| {
+        fail(
+            CheckCode::DiskExists,
+            Side::Destination,
+            format!(
+                "another guest of {host} uses {}, which this one would write",
+                file.path
+            ),
+            "give one of them another file",
+        )
+    });
+    refused.collect()
 }
 
 fn unmovable_kind(disk: &Disk) -> Option<CheckFailure> {

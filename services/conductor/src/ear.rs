@@ -185,6 +185,11 @@ impl Context {
     /// The record cannot be written.
     pub(crate) async fn agent_leaves(&self, who: &AgentLeaves) -> drover_store::Result<()> {
         info!(host = %who.host, incarnation = who.incarnation, "an agent stops");
+        let hearing = self.store.hearing();
+        // The silence for which others wait begins now.
+        if hearing.state(&who.host).incarnation == who.incarnation {
+            hearing.note(&who.host);
+        }
         self.store.agent_left(&who.host, who.incarnation).await
     }
 

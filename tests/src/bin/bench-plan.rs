@@ -98,6 +98,7 @@ fn cluster(nodes: usize, guests: usize) -> Result<World> {
         node.usage.used.memory_mib += memory_mib;
         let busy = if on.is_multiple_of(10) { 3.0 } else { 1.0 };
         world.guests.push(GuestView {
+            leaves_live: false,
             id: InstanceId(Uuid::from_u128(n as u128 + 1)),
             name: format!("vm{n}"),
             project: format!("project{}", n % 100),

@@ -12,7 +12,8 @@ use drover_model::{
 };
 
 use super::{
-    MEMORY_MIB, Place, Stage, Wish, assert_no_such_guest, assert_wrong_state, moving, nobody, until,
+    MEMORY_MIB, Place, REDEFINED_VCPUS, Stage, Wish, assert_no_such_guest, assert_wrong_state,
+    moving, nobody, until,
 };
 
 /// A guest in that state, with a disk that both nodes see.
@@ -99,6 +100,18 @@ pub async fn start_is_repeatable(stage: &dyn Stage) -> Result<()> {
     assert_no_such_guest("start", stage.a().start(nobody()).await)
 }
 
+/// What is in shutdown to nobody is not said to be.
+///
+/// # Errors
+/// The point is broken.
+pub async fn only_what_is_in_shutdown_goes_off(stage: &dyn Stage) -> Result<()> {
+    for state in [Running, Paused, Shutdown] {
+        let id = stage.guest(Wish::state(state)).await?;
+        ensure!(!stage.a().is_going_off(id).await?, "{state:?}");
+    }
+    assert_no_such_guest("is_going_off", stage.a().is_going_off(nobody()).await)
+}
+
 // ---- what lasts ----------------------------------------------------------------------
 
 /// The lasting guest is the guest, whatever its state.
@@ -132,6 +145,32 @@ pub async fn the_lasting_guest_is_the_guest(stage: &dyn Stage) -> Result<()> {
     ensure!(a.lasting_guest(nobody()).await?.is_none(), "of nobody");
     ensure!(a.definition(nobody()).await?.is_none(), "of nobody");
     Ok(())
+}
+
+async fn fingerprint(stage: &dyn Stage, id: InstanceId) -> Result<String> {
+    let definition = stage.a().definition(id).await?;
+    let definition = definition.context("it has no definition")?;
+    Ok(stage.a().fingerprint(&definition)?)
+}
+
+/// Who defines an active guest anew changes what lasts of it, which shows, and not
+/// what runs. That it is to be started at boot is no such change.
+///
+/// # Errors
+/// The point is broken.
+pub async fn a_guest_that_is_defined_anew_is_told_apart(stage: &dyn Stage) -> Result<()> {
+    let (a, id) = (stage.a(), stage.guest(on_disk(Running)).await?);
+    let before = fingerprint(stage, id).await?;
+    stage.set_autostart(id).await?;
+    a.take_over_autostart(id).await?;
+    ensure!(fingerprint(stage, id).await? == before, "by Drover's note");
+    stage.redefine(id).await?;
+    ensure!(fingerprint(stage, id).await? != before, "nothing shows");
+    let now = a.guest(id).await?.context("it is gone")?;
+    let lasting = a.lasting_guest(id).await?.context("it is gone")?;
+    let vcpus = (now.vcpus, lasting.vcpus);
+    ensure!(vcpus == (1, REDEFINED_VCPUS), "{vcpus:?}");
+    assert_is(stage, id, Running).await
 }
 
 /// A definition that is taken away takes nothing else with it, and comes back

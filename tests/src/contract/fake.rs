@@ -10,7 +10,7 @@ use drover_compute::hypervisor::{
 };
 use drover_model::{guest::NicAttachment, ids::InstanceId, migration::LiveOptions};
 
-use super::{MEMORY_MIB, Place, Receiver, Stage, Wish};
+use super::{MEMORY_MIB, Place, REDEFINED_VCPUS, Receiver, Stage, Wish};
 
 const SHARED: &str = "/srv/shared";
 const LOCAL: &str = "/var/lib/libvirt/images";
@@ -205,6 +205,12 @@ impl Stage for FakeStage {
 
     async fn set_autostart(&self, id: InstanceId) -> Result<()> {
         self.fabric.set_autostart("kvm1", id, true);
+        Ok(())
+    }
+
+    async fn redefine(&self, id: InstanceId) -> Result<()> {
+        self.fabric
+            .redefine("kvm1", id, |guest| guest.vcpus = REDEFINED_VCPUS);
         Ok(())
     }
 

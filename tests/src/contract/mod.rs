@@ -36,6 +36,8 @@ use tokio::{
 
 /// Memory of the suite's guests, MiB.
 pub const MEMORY_MIB: u64 = 128;
+/// vCPUs of one that somebody defines anew.
+pub const REDEFINED_VCPUS: u32 = 2;
 /// A road so narrow that a migration lasts until it is told otherwise, MiB/s.
 pub const NARROW_MIB_S: u64 = 1;
 /// How long anything may take until it counts as never.
@@ -181,6 +183,9 @@ pub trait Stage {
 
     /// Has a's hypervisor start a guest when its node boots.
     async fn set_autostart(&self, id: InstanceId) -> Result<()>;
+
+    /// Somebody defines a guest of a anew, with [`REDEFINED_VCPUS`].
+    async fn redefine(&self, id: InstanceId) -> Result<()>;
 
     /// A network that a's driver sees. (Not always one that a's guests can use.)
     fn network_in_sight(&self) -> NicAttachment;

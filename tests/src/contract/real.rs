@@ -31,7 +31,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{MEMORY_MIB, Place, Receiver, Stage, Wish, until};
+use super::{MEMORY_MIB, Place, REDEFINED_VCPUS, Receiver, Stage, Wish, until};
 
 /// Directory of the devstack's commands; without it there is no real libvirt.
 const DEVSTACK: &str = "DROVER_DEVSTACK";
@@ -424,6 +424,15 @@ impl Stage for RealStage {
     async fn set_autostart(&self, id: InstanceId) -> Result<()> {
         self.devstack
             .virsh(NODES[0], &["autostart", &id.to_string()])
+    }
+
+    async fn redefine(&self, id: InstanceId) -> Result<()> {
+        let vcpus = format!("<vcpu>{REDEFINED_VCPUS}</vcpu>");
+        let definition = self.definition(id, self.wish(id)?);
+        let xml = self.directory.join(format!("{id}.xml"));
+        std::fs::write(&xml, definition.replace("<vcpu>1</vcpu>", &vcpus))?;
+        self.devstack
+            .virsh(NODES[0], &["define", &xml.to_string_lossy()])
     }
 
     fn network_in_sight(&self) -> NicAttachment {

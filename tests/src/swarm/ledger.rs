@@ -4,6 +4,7 @@
 use drover_compute::hypervisor::fake::Fabric;
 use drover_model::{
     api::conductor::{ListMigrations, ListOperations},
+    guest::{PowerState, Presence},
     ids::InstanceId,
     migration::{Migration, MigrationStatus},
     operation::OperationStatus,
@@ -51,8 +52,8 @@ impl Ledger {
         left.extend(self.operations_under_way(&waiting).await);
         left.extend(self.claims().await);
         for id in self.guests.iter().filter(|id| !waiting.contains(id)) {
-            let by_hand = plan.is_moved_by_hand(self.number(*id));
-            left.extend(self.record_of(*id, by_hand).await);
+            let number = self.number(*id);
+            left.extend(self.record_of(*id, plan, number).await);
         }
         if !plan.may_leave_things() {
             left.extend(self.left_behind().await);
@@ -119,11 +120,16 @@ impl Ledger {
     }
 
     /// The record follows the guest. Of one that somebody took away while Drover moved
-    /// it there may be two definitions, of which it names one.
-    async fn record_of(&self, id: InstanceId, by_hand: bool) -> Option<String> {
+    /// it there may be two definitions, of which it names one. Of one whose destination
+    /// lost its power in post-copy one half stands still on the source, for people.
+    async fn record_of(&self, id: InstanceId, plan: &Plan, number: usize) -> Option<String> {
         let row = self.store.find_instance(&id.to_string()).await.ok()?;
         let mut found = self.fabric.whereabouts(id);
-        if by_hand && found.len() > 1 {
+        let is_half = |here: Presence| here == Presence::Present(PowerState::Paused);
+        if plan.may_be_halved(number) && found.iter().any(|(_, here)| is_half(*here)) {
+            found.retain(|(at, _)| *at == row.host);
+        }
+        if plan.is_moved_by_hand(number) && found.len() > 1 {
             let runs = found.iter().any(|(_, here)| here.is_active());
             found.retain(|(at, here)| here.is_active() || (!runs && *at == row.host));
         }
@@ -203,6 +209,11 @@ impl Plan {
 
     fn is_moved_by_hand(&self, number: usize) -> bool {
         self.any(|event| matches!(event, Event::GuestMoves { guest, .. } if *guest == number))
+    }
+
+    fn may_be_halved(&self, number: usize) -> bool {
+        let by_post_copy = |event: &Event| matches!(event, Event::Ask(Ask::Live { guest, post_copy: true, .. }) if *guest == number);
+        self.any(by_post_copy) && self.any(|event| matches!(event, Event::PowerCut { .. }))
     }
 
     fn any(&self, what: impl Fn(&Event) -> bool) -> bool {

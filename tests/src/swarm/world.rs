@@ -202,6 +202,7 @@ impl World {
                 });
             }
             self.write_boot_id(host);
+            std::fs::write(self.machine_id_file(host), host).expect("there is room");
         }
         let names: Vec<&str> = hosts.iter().map(String::as_str).collect();
         self.fabric.share_directory(SHARED, &names, 1000 * GIB);
@@ -316,6 +317,7 @@ impl World {
             progress_timeout_s: 150,
             guard_autostart: true,
             boot_id_file: self.directories.path().join(format!("{host}.boot")),
+            machine_id_file: self.machine_id_file(&host),
             speaks: SPEAKS,
             host: host.parse().expect("a host name"),
         }
@@ -323,6 +325,10 @@ impl World {
 
     fn state_dir(&self, host: &str) -> PathBuf {
         self.directories.path().join(host)
+    }
+
+    fn machine_id_file(&self, host: &str) -> PathBuf {
+        self.directories.path().join(format!("{host}.machine"))
     }
 
     fn write_boot_id(&mut self, host: &str) {

@@ -238,6 +238,8 @@ fn found(cloud: &Cloud<'_>) -> Vec<PathBuf> {
         ".drover-storage",
         "identity.json",
         "boot.json",
+        "storage.json",
+        "lock",
     ];
     all.retain(|path| {
         let name = path.file_name().unwrap_or_default();

@@ -121,6 +121,26 @@ async fn a_guest_goes_there_and_back() {
     }
 }
 
+/// The way back is kept for all of the window, whatever clocks say.
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_jumps_confirms_nothing() {
+    const WINDOW_S: u64 = 600;
+    let mut cloud = Cloud::start(1).await;
+    cloud.settings.resize_confirm_window_s = WINDOW_S;
+    let restart = Duration::from_secs(1);
+    cloud.kill_and_start("conductor", restart).await;
+    let id = guest(&cloud, web()).await;
+    let m = started(&cloud, id, &cold(false)).await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    cloud.set_clock("ctl", 24 * 3600);
+    tokio::time::sleep(Duration::from_secs(WINDOW_S / 2)).await;
+    let waits = async || cloud.store.migration(m.uuid).await.unwrap().status;
+    assert_eq!(waits().await, S::Finished);
+    tokio::time::sleep(Duration::from_secs(WINDOW_S)).await;
+    assert_eq!(waits().await, S::Confirmed);
+}
+
 /// Which part of a migration's life is disturbed.
 #[derive(Clone, Copy, PartialEq)]
 enum During {
@@ -209,6 +229,59 @@ async fn the_destination_is_away_for_long() {
     killed_everywhere("kvm2", LONG, During::Revert).await;
 }
 
+/// An agent dies and comes back with an empty state directory, or both do, whenever the
+/// record has reached a version. What is left over then nobody knows any more; the
+/// guest is whole and runs, on one side.
+#[tokio::test(start_paused = true)]
+async fn journals_are_lost_at_every_turn() {
+    const ON: PowerState = PowerState::Running;
+    const OFF: PowerState = PowerState::Shutdown;
+    for (agents, cases) in [
+        (&["kvm1"][..], &[(false, ON), (true, ON), (false, OFF)][..]),
+        (&["kvm2"], &[(true, ON)]),
+        (&["kvm1", "kvm2"], &[(true, ON)]),
+    ] {
+        for (pre_copy, state) in cases.iter().copied() {
+            // Those that follow each other mostly differ in progress alone.
+            for at_version in (1..).step_by(3) {
+                let mut cloud = Cloud::start(at_version).await;
+                let id = guest(&cloud, web().state(state)).await;
+                let m = started(&cloud, id, &cold(pre_copy)).await;
+                let m = cloud.until_version(m.uuid, at_version).await;
+                let over = m.status.rests();
+                agents.iter().for_each(|host| cloud.kill_agent(host));
+                agents.iter().for_each(|host| cloud.lose_state(host));
+                tokio::time::sleep(SHORT).await;
+                for host in agents {
+                    cloud.start_agent(host).await;
+                }
+                let m = rest(&cloud, &m).await;
+                let what = format!("{agents:?} at {at_version}: {m:#?}");
+                assert!(matches!(m.status, S::Finished | S::Failed), "{what}");
+                let host = if m.status == S::Finished {
+                    "kvm2"
+                } else {
+                    "kvm1"
+                };
+                let found = cloud.fabric.whereabouts(id);
+                let [(at, here)] = &found[..] else {
+                    panic!("{found:?}: {what}");
+                };
+                assert_eq!(at.as_str(), host, "{what}");
+                assert_eq!(here.is_active(), state == ON, "{what}");
+                let whole = cloud.fabric.guest(host, id).expect(&what);
+                let path = whole.disks[0].local_path();
+                assert_eq!(path, Some(LOCAL), "no overlay is left under it: {what}");
+                cloud.fabric.check_invariants().expect(&what);
+                if over {
+                    assert!(at_version > 8, "they were lost at every turn: {at_version}");
+                    break;
+                }
+            }
+        }
+    }
+}
+
 /// Until the source is set aside the destination cannot have the guest, so it need
 /// not be back for the guest to be; what was made there goes when it is.
 #[tokio::test(start_paused = true)]
@@ -294,6 +367,25 @@ async fn a_guest_that_obeys_too_late_is_started_again() {
         let m = started(&cloud, id, &cold(false)).await;
         let m = rest(&cloud, &m).await;
         assert!(matches!(m.status, S::Failed | S::Finished), "{m:#?}");
+        check(&cloud, &m, true).await;
+    }
+}
+
+/// Patience ends while libvirt tidies up after it, which lasts: it has to run again,
+/// also if nobody waits for that long at once.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_long_in_shutdown_is_started_again() {
+    for late_s in [123, 140, 400] {
+        let cloud = Cloud::start(late_s).await;
+        let lingers = web()
+            .shuts_down_after(Duration::from_secs(late_s))
+            .in_shutdown_for(Duration::from_secs(late_s - 110));
+        let id = guest(&cloud, lingers).await;
+        let m = started(&cloud, id, &cold(false)).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Failed, "{m:#?}");
+        check(&cloud, &m, true).await;
+        tokio::time::sleep(Duration::from_secs(late_s)).await;
         check(&cloud, &m, true).await;
     }
 }

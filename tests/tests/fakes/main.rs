@@ -2,6 +2,7 @@
 //! but for what works on a real database. One program, so that all of Drover is linked
 //! once, and no core waits for the slowest test of each.
 
+mod boots;
 mod cold_deaths;
 mod conductors;
 mod content;

@@ -92,8 +92,10 @@ async fn a_second_agent_of_one_name_is_refused_until_the_first_is_gone() {
     sleep(60 * SECOND).await;
     let (incarnation, _) = report_of(&cloud, "kvm1").await;
     assert_eq!((incarnation, cloud.node("kvm1").await.up), (first, true));
-    // The first says good-bye: the other need not wait.
+    // The first stops: the other waits as long as for one that died.
     cloud.stop_agent("kvm1").await;
+    sleep(25 * SECOND).await;
+    assert_eq!(cloud.node("kvm1").await.incarnation, first, "not yet");
     cloud.serves("twin").await;
     until(&cloud, "kvm1", "the other is the node's", |n| {
         n.incarnation == first + 1
@@ -102,6 +104,37 @@ async fn a_second_agent_of_one_name_is_refused_until_the_first_is_gone() {
     sleep(70 * SECOND).await;
     let node = cloud.node("kvm1").await;
     assert!(node.up && node.refusal.is_none(), "{node:?}");
+}
+
+/// The twin would make the node's guests missing, and forget them.
+#[tokio::test(start_paused = true)]
+async fn a_twin_does_not_take_the_place_of_an_agent_that_is_restarted() {
+    let mut cloud = Cloud::start(12).await;
+    let first = cloud.node("kvm1").await.incarnation;
+    cloud.launch_agent("kvm1", "twin");
+    until(&cloud, "kvm1", "the twin is shown", |n| n.refusal.is_some()).await;
+    for again in 1..=3 {
+        cloud.stop_agent("kvm1").await;
+        // The twin asks every 5 s.
+        sleep(12 * SECOND).await;
+        cloud.launch_agent("kvm1", "kvm1");
+        cloud.serves("kvm1").await;
+        assert_eq!(cloud.node("kvm1").await.incarnation, first + again);
+    }
+    sleep(60 * SECOND).await;
+    assert_eq!(cloud.node("kvm1").await.incarnation, first + 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_whose_agent_was_installed_anew_is_let_in_at_once() {
+    let mut cloud = Cloud::start(13).await;
+    let first = cloud.node("kvm1").await.incarnation;
+    cloud.stop_agent("kvm1").await;
+    cloud.lose_state("kvm1");
+    cloud.launch_agent("kvm1", "kvm1");
+    sleep(SECOND).await;
+    cloud.serves("kvm1").await;
+    assert_eq!(cloud.node("kvm1").await.incarnation, first + 1);
 }
 
 #[tokio::test(start_paused = true)]

@@ -182,9 +182,14 @@ async fn a_drain_asked_for_again_is_the_same_and_a_drained_node_has_nothing_left
     let begun = cloud.operate(&drain(MoveMode::Live)).await.unwrap();
     let again = cloud.operate(&drain(MoveMode::Live)).await.unwrap();
     assert_eq!(again.uuid, begun.uuid);
-    let refused = cloud.operate(&restore()).await.unwrap_err();
-    let failure = refused.failure().unwrap();
-    assert!(failure.message.contains("host_busy"), "{failure:?}");
+    // Another is not taken for it.
+    for other in [restore(), drain(MoveMode::Cold)] {
+        let refused = cloud.operate(&other).await.unwrap_err();
+        let failure = refused.failure().unwrap();
+        assert!(failure.message.contains("host_busy"), "{failure:?}");
+        let named = format!("operation {}", begun.id);
+        assert!(failure.message.contains(&named), "{failure:?}");
+    }
     cloud.operation_end(begun.uuid).await;
     let third = cloud.operate(&drain(MoveMode::Live)).await.unwrap();
     assert_ne!(third.uuid, begun.uuid);

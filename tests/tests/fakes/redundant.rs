@@ -12,7 +12,7 @@ use drover_compute::hypervisor::{
 };
 use drover_model::{
     api::conductor::{MigrationRef, method},
-    guest::{PowerState, Presence},
+    guest::{Disk, DiskSource, Guest, PowerState, Presence},
     ids::InstanceId,
     migration::{ColdOptions, LiveOptions, Migration, MigrationStatus as S, Way},
 };
@@ -249,6 +249,286 @@ async fn a_revert_that_fails_midway_leaves_the_guest_as_it_was_there() {
     }
 }
 
+/// Brought back to its source by hand, with its disks where they were.
+async fn taken_home(cloud: &Cloud, id: InstanceId) {
+    let (kvm1, kvm2) = (cloud.fabric.driver("kvm1"), cloud.fabric.driver("kvm2"));
+    let was = kvm2.definition(id).await.unwrap();
+    kvm2.withdraw(id).await.unwrap();
+    for path in [DISK, DATA] {
+        cloud.fabric.copy_file("kvm2", "kvm1", path);
+    }
+    kvm1.define(&was.expect("it is there"), None).await.unwrap();
+}
+
+/// What is aside on the source, and what came to the destination, is there still and
+/// is named.
+fn is_left(cloud: &Cloud, m: &Migration, kept: &[&str], came: &[&str]) {
+    let kept = kept.iter().map(|path| format!("{path}.kept-{}", m.uuid));
+    let kept = kept.map(|path| ("kvm1", path));
+    let came = came.iter().map(|path| ("kvm2", (*path).to_owned()));
+    for (host, path) in kept.chain(came) {
+        assert!(cloud.fabric.file(host, &path).is_some(), "{host}: {path}");
+        assert!(said(m, &format!("{path} is left on {host}")), "{m:#?}");
+    }
+}
+
+/// Nothing holds a guest that is on its source again.
+async fn moves_again(cloud: &Cloud, id: InstanceId) {
+    follows(cloud, id, "kvm1").await;
+    assert!(cloud.store.claims().await.unwrap().is_empty());
+    let kvm2 = cloud.fabric.driver("kvm2");
+    for path in [DISK, DATA] {
+        if cloud.fabric.file("kvm2", path).is_some() {
+            kvm2.remove_disk(path).await.unwrap();
+        }
+    }
+    let way = Way::Cold(ColdOptions::default());
+    let again = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let again = rest(cloud, &again.expect("it is accepted")).await;
+    assert_eq!(again.status, S::Finished, "{again:#?}");
+    assert!(disk(cloud, "kvm2").is_some());
+}
+
+/// Whoever took it home past Drover ends the move with a revert, which touches nothing;
+/// also where the source's agent has forgotten that it kept anything.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_brought_back_by_hand_is_left_alone_by_a_revert() {
+    for (starts, forgets) in [(false, false), (true, false), (false, true)] {
+        let what = format!("starts: {starts}, forgets: {forgets}");
+        let (mut cloud, id, m) = finished(PowerState::Shutdown).await;
+        if forgets {
+            cloud.kill_agent("kvm1");
+            cloud.lose_state("kvm1");
+            cloud.start_agent("kvm1").await;
+        }
+        taken_home(&cloud, id).await;
+        let newest = disk(&cloud, "kvm1").expect("it is whole");
+        if starts {
+            let kvm1 = cloud.fabric.driver("kvm1");
+            kvm1.start(id).await.unwrap();
+        }
+        end_with(&cloud, &m, method::CONFIRM_MIGRATION).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{what}: {m:#?}");
+        assert!(said(&m, "ask for revert"), "{what}: {m:#?}");
+        end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Reverted, "{what}: {m:#?}");
+        assert_eq!(at(&cloud, "kvm1", id).is_active(), starts, "{what}");
+        assert_eq!(at(&cloud, "kvm2", id), Presence::Absent, "{what}");
+        match forgets {
+            true => {
+                assert!(said(&m, "knows nothing of this migration"), "{m:#?}");
+                is_left(&cloud, &m, &[], &[DISK, DATA]);
+            }
+            false => is_left(&cloud, &m, &[DISK, DATA], &[DISK, DATA]),
+        }
+        if !starts {
+            assert_eq!(disk(&cloud, "kvm1"), Some(newest), "{what}");
+        }
+        cloud.fabric.check_invariants().unwrap();
+        moves_again(&cloud, id).await;
+    }
+}
+
+/// The same with what the source kept, under its own names again, and started.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_put_back_by_hand_is_left_alone_by_a_revert() {
+    let (cloud, id, m) = finished(PowerState::Running).await;
+    let (kvm1, kvm2) = (cloud.fabric.driver("kvm1"), cloud.fabric.driver("kvm2"));
+    let was = kvm2.definition(id).await.unwrap().expect("it is there");
+    by_hand(&cloud, id, Hand::Undefines).await;
+    for path in [DISK, DATA] {
+        kvm2.remove_disk(path).await.unwrap();
+        let kept = format!("{path}.kept-{}", m.uuid);
+        kvm1.rename_file(&kept, path).await.unwrap();
+    }
+    cloud.fabric.accept_older_disks(id);
+    kvm1.define(&was, None).await.unwrap();
+    kvm1.start(id).await.unwrap();
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Reverted, "{m:#?}");
+    assert!(!said(&m, "is left on"), "{m:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    assert!(disk(&cloud, "kvm1").is_some());
+    cloud.fabric.check_invariants().unwrap();
+    moves_again(&cloud, id).await;
+}
+
+/// Whoever dies meanwhile: each step may be done twice.
+#[tokio::test(start_paused = true)]
+async fn a_revert_of_a_guest_that_was_brought_back_is_survived_by_all() {
+    for who in ["conductor", "kvm1", "kvm2"] {
+        for turn in 0.. {
+            let (mut cloud, id, m) = finished(PowerState::Shutdown).await;
+            taken_home(&cloud, id).await;
+            let newest = disk(&cloud, "kvm1").expect("it is whole");
+            end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+            let m = cloud.store.migration(m.uuid).await.unwrap();
+            let m = cloud.until_version(m.uuid, m.version + turn).await;
+            let over = m.status.rests();
+            cloud.kill_and_start(who, Duration::from_secs(3)).await;
+            let m = rest(&cloud, &m).await;
+            assert_eq!(m.status, S::Reverted, "{who} {turn}: {m:#?}");
+            // The destination's part may have been put off.
+            let tidied = |m: &Migration| said(m, "is left on kvm2");
+            let m = cloud.until(m.uuid, "tidied", tidied).await;
+            is_left(&cloud, &m, &[DISK, DATA], &[DISK, DATA]);
+            assert_eq!(at(&cloud, "kvm1", id), OFF, "{who} {turn}");
+            assert_eq!(at(&cloud, "kvm2", id), Presence::Absent, "{who} {turn}");
+            assert_eq!(disk(&cloud, "kvm1"), Some(newest), "{who} {turn}");
+            moves_again(&cloud, id).await;
+            if over {
+                assert!(turn > 1, "{who} was killed at every turn: {turn}");
+                break;
+            }
+        }
+    }
+}
+
+/// Defined on both nodes it is nobody's to choose, and it is said how to.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_defined_on_both_nodes_is_neither_reverted_nor_confirmed() {
+    for stays in ["kvm1", "kvm2"] {
+        let (cloud, id, m) = finished(PowerState::Shutdown).await;
+        let (kvm1, kvm2) = (cloud.fabric.driver("kvm1"), cloud.fabric.driver("kvm2"));
+        let was = kvm2.definition(id).await.unwrap().expect("it is there");
+        for path in [DISK, DATA] {
+            cloud.fabric.copy_file("kvm2", "kvm1", path);
+        }
+        kvm1.define(&was, None).await.unwrap();
+        for ending in [method::REVERT_MIGRATION, method::CONFIRM_MIGRATION] {
+            end_with(&cloud, &m, ending).await;
+            let m = rest(&cloud, &m).await;
+            assert_eq!(m.status, S::Finished, "{ending}: {m:#?}");
+            let last = m.warnings.last().expect("it says why");
+            assert!(last.contains("brought the guest to kvm1 again"), "{last}");
+            assert!(last.contains("undefine the one"), "{last}");
+            for host in ["kvm1", "kvm2"] {
+                assert_eq!(at(&cloud, host, id), OFF, "{ending} {host}");
+                assert!(disk(&cloud, host).is_some(), "{ending} {host}");
+            }
+        }
+        let (other, ending, status) = match stays {
+            "kvm1" => (kvm2, method::REVERT_MIGRATION, S::Reverted),
+            _ => (kvm1, method::CONFIRM_MIGRATION, S::Confirmed),
+        };
+        other.withdraw(id).await.unwrap();
+        end_with(&cloud, &m, ending).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, status, "{stays}: {m:#?}");
+        assert_eq!(at(&cloud, stays, id), OFF, "{m:#?}");
+        assert!(disk(&cloud, stays).is_some(), "{m:#?}");
+    }
+}
+
+/// Brought back, and on a third node as well.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_brought_back_and_is_elsewhere_too_is_not_reverted() {
+    let (mut cloud, id, m) = finished(PowerState::Shutdown).await;
+    cloud.add_node("kvm3", NodeSpec::default()).await;
+    let was = cloud.fabric.driver("kvm2").definition(id).await.unwrap();
+    taken_home(&cloud, id).await;
+    for path in [DISK, DATA] {
+        cloud.fabric.copy_file("kvm2", "kvm3", path);
+    }
+    let kvm3 = cloud.fabric.driver("kvm3");
+    kvm3.define(&was.expect("it was there"), None)
+        .await
+        .unwrap();
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    assert!(said(&m, "kvm3 has it"), "{m:#?}");
+    kvm3.withdraw(id).await.unwrap();
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Reverted, "{m:#?}");
+    assert_eq!(at(&cloud, "kvm1", id), OFF);
+}
+
+/// The same after the source was asked whether it could take the guest back.
+#[tokio::test(start_paused = true)]
+async fn a_definition_that_somebody_made_is_not_withdrawn_by_a_revert_that_fails() {
+    let (cloud, id, m) = finished(PowerState::Shutdown).await;
+    let late = Effect::SlowAfter(Duration::from_secs(10));
+    cloud.fabric.on_call("kvm2", Call::Withdraw, 1, late);
+    let was = cloud.fabric.driver("kvm2").definition(id).await.unwrap();
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    eventually("it is withdrawn", async || {
+        (at(&cloud, "kvm2", id) == Presence::Absent).then_some(())
+    })
+    .await;
+    for path in [DISK, DATA] {
+        cloud.fabric.copy_file("kvm2", "kvm1", path);
+    }
+    let kvm1 = cloud.fabric.driver("kvm1");
+    kvm1.define(&was.expect("it was there"), None)
+        .await
+        .unwrap();
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    assert!(said(&m, "somebody has defined it here again"), "{m:#?}");
+    assert_eq!(at(&cloud, "kvm1", id), OFF);
+    assert_eq!(at(&cloud, "kvm2", id), OFF);
+    assert!(disk(&cloud, "kvm1").is_some() && disk(&cloud, "kvm2").is_some());
+}
+
+/// A file of its name is there by now: seen before anything is stopped.
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_place_is_taken_on_its_source_runs_on() {
+    for path in [DISK, DATA] {
+        let (cloud, id, m) = finished(PowerState::Running).await;
+        cloud.fabric.write_file("kvm1", path, "another's").unwrap();
+        end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{m:#?}");
+        assert!(said(&m, path), "{m:#?}");
+        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm2"));
+        cloud.fabric.check_invariants().unwrap();
+        // And back, once it is gone.
+        let kvm1 = cloud.fabric.driver("kvm1");
+        kvm1.remove_disk(path).await.unwrap();
+        cloud.fabric.accept_older_disks(id);
+        end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Reverted, "{m:#?}");
+        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    }
+}
+
+/// The same between two of its files.
+#[tokio::test(start_paused = true)]
+async fn a_revert_that_meets_another_file_midway_is_undone() {
+    let (cloud, id, m) = finished(PowerState::Shutdown).await;
+    let late = Effect::SlowAfter(Duration::from_secs(10));
+    cloud.fabric.on_call("kvm1", Call::RenameFile, 1, late);
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    let fabric = cloud.fabric.clone();
+    let first = eventually("one has its name back", async || {
+        let mut paths = [DISK, DATA].into_iter();
+        paths.find(|path| fabric.file("kvm1", path).is_some())
+    })
+    .await;
+    let other = if first == DISK { DATA } else { DISK };
+    cloud.fabric.write_file("kvm1", other, "another's").unwrap();
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    assert_eq!(at(&cloud, "kvm1", id), Presence::Absent);
+    assert_eq!(at(&cloud, "kvm2", id), OFF);
+    for path in [DISK, DATA] {
+        let kept = format!("{path}.kept-{}", m.uuid);
+        assert!(cloud.fabric.file("kvm1", &kept).is_some(), "{kept}");
+    }
+    let kvm1 = cloud.fabric.driver("kvm1");
+    kvm1.remove_disk(other).await.unwrap();
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Reverted, "{m:#?}");
+    assert_eq!(at(&cloud, "kvm1", id), OFF);
+}
+
 /// What was copied stays at a source that has forgotten it; nobody has to find that out.
 #[tokio::test(start_paused = true)]
 async fn copies_that_a_source_has_forgotten_are_named() {
@@ -431,6 +711,40 @@ async fn arrived_unseen(agents_too: &[&str], seed: u64) -> (Cloud, InstanceId, M
     (cloud, id, m)
 }
 
+/// Undefined, or transient and gone with its QEMU, while it is on its way: it has not
+/// moved, whether its node's agent saw it go or not, and nothing that it wrote is removed.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_gone_in_the_midst_of_its_move_has_not_moved() {
+    for (watched, builder) in [(true, web().transient()), (false, web())] {
+        let mut cloud = Cloud::start(1).await;
+        cloud.add_node("kvm3", NodeSpec::default()).await;
+        let id = guest(&cloud, builder).await;
+        let m = cloud.migrate(id, Some("kvm2"), LiveOptions::default());
+        let m = m.await.expect("it is accepted");
+        let sending = |m: &Migration| m.progress.memory.total_bytes > 0;
+        cloud.until(m.uuid, "sending", sending).await;
+        if watched {
+            cloud.fabric.kill_guest(id);
+        } else {
+            cloud.kill_agent("kvm1");
+            cloud.fabric.kill_guest(id);
+            cloud.fabric.driver("kvm1").withdraw(id).await.unwrap();
+            cloud.start_agent("kvm1").await;
+        }
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Failed, "{watched}: {m:#?}");
+        let why = m.end_reason.as_ref().expect("a reason").to_string();
+        assert!(why.contains("undefined on kvm1 during the move"), "{why}");
+        // What was put off is looked at again, and goes nowhere.
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        for host in ["kvm1", "kvm2"] {
+            let left = cloud.fabric.file(host, DISK);
+            assert!(left.is_some(), "{host}: {m:#?}");
+        }
+        assert!(cloud.store.claims().await.unwrap().is_empty(), "{m:#?}");
+    }
+}
+
 const HANDS: [Hand; 7] = [
     Hand::Destroys,
     Hand::Reboots,
@@ -459,8 +773,11 @@ async fn whatever_is_done_to_a_guest_that_arrived_its_disks_stay() {
             cloud.start_conductor().await;
             let m = rest(&cloud, &m).await;
             let what = format!("{hand:?} {agents:?}: {m:#?}");
+            // Nobody saw it come, and it is not there any more.
+            let unseen = agents.len() == 2 && matches!(hand, Hand::Undefines | Hand::MovesOn);
             let expected = match hand {
                 Hand::MovesBack => S::Failed,
+                _ if unseen => S::Failed,
                 _ => S::Completed,
             };
             assert_eq!(m.status, expected, "{what}");
@@ -469,10 +786,10 @@ async fn whatever_is_done_to_a_guest_that_arrived_its_disks_stay() {
                 assert_eq!(disk(&cloud, home), Some(newest), "{what}");
             }
             assert!(disk(&cloud, home).is_some(), "{what}");
-            // Of one that is back nobody may know that it was ever away.
-            let unseen = hand == Hand::MovesBack && agents.len() == 2;
+            // Of one that runs elsewhere nobody may know that it was ever there.
+            let forgotten = agents.len() == 2 && matches!(hand, Hand::MovesBack | Hand::MovesOn);
             let there = disk(&cloud, "kvm2").is_some();
-            assert!(there || unseen, "what ran there stays: {what}");
+            assert!(there || forgotten, "what ran there stays: {what}");
             let expected = match hand {
                 Hand::Destroys | Hand::DefinesAnew => OFF,
                 Hand::Pauses => Presence::Present(PowerState::Paused),
@@ -485,7 +802,7 @@ async fn whatever_is_done_to_a_guest_that_arrived_its_disks_stay() {
             // Undefined, and nowhere else: the source's disks may be wanted too.
             assert_eq!(
                 disk(&cloud, "kvm1").is_some(),
-                matches!(hand, Hand::Undefines | Hand::MovesBack),
+                unseen || matches!(hand, Hand::Undefines | Hand::MovesBack),
                 "{what}"
             );
             // Nothing holds the guest for ever.
@@ -532,6 +849,65 @@ async fn a_guest_that_goes_off_at_any_turn_keeps_one_whole_copy() {
             return;
         }
     }
+}
+
+/// Somebody shuts a guest down and takes it, with its disks, from wherever it is to a
+/// third node, at every turn: it runs there alone, the migration ends and the record follows.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_taken_to_a_third_node_at_any_turn_runs_there_alone() {
+    for way in [
+        Way::Live(LiveOptions::default()),
+        Way::Cold(ColdOptions::default()),
+    ] {
+        for turn in 1.. {
+            let mut cloud = Cloud::start(turn).await;
+            cloud.add_node("kvm3", NodeSpec::default()).await;
+            let id = guest(&cloud, web()).await;
+            let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+            let m = cloud.until_version(m.expect("accepted").uuid, turn).await;
+            let over = m.status.rests();
+            // Nobody who looks finds it anywhere while it changes sides.
+            let changes_sides = ["set_aside", "finish"].contains(&m.step.as_str());
+            let taken = !changes_sides && taken_away(&cloud, id).await;
+            let m = rest(&cloud, &m).await;
+            let what = format!("{turn}, taken: {taken}: {m:#?}");
+            assert_ne!(m.status, S::Stuck, "{what}");
+            if taken {
+                assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm3"), "{what}");
+                follows(&cloud, id, "kvm3").await;
+                assert!(disk(&cloud, "kvm3").is_some(), "{what}");
+            }
+            if over {
+                assert!(turn > 8, "it was taken away at every turn: {turn}");
+                break;
+            }
+        }
+    }
+}
+
+/// Of a guest that is defined on one node alone, and that no migration job holds.
+async fn taken_away(cloud: &Cloud, id: InstanceId) -> bool {
+    let [(from, _)] = &cloud.fabric.whereabouts(id)[..] else {
+        return false;
+    };
+    if cloud.fabric.migrating().contains(&id) {
+        return false;
+    }
+    let (here, there) = (
+        cloud.fabric.driver(from.as_str()),
+        cloud.fabric.driver("kvm3"),
+    );
+    let Ok(Some(was)) = here.definition(id).await else {
+        return false;
+    };
+    cloud.fabric.kill_guest(id);
+    here.withdraw(id).await.expect("it is off");
+    for path in [DISK, DATA] {
+        cloud.fabric.copy_file(from.as_str(), "kvm3", path);
+    }
+    there.define(&was, None).await.expect("nobody else has it");
+    there.start(id).await.expect("it is off");
+    true
 }
 
 /// A source that libvirt left standing still is no copy that stays.
@@ -688,6 +1064,122 @@ async fn a_cold_move_whose_guest_does_not_start_is_taken_back() {
     assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
     assert!(disk(&cloud, "kvm1").is_some());
     assert_eq!(cloud.fabric.leftovers(), Vec::<String>::new());
+    cloud.fabric.check_invariants().unwrap();
+}
+
+/// What is done by hand to a guest that was sent, and not set aside yet.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Late {
+    Runs,
+    IsResized,
+    NothingIsDone,
+}
+
+/// A cold move whose conductor dies during the copy, which the agent ends by itself.
+async fn sent_unseen(cloud: &mut Cloud, state: PowerState) -> (InstanceId, Migration) {
+    let id = guest(cloud, web().state(state)).await;
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    let m = cloud.until(m.uuid, "copying", |m| m.step == "copy").await;
+    let journal = cloud.journal("kvm1", m.uuid);
+    let parts = |which: &str| -> Vec<String> {
+        let text = std::fs::read_to_string(&journal).unwrap_or_default();
+        let entry: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        let find = |value: &serde_json::Value| serde_json::from_value(value[which].clone()).ok();
+        find(&entry)
+            .or_else(|| entry.as_object()?.values().find_map(find))
+            .unwrap_or_default()
+    };
+    let has = |which: &str| parts(which).iter().any(|part| part == "copy");
+    eventually("it is being copied", async || has("begun").then_some(())).await;
+    cloud.kill_conductor();
+    eventually("it was copied", async || has("done").then_some(())).await;
+    (id, m)
+}
+
+/// Nothing newer than what was sent is taken for what was sent.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_changed_by_hand_after_it_was_sent_stays_as_it_is() {
+    let mut cases = Vec::new();
+    for state in [PowerState::Running, PowerState::Shutdown] {
+        for late in [Late::Runs, Late::IsResized, Late::NothingIsDone] {
+            cases.push((state, late));
+        }
+    }
+    for (state, late) in cases {
+        let what = format!("{state:?} {late:?}");
+        let mut cloud = Cloud::start(9).await;
+        let (id, m) = sent_unseen(&mut cloud, state).await;
+        match late {
+            Late::Runs => {
+                let driver = cloud.fabric.driver("kvm1");
+                driver.start(id).await.expect("it is off");
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                cloud.fabric.kill_guest(id);
+            }
+            Late::IsResized => {
+                let grow = |guest: &mut Guest| guest.memory_mib = 1536;
+                cloud.fabric.edit_guest("kvm1", id, grow);
+            }
+            Late::NothingIsDone => {}
+        }
+        cloud.start_conductor().await;
+        let m = rest(&cloud, &m).await;
+        cloud.fabric.check_invariants().expect(&what);
+        if late == Late::NothingIsDone {
+            assert_eq!(m.status, S::Finished, "{what}: {m:#?}");
+            continue;
+        }
+        assert_eq!(m.status, S::Failed, "{what}: {m:#?}");
+        let words = match late {
+            Late::Runs => "was written or replaced since",
+            _ => "its definition was changed since",
+        };
+        assert!(said(&m, words), "{what}: {m:#?}");
+        assert_eq!(at(&cloud, "kvm1", id).is_active(), state.is_active());
+        assert_eq!(at(&cloud, "kvm2", id), Presence::Absent, "{what}");
+        if late == Late::IsResized {
+            let guest = cloud.fabric.guest("kvm1", id).expect("it is there");
+            assert_eq!(guest.memory_mib, 1536, "{what}");
+        }
+        assert!(cloud.fabric.file("kvm2", DISK).is_none(), "{what}");
+        // What it wrote last is what it starts from.
+        let started = cloud.fabric.driver("kvm1").start(id).await;
+        started.expect("it is defined");
+        cloud.fabric.check_invariants().expect(&what);
+    }
+}
+
+/// A disk that came after it was decided what is carried is carried by nobody: on the
+/// destination another's file may have its name.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_gets_a_disk_while_it_is_to_leave_stays() {
+    let new = format!("{IMAGES}/new.raw");
+    let cloud = Cloud::start(10).await;
+    for host in ["kvm1", "kvm2"] {
+        let written = cloud.fabric.write_file(host, &new, host);
+        written.expect("there is room");
+    }
+    let leisurely = web().shuts_down_after(Duration::from_secs(20));
+    let id = guest(&cloud, leisurely).await;
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    let journal = cloud.journal("kvm1", m.uuid);
+    eventually("it is to stop", async || journal.exists().then_some(())).await;
+    cloud.fabric.edit_guest("kvm1", id, |guest| {
+        let disk = Disk {
+            target: "vdz".to_owned(),
+            source: DiskSource::File { path: new.clone() },
+            ..guest.disks[0].clone()
+        };
+        guest.disks.push(disk);
+    });
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    assert!(said(&m, "got disk vdz"), "{m:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
     cloud.fabric.check_invariants().unwrap();
 }
 

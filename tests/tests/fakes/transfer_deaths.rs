@@ -396,6 +396,30 @@ async fn what_is_written_between_copy_and_hand_over_is_kept() {
     check(&cloud, &m, true).await;
 }
 
+/// Somebody defines the guest anew before it is handed over: that would be lost, in
+/// part, by handing it over.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_defined_anew_meanwhile_stays_with_what_it_got() {
+    for mode in MODES {
+        let cloud = cloud(15).await;
+        let id = guest(&cloud, web()).await;
+        let m = transfer(&cloud, id, mode).await.expect("it is accepted");
+        let is_planned = |m: &Migration| ["stop", "copy"].contains(&m.step.as_str());
+        cloud.until(m.uuid, "planned", is_planned).await;
+        cloud.fabric.redefine("kvm1", id, |guest| guest.vcpus = 4);
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Failed, "{m:#?}");
+        let reason = m.end_reason.as_ref().expect("it has one").to_string();
+        assert!(
+            reason.contains("lasting definition was changed"),
+            "{reason}"
+        );
+        check(&cloud, &m, true).await;
+        let [_, lasting] = as_it_is(&cloud, id).await;
+        assert_eq!(lasting.vcpus, 4, "{mode:?}");
+    }
+}
+
 /// Two disks of one name on their way to one directory: one gets there, the other
 /// stays where it is, and neither is lost.
 #[tokio::test(start_paused = true)]

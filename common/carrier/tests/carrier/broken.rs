@@ -119,11 +119,11 @@ fn a_sender_that_was_restarted_sends_only_the_rest() {
 #[test]
 fn a_receiver_that_was_restarted_keeps_what_it_has() {
     let mut rig = Rig::new(1);
-    make(&rig.from(0), 24 * MIB, &[(0, 16 * MIB)]);
+    make(&rig.from(0), 40 * MIB, &[(0, 32 * MIB)]);
     let control = Arc::new(Control::new());
     control.set_limit(Some(30 * MIB));
     let sending = rig.spawn(rig.spec(), &control);
-    eventually("half is done", || control.progress().done_bytes >= 8 * MIB);
+    eventually("half is done", || control.progress().done_bytes >= 16 * MIB);
     rig.receiver = None;
     let done = control.progress().done_bytes;
     rig.start();
@@ -132,8 +132,9 @@ fn a_receiver_that_was_restarted_keeps_what_it_has() {
     rig.assert_same();
     assert!(summary.reconnects >= 1);
     assert!(summary.reused_bytes + MIB >= done, "{summary:?} {done}");
-    // At most what was on its way, which the limit kept small, went twice.
-    assert!(summary.sent_bytes <= 20 * MIB, "{summary:?}");
+    // At most what was on its way went twice: less than sockets hold, which is less
+    // than was done.
+    assert!(summary.sent_bytes < 32 * MIB + done, "{summary:?} {done}");
 }
 
 #[test]

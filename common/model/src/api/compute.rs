@@ -74,7 +74,7 @@ pub mod method {
     pub const RESIZE_INSTANCE: &str = "resize_instance";
     /// [`super::StepRef`] → `null`, on the source: stops the part under way.
     pub const ABORT_RESIZE: &str = "abort_resize";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the source: keeps definition
+    /// [`super::SetAside`] → [`super::CleanUp`], on the source: keeps definition
     /// and disks aside, unable to start.
     pub const SET_ASIDE: &str = "set_aside_instance";
     /// [`super::FinishResize`] → [`super::GuestLocation`], on the destination:
@@ -90,7 +90,8 @@ pub mod method {
     /// on stable storage and is the guest's; the source's copy may go.
     pub const CONFIRM_AT_DESTINATION: &str = "confirm_resize_at_destination";
     /// [`super::RemoveCopy`] → [`super::CleanUp`], on the source: removes what was set
-    /// aside, as the destination's copy was seen whole.
+    /// aside, as the destination's copy was seen whole. Without a survivor nothing is
+    /// removed: a guest that was brought back by hand is let go of.
     pub const CONFIRM_RESIZE: &str = "confirm_resize";
     /// [`super::RevertResize`] → [`super::GuestLocation`], on the destination:
     /// stops the guest and takes its definition away; the disks stay.
@@ -188,6 +189,7 @@ subjects! {
     PostLiveMigration: instance;
     PrepResize: instance;
     ResizeInstance: instance;
+    SetAside: instance;
     FinishResize: instance;
     FinishRevertResize: instance;
     RevertResize: instance;
@@ -407,7 +409,7 @@ pub struct FileFact {
     /// How long it is, if it exists, bytes.
     #[serde(default)]
     pub length_bytes: u64,
-    /// A domain of this node uses it.
+    /// A domain of this node uses it, or, if it is a block device, the node itself.
     #[serde(default)]
     pub in_use: bool,
 }
@@ -482,6 +484,10 @@ pub struct LiveMigration {
     /// that began it has forgotten that. It is watched to its end, and not begun.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub attach: bool,
+    /// The disks that the guest had when it was decided which are copied; none from a
+    /// conductor too old to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<KnownDisk>>,
     /// How.
     pub options: LiveOptions,
 }
@@ -550,6 +556,9 @@ pub enum Outcome {
         #[serde(default)]
         of_guest: bool,
     },
+    /// The source no longer has the guest, and nobody there saw how it went: it moved, or
+    /// somebody took it away.
+    Gone,
     /// One that this version does not know: where the guest is tells what became of it.
     #[serde(untagged)]
     Other(Unknown),
@@ -620,6 +629,29 @@ pub enum FileRole {
     Tpm,
 }
 
+/// A disk that a guest writes alone, and where it was when the guest was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownDisk {
+    /// Name in the guest.
+    pub target: String,
+    /// Absolute path.
+    pub path: String,
+}
+
+impl KnownDisk {
+    /// Those of a guest.
+    pub fn of(guest: &Guest) -> Vec<Self> {
+        let own = guest.disks.iter().filter(|d| d.is_copied_when_local());
+        let known = own.filter_map(|disk| {
+            Some(Self {
+                target: disk.target.clone(),
+                path: disk.local_path()?.to_owned(),
+            })
+        });
+        known.collect()
+    }
+}
+
 /// Make the destination ready for a guest that comes shut off.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PrepResize {
@@ -667,8 +699,40 @@ pub struct ResizeInstance {
     pub inbox: Inbox,
     /// Everything that will be carried, as the destination was told.
     pub files: Vec<CarriedFile>,
+    /// The guest's definition before its disks stood still, where some are to: an
+    /// agent that has lost its journal since finds a definition that names overlays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// The disks that the guest had when it was decided what is carried, those on
+    /// shared storage too; none from a conductor too old to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<KnownDisk>>,
     /// How.
     pub options: ColdOptions,
+}
+
+/// What the source of a cold migration needs to go on with it, or to take it back,
+/// when its agent has lost its journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColdMemory {
+    /// Everything that is carried, as the source was told when it began.
+    pub files: Vec<CarriedFile>,
+    /// The guest's lasting definition before anything happened to it: libvirt's XML,
+    /// without secrets.
+    pub domain: String,
+}
+
+/// Keep the guest's definition and disks so that nothing starts it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetAside {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// For a source that knows nothing of the migration any more. All of the guest
+    /// was carried, and no node has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ColdMemory>,
 }
 
 /// Define the guest that has come, and start it if it ran.
@@ -701,6 +765,9 @@ pub struct FinishRevertResize {
     /// it off, where it had asked it to go off itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ran: bool,
+    /// For a source that knows nothing of the migration any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ColdMemory>,
 }
 
 /// Stop the guest on its destination and take its definition away.

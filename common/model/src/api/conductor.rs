@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 pub use agent::{AgentLeaves, Heard, Heartbeat, Identity, RegisterAgent, Registered, Word};
 pub use operation::{
     Automation, BalanceNodes, DrainNode, EvacuateNode, Evacuated, EvacuatedAnswer,
-    EvacuatedRemoved, EvidenceAnswer, ForceDown, ForgetNode, ListEvacuated, ListOperations,
-    OperationAnswer, OperationRef, OperationView, RestoreNode, SetAutomation, WaitOperation,
+    EvacuatedRemoved, EvidenceAnswer, ForceDown, ForgetNode, KeptOff, ListEvacuated,
+    ListOperations, OperationAnswer, OperationRef, OperationView, RestoreNode, SetAutomation,
+    WaitOperation,
 };
 
 use super::compute::Outcome;

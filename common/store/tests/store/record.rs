@@ -406,18 +406,19 @@ async fn of_a_guest_that_cannot_be_read_what_was_read_is_kept(store: Store) {
 }
 
 async fn an_agent_of_another_incarnation_is_refused_aloud(store: Store) {
-    let ask = |state: &str, process: &str, held| RegisterAgent {
+    let on = |machine: &str, state: &str, process: &str, held| RegisterAgent {
         speaks: Spoken::Unsaid,
         host: host("kvm1"),
         identity: Identity {
             state: state.into(),
-            machine: "m".into(),
+            machine: machine.into(),
             boot: "b".into(),
             process: process.into(),
         },
         agent_version: "1".into(),
         held,
     };
+    let ask = |state: &str, process: &str, held| on("m", state, process, held);
     let admitted = |incarnation| Registered::Admitted {
         incarnation,
         speaks: Spoken::Unsaid,
@@ -464,8 +465,20 @@ async fn an_agent_of_another_incarnation_is_refused_aloud(store: Store) {
         matches!(kept(3, 1).await, Reported::Kept { .. }),
         "a low sequence counts anew"
     );
+    // A good-bye frees the name for the node's own machine, or its state.
     store.agent_left(&host("kvm1"), 3).await.unwrap();
+    let twin = on("another", "s", "p4", None);
+    assert!(refused(register(&twin).await), "another machine");
+    assert!(refused(register(&on("", "", "p4", None)).await), "unknown");
     assert_eq!(register(&ask("s", "p4", None)).await, admitted(4));
+    store.agent_left(&host("kvm1"), 4).await.unwrap();
+    assert_eq!(register(&twin).await, admitted(5), "its state, moved");
+    store.agent_left(&host("kvm1"), 5).await.unwrap();
+    assert!(refused(register(&ask("new", "p5", None)).await));
+    let late = store
+        .register_agent(&ask("new", "p5", None), Some(life(5, 0)))
+        .await;
+    assert_eq!(late.unwrap(), admitted(6), "after the silence");
     let row = store.agent(&host("kvm1")).await.unwrap().unwrap();
     assert!(row.refusals >= 3 && row.refusal.is_some() && !row.gone);
 }

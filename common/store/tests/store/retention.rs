@@ -5,6 +5,7 @@
 use crate::common::{HELD, host, listed, migration, report, term};
 use drover_model::{
     api::conductor::{ListMigrations, ListOperations},
+    guest::PowerState,
     ids::OperationId,
     migration::{Evacuation, Migration, MigrationStatus, ProofOfDeath, Requester, Way},
     operation::{DrainOptions, Operation, OperationStatus, Task},
@@ -15,7 +16,7 @@ use drover_store::{
     migrations::{Admitted, Lease},
     operations::Begun,
     outbox::Notification,
-    retention::Retention,
+    retention::{Forgetting, Retention},
     sagas::SagaKey,
 };
 use uuid::Uuid;
@@ -26,7 +27,9 @@ promises! {
     a_journal_goes_before_its_migration,
     operations_go_with_their_migrations,
     what_could_not_be_tidied_is_given_up,
+    what_cannot_be_read_holds_up_no_retention,
     a_scrapped_node_is_forgotten_when_nothing_needs_it,
+    guests_of_a_scrapped_node_follow_their_other_copy_or_are_named,
     a_notification_that_is_refused_steps_aside,
 }
 
@@ -223,16 +226,51 @@ async fn what_could_not_be_tidied_is_given_up(store: Store) {
     assert!(told[0].contains("given up"), "{told:?}");
 }
 
+async fn what_cannot_be_read_holds_up_no_retention(store: Store) {
+    let mut put_off = Vec::new();
+    for n in 1..=3 {
+        let m = over(&store, &migration(n, n), DAY_MS).await;
+        let lease = Lease {
+            migration: m.uuid,
+            epoch: 1,
+        };
+        store.put_off(lease, "tidy", DAY_MS).await.unwrap();
+        put_off.push(m);
+    }
+    for damage in [
+        "UPDATE migrations SET record = replace(record, '\"failed\"', '\"hovering\"') WHERE id = 1",
+        "UPDATE migrations SET record = 'x' WHERE id = 2",
+    ] {
+        store.damage(damage).await.unwrap();
+    }
+    let mut passes = 0;
+    while store.prune(KEEP, 200 * DAY_MS).await.unwrap() > 0 {
+        passes += 1;
+        assert!(passes < 10, "it comes to an end");
+    }
+    // The newer one is left to whoever understands it.
+    for (m, events) in put_off.iter().zip([1, 0, 0]) {
+        let left = store.saga_events(&SagaKey::of_move(m.uuid)).await.unwrap();
+        assert_eq!(left.len(), events, "migration {}", m.id);
+    }
+    assert_eq!(store.size().await.unwrap().migrations, 1);
+}
+
 async fn a_scrapped_node_is_forgotten_when_nothing_needs_it(store: Store) {
     let (kvm1, heard_ms) = (host("kvm1"), 1000);
     let told = report("kvm1", 1, vec![listed(7)]);
     store.record_report(&told, heard_ms).await.unwrap();
     let m = admitted(&store, &migration(1, 8)).await;
     begun(&store, 1, "kvm1").await;
-    let refused = async |silent_since_ms| match store.forget_node(&kvm1, silent_since_ms).await {
-        Err(StoreError::Invalid(words)) => words,
-        other => panic!("{other:?}"),
+    let how = |silent_since_ms| Forgetting {
+        silent_since_ms,
+        ..Forgetting::default()
     };
+    let refused =
+        async |silent_since_ms| match store.forget_node(&kvm1, &how(silent_since_ms)).await {
+            Err(StoreError::Invalid(words)) => words,
+            other => panic!("{other:?}"),
+        };
     let words = refused(heard_ms - 1).await;
     for part in ["stop it first", "vm7", "migration 1", "operation 1"] {
         assert!(words.contains(part), "{words}");
@@ -248,15 +286,66 @@ async fn a_scrapped_node_is_forgotten_when_nothing_needs_it(store: Store) {
         let none = report("kvm1", sequence, vec![]);
         store.record_report(&none, at_ms).await.unwrap();
     }
-    store.may_forget_node(&kvm1, 100_000).await.unwrap();
+    store.may_forget_node(&kvm1, &how(100_000)).await.unwrap();
     store.node(&kvm1).await.unwrap();
-    store.forget_node(&kvm1, 100_000).await.unwrap();
+    store.forget_node(&kvm1, &how(100_000)).await.unwrap();
     let gone = store.node(&kvm1).await;
     assert!(matches!(gone, Err(StoreError::NotFound(_))), "{gone:?}");
     // It comes back all the same: as one that nobody knows.
     let again = report("kvm1", 1, vec![]);
     store.record_report(&again, 200_000).await.unwrap();
     store.node(&kvm1).await.unwrap();
+}
+
+async fn guests_of_a_scrapped_node_follow_their_other_copy_or_are_named(store: Store) {
+    let kvm1 = host("kvm1");
+    let off = |n| {
+        let mut seen = listed(n);
+        seen.power_state = PowerState::Shutdown;
+        seen
+    };
+    // Started on kvm2 by hand, defined there, on shared disks, and with disks of its own.
+    let told = report("kvm1", 1, vec![listed(1), off(2), listed(3), off(4)]);
+    store.record_report(&told, 1000).await.unwrap();
+    let there = report("kvm2", 1, vec![listed(1), off(2)]);
+    store.record_report(&there, 2000).await.unwrap();
+    let how = Forgetting {
+        now_ms: 3000,
+        silent_since_ms: 3000,
+        evacuable: vec![listed(3).id],
+        despite_lost_guests: false,
+    };
+    let words = match store.forget_node(&kvm1, &how).await {
+        Err(StoreError::Invalid(words)) => words,
+        other => panic!("{other:?}"),
+    };
+    let mut names = words.split([' ', ',', ';']);
+    assert!(!names.any(|w| w == "vm1" || w == "vm2"), "{words}");
+    let (saved, lost) = words.split_once("; ").unwrap();
+    assert!(
+        saved.contains("vm3") && saved.contains("evacuate kvm1"),
+        "{words}"
+    );
+    assert!(
+        lost.contains("vm4") && lost.contains("--despite-lost-guests"),
+        "{words}"
+    );
+    let home = async |n| store.find_instance(&listed(n).id.to_string()).await;
+    assert_eq!(home(1).await.unwrap().host, kvm1, "nothing was done");
+    let despite = Forgetting {
+        despite_lost_guests: true,
+        ..how
+    };
+    store.may_forget_node(&kvm1, &despite).await.unwrap();
+    assert_eq!(home(4).await.unwrap().host, kvm1, "nothing was done");
+    store.forget_node(&kvm1, &despite).await.unwrap();
+    for n in [1, 2] {
+        assert_eq!(home(n).await.unwrap().host, host("kvm2"));
+    }
+    for n in [3, 4] {
+        let gone = home(n).await;
+        assert!(matches!(gone, Err(StoreError::NotFound(_))), "{gone:?}");
+    }
 }
 
 async fn a_notification_that_is_refused_steps_aside(store: Store) {

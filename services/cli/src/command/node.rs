@@ -3,7 +3,6 @@
 
 use drover_model::{
     api::conductor::{ForceDown, ForgetNode, ListOperations, Node, SetNode},
-    ids::HostName,
     operation::Operation,
 };
 
@@ -57,7 +56,18 @@ pub async fn run(session: &mut Session, verb: NodeVerb) -> Result<Exit, Trouble>
         NodeVerb::Balance(order) => return operate::balance(session, order).await,
         NodeVerb::Automation(order) => return operate::automation(session, order).await,
         NodeVerb::ForceDown(order) => force_down(session, order).await?,
-        NodeVerb::Forget { host, change } => forget(session, host, change).await?,
+        NodeVerb::Forget {
+            host,
+            despite_lost_guests,
+            change,
+        } => {
+            let request = ForgetNode {
+                host,
+                dry_run: change.dry_run,
+                despite_lost_guests,
+            };
+            forget(session, request).await?;
+        }
         NodeVerb::Enable { host, change } => {
             set(
                 session,
@@ -112,12 +122,10 @@ async fn force_down(session: &mut Session, order: order::ForceDown) -> Result<()
     session.screen.value(&node, counts)
 }
 
-async fn forget(session: &mut Session, host: HostName, change: Change) -> Result<(), Trouble> {
-    let dry_run = change.dry_run;
-    let node = session.client.get_node(&host).await?;
-    let request = ForgetNode { host, dry_run };
+async fn forget(session: &mut Session, request: ForgetNode) -> Result<(), Trouble> {
+    let node = session.client.get_node(&request.host).await?;
     session.client.forget_node(&request).await?;
-    session.screen.value(&node, |node| match dry_run {
+    session.screen.value(&node, |node| match request.dry_run {
         true => format!("{} would be forgotten", node.host),
         false => format!("{} is forgotten", node.host),
     })

@@ -85,9 +85,15 @@ fn end_line(m: &Migration) -> String {
             downtime(m)
         ),
         MigrationStatus::Confirmed => format!(
-            "confirmed: {name} is on {}; {} has removed its copy",
+            "confirmed: {name} is on {}; {} has {} its copy",
             destination(m),
-            m.source_host
+            m.source_host,
+            // What it left, the warnings say.
+            if m.warnings.is_empty() {
+                "removed"
+            } else {
+                "let go of"
+            }
         ),
         MigrationStatus::Reverted => {
             format!("reverted: {name} is on {} again", m.source_host)

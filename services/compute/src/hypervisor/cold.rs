@@ -28,6 +28,17 @@ pub struct Definition {
     pub current_snapshot: Option<String>,
 }
 
+impl Definition {
+    /// Of a domain that has no internal snapshots, as far as is known.
+    pub(crate) fn of_domain(domain: String) -> Self {
+        Self {
+            domain,
+            snapshots: Vec::new(),
+            current_snapshot: None,
+        }
+    }
+}
+
 impl fmt::Debug for Definition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (bytes, snapshots) = (self.domain.len(), self.snapshots.len());
@@ -135,8 +146,16 @@ pub trait ColdDriver: Send + Sync + 'static {
     /// Starts a guest that is off. One that is active already is no error.
     async fn start(&self, id: InstanceId) -> Result<()>;
 
+    /// Whether a guest is in shutdown: it has ended, and the hypervisor, to which it is
+    /// active still, has not tidied up yet. It will be off by itself.
+    async fn is_going_off(&self, id: InstanceId) -> Result<bool>;
+
     /// What [`Self::define`] wants; none if there is no such domain.
     async fn definition(&self, id: InstanceId) -> Result<Option<Definition>>;
+
+    /// Another for each definition, apart from what the agent notes in it while a
+    /// guest may be on its way (that it is to be started at boot).
+    fn fingerprint(&self, definition: &Definition) -> Result<String>;
 
     /// Defines a domain, shut off, of another size if asked; one that is there
     /// is changed accordingly. `WrongState` if it is active.

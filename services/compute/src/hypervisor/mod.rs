@@ -81,6 +81,9 @@ pub enum HypervisorError {
     /// libvirt, QEMU or the file system said no.
     #[error("{0}")]
     Failed(String),
+    /// Nothing was done, as storage of this node does not tell what has to be known.
+    #[error("{0}")]
+    Untold(String),
     /// The connection broke in the middle: nobody knows whether it happened.
     #[error("lost libvirt in the middle of it: {0}")]
     Lost(String),
@@ -93,7 +96,7 @@ impl HypervisorError {
     /// Its class.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Unreachable { .. } => ErrorClass::Retryable,
+            Self::Unreachable { .. } | Self::Untold(_) => ErrorClass::Retryable,
             Self::NoSuchGuest(_)
             | Self::WrongState(_)
             | Self::Aborted(_)

@@ -41,7 +41,7 @@ pub use files::StateDisk;
 pub(crate) use files::{Unread, read_whole, set_aside, write_whole};
 pub use record::{
     ComingFile, ComingRecord, CopiedDisk, DestinationRecord, Ended, KeptFile, LeavingRecord,
-    MarksRecord, NewDisk, Over, RebuildRecord, Record, Seen, SeenRecord, SourceRecord,
+    MarksRecord, NewDisk, Over, RebuildRecord, Record, Seen, SeenRecord, SentFile, SourceRecord,
     TransferRecord,
 };
 pub use shelf::{Loaded, Shelf, Shelved, UnreadFile};

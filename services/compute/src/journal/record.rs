@@ -87,6 +87,11 @@ pub struct SourceRecord {
     pub generation: u64,
     /// When it began, milliseconds since 1970.
     pub started_at_ms: u64,
+    /// Fingerprint of its lasting definition just before, which the hypervisor takes
+    /// along as it was then. None of one that has none, and from a version that did not
+    /// look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lasting: Option<String>,
     /// What was decided on the way, the last few.
     pub decisions: Vec<Decision>,
     /// How it ended; none while it is being sent.
@@ -163,8 +168,43 @@ pub struct LeavingRecord {
     /// The guest's generation when it began.
     #[serde(default)]
     pub generation: u64,
+    /// Whether this agent has withdrawn the definition, or was about to. (A version
+    /// that did not write it down may have.)
+    #[serde(default = "perhaps")]
+    pub withdrawn: bool,
     /// Whether all that is done.
     pub aside: bool,
+    /// Its own files as they were before they were sent. None from a version that did
+    /// not look, of an agent that forgot, and once all is aside.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sent: Vec<SentFile>,
+    /// How its domain was defined then, or when its disks were frozen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent_as: Option<Definition>,
+    /// What was aside is brought back, up to its definition: that of the guest here is
+    /// this agent's, or is about to be.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub defines: bool,
+}
+
+/// A file that is sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SentFile {
+    /// Where the guest has it.
+    pub path: String,
+    /// Changes when the file does.
+    pub stamp: String,
+}
+
+impl LeavingRecord {
+    /// Whether a file is an overlay, which goes with the image under it.
+    pub(crate) fn is_overlay(&self, path: &str) -> bool {
+        self.overlays.iter().any(|overlay| overlay.path == path)
+    }
+}
+
+fn perhaps() -> bool {
+    true
 }
 
 /// A file that is set aside.

@@ -10,8 +10,8 @@ use drover_model::{
             ColdPart, CopySeen, DestinationFacts, Ended as Over, EvacuationFacts, FinishResize,
             FinishRevertResize, GuestLocation, Inbox, JobState, Known, LiveMigration, PathFacts,
             PostLiveMigration, PreLiveMigration, PrepResize, PrepTransfer, RebuildInstance,
-            RemoveCopy, ResizeInstance, RevertResize, SourceFacts, StepRef, TransferFacts,
-            TransferPart, TransferWork,
+            RemoveCopy, ResizeInstance, RevertResize, SetAside, SourceFacts, StepRef,
+            TransferFacts, TransferPart, TransferWork,
         },
         fault::Fault,
     },
@@ -70,10 +70,10 @@ pub(crate) enum Command {
     PrepResize(Box<PrepResize>, Reply<Inbox>),
     ResizeInstance(Box<ResizeInstance>, Reply<JobState>),
     AbortResize(StepRef, Reply<()>),
-    SetAside(StepRef, Reply<CleanUp>),
+    SetAside(Box<SetAside>, Reply<CleanUp>),
     FinishResize(FinishResize, Reply<GuestLocation>),
     RollbackResize(Box<RemoveCopy>, Reply<CleanUp>),
-    FinishRevertResize(FinishRevertResize, Reply<GuestLocation>),
+    FinishRevertResize(Box<FinishRevertResize>, Reply<GuestLocation>),
     ConfirmAtDestination(StepRef, Reply<CleanUp>),
     ConfirmResize(Box<RemoveCopy>, Reply<CleanUp>),
     RevertResize(Box<RevertResize>, Reply<GuestLocation>),
@@ -347,7 +347,7 @@ impl Actor {
                 self.answer(to, done);
             }
             C::SetAside(step, to) => {
-                let clean_up = self.set_aside(step).await;
+                let clean_up = self.set_aside(*step).await;
                 self.answer(to, clean_up);
             }
             C::FinishResize(step, to) => {
@@ -359,7 +359,7 @@ impl Actor {
                 self.answer(to, clean_up);
             }
             C::FinishRevertResize(step, to) => {
-                let location = self.finish_revert_resize(step).await;
+                let location = self.finish_revert_resize(*step).await;
                 self.answer(to, location);
             }
             C::ConfirmAtDestination(step, to) => {

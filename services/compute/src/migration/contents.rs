@@ -3,7 +3,7 @@
 //! the comparison only.
 
 use drover_model::{
-    api::fault::Fault,
+    api::{compute::KnownDisk, fault::Fault},
     content::{CheckedFile, UseRole},
     guest::Guest,
 };
@@ -53,5 +53,37 @@ pub(super) fn are_all_checked(
             "the guest uses {} as {} since it was looked at: ask again",
             u.path, u.what
         ))),
+    }
+}
+
+/// Refuses if a guest writes a disk that it did not have when it was looked at, or
+/// that was another file then: nobody decided what becomes of it.
+pub(super) fn no_disk_is_new(known: &[KnownDisk], now: &[KnownDisk]) -> Result<(), Fault> {
+    match now.iter().find(|disk| !known.contains(disk)) {
+        None => Ok(()),
+        Some(disk) => Err(Fault::refused(format!(
+            "the guest got disk {} ({}) since it was looked at: ask again",
+            disk.target, disk.path
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_known_by_its_name_and_its_file() {
+        let disk = |target: &str, path: &str| KnownDisk {
+            target: target.to_owned(),
+            path: path.to_owned(),
+        };
+        let known = [disk("vda", "/a"), disk("vdb", "/b")];
+        assert!(no_disk_is_new(&known, &known).is_ok());
+        assert!(no_disk_is_new(&known, &known[1..]).is_ok(), "one went");
+        for new in [disk("vdc", "/a"), disk("vda", "/c")] {
+            let refused = no_disk_is_new(&known, std::slice::from_ref(&new)).unwrap_err();
+            assert!(refused.message.contains(&new.path), "{refused}");
+        }
     }
 }

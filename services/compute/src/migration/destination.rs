@@ -125,6 +125,7 @@ impl Actor {
         };
         let begun = async {
             self.nothing_is_here(&record).await?;
+            self.nobody_else_writes(step).await?;
             self.write(&record).await
         };
         if let Err(fault) = begun.await {
@@ -148,6 +149,21 @@ impl Actor {
             let found = blocking_io(move || std::fs::symlink_metadata(path));
             if found.await.is_ok() {
                 return Err(Fault::refused(format!("{} is there already", disk.path)));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the guest writes beside its disks is no other guest's.
+    async fn nobody_else_writes(&self, step: &PreLiveMigration) -> Result<(), Fault> {
+        let beside = step.guest.files.iter().map(|file| file.path.clone());
+        let paths: Vec<String> = beside.collect();
+        let facts = self.node.hypervisor.file_facts(&paths).await;
+        for (path, fact) in paths.iter().zip(facts.map_err(fault)?) {
+            if fact.in_use {
+                return Err(Fault::refused(format!(
+                    "another guest of this node uses {path}, which this one would write"
+                )));
             }
         }
         Ok(())

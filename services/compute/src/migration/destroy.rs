@@ -16,6 +16,7 @@ use drover_model::{
         conductor::Evacuated,
         fault::Fault,
     },
+    content::FileContent,
     guest::{Guest, PowerState, Presence},
     ids::{HostName, InstanceId},
     migration::ColdOptions,
@@ -23,9 +24,10 @@ use drover_model::{
 use tokio::time::Instant;
 
 use crate::{
-    hypervisor::{HypervisorError, Overlay, Result},
+    hypervisor::{Definition, HypervisorError, Overlay, Result},
     journal::{
-        ComingRecord, DestinationRecord, KeptFile, LeavingRecord, RebuildRecord, TransferRecord,
+        ComingRecord, DestinationRecord, KeptFile, LeavingRecord, RebuildRecord, SentFile,
+        TransferRecord,
     },
     node::Node,
 };
@@ -178,24 +180,55 @@ pub(crate) fn lasting_files(record: &ComingRecord) -> impl Iterator<Item = &str>
     lasting.map(|file| file.path.as_str())
 }
 
-/// What a source sets aside has been sent whole, and its definition is in the
-/// journal: it can be brought back.
+/// What a source sets aside has been sent whole, is still as it was then, and its
+/// definition is in the journal: it can be brought back.
 pub(crate) struct Aside {
     files: Vec<KeptFile>,
 }
 
 impl Aside {
-    /// From the journal.
+    /// From the journal, and what is here now.
     ///
     /// # Errors
-    /// Refused if it does not say so.
-    pub(crate) fn of(record: &LeavingRecord) -> std::result::Result<Self, Fault> {
-        match record.done.contains(&ColdPart::Copy) && record.definition.is_some() {
-            true => Ok(Self {
+    /// Refused if not all was sent, or something has changed since.
+    pub(crate) fn of(record: &LeavingRecord, now: &Remaining) -> std::result::Result<Self, Fault> {
+        if !record.done.contains(&ColdPart::Copy) || record.definition.is_none() {
+            return Err(Fault::refused("its disks have not all been sent"));
+        }
+        match now.change(record) {
+            None => Ok(Self {
                 files: record.kept.clone(),
             }),
-            false => Err(Fault::refused("its disks have not all been sent")),
+            Some(change) => Err(Fault::refused(format!(
+                "{change} since the guest was sent (was it started or changed by hand?): it \
+                 stays as it is on this node; migrate it again"
+            ))),
         }
+    }
+}
+
+/// What of a guest has not been set aside yet, looked at now.
+pub(crate) struct Remaining {
+    /// How its domain is defined; none if that is withdrawn.
+    pub(crate) definition: Option<Definition>,
+    /// Its own files that have their own names still.
+    pub(crate) files: Vec<FileContent>,
+}
+
+impl Remaining {
+    /// What is no longer as it was when it was sent, in words. Of a record that does
+    /// not say how it was, nothing.
+    fn change(&self, record: &LeavingRecord) -> Option<String> {
+        let differs = |sent: &&SentFile| {
+            let mut here = self.files.iter().filter(|file| file.path == sent.path);
+            here.any(|file| file.stamp() != Some(sent.stamp.as_str()))
+        };
+        if let Some(sent) = record.sent.iter().find(differs) {
+            return Some(format!("{} was written or replaced", sent.path));
+        }
+        let defined = self.definition.as_ref().zip(record.sent_as.as_ref());
+        let changed = defined.is_some_and(|(now, then)| now != then);
+        changed.then(|| "its definition was changed".to_owned())
     }
 }
 

@@ -1,14 +1,17 @@
 //! What this node sees of its copy of a guest, for whoever has to prove that
 //! another may go.
 
+use std::time::Duration;
+
 use drover_model::{
     api::{
         compute::{AsideSeen, CopyHistory, CopySeen, FileSeen, StepRef},
         fault::Fault,
     },
-    guest::{Disk, Guest, Presence},
+    guest::{Disk, Guest, PowerState, Presence},
     ids::InstanceId,
 };
+use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::{
@@ -18,9 +21,12 @@ use super::{
 };
 use crate::{
     faults::hypervisor as fault,
-    hypervisor::{HypervisorError, Job},
+    hypervisor::{self, Hypervisor, HypervisorError, Job},
     journal::{LeavingRecord, Record},
 };
+
+/// A QEMU that is told to go is gone by then.
+const A_MOMENT: Duration = Duration::from_secs(2);
 
 impl Actor {
     /// This node's copy, looked at now.
@@ -66,15 +72,18 @@ impl Actor {
     }
 
     async fn see_aside(&self, record: &LeavingRecord) -> Result<AsideSeen, Fault> {
-        // Overlays go with the images under them, which are among the files.
-        let is_overlay = |path: &String| record.overlays.iter().any(|o| o.path == *path);
-        let kept = record.kept.iter().filter(|file| !is_overlay(&file.path));
+        // The images under overlays are among the files.
+        let kept = record.kept.iter();
+        let kept = kept.filter(|file| !record.is_overlay(&file.path));
         let kept = kept.map(|file| (&file.path, &file.kept));
         let under = record.under.iter().map(|path| (path, path));
+        let places = record.kept.iter().map(|file| (&file.path, &file.path));
+        let places = self.see_files(places).await?.into_iter();
         Ok(AsideSeen {
-            complete: record.aside,
+            complete: record.aside && !record.defines,
             defined: record.definition.is_some(),
             files: self.see_files(kept.chain(under)).await?,
+            taken: places.filter(|p| p.exists).map(|p| p.path).collect(),
         })
     }
 
@@ -125,13 +134,15 @@ impl Actor {
         if record.ran_here {
             return;
         }
-        let instance = record.instance;
-        match self.node.hypervisor.presence(instance).await {
-            Ok(presence) if presence.is_active() => {}
-            // What cannot be told now is looked for at the next event or step.
-            Ok(_) | Err(_) => return,
+        let (instance, mut record) = (record.instance, record.clone());
+        // What cannot be told now is looked for at the next event or step.
+        if !self
+            .has_arrived(instance)
+            .await
+            .is_ok_and(|arrived| arrived)
+        {
+            return;
         }
-        let mut record = record.clone();
         record.ran_here = true;
         let entry = Record::Destination(record.clone());
         let stored = self.node.journal.migrations.store(self.migration, &entry);
@@ -145,6 +156,25 @@ impl Actor {
         self.stage = Stage::Arriving(record);
     }
 
+    /// A QEMU that is being killed, as its source is gone, has no job any more, and is
+    /// *paused* or *in shutdown* to libvirt, which stands for running. libvirt defines
+    /// what arrives before that runs; of a guest that is not to be defined here, that
+    /// it still runs a moment later tells.
+    async fn has_arrived(&self, instance: InstanceId) -> hypervisor::Result<bool> {
+        let hypervisor = &self.node.hypervisor;
+        let presence = hypervisor.presence(instance).await?;
+        if !presence.is_active() {
+            return Ok(false);
+        }
+        let guest = hypervisor.guest(instance).await?;
+        if guest.is_some_and(|guest| guest.persistent && guest.power_state.is_active()) {
+            return Ok(true);
+        }
+        sleep(A_MOMENT).await;
+        let later = hypervisor.presence(instance).await?;
+        Ok(later == presence && later != Presence::Present(PowerState::Paused))
+    }
+
     /// The domain of an instance, now and after its next start.
     pub(super) async fn both(&self, instance: InstanceId) -> Result<Vec<Guest>, Fault> {
         let hypervisor = &self.node.hypervisor;
@@ -155,6 +185,16 @@ impl Actor {
         let (now, lasting) = asked.map_err(fault)?;
         Ok(now.into_iter().chain(lasting).collect())
     }
+}
+
+/// What tells one lasting definition of a guest from another; none if it is not here.
+pub(super) async fn fingerprint(
+    hypervisor: &dyn Hypervisor,
+    instance: InstanceId,
+) -> hypervisor::Result<Option<String>> {
+    let definition = hypervisor.definition(instance).await?;
+    let fingerprint = definition.map(|definition| hypervisor.fingerprint(&definition));
+    fingerprint.transpose()
 }
 
 /// What a guest cannot start without: the files and devices that it writes, what

@@ -2,7 +2,7 @@
 //! conductor decide, reports, and says how it ended.
 //!
 //! ```text
-//!            migrate() runs                    ┌─ job gone, guest gone ──► Moved
+//!            migrate() runs                    ┌─ job gone, guest gone ──► Gone
 //! Sending ──────────────────► its answer ──────┤─ job gone, guest here ──► Failed │ Aborted │ Stalled
 //!    │                          ▲ lost: look   └─ libvirt away: wait, look again
 //!    └─ found after a restart ──┘
@@ -27,7 +27,7 @@ use drover_model::{
     },
     guest::Presence,
     ids::{InstanceId, MigrationId},
-    migration::Decision as Note,
+    migration::{Decision as Note, Phase},
 };
 use tokio::{
     sync::{broadcast, mpsc, watch},
@@ -37,6 +37,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
+    look::fingerprint,
     orders::{Act, Force, Order, Wishes},
     outcome,
     policy::{Decision, Limits, Policy},
@@ -63,6 +64,9 @@ pub(super) const LET_GO: Duration = Duration::from_secs(5);
 /// Without a job, the guest must be seen here so often before the transfer
 /// counts as failed: libvirtd may be about to begin what it was asked for.
 const SIGHTINGS: u32 = 2;
+/// Why a guest that somebody defines anew stays.
+const REDEFINED: &str = "the guest's lasting definition was changed during the move, which would \
+                         lose the change: ask again";
 /// Decisions kept; a transfer takes a handful.
 const MAX_DECISIONS: usize = 32;
 
@@ -70,6 +74,8 @@ const MAX_DECISIONS: usize = 32;
 pub(super) enum Told {
     Sample(Result<Job, HypervisorError>),
     Seen(Result<Presence, HypervisorError>),
+    /// Fingerprint of what lasts of the guest.
+    Lasting(Result<Option<String>, HypervisorError>),
     /// The last is false for what may be possible later.
     Acted(Act, Result<(), Fault>, bool),
 }
@@ -94,6 +100,8 @@ pub(super) struct Monitor {
     /// The guest runs on the destination already.
     pub(super) post_copy: bool,
     looking: bool,
+    /// What lasts of the guest was asked for.
+    comparing: bool,
     next_look: Instant,
     /// When the hypervisor last told how it goes.
     told_at: Instant,
@@ -147,6 +155,7 @@ impl Monitor {
             wishes: Wishes::default(),
             post_copy: false,
             looking: false,
+            comparing: false,
             next_look: begun + Duration::from_millis(first),
             told_at: begun,
             cut_at: None,
@@ -208,6 +217,31 @@ impl Monitor {
         let (hypervisor, instance) = (self.node.hypervisor.clone(), self.instance);
         self.asked
             .spawn(async move { Told::Sample(hypervisor.job(instance).await) });
+        if self.record.lasting.is_some() && self.may_turn_back() && !self.comparing {
+            self.comparing = true;
+            let (hypervisor, instance) = (self.node.hypervisor.clone(), self.instance);
+            self.asked
+                .spawn(async move { Told::Lasting(fingerprint(&*hypervisor, instance).await) });
+        }
+    }
+
+    /// The guest runs here, and nobody has had the transfer end.
+    fn may_turn_back(&self) -> bool {
+        let stays = self.shown.progress().phase < Phase::PostCopy && !self.post_copy;
+        stays && self.wishes.intent().is_none()
+    }
+
+    /// The hypervisor took along what lasted of the guest when it began, and removes
+    /// here what lasts of it when it is over: what somebody defines in between would be
+    /// lost.
+    fn compare(&mut self, now: Result<Option<String>, HypervisorError>) {
+        self.comparing = false;
+        let is_changed = matches!(&now, Ok(Some(now)) if self.record.lasting.as_ref() != Some(now));
+        if is_changed && self.may_turn_back() {
+            self.decide(format!("given up: {REDEFINED}"));
+            self.wishes.spare(REDEFINED.to_owned());
+            self.pursue();
+        }
     }
 
     fn heard(&mut self, told: Result<Told, JoinError>) -> Option<Outcome> {
@@ -215,6 +249,7 @@ impl Monitor {
             Ok(told) => self.hear(told),
             Err(died) => {
                 warn!(migration = %self.migration, error = %died, "a driver call died");
+                self.comparing = false;
                 self.rest(LONG_PAUSE);
                 None
             }
@@ -235,6 +270,7 @@ impl Monitor {
                 }
             }
             Told::Seen(Ok(presence)) => return self.see(presence),
+            Told::Lasting(now) => self.compare(now),
             Told::Sample(Err(error)) | Told::Seen(Err(error)) => {
                 self.miss(&error);
                 self.shown
@@ -319,6 +355,8 @@ impl Monitor {
             {
                 Duration::ZERO
             }
+            // Somebody may have defined it anew.
+            Event::Guest(id) if id == self.instance && self.may_turn_back() => SHORT_PAUSE,
             _ => return,
         };
         self.next_look = self.next_look.min(Instant::now() + soon);

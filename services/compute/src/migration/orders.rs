@@ -3,7 +3,8 @@
 //! tried again with every sample.
 //!
 //! ```text
-//! abort / give up:  wished ─► asked of libvirt ─► taken ─► the transfer's end says so
+//! abort / give up / spare:
+//!                   wished ─► asked of libvirt ─► taken ─► the transfer's end says so
 //!                     ▲            └─ no job yet ─┐   └─ no end for long: its streams are cut
 //!                     └──────── next sample ──────┘
 //! force-complete:   the same, once memory flows; post-copy if allowed, else a pause
@@ -87,6 +88,10 @@ impl Wishes {
 
     pub(super) fn give_up(&mut self, why: String, of_guest: bool) {
         self.intent.get_or_insert(Intent::GiveUp { why, of_guest });
+    }
+
+    pub(super) fn spare(&mut self, why: String) {
+        self.intent.get_or_insert(Intent::Spare { why });
     }
 
     fn answer(&mut self, act: Act, answer: &Result<(), Fault>) {

@@ -20,6 +20,11 @@ pub enum Intent {
         /// Whether it lies with the guest.
         of_guest: bool,
     },
+    /// To go on would do harm.
+    Spare {
+        /// Which, and what to do.
+        why: String,
+    },
 }
 
 impl Intent {
@@ -29,6 +34,9 @@ impl Intent {
             Self::GiveUp { why, of_guest } => Outcome::Stalled {
                 message: why.clone(),
                 of_guest: *of_guest,
+            },
+            Self::Spare { why } => Outcome::Failed {
+                message: why.clone(),
             },
         }
     }
@@ -76,10 +84,8 @@ pub fn from_presence(presence: Presence, intent: Option<&Intent>) -> Outcome {
         Presence::Present(_) => {
             stays("the migration ended unseen and the guest is off on the source")
         }
-        Presence::Absent | Presence::Incoming => Outcome::Moved {
-            downtime_ms: None,
-            total_ms: None,
-        },
+        // Only the destination can tell a guest that moved from one that was taken away.
+        Presence::Absent | Presence::Incoming => Outcome::Gone,
     }
 }
 
@@ -95,10 +101,13 @@ mod tests {
     fn success_is_success_whatever_was_wanted() {
         let outcome = from_answer(&Ok(()), Some(&Intent::Abort), 5);
         assert!(moved(&outcome.unwrap()));
-        assert!(moved(&from_presence(
-            Presence::Absent,
-            Some(&Intent::Abort)
-        )));
+    }
+
+    #[test]
+    fn that_a_guest_is_gone_does_not_say_that_it_moved() {
+        for intent in [None, Some(&Intent::Abort)] {
+            assert_eq!(from_presence(Presence::Absent, intent), Outcome::Gone);
+        }
     }
 
     #[test]
@@ -120,7 +129,16 @@ mod tests {
             why: "y".to_owned(),
             of_guest: true,
         };
+        let harmful = Intent::Spare {
+            why: "z".to_owned(),
+        };
         assert_eq!(from_answer(&aborted, None, 5), Some(Outcome::Aborted));
+        assert_eq!(
+            from_answer(&aborted, Some(&harmful), 5),
+            Some(Outcome::Failed {
+                message: "z".to_owned()
+            })
+        );
         assert_eq!(
             from_answer(&aborted, Some(&stalled), 5),
             Some(Outcome::Stalled {

@@ -138,7 +138,7 @@ impl Actor {
             Stage::Idle | Stage::Sending(_) | Stage::Leaving(_) | Stage::Coming(_) => false,
             // Only old files are left of it.
             Stage::Transferring(transferring) => return Ok(transferring.is_handed_over()),
-            Stage::Ended(record) => !has_moved(&job_of(record)),
+            Stage::Ended(record) => !may_have_moved(&job_of(record)),
             Stage::Arriving(record) => record.prepared,
             Stage::Rebuilding(record) => record.started,
         };
@@ -147,12 +147,31 @@ impl Actor {
         }
         let hypervisor = &self.node.hypervisor;
         let presence = hypervisor.presence(instance).await.map_err(fault)?;
-        let job = hypervisor.job(instance).await.map_err(fault)?;
-        Ok(presence.is_active() && job == Job::None)
+        if !presence.is_active() {
+            return Ok(false);
+        }
+        match hypervisor.job(instance).await {
+            Ok(job) => Ok(job == Job::None),
+            // It went meanwhile.
+            Err(HypervisorError::NoSuchGuest(_)) => Ok(false),
+            Err(error) => Err(fault(error)),
+        }
     }
 }
 
-/// Whether a transfer ended with the guest on the other side.
+/// Whether a transfer ended with the guest on the other side, or gone unseen.
+fn may_have_moved(job: &JobState) -> bool {
+    let gone = matches!(
+        job,
+        JobState::Ended {
+            outcome: Outcome::Gone,
+            ..
+        }
+    );
+    gone || has_moved(job)
+}
+
+/// Whether a transfer ended with the guest on the other side, as the hypervisor said.
 pub(super) fn has_moved(job: &JobState) -> bool {
     matches!(
         job,

@@ -4,8 +4,8 @@
 use drover_model::{
     api::{
         compute::{
-            CheckPath, CheckSource, CleanUp, Ended, JobState, Known, LiveMigration, PathFacts,
-            PostLiveMigration, SourceFacts, StepRef,
+            CheckPath, CheckSource, CleanUp, Ended, JobState, Known, KnownDisk, LiveMigration,
+            PathFacts, PostLiveMigration, SourceFacts, StepRef,
         },
         fault::Fault,
     },
@@ -15,8 +15,9 @@ use tracing::{info, warn};
 
 use super::{
     actor::{Actor, Reply, Stage},
-    contents::{are_all_checked, are_as_checked, used_paths},
+    contents::{are_all_checked, are_as_checked, no_disk_is_new, used_paths},
     destroy::{self, Redundant},
+    look::fingerprint,
     orders::Order,
     past::Finished,
     sending::{MonitorDied, Sending, job_of, spec},
@@ -29,7 +30,10 @@ use crate::{
 };
 
 /// Refuses if the guest got a disk since it was looked at.
-fn no_disk_is_new(step: &LiveMigration, guest: &Guest) -> Result<(), Fault> {
+fn no_disk_is_unaccounted_for(step: &LiveMigration, guest: &Guest) -> Result<(), Fault> {
+    if let Some(known) = &step.disks {
+        no_disk_is_new(known, &KnownDisk::of(guest))?;
+    }
     let known =
         |target: &String| step.copied_disks.contains(target) || step.shared_disks.contains(target);
     let mut own = guest.disks.iter().filter(|d| d.is_copied_when_local());
@@ -135,6 +139,9 @@ impl Actor {
 
     async fn begin(&mut self, step: LiveMigration) -> Result<JobState, Fault> {
         let instance = step.instance;
+        // Before the guest is looked at: whatever changes from now on is noticed.
+        let lasting = fingerprint(&*self.node.hypervisor, instance).await;
+        let lasting = lasting.map_err(fault)?;
         let guest = self.node.hypervisor.guest(instance).await.map_err(fault)?;
         let missing = || Fault::refused(format!("there is no instance {instance} on this node"));
         let guest = guest.ok_or_else(missing)?;
@@ -145,9 +152,13 @@ impl Actor {
         if let Some(checked) = step.checked.as_ref().filter(|_| !attaches) {
             are_as_checked(&*self.node.hypervisor, checked).await?;
             are_all_checked(&guest, checked, |_| false)?;
-            no_disk_is_new(&step, &guest)?;
+            no_disk_is_unaccounted_for(&step, &guest)?;
+            if let Some(tie) = guest.immovable.first() {
+                let words = format!("{} came since it was looked at: ask again", tie.what);
+                return Err(Fault::refused(words));
+            }
         }
-        let record = self.plan(step, &guest)?;
+        let record = self.plan(step, &guest, lasting)?;
         let spec = (!attaches).then(|| spec(&self.node, &record));
         let entry = Record::Source(Box::new(record.clone()));
         self.write_down(&entry).await?;
@@ -178,7 +189,12 @@ impl Actor {
     }
 
     /// What is to be done, if it fits the guest as it is now.
-    fn plan(&self, request: LiveMigration, guest: &Guest) -> Result<SourceRecord, Fault> {
+    fn plan(
+        &self,
+        request: LiveMigration,
+        guest: &Guest,
+        lasting: Option<String>,
+    ) -> Result<SourceRecord, Fault> {
         if !guest.power_state.is_active() {
             let state = guest.power_state;
             return Err(Fault::refused(format!("the guest is not running: {state}")));
@@ -199,6 +215,7 @@ impl Actor {
             paused_by_force_complete: false,
             generation: guest.generation,
             started_at_ms: self.node.now_ms(),
+            lasting: lasting.filter(|_| guest.persistent),
             decisions: Vec::new(),
             ended: None,
             request,

@@ -44,6 +44,11 @@ pub(super) const AWAY: Duration = Duration::from_secs(1);
 /// How long libvirt may be away before the part is given up.
 pub(super) const LONGEST_AWAY: Duration = Duration::from_secs(60);
 
+/// Why a guest that ran is not yet started again.
+pub(super) const IN_SHUTDOWN: &str = "the guest is in shutdown, and this node's libvirt has not \
+                                      tidied up after it yet: it is started again when it is off; \
+                                      if its QEMU does not go, end that";
+
 /// What is to be done.
 pub(super) enum Task {
     /// Have the guest shut down.

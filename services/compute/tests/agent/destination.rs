@@ -42,6 +42,21 @@ async fn what_was_made_ready_is_taken_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_made_ready_keeps_another_migration_away_until_it_is_taken_back() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    let other = world.migration_of(m.step.instance);
+    let busy = world.check_destination(&other).await.unwrap_err();
+    assert_eq!(&*busy.code, code::INSTANCE_BUSY, "{busy}");
+    world
+        .clean_up(B, method::ROLLBACK_AT_DESTINATION, &m)
+        .await
+        .unwrap();
+    world.check_destination(&other).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn asked_twice_at_once_it_is_made_once() {
     let world = World::new().await;
     let m = world.migration(small());

@@ -121,6 +121,7 @@ impl World {
             progress_timeout_s: 30,
             guard_autostart: true,
             boot_id_file: self.state.path().join(format!("{node}.boot")),
+            machine_id_file: self.state.path().join(format!("{node}.machine")),
             speaks: SPEAKS,
         };
         let began = self.began;
@@ -138,6 +139,13 @@ impl World {
     /// `kill -9` of a node's agent.
     pub(crate) fn kill(&mut self, node: &str) {
         self.agents.remove(node).unwrap().kill();
+    }
+
+    /// The disk of a node whose agent was killed is gone. Taken away at one stroke: a thread of
+    /// that agent, which no kill reaches here, may still be writing.
+    pub(crate) fn lose_state(&self, node: &str) {
+        let state_dir = self.state_dir(node);
+        std::fs::rename(&state_dir, state_dir.with_extension("lost")).unwrap();
     }
 
     pub(crate) async fn stop(&mut self, node: &str) {
@@ -410,6 +418,7 @@ impl Move {
             shared_disks: Vec::new(),
             checked: None,
             attach: false,
+            disks: None,
             options: self.options.clone(),
         }
     }

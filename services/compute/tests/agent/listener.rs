@@ -10,10 +10,11 @@ use drover_model::{
     api::{
         NAMESPACE, SPEAKS,
         conductor::{
-            EvacuatedAnswer, EvacuatedRemoved, Heartbeat, MigrationReport, Registered, Word,
+            EvacuatedAnswer, EvacuatedRemoved, Heartbeat, ListEvacuated, MigrationReport,
+            Registered, Word,
         },
     },
-    ids::MigrationId,
+    ids::{InstanceId, MigrationId},
     node::NodeReport,
 };
 use drover_rpc::{Endpoint, RemoteFailure, Request};
@@ -32,6 +33,8 @@ pub(crate) struct Heard {
     pub(crate) listed: Mutex<Value>,
     /// What `list_evacuated` answers; an error, if none.
     pub(crate) evacuated: Mutex<Option<EvacuatedAnswer>>,
+    /// Guests that were to be started at boot when it was asked last.
+    pub(crate) starting: Mutex<Vec<InstanceId>>,
     /// Evacuations of which it was told that the old copy is gone.
     pub(crate) removed: Mutex<Vec<MigrationId>>,
 }
@@ -83,6 +86,8 @@ impl Endpoint for Listener {
                 self.0.migrations.lock().unwrap().push(report);
             }
             "list_evacuated" => {
+                let asked: ListEvacuated = request.args()?;
+                *self.0.starting.lock().unwrap() = asked.starting;
                 let answer = self.0.evacuated.lock().unwrap().clone();
                 let answer = answer.ok_or_else(|| RemoteFailure::runtime_error("not yet"))?;
                 return Ok(serde_json::to_value(answer).unwrap());

@@ -64,7 +64,7 @@ async fn an_agent_that_lost_its_state_is_another_one() {
     world.restart(B).await;
     assert_eq!(located(&world, B, &m).await, before, "a restart is no loss");
     world.kill(B);
-    std::fs::remove_dir_all(world.state_dir(B)).unwrap();
+    world.lose_state(B);
     world.start(B).await;
     let after = located(&world, B, &m).await;
     assert_eq!(after.known, Known::Nothing);
@@ -209,6 +209,7 @@ fn beginnings(world: &World, m: &Move, guest: &Guest) -> Vec<(&'static str, Valu
         options: m.options.clone(),
         checked: None,
         attach: false,
+        disks: None,
     };
     let rebuild = json!({"domain": "<domain/>", "generation": 1});
     let leave = json!({

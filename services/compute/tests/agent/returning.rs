@@ -1,11 +1,13 @@
 //! A node comes back after its guests were evacuated, or not: nothing runs twice,
 //! and nothing is removed that has no other home.
 
+use std::collections::BTreeSet;
+
 use drover_compute::hypervisor::fake::GuestBuilder;
 use drover_model::{
     api::{
         compute::{CopyHistory, CopySeen, StepRef, method},
-        conductor::{Evacuated, EvacuatedAnswer},
+        conductor::{Evacuated, EvacuatedAnswer, KeptOff},
     },
     guest::{PowerState, Presence},
     ids::{InstanceId, MigrationId},
@@ -57,8 +59,21 @@ fn evacuated(world: &World, instance: InstanceId, confirmed: bool) -> MigrationI
             confirmed,
             seen: confirmed.then(|| seen(RUNNING, 1)),
         }],
+        ..EvacuatedAnswer::default()
     });
     migration
+}
+
+/// The conductor says from now on that a guest must not be started at boot.
+fn kept_off(world: &World, instance: InstanceId, lives_on: Option<&str>) {
+    *world.heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer {
+        kept_off: vec![KeptOff {
+            instance,
+            reason: "it is somewhere else".to_owned(),
+            lives_on: lives_on.map(host),
+        }],
+        ..EvacuatedAnswer::default()
+    });
 }
 
 fn on_a(world: &World, instance: InstanceId) -> Presence {
@@ -129,6 +144,54 @@ async fn an_evacuation_that_is_given_up_lets_the_guest_start() {
     pause(40_000).await;
     assert_eq!(on_a(&world, id), RUNNING);
     assert_eq!(on_a(&world, other), OFF, "it never wished to be started");
+    world.fabric.check_invariants().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_lives_elsewhere_stays_off_until_the_next_boot_and_the_rest_is_started() {
+    let mut world = cloud().await;
+    let moved = world.fabric.add_guest(A, guest("web").autostart());
+    let own = world.fabric.add_guest(A, guest("db").autostart());
+    world.fabric.add_guest(A, guest("plain"));
+    pause(40_000).await;
+    dies(&mut world);
+    kept_off(&world, moved, Some(B));
+    return_of(&mut world).await;
+    let asked = world.heard.starting.lock().unwrap().clone();
+    assert_eq!(
+        BTreeSet::from_iter(asked),
+        BTreeSet::from([moved, own]),
+        "those alone that wish it"
+    );
+    assert_eq!((on_a(&world, moved), on_a(&world, own)), (OFF, RUNNING));
+    // It is removed there long after; what is left here is no guest to wake.
+    *world.heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer::default());
+    world.fabric.restart_libvirtd(A);
+    pause(120_000).await;
+    world.restart(A).await;
+    pause(120_000).await;
+    assert_eq!(on_a(&world, moved), OFF);
+    dies(&mut world);
+    boot(&world, "third");
+    world.fabric.power_on(A);
+    world.start(A).await;
+    pause(5_000).await;
+    assert_eq!(on_a(&world, moved), RUNNING, "nobody has it any more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_a_guest_lives_is_asked_again_until_it_is_decided() {
+    let mut world = cloud().await;
+    let id = world.fabric.add_guest(A, guest("web").autostart());
+    pause(40_000).await;
+    dies(&mut world);
+    kept_off(&world, id, None);
+    return_of(&mut world).await;
+    pause(120_000).await;
+    assert_eq!(on_a(&world, id), OFF);
+    *world.heard.evacuated.lock().unwrap() = Some(EvacuatedAnswer::default());
+    pause(40_000).await;
+    assert_eq!(on_a(&world, id), RUNNING);
     world.fabric.check_invariants().unwrap();
 }
 

@@ -6,7 +6,7 @@ use drover_compute::hypervisor::{
 };
 use drover_model::{
     api::{
-        compute::{JobState, LiveMigration, Outcome, PathFacts, SourceFacts, method},
+        compute::{JobState, KnownDisk, LiveMigration, Outcome, PathFacts, SourceFacts, method},
         fault::{Fault, code},
     },
     content::CheckedFile,
@@ -312,4 +312,28 @@ async fn a_guest_that_uses_more_than_was_looked_at_is_not_sent() {
         assert_eq!(fault.class, ErrorClass::Refused);
         assert!(fault.message.contains("tools.iso"), "{}", fault.message);
     }
+}
+
+/// Its target is known, and what was to be copied is not what it is now.
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_disk_is_another_file_by_now_is_not_sent() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    let known = |path: &str| KnownDisk {
+        target: "vda".to_owned(),
+        path: path.to_owned(),
+    };
+    let ask = |path| LiveMigration {
+        checked: Some(Vec::new()),
+        disks: Some(vec![known(path)]),
+        ..m.live_migration(&world)
+    };
+    let before = ask("/var/lib/libvirt/images/before.qcow2");
+    let sent: Result<JobState, Fault> = world.call(A, method::LIVE_MIGRATION, &before).await;
+    let fault = sent.unwrap_err();
+    assert_eq!(fault.class, ErrorClass::Refused);
+    assert!(fault.message.contains(DISK), "{}", fault.message);
+    world.prepare(&m).await.unwrap();
+    let sent: Result<JobState, Fault> = world.call(A, method::LIVE_MIGRATION, &ask(DISK)).await;
+    sent.unwrap();
 }

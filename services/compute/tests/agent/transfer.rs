@@ -1,6 +1,9 @@
 //! Every way a transfer can go and end, and what is wanted of it on the way.
 
-use drover_compute::hypervisor::fake::{At, End, Fault as Mishap};
+use drover_compute::hypervisor::{
+    ColdDriver, HypervisorError, RebuildDriver,
+    fake::{At, Call, End, Fault as Mishap, script::Effect},
+};
 use drover_model::{
     api::compute::{JobState, Outcome, method},
     error::ErrorClass,
@@ -48,7 +51,7 @@ async fn there_is_nothing_to_abort_before_and_nothing_to_stop_after() {
         );
     }
     m.options.post_copy = true;
-    world.send_into(&m, At::PostCopy(10), Mishap::Stall).await;
+    world.send_into(&m, At::PostCopy(0), Mishap::Stall).await;
     let phase = loop {
         pause(200).await;
         match world.job(&m).await {
@@ -255,10 +258,79 @@ async fn a_transfer_whose_answer_is_lost_is_looked_after() {
         world.send_into(&m, at, Mishap::LoseCaller).await;
         let outcome = world.outcome(&m).await;
         assert!(
-            matches!(outcome, Outcome::Moved { .. }),
+            matches!(outcome, Outcome::Moved { .. } | Outcome::Gone),
             "{at:?}: {outcome:?}"
         );
         world.settle(&m).await;
         world.assert_tidy(&m, B);
     }
+}
+
+/// The hypervisor took along what lasted before, and would remove what lasts now.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_defined_anew_while_it_is_sent_stays_with_what_it_got() {
+    for agent_dies in [false, true] {
+        let mut world = World::new().await;
+        let m = world.migration(busy());
+        let id = m.step.instance;
+        world.prepare(&m).await.unwrap();
+        world.send(&m).await.unwrap();
+        pause(3000).await;
+        if agent_dies {
+            world.kill(A);
+        }
+        world.fabric.redefine(A, id, |guest| guest.vcpus = 4);
+        if agent_dies {
+            world.start(A).await;
+        }
+        let outcome = world.outcome(&m).await;
+        let Outcome::Failed { message } = &outcome else {
+            panic!("{agent_dies}: {outcome:?}")
+        };
+        let words = "lasting definition was changed during the move";
+        assert!(message.contains(words), "{message}");
+        world.take_back(&m).await;
+        world.assert_tidy(&m, A);
+        let lasting = world.fabric.driver(A).lasting_guest(id).await;
+        assert_eq!(lasting.unwrap().unwrap().vcpus, 4, "{agent_dies}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn drovers_own_note_stops_no_transfer_nor_does_what_cannot_be_read() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.prepare(&m).await.unwrap();
+    world.send(&m).await.unwrap();
+    world.fabric.set_autostart(A, m.step.instance, true);
+    let driver = world.fabric.driver(A);
+    driver.take_over_autostart(m.step.instance).await.unwrap();
+    let no = Effect::Refuse(HypervisorError::Failed("no".to_owned()));
+    world.fabric.on_call(A, Call::Definition, 2, no);
+    assert!(matches!(world.outcome(&m).await, Outcome::Moved { .. }));
+    world.settle(&m).await;
+    world.assert_tidy(&m, B);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_defines_a_guest_anew_at_its_switch_over_comes_too_late() {
+    let world = World::new().await;
+    let m = world.migration(small());
+    world.send_into(&m, At::SwitchOver, Mishap::Stall).await;
+    loop {
+        pause(200).await;
+        match world.job(&m).await {
+            JobState::Running { progress } if progress.phase < Phase::SwitchOver => {}
+            JobState::Running { .. } => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    world
+        .fabric
+        .redefine(A, m.step.instance, |guest| guest.vcpus = 4);
+    pause(2000).await;
+    world.fabric.unstall(m.step.instance);
+    assert!(matches!(world.outcome(&m).await, Outcome::Moved { .. }));
+    world.settle(&m).await;
+    world.assert_tidy(&m, B);
 }

@@ -80,10 +80,10 @@ fn unfit_device(
     };
     if there.in_use {
         let message = format!(
-            "a guest of {host} uses {path}, where disk {} would go",
+            "{path} is used on {host}, by a guest or by the machine itself, and disk {} would go there",
             disk.target
         );
-        return no(message, "give one of them another device");
+        return no(message, "give the disk another device");
     }
     let (has, needs) = (there.length_bytes, disk.virtual_bytes);
     if has < needs {

@@ -223,6 +223,28 @@ fn a_block_device_has_to_be_there_large_and_free() {
 }
 
 #[test]
+fn what_a_live_guest_writes_beside_its_disks_is_no_other_guests() {
+    let path = "/nvram/vm1.fd";
+    for in_use in [false, true] {
+        let mut guest = guest();
+        guest.files = vec![GuestFile {
+            path: path.into(),
+            kind: GuestFileKind::Nvram,
+            allocated_bytes: 1,
+        }];
+        let mut there = facts();
+        there.files.push(FileFact {
+            in_use,
+            ..fact(path, true)
+        });
+        let live = Way::Live(drover_model::migration::LiveOptions::default());
+        let failures = destination(&guest, &inventory(), &there, &host("kvm2"), &live);
+        let expected = in_use.then_some(CheckCode::DiskExists);
+        assert_eq!(codes(&failures), Vec::from_iter(expected), "{failures:?}");
+    }
+}
+
+#[test]
 fn the_way_for_disks_is_tried() {
     let facts = PathFacts {
         libvirt: Err("closed".into()),

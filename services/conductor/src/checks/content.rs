@@ -376,7 +376,8 @@ pub fn brought(guest: &Guest, facts: &DestinationFacts, way: &Way) -> Vec<String
 }
 
 /// Takes what both say of a disk's number into account: in a directory that both
-/// nodes have, a path can still lead to two files.
+/// nodes have, a path can still lead to two files. And one that a node cannot read as
+/// an image of its own, its data being in another file, say, is not known to be one.
 pub fn unshare_other_files(guest: &Guest, source: &SourceFacts, dest: &mut DestinationFacts) {
     let number = |files: &[FileContent], path: &str| match seen(files, path)?.seen {
         Seen::File { inode, .. } => Some(inode),
@@ -387,8 +388,13 @@ pub fn unshare_other_files(guest: &Guest, source: &SourceFacts, dest: &mut Desti
         let Some(path) = disk.and_then(|d| d.local_path()) else {
             continue;
         };
-        let numbers = number(&source.contents, path).zip(number(&dest.contents, path));
-        fact.shared = numbers.is_none_or(|(here, there)| here == there);
+        let sides = [&source.contents, &dest.contents];
+        let unreadable = |files: &&Vec<FileContent>| {
+            seen(files, path).is_some_and(|file| matches!(file.seen, Seen::Unreadable { .. }))
+        };
+        let numbers = number(sides[0], path).zip(number(sides[1], path));
+        fact.shared =
+            !sides.iter().any(unreadable) && numbers.is_none_or(|(here, there)| here == there);
     }
 }
 

@@ -353,6 +353,12 @@ fn a_path_may_lead_to_two_files_in_one_directory() {
         unshare_other_files(&guest(), &source, &mut dest);
         assert_eq!(dest.disks[0].shared, shared);
     }
+    dest.contents[0].seen = Seen::Unreadable {
+        error: "its data are in another file".to_owned(),
+    };
+    dest.disks[0].shared = true;
+    unshare_other_files(&guest(), &source, &mut dest);
+    assert!(!dest.disks[0].shared, "what is in it is not known");
     dest.contents.clear();
     dest.disks[0].shared = true;
     unshare_other_files(&guest(), &source, &mut dest);

@@ -32,7 +32,8 @@ pub enum Answer {
 
 impl OperationRunner {
     /// Puts an operation on the record and has it driven. The same that is under
-    /// way already is answered with that one.
+    /// way already is answered with that one; with other options it is another, and
+    /// is refused.
     ///
     /// # Errors
     /// The record cannot be read or written.
@@ -67,9 +68,7 @@ impl OperationRunner {
                     Answer::Accepted(operation)
                 }
                 Begun::Repeated(operation) => Answer::Accepted(operation),
-                Begun::Busy(other) if other.task.kind() == new.task.kind() => {
-                    Answer::Accepted(other)
-                }
+                Begun::Busy(other) if other.task == new.task => Answer::Accepted(other),
                 Begun::Busy(other) => Answer::Refused(vec![busy(&other)]),
             },
         )
@@ -87,7 +86,7 @@ impl OperationRunner {
         let mut failures = self.failures(task).await?;
         if failures.is_empty() {
             let other = self.context.store.active_operation(task.host()).await?;
-            let other = other.filter(|o| o.task.kind() != task.kind());
+            let other = other.filter(|o| o.task != *task);
             failures.extend(other.as_ref().map(busy));
         } else {
             return Ok((Planned::default(), failures));

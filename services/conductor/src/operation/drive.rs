@@ -289,12 +289,16 @@ impl Drive {
                 return Ok(vec![failure]);
             }
         }
+        let text = match evidence.fence.is_off() {
+            true => format!("{host} is off by its fencing agent's status; it is told off to see"),
+            false => format!("the power of {host} is cut"),
+        };
         self.write(|o, now_ms| {
             o.evidence = Some(Evidence {
                 cut_at_ms: Some(now_ms),
                 ..evidence.clone()
             });
-            record::decide(o, now_ms, format!("the power of {host} is cut"));
+            record::decide(o, now_ms, text.clone());
             true
         })
         .await?;

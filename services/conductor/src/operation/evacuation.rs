@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{CheckEvacuation, EvacuationFacts, KeptDefinition, ProbeAddress, ProbeAnswer},
-    check::{CheckFailure, Side},
+    api::{
+        compute::{CheckEvacuation, EvacuationFacts, KeptDefinition, ProbeAddress, ProbeAnswer},
+        conductor::ListOperations,
+    },
+    check::{CheckCode, CheckFailure, Side},
     content::CheckedFile,
     ids::{HostName, MigrationId},
     migration::{ProofOfDeath, Requester},
@@ -73,8 +76,9 @@ pub trait LastWord: Sync {
 /// Makes sure that the node is off, by its fencing agent or by the operator's
 /// word; else says why nothing may start elsewhere. Safe to repeat.
 ///
-/// A node that its agent says is off already is not switched off. Else somebody
-/// has the last word, right before the power is cut.
+/// A status of *off* proves nothing by itself: a script that died has the same exit
+/// code. So the agent is told *off* in any case, which does nothing to a node that
+/// is off; somebody has the last word, right before.
 ///
 /// # Errors
 /// There is no such node, or the record cannot be read or written.
@@ -84,24 +88,16 @@ pub async fn prove(
     requester: &Requester,
     last_word: &dyn LastWord,
 ) -> drover_store::Result<(Evidence, Result<ProofOfDeath, Vec<CheckFailure>>)> {
-    let host = &options.host;
     let (mut evidence, failures) = fresh(context, options, requester).await?;
     if !failures.is_empty() {
         return Ok((evidence, Err(failures)));
     }
-    match evidence.fence {
-        FenceAnswer::NotConfigured => {}
-        // Nodes were asked for some seconds since: it counts when it still says so.
-        FenceAnswer::Off { .. } => {
-            evidence.fence = context.fences.status(host, &context.clock).await;
+    if evidence.fence != FenceAnswer::NotConfigured {
+        let failures = last_word.before_cut(&evidence).await?;
+        if !failures.is_empty() {
+            return Ok((evidence, Err(failures)));
         }
-        FenceAnswer::On { .. } | FenceAnswer::Failed { .. } => {
-            let failures = last_word.before_cut(&evidence).await?;
-            if !failures.is_empty() {
-                return Ok((evidence, Err(failures)));
-            }
-            cut(context, options, &mut evidence).await?;
-        }
+        cut(context, options, &mut evidence).await?;
     }
     let proof = verdict(options, &evidence);
     Ok((evidence, proof))
@@ -124,17 +120,19 @@ async fn fresh(
 }
 
 /// Has the power cut, and looks again: an agent that cut another machine's says
-/// *off* as well, and so the node must show no life any more.
+/// *off* as well, and so the node must show no life any more. One that was off by
+/// its status and showed none was looked at as such already.
 async fn cut(
     context: &Context,
     options: &EvacuateOptions,
     evidence: &mut Evidence,
 ) -> drover_store::Result<()> {
     let host = &options.host;
-    warn!(%host, automatic = options.automatic, "its power is cut now");
+    let was_off = evidence.fence.is_off() && evidence.life_signs().is_empty();
+    warn!(%host, automatic = options.automatic, was_off, "its power is cut now");
     evidence.cut_at_ms = Some(context.clock.now_ms());
     evidence.fence = context.fences.off(host, &context.clock).await;
-    if evidence.fence.is_off() {
+    if evidence.fence.is_off() && !was_off {
         // What lives answers at once; what was there before is given more time.
         let limit = match evidence.life_signs().is_empty() {
             true => BRIEFLY,
@@ -338,6 +336,8 @@ async fn examine_guest(
                     }
                     answers.push(facts);
                 }
+                // Another move of it ends first; the node is asked again then.
+                Err(failure) if failure.code == CheckCode::InstanceBusy => {}
                 Err(failure) => {
                     examination.refuse(MoveWay::Evacuate, host.clone(), vec![failure]);
                 }
@@ -422,6 +422,32 @@ pub async fn examine_destination(
         }
     }
     Ok((row, failures, checked))
+}
+
+/// The proof that a node is off, if an evacuation of it came to one that holds still.
+///
+/// # Errors
+/// The record cannot be read.
+pub async fn proven_dead(
+    context: &Context,
+    host: &HostName,
+) -> drover_store::Result<Option<ProofOfDeath>> {
+    let node = context.store.known_node(host).await?;
+    if node.is_none_or(|node| context.liveness().is_up(&node)) {
+        return Ok(None);
+    }
+    let evacuations = ListOperations {
+        host: Some(host.clone()),
+        kind: Some("evacuate".to_owned()),
+        ..ListOperations::default()
+    };
+    let evacuations = context.store.operations(&evacuations).await?;
+    // Newest first: what makes it void makes the older ones void.
+    let Some(proof) = evacuations.into_iter().find_map(|o| o.proof) else {
+        return Ok(None);
+    };
+    let (_, alive) = still_dead(context, host, &proof).await?;
+    Ok(alive.is_none().then_some(proof))
 }
 
 /// Whether the node of an evacuated guest is still dead, by the record and by

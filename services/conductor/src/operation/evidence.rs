@@ -105,6 +105,7 @@ fn asked_for(options: &EvacuateOptions, evidence: &Evidence) -> Vec<CheckFailure
         }
         return failures;
     }
+    failures.extend(nobody_answers(options, evidence));
     let told = signs
         .iter()
         .filter(|(sign, _)| !options.despite.contains(sign));
@@ -118,6 +119,27 @@ fn asked_for(options: &EvacuateOptions, evidence: &Evidence) -> Vec<CheckFailure
         )
     }));
     failures
+}
+
+/// Before the power is cut: nodes that are up were asked, and none of them answered.
+fn nobody_answers(options: &EvacuateOptions, evidence: &Evidence) -> Option<CheckFailure> {
+    let host = &options.host;
+    let is_off = evidence.fence.is_off() || evidence.cut_at_ms.is_some();
+    let mute = !evidence.reach.is_empty() && evidence.reach.iter().all(|reach| !reach.answered);
+    let unknown = mute && !is_off && !options.despite_many_lost;
+    unknown.then(|| {
+        let asked: Vec<_> = evidence.reach.iter().map(|r| r.from.as_str()).collect();
+        fail(
+            CheckCode::TooManyLost,
+            format!(
+                "whether {host} lives cannot be told: {} did not answer when asked to reach it",
+                asked.join(", ")
+            ),
+            "look at the network and the broker, and ask again; to cut its power all the same, say \
+             --despite-many-lost"
+                .to_owned(),
+        )
+    })
 }
 
 fn not_seen(host: &HostName, sign: LifeSign) -> CheckFailure {

@@ -240,6 +240,16 @@ const FORBIDDEN: &[(&str, CheckCode, When)] = &[
     ("most nodes are lost", CheckCode::TooManyLost, |c| {
         c.lost >= 3 && c.despite() != Despite::Many
     }),
+    (
+        "an operator, and nobody answers",
+        CheckCode::TooManyLost,
+        |c| {
+            !c.unattended()
+                && c.witnesses == Witnesses::DoNotAnswer
+                && matches!(c.power, Power::On | Power::Unknown)
+                && c.despite() != Despite::Many
+        },
+    ),
     ("unattended, life", CheckCode::HostAlive, |c| {
         c.unattended() && c.shows_life()
     }),

@@ -4,7 +4,9 @@
 //! An agent reads `key=value` lines from standard input, `action=off` or
 //! `action=status` among them, and answers with its exit code: 0 for an action
 //! that was done, and for `status` 0 for *on*, 2 for *off*; anything else is
-//! *unknown*. Parameters hold passwords: they stand on no command line, in no
+//! *unknown*. A shell that does not understand its script and a Python program
+//! that does not understand its options end with 2 as well, so a status of *off*
+//! is a proof only after an *off* that ended with 0. Parameters hold passwords: they stand on no command line, in no
 //! environment and in no log.
 
 use std::{
@@ -195,7 +197,7 @@ impl Fences {
         }
     }
 
-    /// Whether a node has power.
+    /// Whether a node has power, as far as its agent says; *off* is no proof yet.
     pub async fn status(&self, host: &HostName, clock: &Clock) -> FenceAnswer {
         self.ask(host, Action::Status, clock).await
     }

@@ -104,6 +104,9 @@ async fn only_an_off_that_the_status_confirms_counts() {
     assert!(message(&odd.off().await).contains("does not confirm it: exit code 77"));
     let refused = rig("[ $action = status ] && exit 2; exit 1");
     assert!(message(&refused.off().await).contains("exit code 1"));
+    let broken = rig("if [ $action = off; then");
+    assert!(is_off(&broken.status().await), "so says its exit code");
+    assert!(message(&broken.off().await).contains("exit code 2"));
 }
 
 #[tokio::test]

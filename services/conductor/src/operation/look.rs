@@ -10,11 +10,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use drover_model::{
     check::{CheckCode, CheckFailure, Side},
     ids::{HostName, InstanceId, MigrationId, OperationId},
-    migration::{Migration, Way},
+    migration::Way,
     node::{HypervisorReport, Wishes},
     operation::{Evidence, MoveMode, MoveWay, OperationPlan, Task, Verdict},
 };
-use drover_store::{claims::Usage, instances::InstanceRow, nodes::NodeRow};
+use drover_store::{claims::Usage, instances::InstanceRow, nodes::NodeRow, operations::UnderWay};
 use futures_util::{StreamExt, stream};
 
 use super::{origin, ways};
@@ -38,7 +38,7 @@ pub struct View {
     /// As planners see it.
     pub world: World,
     /// Every unfinished migration.
-    pub active: Vec<Migration>,
+    pub active: UnderWay,
     rows: BTreeMap<InstanceId, InstanceRow>,
 }
 
@@ -77,7 +77,7 @@ pub async fn view(context: &Context, eyes: Eyes) -> drover_store::Result<View> {
         node_view(row, usage, closed)
     });
     let nodes = nodes.collect();
-    let active = store.active_migrations().await?;
+    let active = store.under_way().await?;
     let mut about = About::read(context, &rows, &active, eyes).await?;
     let instances = store.instances(None, None).await?;
     // One that its node no longer lists is gone, unless it is on its way just now.
@@ -127,7 +127,8 @@ fn without_door(
 /// What is known of guests beside their rows.
 struct About {
     wishes: HashMap<InstanceId, Wishes>,
-    busy: HashMap<InstanceId, String>,
+    /// What has them, and the node that they leave live by it.
+    busy: HashMap<InstanceId, (String, Option<HostName>)>,
     loads: HashMap<InstanceId, Load>,
     moved_at_ms: HashMap<InstanceId, u64>,
 }
@@ -136,7 +137,7 @@ impl About {
     async fn read(
         context: &Context,
         nodes: &[NodeRow],
-        active: &[Migration],
+        active: &UnderWay,
         eyes: Eyes,
     ) -> drover_store::Result<Self> {
         let mut wishes = HashMap::new();
@@ -147,12 +148,16 @@ impl About {
             }
         }
         let mut busy = HashMap::new();
-        for m in active {
+        for m in &active.known {
             if eyes.own.is_none() || m.operation != eyes.own {
-                let kind = m.way.migration_type();
-                let words = format!("migration {} ({kind}) of it is {}", m.id, m.status);
-                busy.insert(m.instance_uuid, words);
+                let leaves = matches!(m.way, Way::Live(_)).then(|| m.source_host.clone());
+                busy.insert(m.instance_uuid, (plan::has_it(m), leaves));
             }
+        }
+        // Also of this operation: what comes of it is not seen here.
+        for m in &active.unread {
+            let words = format!("migration {} ({}) of it cannot be read here", m.id, m.kind);
+            busy.insert(m.instance, (words, None));
         }
         let mut moved_at_ms = HashMap::new();
         if eyes.moves {
@@ -172,6 +177,7 @@ impl About {
 
     fn guest(&mut self, row: &InstanceRow) -> GuestView {
         let wishes = self.wishes.remove(&row.id).unwrap_or_default();
+        let (busy, leaves) = self.busy.remove(&row.id).unzip();
         GuestView {
             id: row.id,
             name: row.name.clone(),
@@ -183,7 +189,8 @@ impl About {
             runs: row.power_state.is_active(),
             priority: wishes.priority,
             anti_affinity: wishes.anti_affinity,
-            busy: self.busy.remove(&row.id),
+            busy,
+            leaves_live: leaves.flatten().as_ref() == Some(&row.host),
             load: self.loads.get(&row.id).copied(),
             dirty_rate_mib_s: None,
             moved_at_ms: self.moved_at_ms.get(&row.id).copied(),

@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use drover_model::{
     check::CheckFailure,
     ids::{HostName, InstanceId},
+    migration::Migration,
     operation::MoveWay,
 };
 use drover_store::claims::Usage;
@@ -80,6 +81,9 @@ pub struct GuestView {
     pub anti_affinity: Vec<String>,
     /// Another operation that has it, in words.
     pub busy: Option<String>,
+    /// Whether that is a live migration from where it is: it ends when its source is
+    /// dead, and an evacuation waits for that.
+    pub leaves_live: bool,
     /// What it uses, averaged over the settings' window; none if not known for
     /// long enough.
     pub load: Option<Load>,
@@ -87,6 +91,12 @@ pub struct GuestView {
     pub dirty_rate_mib_s: Option<u64>,
     /// When it moved last, milliseconds since 1970.
     pub moved_at_ms: Option<u64>,
+}
+
+/// A migration that has a guest, in words.
+pub fn has_it(m: &Migration) -> String {
+    let kind = m.way.migration_type();
+    format!("migration {} ({kind}) of it is {}", m.id, m.status)
 }
 
 /// What a guest uses.

@@ -62,6 +62,7 @@ pub(super) fn guest(n: usize, on: &str) -> GuestView {
         priority: 0,
         anti_affinity: vec![],
         busy: None,
+        leaves_live: false,
         load: Some(Load {
             cpus: 0.5,
             memory_mib: 256,

@@ -15,17 +15,21 @@ use std::collections::{HashMap, HashSet};
 use drover_model::{
     check::CheckFailure,
     ids::{HostName, InstanceId},
-    migration::Migration,
+    migration::{Migration, Way},
     operation::{ItemState, MoveMode, MoveWay, Operation, OperationStatus, Task, Tried, Verdict},
 };
+use drover_store::operations::UnderWay;
 
 use self::{draft::Draft, outcome::Outcome, slots::Slots};
 use super::{
     Costs, Examinations, GuestView, World, estimate,
     pack::{Ledger, Wanted},
-    verdict::most_room,
+    verdict::{self, most_room},
 };
 
+/// An operation of which nothing changes for so long waits no longer for a migration
+/// whose node is dead, ms.
+const LONGEST_WAIT_MS: u64 = 300_000;
 /// A guest is tried so many times each way at the most.
 const MOST_ATTEMPTS: usize = 3;
 
@@ -82,12 +86,13 @@ pub enum Act {
 }
 
 /// What is to be done now. `own` are the operation's migrations, `active` all
-/// unfinished ones of the cluster.
+/// unfinished ones of the cluster. A guest of which one cannot be read waits for
+/// whoever can.
 pub fn next(
     operation: &Operation,
     world: &World,
     own: &[Migration],
-    active: &[Migration],
+    active: &UnderWay,
     examinations: &Examinations,
     (limits, costs): (Limits, Costs),
 ) -> Vec<Act> {
@@ -149,8 +154,13 @@ struct Round<'a> {
     costs: Costs,
     cancelling: bool,
     guests: HashMap<InstanceId, &'a GuestView>,
+    /// Live migrations that are not the operation's own.
+    others: HashMap<InstanceId, &'a Migration>,
+    now_ms: u64,
     ledger: Ledger<'a>,
     slots: Slots,
+    /// Guests of which a migration cannot be read, and its number.
+    unread: HashMap<InstanceId, i64>,
     acts: Vec<Act>,
 }
 
@@ -158,22 +168,30 @@ impl<'a> Round<'a> {
     fn new(
         operation: &'a Operation,
         world: &'a World,
-        (own, active): (&'a [Migration], &'a [Migration]),
+        (own, active): (&'a [Migration], &'a UnderWay),
         examinations: &'a Examinations,
         (limits, costs): (Limits, Costs),
     ) -> Self {
         let items = operation.items.iter().map(|i| i.planned.instance);
-        let moving = active.iter().map(|m| m.instance_uuid);
-        let wanted: HashSet<InstanceId> = items.chain(moving).collect();
+        let known = active.known.iter().filter(|m| !m.status.rests());
+        let known = known.map(|m| (m.instance_uuid, m.dest_host.as_ref()));
+        let unread = active.unread.iter().filter(|m| !m.rests());
+        let unread = unread.map(|m| (m.instance, m.dest.as_ref()));
+        let moving: Vec<_> = known.chain(unread).collect();
+        let wanted = items.chain(moving.iter().map(|(guest, _)| *guest));
+        let wanted: HashSet<InstanceId> = wanted.collect();
         let guests = world.guests.iter().filter(|g| wanted.contains(&g.id));
         let guests: HashMap<_, _> = guests.map(|g| (g.id, g)).collect();
         let mut ledger = Ledger::new(world);
-        for migration in active.iter().filter(|m| !m.status.rests()) {
-            let guest = guests.get(&migration.instance_uuid);
-            if let (Some(guest), Some(host)) = (guest, &migration.dest_host) {
+        for (guest, host) in moving {
+            if let (Some(guest), Some(host)) = (guests.get(&guest), host) {
                 ledger.expect(guest, host);
             }
         }
+        let others = active
+            .known
+            .iter()
+            .filter(|m| matches!(m.way, Way::Live(_)) && m.operation != Some(operation.uuid));
         Self {
             operation,
             own,
@@ -182,8 +200,11 @@ impl<'a> Round<'a> {
             cancelling: operation.cancel_requested
                 || operation.status == OperationStatus::Cancelling,
             guests,
+            others: others.map(|m| (m.instance_uuid, m)).collect(),
+            now_ms: world.now_ms,
             ledger,
             slots: Slots::new(operation, own, active, limits),
+            unread: active.unread.iter().map(|m| (m.instance, m.id)).collect(),
             acts: Vec::new(),
         }
     }
@@ -197,6 +218,11 @@ impl<'a> Round<'a> {
             return;
         };
         match outcome::of(migration) {
+            Outcome::Moves if self.cancelling && outcome::is_stuck_on_its_way_back(migration) => {
+                draft.state = ItemState::Failed {
+                    reason: format!("{}: it was called back", super::has_it(migration)),
+                };
+            }
             Outcome::Moves => {
                 draft.state = ItemState::Moving {
                     migration: migration.uuid,
@@ -321,8 +347,19 @@ impl<'a> Round<'a> {
             draft.state = draft::gone("it is known no more".to_owned());
             return;
         };
+        if let Some(id) = self.unread.get(&planned.instance) {
+            let why = format!("waits for migration {id}, which cannot be read here");
+            draft.state = ItemState::Waiting { why };
+            return;
+        }
         if guest.host != planned.source {
             draft.state = draft::gone(format!("it is on {} by now", guest.host));
+            return;
+        }
+        if way == MoveWay::Evacuate
+            && let Some(other) = self.others.get(&planned.instance).copied()
+        {
+            self.await_end(draft, other);
             return;
         }
         if self.slots.missing(&planned.source, way).is_some() {
@@ -348,6 +385,27 @@ impl<'a> Round<'a> {
             to,
             attempt: draft.all_tried().count(),
         });
+    }
+
+    /// A live migration from a node that is dead is called back; its end shows where
+    /// the guest is.
+    fn await_end(&mut self, draft: &mut Draft<'_>, other: &Migration) {
+        if outcome::can_be_called_back(other) {
+            self.acts.push(Act::Abort(other.uuid));
+        }
+        let unchanged_ms = self.now_ms.saturating_sub(self.operation.updated_at_ms);
+        draft.state = match unchanged_ms < LONGEST_WAIT_MS {
+            true => ItemState::Waiting {
+                why: format!(
+                    "waits for the end of migration {} from its dead node",
+                    other.id
+                ),
+            },
+            false => ItemState::Stays {
+                reason: verdict::busy(&super::has_it(other)).message,
+                blocks: true,
+            },
+        };
     }
 
     /// Its target, or another if that is closed or full by now. Whether there is
@@ -399,6 +457,9 @@ impl<'a> Round<'a> {
         let Some((way, to)) = draft.target() else {
             return;
         };
+        if self.unread.contains_key(&draft.item.planned.instance) {
+            return;
+        }
         let here = self.slots.missing(&draft.item.planned.source, way);
         if let Some(why) = here.or_else(|| self.slots.missing_there(&to, way)) {
             draft.state = ItemState::Waiting { why };

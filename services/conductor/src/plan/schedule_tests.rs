@@ -6,13 +6,17 @@ use drover_model::{
     check::{CheckCode, Side},
     ids::{MigrationId, OperationId},
     migration::{ColdOptions, EndReason, LiveOptions, MigrationStatus, Requester, Way},
-    operation::{DrainOptions, Item, OperationPlan},
+    operation::{DrainOptions, EvacuateOptions, Item, OperationPlan},
 };
+use drover_store::operations::UnreadMove;
 use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::{super::samples::*, *};
-use crate::{plan::drain, tests_support};
+use crate::{
+    plan::{self, drain},
+    tests_support,
+};
 
 const LIMITS: Limits = Limits {
     ahead: 0,
@@ -28,6 +32,7 @@ struct Stage {
     operation: Operation,
     examinations: Examinations,
     migrations: Vec<Migration>,
+    unread: Vec<UnreadMove>,
     limits: Limits,
 }
 
@@ -63,6 +68,7 @@ impl Stage {
             world,
             examinations,
             migrations: vec![],
+            unread: vec![],
             limits: LIMITS,
         }
     }
@@ -73,12 +79,17 @@ impl Stage {
     }
 
     fn acts(&self) -> Vec<Act> {
-        let (own, active) = (&self.migrations, self.active());
+        let own = |m: &&Migration| m.operation == Some(self.operation.uuid);
+        let own: Vec<_> = self.migrations.iter().filter(own).cloned().collect();
+        let active = UnderWay {
+            known: self.active(),
+            unread: self.unread.clone(),
+        };
         let how = (self.limits, Costs::default());
         next(
             &self.operation,
             &self.world,
-            own,
+            &own,
             &active,
             &self.examinations,
             how,
@@ -249,6 +260,33 @@ fn small(guests: usize, mode: MoveMode) -> Stage {
 }
 
 #[test]
+fn what_cannot_be_read_costs_its_guest_and_a_slot() {
+    let mut stage = small(3, MoveMode::Live);
+    let waits = stage.operation.items[0].planned.instance;
+    stage.unread.push(UnreadMove {
+        id: 7,
+        instance: waits,
+        source: host("n0"),
+        dest: Some(host("n1")),
+        kind: "teleport".into(),
+        status: "hovering".into(),
+    });
+    stage.step();
+    assert_eq!(stage.under_way(), 1, "of the two that may leave the node");
+    let ItemState::Waiting { why } = &stage.operation.items[0].state else {
+        panic!("{:#?}", stage.operation);
+    };
+    assert!(why.contains("migration 7"), "{why}");
+    stage.unread[0].status = "stuck".into();
+    stage.step();
+    assert_eq!(stage.under_way(), 2, "it holds no slot");
+    stage.unread.clear();
+    stage.end(0, MigrationStatus::Completed, None);
+    stage.step();
+    assert_eq!(stage.under_way(), 2);
+}
+
+#[test]
 fn a_free_slot_is_filled_at_once_and_who_waits_says_why() {
     let mut stage = small(3, MoveMode::Live);
     stage.step();
@@ -367,6 +405,22 @@ fn cancelling_calls_back_what_moves_and_ends() {
     assert_eq!(stage.operation.status, OperationStatus::Cancelled);
 }
 
+/// Its node is silent, perhaps for good: an evacuation of it could not begin while the
+/// drain waits.
+#[test]
+fn what_is_stuck_on_its_way_back_is_not_waited_for() {
+    let mut stage = small(2, MoveMode::Live);
+    stage.step();
+    stage.operation.cancel_requested = true;
+    stage.operation.status = OperationStatus::Cancelling;
+    stage.step();
+    stage.end(0, MigrationStatus::Cancelled, Some(EndReason::Aborted));
+    stage.migrations[1].status = MigrationStatus::Stuck;
+    stage.step();
+    assert_eq!(stage.states(), ["cancelled", "failed"]);
+    assert_eq!(stage.operation.status, OperationStatus::Cancelled);
+}
+
 #[test]
 fn a_move_that_was_begun_and_not_written_down_is_taken_up() {
     let mut stage = small(1, MoveMode::Live);
@@ -432,4 +486,67 @@ proptest! {
         prop_assert!(stage.operation.status.is_final());
         prop_assert!(stage.operation.items.iter().all(|i| i.state.is_final()));
     }
+}
+
+/// A live migration from a node that is dead is called back, and its end waited for;
+/// not for ever.
+#[test]
+fn an_evacuation_waits_for_a_migration_from_its_node() {
+    let mut world = world(vec![node("n0"), node("n1")], vec![guest(1, "n0")]);
+    world.guests[0].busy = Some("migration 7".into());
+    let options = EvacuateOptions::new(host("n0"));
+    let of = |world: &World| {
+        let examinations = Examinations::new();
+        plan::evacuate::plan(world, &options, &examinations, Costs::default())
+    };
+    let held = of(&world);
+    assert_eq!(held.moving().count(), 0, "something else has it");
+    world.guests[0].leaves_live = true;
+    let planned = of(&world);
+    assert_eq!(planned.moving().count(), 1, "{planned:#?}");
+    let mut stage = Stage {
+        operation: operation(Task::Evacuate(options), planned),
+        world,
+        examinations: Examinations::new(),
+        migrations: vec![Migration {
+            id: 7,
+            instance_uuid: id(1),
+            way: Way::Live(LiveOptions::default()),
+            status: MigrationStatus::Running,
+            source_host: host("n0"),
+            dest_host: Some(host("n1")),
+            ..tests_support::migration()
+        }],
+        unread: Vec::new(),
+        limits: LIMITS,
+    };
+    stage.operation.updated_at_ms = stage.world.now_ms;
+    let other = stage.migrations[0].uuid;
+    let acts = stage.step();
+    assert!(acts.contains(&Act::Abort(other)), "{acts:#?}");
+    let waits = ItemState::Waiting {
+        why: "waits for the end of migration 7 from its dead node".to_owned(),
+    };
+    assert_eq!(stage.operation.items[0].state, waits);
+    let mut ended = stage.migrations.clone();
+    ended[0].status = MigrationStatus::Failed;
+    let still = std::mem::replace(&mut stage.migrations, ended);
+    let acts = stage.acts();
+    let starts = |act: &Act| {
+        matches!(
+            act,
+            Act::Start {
+                way: MoveWay::Evacuate,
+                ..
+            }
+        )
+    };
+    assert!(acts.iter().any(starts), "{acts:#?}");
+    stage.migrations = still;
+    stage.world.now_ms += LONGEST_WAIT_MS;
+    let acts = stage.acts();
+    assert!(
+        acts.contains(&Act::End(OperationStatus::Incomplete)),
+        "{acts:#?}"
+    );
 }

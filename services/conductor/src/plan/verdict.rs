@@ -62,7 +62,8 @@ pub fn of<'a>(
     examination: Option<&Examination>,
     ledger: &mut Ledger<'a>,
 ) -> Verdict {
-    if let Some(what) = &guest.busy {
+    let ends_with_its_node = guest.leaves_live && ways == [MoveWay::Evacuate];
+    if let Some(what) = guest.busy.as_ref().filter(|_| !ends_with_its_node) {
         return stays(vec![busy(what)]);
     }
     let hindered = |way: MoveWay| examination.and_then(|e| e.source.get(&way));
@@ -148,7 +149,8 @@ pub fn is_off(message: String, remedy: &str) -> CheckFailure {
     }
 }
 
-fn busy(what: &str) -> CheckFailure {
+/// Something else has it.
+pub fn busy(what: &str) -> CheckFailure {
     CheckFailure {
         code: CheckCode::InstanceBusy,
         side: Side::Instance,

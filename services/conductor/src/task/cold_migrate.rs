@@ -26,8 +26,8 @@
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{
-        ColdPart, FileRole, FinishResize, FinishRevertResize, JobState, Outcome, PrepResize,
-        ResizeInstance,
+        ColdMemory, ColdPart, FileRole, FinishResize, FinishRevertResize, JobState, KnownDisk,
+        Outcome, PrepResize, ResizeInstance,
     },
     error::ErrorClass,
     guest::Presence,
@@ -40,7 +40,7 @@ use drover_store::claims::Resources;
 use super::{
     job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
-    proof::{self, TakeBack},
+    proof::{self, Seen, TakeBack},
 };
 use crate::survey::Chosen;
 
@@ -118,8 +118,9 @@ impl Saga for ColdMigrate {
         match step {
             Step::Place => self.job.release_claim().await,
             Step::Prepare => self.undo_prepare(data).await,
-            Step::Finish => self.take_back_or_lose(&data.chosen()?.host).await,
-            Step::PreCopy | Step::Stop => self.restore(data).await,
+            Step::Finish => self.take_back_or_lose(&data.chosen()?.host, data).await,
+            Step::PreCopy => self.restore(data, false).await,
+            Step::Stop => self.restore(data, true).await,
             Step::Copy => {
                 let (source, step) = (self.job.source(), self.job.step());
                 let aborted = self.job.agents().abort_resize(source, step).await;
@@ -212,6 +213,9 @@ impl ColdMigrate {
             data.decide(name, text);
         }
         data.chosen = Some(chosen);
+        let (source, id) = (self.job.source(), self.job.migration.instance_uuid);
+        let kept = self.job.agents().definition(source, id).await;
+        data.domain = Some(kept.map_err(repeatable)?.domain);
         Ok(())
     }
 
@@ -258,6 +262,11 @@ impl ColdMigrate {
             dest_address: chosen.endpoint.address.clone(),
             inbox: data.inbox.clone().ok_or_else(missing)?,
             files: chosen.files.clone(),
+            domain: match chosen.files.iter().any(|file| file.over.is_some()) {
+                true => data.domain.clone(),
+                false => None,
+            },
+            disks: Some(KnownDisk::of(&chosen.guest)),
             options: self.options.clone(),
         };
         let mut changes = self.job.store().changes();
@@ -276,11 +285,52 @@ impl ColdMigrate {
     }
 
     async fn set_aside(&self, data: &mut Data) -> Result<(), StepError> {
-        let (source, step) = (self.job.source(), self.job.step());
-        let aside = self.job.agents().set_aside(source, step).await;
-        aside.map_err(patient)?;
+        let here = self.job.look_at(self.job.source()).await;
+        let here = here.map_err(in_doubt)?;
+        let memory = self.memory(&here, data, DestMay::LackIt).await?;
+        self.job.set_aside(memory).await.map_err(patient)?;
         data.handed_over = true;
         Ok(())
+    }
+
+    /// What a source is told whose agent knows nothing of the migration any more: none
+    /// of a guest that somebody has taken elsewhere. What is on no node lies on the
+    /// source, in whatever state the agent had it when it forgot.
+    async fn memory(
+        &self,
+        here: &Seen,
+        data: &Data,
+        dest_may: DestMay,
+    ) -> Result<Option<ColdMemory>, StepError> {
+        let (Some(domain), Some(chosen)) = (&data.domain, &data.chosen) else {
+            return Ok(None);
+        };
+        let knows = here.copy().known.under_way;
+        if knows || (!here.is_present() && self.is_elsewhere(chosen, dest_may).await?) {
+            return Ok(None);
+        }
+        Ok(Some(ColdMemory {
+            files: chosen.files.clone(),
+            domain: domain.clone(),
+        }))
+    }
+
+    async fn is_elsewhere(&self, chosen: &Chosen, dest_may: DestMay) -> Result<bool, StepError> {
+        let dest = self.job.locate(&chosen.host).await.map_err(in_doubt)?;
+        let has_it = match dest_may {
+            DestMay::LackIt => dest.presence != Presence::Absent,
+            DestMay::HaveItOff => dest.presence.is_active() || dest.presence == Presence::Incoming,
+        };
+        if has_it {
+            return Ok(true);
+        }
+        let elsewhere = self.job.elsewhere(&chosen.host).await;
+        elsewhere.map(|found| found.is_some()).map_err(|silent| {
+            let source = self.job.source();
+            lost(format!(
+                "the agent of {source} has lost its journal, the guest is not there, and {silent}"
+            ))
+        })
     }
 
     async fn finish(&self, data: &mut Data) -> Result<(), StepError> {
@@ -338,6 +388,7 @@ impl ColdMigrate {
     }
 
     async fn settle(&self, data: &mut Data) -> Result<(), StepError> {
+        data.domain = None;
         let chosen = data.chosen()?;
         let keep = kept_for_a_way_back(chosen);
         let m = &self.job.migration;
@@ -371,10 +422,10 @@ impl ColdMigrate {
             return Ok(());
         };
         if data.handed_over {
-            return self.take_back_or_lose(&chosen.host).await;
+            return self.take_back_or_lose(&chosen.host, data).await;
         }
         let step = Self::name(Step::Prepare);
-        match self.take_back(&chosen.host).await {
+        match self.take_back(&chosen.host, data).await {
             Ok(None) => Ok(()),
             Ok(Some(unproven)) => self.job.put_off(&chosen.host, step, &unproven).await,
             Err(error) => self.job.or_put_off(&chosen.host, step, Err(error)).await,
@@ -384,7 +435,14 @@ impl ColdMigrate {
     /// Takes back what was made on the destination, if the nodes' answers prove that
     /// another copy stays (invariant 11): on the source, aside there, or where the
     /// guest has moved since. Says what is not proven.
-    async fn take_back(&self, dest_host: &HostName) -> Result<Option<String>, StepError> {
+    async fn take_back(
+        &self,
+        dest_host: &HostName,
+        data: &Data,
+    ) -> Result<Option<String>, StepError> {
+        if data.handed_over {
+            self.remind(data).await?;
+        }
         let stays = self.job.look_for_it(self.job.source(), dest_host).await?;
         let dest = self.job.look_at(dest_host).await?;
         match proof::cold_destination(&stays, &dest) {
@@ -398,8 +456,20 @@ impl ColdMigrate {
         }
     }
 
-    async fn take_back_or_lose(&self, dest_host: &HostName) -> Result<(), StepError> {
-        match self.take_back(dest_host).await? {
+    /// A source that has lost its journal since is told what lies aside there.
+    async fn remind(&self, data: &Data) -> Result<(), StepError> {
+        let here = self.job.look_at(self.job.source()).await?;
+        if here.is_present() {
+            return Ok(());
+        }
+        match self.memory(&here, data, DestMay::HaveItOff).await? {
+            None => Ok(()),
+            memory => self.job.set_aside(memory).await.map_err(patient),
+        }
+    }
+
+    async fn take_back_or_lose(&self, dest_host: &HostName, data: &Data) -> Result<(), StepError> {
+        match self.take_back(dest_host, data).await? {
             None => Ok(()),
             Some(unproven) => Err(lost(unproven)),
         }
@@ -414,7 +484,7 @@ impl ColdMigrate {
         data: &Data,
     ) -> Result<(), StepError> {
         if step == Self::name(Step::Prepare) {
-            return self.take_back_or_lose(dest).await;
+            return self.take_back_or_lose(dest, data).await;
         }
         let keep = Some((self.job.source(), kept_for_a_way_back(data.chosen()?)));
         let settled = self
@@ -424,7 +494,7 @@ impl ColdMigrate {
     }
 
     /// The guest is on the source as it was.
-    async fn restore(&self, data: &Data) -> Result<(), StepError> {
+    async fn restore(&self, data: &Data, was_stopped: bool) -> Result<(), StepError> {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
@@ -435,11 +505,13 @@ impl ColdMigrate {
                 !dest.is_active() && dest != Presence::Incoming
             }
         };
+        let here = self.job.look_at(self.job.source()).await?;
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             runs_nowhere_else,
-            ran: was_running(chosen),
+            ran: was_stopped && was_running(chosen),
+            memory: self.memory(&here, data, DestMay::LackIt).await?,
         };
         let restored = self
             .job
@@ -455,6 +527,15 @@ impl ColdMigrate {
             ))),
         }
     }
+}
+
+/// What the destination may have of a guest that is to lie aside on its source.
+#[derive(Debug, Clone, Copy)]
+enum DestMay {
+    /// No domain.
+    LackIt,
+    /// The one that this migration defined, and did not start.
+    HaveItOff,
 }
 
 /// What the guest held on the source stays promised to it.

@@ -7,7 +7,8 @@
 //! | `confirm_source` | source: removes what was set aside; the room for a way back is free | |
 //!
 //! The destination is asked first: the source's copy goes only when the other was
-//! seen whole and in place, then and again when it goes (invariant 11).
+//! seen whole and in place, then and again when it goes (invariant 11). A guest that
+//! somebody has brought back to the source is not confirmed: a revert ends that move.
 
 use async_trait::async_trait;
 use drover_model::migration::{EndReason, Migration, MigrationStatus as S, Phase};

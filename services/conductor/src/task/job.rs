@@ -8,16 +8,19 @@ use std::{
 };
 
 use drover_model::{
-    api::compute::{CleanUp, GuestLocation, Inbox, Outcome, StepRef, TransferPlan},
+    api::compute::{
+        CleanUp, ColdMemory, GuestLocation, Inbox, Outcome, SetAside, StepRef, TransferPlan,
+    },
     check::{self, CheckFailure},
     error::ErrorClass,
-    guest::PowerState,
+    guest::{PowerState, Presence},
     ids::HostName,
-    migration::{EndReason, Migration},
+    migration::{EndReason, Migration, ProofOfDeath},
     unknown::Unknown,
 };
 use drover_saga::StepError;
 use drover_store::{Store, StoreError, claims::Resources, migrations::Lease};
+use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{OwnedSemaphorePermit, broadcast},
@@ -31,6 +34,7 @@ use crate::{
     app::Context,
     checks,
     comparing::Patience,
+    operation::evacuation::proven_dead,
     placement,
     survey::{Chosen, Survey, Verdict},
 };
@@ -44,10 +48,16 @@ pub(super) const ASK_AFTER: Duration = Duration::from_secs(3);
 pub struct Data {
     /// Where to, and what of.
     pub chosen: Option<Chosen>,
+    /// The guest's definition before anything happened to it, while its source might
+    /// lose it (cold).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
     /// Where the destination takes files (cold).
     pub inbox: Option<Inbox>,
     /// Whether the source was set aside, so that the destination may have the guest (cold).
     pub handed_over: bool,
+    /// Whether somebody has brought it back by hand, so that nothing is done to it (revert).
+    pub taken_back: bool,
     /// What changes about a guest that changes hands.
     pub transfer: Option<TransferPlan>,
     /// Generation that it has from now on (evacuation).
@@ -210,6 +220,49 @@ impl Job {
         }
     }
 
+    /// Which node but the source and that one has the guest: somebody may have moved it
+    /// on, which the record need not know yet. None if every one says that it is not
+    /// there.
+    ///
+    /// # Errors
+    /// In words, who does not say.
+    pub(super) async fn elsewhere(
+        &self,
+        than: &HostName,
+    ) -> Result<Option<(HostName, Presence)>, String> {
+        let nodes = self.store().nodes().await.map_err(|e| e.to_string())?;
+        let hosts = nodes.into_iter().map(|node| node.report.host);
+        let others: Vec<_> = hosts
+            .filter(|host| host != than && host != self.source())
+            .collect();
+        let asked = join_all(others.iter().map(|host| self.locate(host))).await;
+        let mut silent = None;
+        for (host, answer) in others.into_iter().zip(asked) {
+            match answer {
+                Ok(found) if found.presence == Presence::Absent => {}
+                Ok(found) => return Ok(Some((host, found.presence))),
+                Err(error) => silent = Some((host, error)),
+            }
+        }
+        match silent {
+            None => Ok(None),
+            Some((host, error)) => Err(format!("{host} does not say whether it is there: {error}")),
+        }
+    }
+
+    /// Makes sure that no node but the source and that one has the guest.
+    ///
+    /// # Errors
+    /// In words, who has it or does not say.
+    pub(super) async fn is_on_no_other_node(&self, than: &HostName) -> Result<(), String> {
+        let why = match self.elsewhere(than).await {
+            Ok(None) => return Ok(()),
+            Ok(Some((host, presence))) => format!("{host} has it ({presence})"),
+            Err(why) => why,
+        };
+        Err(format!("it is not on {than} any more, and {why}"))
+    }
+
     /// What was left for good goes on the record.
     pub(super) async fn note_kept(&self, kept: Vec<String>) -> Result<(), StepError> {
         if kept.is_empty() {
@@ -228,6 +281,18 @@ impl Job {
         noted.map(drop).map_err(|e| store_error(&e))
     }
 
+    // ---- setting aside
+
+    /// Has the source of a cold migration keep its copy so that nothing starts it.
+    pub(super) async fn set_aside(&self, memory: Option<ColdMemory>) -> Result<(), AgentError> {
+        let ask = SetAside {
+            migration: self.migration.uuid,
+            instance: self.migration.instance_uuid,
+            memory,
+        };
+        self.agents().set_aside(self.source(), &ask).await.map(drop)
+    }
+
     // ---- undoing
 
     /// Nobody shows a copy that would stay: what was made there is kept, and looked
@@ -243,6 +308,17 @@ impl Job {
         let put_off = self.store().put_off(self.lease, step, now_ms).await;
         put_off.map_err(|e| store_error(&e))?;
         self.note_kept(vec![why.to_owned()]).await
+    }
+
+    /// What proves that a node is off, in words. Its guest runs there no more, and
+    /// nobody there will say so.
+    pub(super) async fn is_dead(&self, host: &HostName) -> Result<Option<String>, StepError> {
+        let proof = proven_dead(&self.context, host).await;
+        let proof = proof.map_err(|e| store_error(&e))?;
+        Ok(proof.map(|proof| match proof {
+            ProofOfDeath::Fence { agent, .. } => format!("{host} is off, says {agent}"),
+            ProofOfDeath::Operator { .. } => format!("{host} is off, by an operator's word"),
+        }))
     }
 
     /// How a destination was taken back. One that died has nothing running: what was
@@ -392,6 +468,9 @@ pub(super) fn moved(outcome: Outcome) -> Result<Option<u64>, EndReason> {
         Outcome::Failed { message } => Err(EndReason::Failed { message }),
         Outcome::Aborted => Err(EndReason::Aborted),
         Outcome::Stalled { message, of_guest } => Err(EndReason::Stalled { message, of_guest }),
+        Outcome::Gone => Err(EndReason::Failed {
+            message: "it was gone from its source, and nobody saw it move".to_owned(),
+        }),
         Outcome::Other(what) => Err(EndReason::Failed {
             message: format!("it ended as only a newer conductor understands: {what}"),
         }),

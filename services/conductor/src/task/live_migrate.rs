@@ -19,15 +19,19 @@
 //! exists in which the record names a node whose disks are gone.
 //!
 //! `transfer` never fails on a guess (invariants 2 and 3). Whatever the source
-//! says of the job's end, both nodes are asked where the guest is; while that
-//! cannot be told the step is *lost*, not failed, and nothing is undone.
+//! says of the job's end, or if it says nothing, both nodes are asked where the
+//! guest is; while that cannot be told the step is *lost*, not failed, and nothing
+//! is undone. Of a source that is proven off (an evacuation has the proof) nothing is
+//! asked: its guest runs there no more, and what it would have to say or to forget is
+//! put off until it is back.
 
 use std::time::Duration;
 
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{
-        CleanUp, GuestLocation, JobState, Known, LiveMigration, Outcome, PreLiveMigration,
+        CleanUp, GuestLocation, JobState, Known, KnownDisk, LiveMigration, Outcome,
+        PreLiveMigration,
     },
     error::ErrorClass,
     guest::{PowerState, Presence},
@@ -119,15 +123,7 @@ impl Saga for LiveMigrate {
             Step::Place => self.job.release_claim().await,
             Step::Prepare => self.undo_prepare(data).await,
             Step::Turn => self.end_turn().await,
-            Step::Transfer => {
-                let source = &self.job.migration.source_host;
-                let forgotten = self
-                    .job
-                    .agents()
-                    .rollback_at_source(source, self.job.step())
-                    .await;
-                forgotten.map_err(agent_error)
-            }
+            Step::Transfer => self.undo_transfer().await,
             Step::Settle | Step::Tidy => Ok(()),
         }
     }
@@ -235,11 +231,40 @@ impl LiveMigrate {
             return Ok(());
         };
         let step = Self::name(Step::Prepare);
+        if let Some(dead) = self.job.is_dead(self.job.source()).await? {
+            return self.without_survivor(chosen, &dead).await;
+        }
         match self.take_back(&chosen.host).await {
             Ok(None) => Ok(()),
             Ok(Some(unproven)) => self.job.put_off(&chosen.host, step, &unproven).await,
             Err(error) => self.job.or_put_off(&chosen.host, step, Err(error)).await,
         }
+    }
+
+    /// Its source is dead, and nobody shows a copy that would stay: nothing is removed
+    /// for now. A destination at which nothing was made is free at once, as the guest
+    /// may be evacuated to it.
+    async fn without_survivor(&self, chosen: &Chosen, dead: &str) -> Result<(), StepError> {
+        let host = &chosen.host;
+        if chosen.copied_disks.is_empty() && self.lets_go(host).await.is_ok() {
+            return Ok(());
+        }
+        let why = format!("{dead}: what was made on {host} is taken back when that is up again");
+        self.job
+            .put_off(host, Self::name(Step::Prepare), &why)
+            .await
+    }
+
+    /// Has a destination forget of a guest that never came.
+    async fn lets_go(&self, host: &HostName) -> Result<(), StepError> {
+        let dest = self.job.look_at(host).await?;
+        if dest.copy().presence != Presence::Absent || dest.copy().known.ran_here {
+            return Err(lost(dest.words()));
+        }
+        let left = self.job.agents().post_at_destination(host, self.job.step());
+        self.job
+            .note_kept(left.await.map_err(agent_error)?.kept)
+            .await
     }
 
     /// Takes back what was made on the destination, if both nodes' answers prove that
@@ -328,14 +353,72 @@ impl LiveMigrate {
 
     async fn transfer(&self, data: &mut Data) -> Result<(), StepError> {
         let chosen = data.chosen()?.clone();
-        let outcome = self.watch(&chosen).await?;
-        info!(migration = %self.job.migration.uuid, ?outcome, "the transfer ended");
-        if let Outcome::Moved { downtime_ms, .. } = &outcome {
-            data.downtime_ms = *downtime_ms;
-        }
-        let noted = self.verdict(&chosen, outcome).await?;
+        let mut moved_away = false;
+        let heard = match self.watch(&chosen).await {
+            Ok(outcome) => {
+                info!(migration = %self.job.migration.uuid, ?outcome, "the transfer ended");
+                if let Outcome::Moved { downtime_ms, .. } = &outcome {
+                    moved_away = true;
+                    data.downtime_ms = *downtime_ms;
+                }
+                self.verdict(&chosen, outcome).await
+            }
+            Err(unheard) => Err(unheard),
+        };
+        let noted = match heard {
+            Err(unheard) if unheard.class == ErrorClass::Lost => {
+                self.unheard(&chosen, moved_away, unheard).await?
+            }
+            heard => heard?,
+        };
         data.warn(Self::name(Step::Transfer), noted);
         Ok(())
+    }
+
+    /// The source does not say how it ended, perhaps never will. A guest that runs on
+    /// the destination has moved all the same; else a proof that the source is off
+    /// stands for its answer, and without one nothing is known. Of two nodes that are
+    /// off neither runs it.
+    ///
+    /// Says what is to be noted about a guest that has moved.
+    async fn unheard(
+        &self,
+        chosen: &Chosen,
+        moved_away: bool,
+        unheard: StepError,
+    ) -> Result<Vec<String>, StepError> {
+        let host = &chosen.host;
+        let dead = self.job.is_dead(self.job.source()).await?;
+        let Ok(dest) = self.job.look_at(host).await else {
+            let neither = dead.zip(self.job.is_dead(host).await?);
+            return Err(neither.map_or(unheard, |(source, dest)| {
+                let message = format!("{source}, and {dest}");
+                ended(EndReason::Failed { message })
+            }));
+        };
+        let at_dest = GuestLocation::seen(dest.copy().presence);
+        let runs_there = at_dest.presence == Presence::Present(PowerState::Running);
+        let at_source = match dead {
+            Some(_) => Some(GuestLocation::seen(Presence::Absent)),
+            None if runs_there => self.job.locate(self.job.source()).await.ok(),
+            None => return Err(unheard),
+        };
+        let told = ToldBy {
+            moved_away,
+            ran_there: dest.copy().known.ran_here,
+        };
+        let verdict = judge(at_source.as_ref(), Some(&at_dest), told);
+        info!(migration = %self.job.migration.uuid, %unheard, ?verdict, "the destination alone was asked");
+        match (verdict, dead) {
+            (Verdict::Moved, _) => Ok(moved_how(host, Some(&at_dest))),
+            // It runs nowhere, and nothing is left that could bring it there.
+            (Verdict::Unknown, Some(dead)) if at_dest.presence == Presence::Absent => {
+                Err(ended(EndReason::Failed {
+                    message: format!("{dead}, and the guest never came to {host}"),
+                }))
+            }
+            _ => Err(unheard),
+        }
     }
 
     /// Has the source start, or finds it started, and waits for the end.
@@ -355,6 +438,7 @@ impl LiveMigrate {
             shared_disks: chosen.shared_disks.clone(),
             checked: Some(chosen.checked_at_source.clone()),
             attach: false,
+            disks: Some(KnownDisk::of(&chosen.guest)),
             options: self.options.clone(),
         };
         let mut started = agents.start(source, &ask).await;
@@ -444,6 +528,7 @@ impl LiveMigrate {
     }
 
     /// Where the guest is, whatever was said of the job.
+    ///
     /// Says what is to be noted about a guest that has moved.
     async fn verdict(&self, chosen: &Chosen, outcome: Outcome) -> Result<Vec<String>, StepError> {
         let source_host = &self.job.migration.source_host;
@@ -467,6 +552,13 @@ impl LiveMigrate {
                     tokio::time::sleep(LOOK_AGAIN).await;
                 }
                 Verdict::InBetween | Verdict::Unknown => {
+                    let by_hand = match (&source, &dest) {
+                        (Ok(source), Ok(dest)) => self.by_hand(chosen, source, dest).await,
+                        _ => None,
+                    };
+                    if let Some(message) = by_hand {
+                        return Err(ended(EndReason::Failed { message }));
+                    }
                     return Err(lost(format!(
                         "where the guest is cannot be told: {}",
                         said(source_host, &chosen.host, &source, &dest)
@@ -474,6 +566,42 @@ impl LiveMigrate {
                 }
             }
         }
+    }
+
+    /// What somebody did with a guest that is active on neither side, in words: it is on
+    /// another node that says so, or on the source again if no other has it; or it was
+    /// undefined, if no node has it and it never came to the destination.
+    async fn by_hand(
+        &self,
+        chosen: &Chosen,
+        source: &GuestLocation,
+        dest: &GuestLocation,
+    ) -> Option<String> {
+        if source.migrating || source.presence.is_active() || dest.presence != Presence::Absent {
+            return None;
+        }
+        let moved = |host: &HostName| format!("somebody else moved the guest: it is on {host}");
+        let (from, to) = (self.job.source(), &chosen.host);
+        match (self.job.elsewhere(to).await, source.presence) {
+            (Ok(Some((host, Presence::Present(_)))), _) => Some(moved(&host)),
+            (Ok(None), Presence::Present(_)) => Some(moved(from)),
+            (Ok(None), Presence::Absent) if self.never_came(to, dest).await => Some(format!(
+                "the guest was undefined on {from} during the move, and never came to {to}: its \
+                 disks are left on both"
+            )),
+            _ => None,
+        }
+    }
+
+    /// Whether a destination that has kept its journal says that it never had the guest.
+    async fn never_came(&self, host: &HostName, dest: &GuestLocation) -> bool {
+        if !matches!(dest.known, Known::UnderWay { .. }) {
+            return false;
+        }
+        let seen = self.job.look_at(host).await;
+        seen.is_ok_and(|seen| {
+            seen.copy().presence == Presence::Absent && !seen.copy().known.ran_here
+        })
     }
 
     /// What the nodes know beyond where the guest is now. Asked only where it is
@@ -496,6 +624,24 @@ impl LiveMigrate {
             moved_away,
             ran_there: seen.is_ok_and(|seen| seen.copy().known.ran_here),
         }
+    }
+
+    /// An agent that died with its node forgets of the transfer when it is back.
+    async fn undo_transfer(&self) -> Result<(), StepError> {
+        let Some(dead) = self.job.is_dead(self.job.source()).await? else {
+            return self.forget_transfer().await;
+        };
+        let source = self.job.source();
+        let why = format!("{dead}: its agent forgets of the transfer when it is up again");
+        self.job
+            .put_off(source, Self::name(Step::Transfer), &why)
+            .await
+    }
+
+    async fn forget_transfer(&self) -> Result<(), StepError> {
+        let (agents, source) = (self.job.agents(), self.job.source());
+        let forgotten = agents.rollback_at_source(source, self.job.step()).await;
+        forgotten.map_err(agent_error)
     }
 
     // ---- settle and tidy
@@ -557,6 +703,9 @@ impl LiveMigrate {
                 None => Ok(()),
                 Some(unproven) => Err(lost(unproven)),
             };
+        }
+        if step == Self::name(Step::Transfer) {
+            return self.forget_transfer().await;
         }
         let cleaned = match step == Self::name(Step::Settle) {
             true => {
@@ -656,7 +805,8 @@ enum Verdict {
 /// What is known of a transfer beyond where the guest is now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct ToldBy {
-    /// The source's libvirt says that it handed the guest over.
+    /// The source's libvirt says that it handed the guest over; that the guest is gone
+    /// from there does not say so.
     moved_away: bool,
     /// The destination's journal says that it ran there.
     ran_there: bool,

@@ -6,7 +6,7 @@
 //! | what a live migration made at its destination | the guest never came there; it is whole on its source, or where it has moved since |
 //! | what a live migration left at its source | it is whole on its destination, or where it has moved since |
 //! | what a cold migration made at its destination | the guest never ran there; it is whole on its source, or kept aside there whole |
-//! | a guest that is reverted | all that it goes back to lies aside on the source |
+//! | a guest that is reverted | all that it goes back to lies aside on the source, and nothing is in its place there |
 //! | the files of a guest that was reverted | it is whole on the source, defined or active |
 //! | what a source keeps aside | it is whole on the destination, or where it has moved since |
 //! | what an evacuation defined | it was never started there |
@@ -165,10 +165,21 @@ pub fn cold_destination(stays: &Seen, dest: &Seen) -> TakeBack {
 /// # Errors
 /// In words, what it lacks.
 pub fn way_back(source: &Seen) -> Result<Redundant, String> {
+    let host = &source.host;
+    if source.copy.presence != Presence::Absent {
+        return Err(is_back(source));
+    }
+    let taken = source.copy.aside.iter().flat_map(|aside| &aside.taken);
+    let taken: Vec<&str> = taken.map(String::as_str).collect();
+    if !taken.is_empty() {
+        return Err(format!(
+            "{host} has other files where the guest's were: {}; move them away, and ask again",
+            taken.join(", ")
+        ));
+    }
     if source.copy.is_kept_aside() {
         return Ok(Redundant::by(source));
     }
-    let host = &source.host;
     Err(match &source.copy.aside {
         None => format!(
             "{host} keeps nothing aside of it (did its agent lose its state, or was the node \
@@ -182,6 +193,22 @@ pub fn way_back(source: &Seen) -> Result<Redundant, String> {
             source.copy.missing().join(", ")
         ),
     })
+}
+
+/// A guest that somebody has brought back to its source past Drover: it is defined there,
+/// and absent on its destination by that node's own word. Nothing goes by that.
+///
+/// # Errors
+/// In words, why it has not come back, or not alone.
+pub fn brought_back(source: &Seen, dest: &Seen) -> Result<(), String> {
+    let aside = source.copy.aside.as_ref();
+    if aside.is_some_and(|aside| !aside.complete) {
+        return Err(format!("{} has not all of it aside", source.host));
+    }
+    match dest.copy.presence {
+        Presence::Absent => Ok(()),
+        Presence::Incoming | Presence::Present(_) => Err(on_both(source, dest)),
+    }
 }
 
 /// The files of a guest that was reverted.
@@ -209,6 +236,16 @@ pub fn kept_aside(source: &HostName, stays: &Seen) -> Result<Redundant, String> 
 /// In words, what it lacks.
 pub fn may_confirm(source: Option<&Seen>, dest: &Seen) -> Result<(), String> {
     let host = &dest.host;
+    if let Some(source) = source.filter(|source| source.is_present()) {
+        return Err(match dest.copy.presence {
+            Presence::Absent => format!(
+                "{}, and it is not on {host} any more: ask for revert, which ends the move and \
+                 leaves everything as it is",
+                is_back(source)
+            ),
+            Presence::Incoming | Presence::Present(_) => on_both(source, dest),
+        });
+    }
     if !dest.copy.is_whole() {
         return Err(format!("{host} has no whole copy of it: {}", dest.words()));
     }
@@ -247,6 +284,22 @@ fn whole_elsewhere(source: &HostName, stays: &Seen) -> Result<Redundant, String>
             stays.words()
         )),
     }
+}
+
+/// Somebody has brought a guest back to its source, in words.
+pub(super) fn is_back(source: &Seen) -> String {
+    let (host, presence) = (&source.host, source.copy.presence);
+    format!("somebody has brought the guest to {host} again ({presence})")
+}
+
+fn on_both(source: &Seen, dest: &Seen) -> String {
+    let (here, there) = (&source.host, &dest.host);
+    format!(
+        "{}, and it is on {there} too ({}): undefine the one that is not wanted, and ask for \
+         revert if it stays on {here}, or for confirm if it stays on {there}",
+        is_back(source),
+        dest.copy.presence
+    )
 }
 
 fn is_other(stays: &Seen, goes: &Seen) -> bool {

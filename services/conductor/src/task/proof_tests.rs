@@ -51,6 +51,7 @@ fn aside(complete: bool, there: bool) -> Seen {
             complete,
             defined: true,
             files: vec![file(there)],
+            taken: Vec::new(),
         });
     })
 }
@@ -131,6 +132,43 @@ fn the_way_back_is_what_the_source_has_aside_whole() {
     assert!(way_back(&aside(false, true)).is_err());
     let words = way_back(&seen("kvm1", ABSENT)).unwrap_err();
     assert!(words.contains("keeps nothing aside"), "{words}");
+}
+
+#[test]
+fn nobody_goes_back_to_a_place_that_is_taken() {
+    for presence in [OFF, RUNNING, Presence::Incoming] {
+        let again = with(aside(true, true), |copy| copy.presence = presence);
+        let words = way_back(&again).unwrap_err();
+        assert!(words.contains("to kvm1 again"), "{words}");
+    }
+    let taken = with(aside(true, true), |copy| {
+        let aside = copy.aside.as_mut().unwrap();
+        aside.taken = vec!["/disk".to_owned()];
+    });
+    let words = way_back(&taken).unwrap_err();
+    assert!(words.contains("/disk"), "{words}");
+}
+
+#[test]
+fn a_guest_that_was_brought_back_is_there_alone() {
+    let whole = with(aside(true, true), |copy| copy.presence = OFF);
+    for source in [whole, seen("kvm1", OFF), seen("kvm1", RUNNING)] {
+        assert!(brought_back(&source, &seen("kvm2", ABSENT)).is_ok());
+        let words = may_confirm(Some(&source), &seen("kvm2", ABSENT)).unwrap_err();
+        assert!(words.contains("ask for revert"), "{words}");
+        for there in [OFF, RUNNING, Presence::Incoming] {
+            let there = seen("kvm2", there);
+            for words in [
+                brought_back(&source, &there).unwrap_err(),
+                may_confirm(Some(&source), &there).unwrap_err(),
+            ] {
+                assert!(words.contains("undefine the one"), "{words}");
+            }
+        }
+    }
+    // Its own agent is bringing it back.
+    let half = with(aside(false, true), |copy| copy.presence = OFF);
+    assert!(brought_back(&half, &seen("kvm2", ABSENT)).is_err());
 }
 
 #[test]

@@ -10,27 +10,33 @@
 //! | `tidy` | destination: removes the files that came | |
 //!
 //! Before anything is stopped the source is asked whether it still has all that it
-//! set aside: one that has lost it refuses, and the guest runs on. The destination
+//! set aside, and room for it: one that has lost it, or that has the guest or other files
+//! in its place, refuses, and the guest runs on. The destination
 //! is stopped before the source starts anything (invariant 1), and keeps its disks
 //! until the source was seen to have the guest, with its files in place. That it is
 //! *absent* there is no success (invariant 11): then every other node is asked, as
 //! somebody may have moved it on.
+//!
+//! A guest that somebody has brought back to the source by hand, that the destination
+//! itself says it has not, and no other node has, is reverted already: the agents forget
+//! the migration, the record follows, and nothing is done to the guest or to a file.
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{FinishResize, FinishRevertResize},
+    api::compute::{CleanUp, FinishResize, FinishRevertResize},
+    error::ErrorClass,
     guest::{PowerState, Presence},
     ids::HostName,
     migration::{EndReason, Migration, MigrationStatus as S, Phase, Way},
 };
 use drover_saga::{Saga, StepError};
-use futures_util::future::join_all;
 
 use super::{
-    job::{Data, Job, agent_error, all_clean, ended, lost, patient, store_error},
+    job::{Data, Job, agent_error, all_clean, ended, lost, patient, repeatable, store_error},
     journal::{Recorded, Told},
-    proof::{self, TakeBack},
+    proof::{self, Seen, TakeBack},
 };
+use crate::agent_client::AgentError;
 
 /// The steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,15 +67,20 @@ impl Revert {
         dest.ok_or_else(|| ended(EndReason::Failed { message }))
     }
 
-    async fn revert_destination(&self) -> Result<(), StepError> {
+    async fn revert_destination(&self, data: &mut Data) -> Result<(), StepError> {
         let source = self.job.look_at(self.job.source()).await?;
+        data.taken_back = source.is_present();
+        if data.taken_back {
+            return self.is_brought_back(&source).await;
+        }
         let proof = proof::way_back(&source).map_err(cannot_go_back)?;
         let (dest, step) = (self.dest()?, self.job.step());
         // One that is away is waited for, as it is when it is told to stop the guest.
         let there = self.job.look_at(dest).await;
         let there = there.map_err(|error| lost(error.to_string()))?;
         if !there.is_present() {
-            self.is_on_no_other_node(dest)
+            self.job
+                .is_on_no_other_node(dest)
                 .await
                 .map_err(cannot_go_back)?;
         }
@@ -77,34 +88,26 @@ impl Revert {
         reverted.map(drop).map_err(patient)
     }
 
-    /// That the destination has it no longer does not mean that nobody has: somebody may
-    /// have moved it on, which the record need not know yet. Every other node has to say
-    /// that it is not there.
-    async fn is_on_no_other_node(&self, dest: &HostName) -> Result<(), String> {
-        let nodes = self.job.store().nodes().await.map_err(|e| e.to_string())?;
-        let hosts = nodes.into_iter().map(|node| node.report.host);
-        let others: Vec<_> = hosts
-            .filter(|host| host != dest && host != self.job.source())
-            .collect();
-        let asked = join_all(others.iter().map(|host| self.job.locate(host))).await;
-        for (host, answer) in others.iter().zip(asked) {
-            match answer {
-                Ok(found) if found.presence == Presence::Absent => {}
-                Ok(found) => {
-                    let presence = found.presence;
-                    return Err(format!(
-                        "it is not on {dest} any more, and {host} has it ({presence})"
-                    ));
-                }
-                Err(error) => {
-                    return Err(format!(
-                        "it is not on {dest} any more, and {host} does not say whether it is there: \
-                         {error}"
-                    ));
-                }
-            }
-        }
-        Ok(())
+    /// Makes sure that a guest which somebody has brought back to the source is there alone.
+    async fn is_brought_back(&self, source: &Seen) -> Result<(), StepError> {
+        let dest = self.dest()?;
+        let is_back = proof::is_back(source);
+        let there = self.job.look_at(dest).await.map_err(|error| {
+            // Nothing was asked for that would have to be known.
+            let class = match error.class {
+                ErrorClass::Lost => ErrorClass::Retryable,
+                class => class,
+            };
+            let words = format!("{is_back}, and {dest} does not say whether it is there: {error}");
+            StepError::new(class, words)
+        })?;
+        proof::brought_back(source, &there).map_err(cannot_go_back)?;
+        let alone = self.job.is_on_no_other_node(dest).await;
+        alone.map_err(|why| {
+            cannot_go_back(format!(
+                "{is_back}; {why}: every node but one has to say that it has no definition of it"
+            ))
+        })
     }
 
     /// The guest is on the destination again, as it was there.
@@ -135,12 +138,16 @@ impl Revert {
     }
 
     async fn restore(&self, data: &mut Data) -> Result<(), StepError> {
+        if data.taken_back {
+            return self.leave_source(data).await;
+        }
         let dest = self.job.locate(self.dest()?).await?;
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             runs_nowhere_else: dest.presence == Presence::Absent,
             ran: false,
+            memory: None,
         };
         let source = self.job.source();
         let restored = self.job.agents().finish_revert_resize(source, &ask).await;
@@ -153,6 +160,71 @@ impl Revert {
         }
         data.arrived = seen.copy().presence.power_state();
         Ok(())
+    }
+
+    /// The source forgets a guest that was brought back there by hand.
+    async fn leave_source(&self, data: &mut Data) -> Result<(), StepError> {
+        let (host, dest) = (self.job.source(), self.dest()?);
+        let source = self.job.look_at(host).await?;
+        if !source.is_present() {
+            return Err(cannot_go_back(source.words()));
+        }
+        self.is_brought_back(&source).await?;
+        let left = self.job.agents().leave_aside(host, self.job.step()).await;
+        let kept = self.left_on(host, left).await.map_err(|error| {
+            let is_back = proof::is_back(&source);
+            match error.class {
+                ErrorClass::Refused => cannot_go_back(format!(
+                    "{is_back}, and its agent does not let go of it: {error}"
+                )),
+                _ => error,
+            }
+        })?;
+        let step = Self::name(Step::Restore);
+        data.arrived = source.copy().presence.power_state();
+        data.decide(
+            step,
+            format!(
+                "somebody has brought it back by hand ({}), and {dest} has it no more: everything \
+                 stays as it is",
+                source.words()
+            ),
+        );
+        data.warn(step, kept);
+        Ok(())
+    }
+
+    /// What an agent left that was to forget the migration. One that knows nothing of it
+    /// any more holds nothing.
+    async fn left_on(
+        &self,
+        host: &HostName,
+        left: Result<CleanUp, AgentError>,
+    ) -> Result<Vec<String>, StepError> {
+        let error = match left {
+            Ok(left) => return Ok(left.kept),
+            Err(error) if error.class == ErrorClass::Refused => error,
+            Err(error) => return Err(repeatable(error)),
+        };
+        let seen = self.job.look_at(host).await?;
+        match seen.copy().known.under_way {
+            true => Err(agent_error(error)),
+            false => Ok(vec![format!(
+                "{host} has forgotten what it had of this migration: look for files of the guest \
+                 that are left there"
+            )]),
+        }
+    }
+
+    /// The source keeps its copy aside again. One that has all of it aside brought
+    /// nothing back: a guest that is defined there is somebody else's doing.
+    async fn undo_restore(&self) -> Result<(), StepError> {
+        let here = self.job.look_at(self.job.source()).await?;
+        if here.is_present() && here.copy().is_kept_aside() {
+            return Ok(());
+        }
+        let aside = self.job.set_aside(None).await;
+        aside.map_err(agent_error)
     }
 
     async fn settle(&self, arrived: Option<PowerState>) -> Result<(), StepError> {
@@ -177,16 +249,22 @@ impl Revert {
         data: &Data,
     ) -> Result<(), StepError> {
         if step == Self::name(Step::Tidy) {
-            return self.tidy().await;
+            return self.tidy(data).await;
         }
         let source = self.job.source();
         self.job.settle_late(dest, source, data.arrived, None).await
     }
 
     /// Removes the files that came to the destination. A guest that somebody has
-    /// brought there again keeps them.
-    pub(super) async fn tidy(&self) -> Result<(), StepError> {
+    /// brought there again, or taken away from there, keeps them.
+    async fn tidy(&self, data: &Data) -> Result<(), StepError> {
         let (dest_host, step) = (self.dest()?, self.job.step());
+        if data.taken_back {
+            let agents = self.job.agents();
+            let left = agents.confirm_at_destination(dest_host, step).await;
+            let kept = self.left_on(dest_host, left).await?;
+            return self.job.note_kept(kept).await;
+        }
         let stays = self.job.look_for_it(self.job.source(), dest_host).await?;
         let dest = self.job.look_at(dest_host).await?;
         let agents = self.job.agents();
@@ -237,21 +315,21 @@ impl Saga for Revert {
 
     async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
         match step {
-            Step::RevertDestination => self.revert_destination().await,
+            Step::RevertDestination => self.revert_destination(data).await,
             Step::Restore => self.restore(data).await,
             Step::Settle => self.settle(data.arrived).await,
-            Step::Tidy => self.tidy().await,
+            Step::Tidy => self.tidy(data).await,
         }
     }
 
-    async fn undo(&self, step: Step, _: &Data) -> Result<(), StepError> {
+    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
+        if data.taken_back {
+            // Nothing was done to the guest, nor to a file of it.
+            return Ok(());
+        }
         match step {
             Step::RevertDestination => self.undo_destination().await,
-            Step::Restore => {
-                let (source, step) = (self.job.source(), self.job.step());
-                let aside = self.job.agents().set_aside(source, step).await;
-                aside.map(drop).map_err(agent_error)
-            }
+            Step::Restore => self.undo_restore().await,
             Step::Settle | Step::Tidy => Ok(()),
         }
     }

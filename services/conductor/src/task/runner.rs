@@ -13,7 +13,14 @@
 //! renewed by a task of its own ([`crate::leases`]), put-off tidying is done in
 //! another ([`super::tidying`]): neither waits for anything else.
 
-use std::{marker::PhantomData, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    marker::PhantomData,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use drover_model::{
     ids::{HostName, MigrationId},
@@ -23,7 +30,10 @@ use drover_runtime::error_chain::Chain;
 use drover_saga::{DriveError, JournalError, Outcome, Patience, State, drive, journal::replay};
 use drover_store::{StoreError, migrations::Lease, sagas::SagaKey};
 use futures_util::FutureExt;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -41,6 +51,7 @@ use crate::{
     app::Context,
     clock::goes_on_after,
     leases::{Driven, Term},
+    operation::evacuation::proven_dead,
     survey::hypervisor_is_up,
 };
 
@@ -66,6 +77,31 @@ pub enum Aborting {
     TooLate(Box<Migration>),
 }
 
+/// For how long this process has seen things in a state, by its own monotonic time.
+/// Cheap to clone.
+#[derive(Clone)]
+struct Seen<K>(Arc<Mutex<HashMap<K, Instant>>>);
+
+impl<K> Default for Seen<K> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<K: Copy + Eq + Hash> Seen<K> {
+    /// Notes what is in that state now, all of it; says of each for how long, ms.
+    fn look(&self, now: impl Iterator<Item = K>) -> Vec<u64> {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::take(&mut *seen);
+        let now = now.map(|key| {
+            let since = before.get(&key).copied().unwrap_or_else(Instant::now);
+            seen.insert(key, since);
+            u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+        });
+        now.collect()
+    }
+}
+
 /// Drives operations. Cheap to clone.
 #[derive(Clone)]
 pub struct Runner {
@@ -77,6 +113,10 @@ pub struct Runner {
     driven: Driven<Lease>,
     /// What rests, and has tidying of it done.
     pub(super) tidied: Driven<Lease>,
+    /// Moves that wait to be confirmed, by their number of endings so far.
+    unconfirmed: Seen<(MigrationId, u32)>,
+    /// What is stuck, by its version.
+    stuck: Seen<(MigrationId, u64)>,
 }
 
 impl Runner {
@@ -96,6 +136,8 @@ impl Runner {
             patience,
             driven: Driven::default(),
             tidied: Driven::default(),
+            unconfirmed: Seen::default(),
+            stuck: Seen::default(),
         }
     }
 
@@ -512,8 +554,14 @@ impl Runner {
     async fn resume_rested(&self) -> Result<(), StoreError> {
         let (store, now_ms) = (&self.context.store, self.context.clock.now_ms());
         let stuck = store.stuck_migrations(&self.owner, self.term().recorded);
-        for (seen, m) in stuck.await? {
-            let rested = now_ms.saturating_sub(m.updated_at_ms) >= STUCK_REST_MS;
+        let stuck = stuck.await?;
+        let seen_ms = self
+            .stuck
+            .look(stuck.iter().map(|(_, m)| (m.uuid, m.version)));
+        for ((seen, m), seen_ms) in stuck.into_iter().zip(seen_ms) {
+            // A clock that was set back keeps nothing from being tried.
+            let rest_ms = now_ms.saturating_sub(m.updated_at_ms).max(seen_ms);
+            let rested = rest_ms >= STUCK_REST_MS;
             // One that was resumed and has not said so yet is driven already.
             if self.driven.leases().contains(&seen) || !rested || !self.both_up(&m).await? {
                 continue;
@@ -528,15 +576,18 @@ impl Runner {
         Ok(())
     }
 
-    /// Confirms what was not confirmed within the window, if there is one.
+    /// Confirms what was not confirmed within the window, if there is one. The way back
+    /// is gone then, so no clock that may jump is asked: this process has seen it wait
+    /// for all of the window. A restart makes that longer.
     async fn confirm_overdue(&self) -> Result<(), StoreError> {
-        let (store, now_ms) = (&self.context.store, self.context.clock.now_ms());
         if self.context.confirm_window_ms == 0 {
             return Ok(());
         }
-        for m in store.finished_migrations().await? {
-            let since = m.finished_at_ms.unwrap_or(now_ms);
-            if now_ms.saturating_sub(since) < self.context.confirm_window_ms {
+        let finished = self.context.store.finished_migrations().await?;
+        let seen_ms = finished.iter().map(|m| (m.uuid, m.ending_attempt));
+        let seen_ms = self.unconfirmed.look(seen_ms);
+        for (m, seen_ms) in finished.into_iter().zip(seen_ms) {
+            if seen_ms < self.context.confirm_window_ms {
                 continue;
             }
             info!(migration = m.id, "nobody reverted it in time");
@@ -548,14 +599,24 @@ impl Runner {
     }
 
     async fn both_up(&self, m: &Migration) -> Result<bool, StoreError> {
-        // Of an evacuation the source is dead.
-        let source = Some(&m.source_host).filter(|_| !matches!(m.way, Way::Evacuation(_)));
-        for host in source.into_iter().chain(&m.dest_host) {
-            if !self.is_up(host).await? {
-                return Ok(false);
-            }
+        // The proof that a node is off stands for its answer.
+        let is_off = async |host| -> Result<bool, StoreError> {
+            Ok(proven_dead(&self.context, host).await?.is_some())
+        };
+        let is_source_off = match m.way {
+            // Of an evacuation the source is dead.
+            Way::Evacuation(_) => true,
+            Way::Live(_) => is_off(&m.source_host).await?,
+            Way::Cold(_) | Way::Transfer(_) => false,
+        };
+        if !is_source_off && !self.is_up(&m.source_host).await? {
+            return Ok(false);
         }
-        Ok(true)
+        let Some(dest) = &m.dest_host else {
+            return Ok(true);
+        };
+        let may_be_off = is_source_off && matches!(m.way, Way::Live(_));
+        Ok(self.is_up(dest).await? || (may_be_off && is_off(dest).await?))
     }
 
     /// Whether a node can be asked to do something.

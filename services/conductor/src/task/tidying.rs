@@ -141,7 +141,7 @@ fn asked<'a>(m: &'a Migration, step: &PutOff) -> Vec<&'a HostName> {
         | (None, Way::Transfer(_), "settle")
         | (Some(Ending::Revert), _, "settle" | "revert_settle") => [None, None],
         (None, Way::Live(_), "prepare") => [source, dest],
-        (None, Way::Live(_), "tidy") | (None, Way::Transfer(_), _) => [source, None],
+        (None, Way::Live(_), "transfer" | "tidy") | (None, Way::Transfer(_), _) => [source, None],
         (Some(Ending::Confirm), ..) => [source, None],
         (None | Some(Ending::Revert), ..) => [dest, None],
     };
@@ -220,6 +220,7 @@ mod tests {
         let live = || Way::Live(LiveOptions::default());
         let cold = || Way::Cold(ColdOptions::default());
         assert_eq!(asked_of(live(), None, "prepare", 0), "from to");
+        assert_eq!(asked_of(live(), None, "transfer", 0), "from");
         assert_eq!(asked_of(live(), None, "tidy", 0), "from");
         assert_eq!(asked_of(live(), None, "settle", 0), "", "the record first");
         assert_eq!(asked_of(live(), None, "settle", 1), "to");

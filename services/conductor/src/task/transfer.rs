@@ -321,6 +321,9 @@ impl Transfer {
             Outcome::Aborted => {
                 return Err(StepError::new(ErrorClass::Retryable, "it was stopped"));
             }
+            Outcome::Gone => {
+                return Err(StepError::new(ErrorClass::Retryable, "the guest was gone"));
+            }
             Outcome::Other(what) => {
                 let message = format!("it ended as only a newer conductor understands: {what}");
                 return Err(StepError::new(ErrorClass::Retryable, message));

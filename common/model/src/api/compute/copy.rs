@@ -65,6 +65,9 @@ pub struct AsideSeen {
     pub defined: bool,
     /// Its files, by the paths to which they go back.
     pub files: Vec<FileSeen>,
+    /// Of those paths, the ones at which something else is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taken: Vec<String>,
 }
 
 /// What a node's journal knows of a migration. All false: it knows of none.
@@ -184,6 +187,7 @@ mod tests {
                 complete,
                 defined,
                 files,
+                taken: Vec::new(),
             }),
             ..copy(Presence::Absent, vec![])
         };

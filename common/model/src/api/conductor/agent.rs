@@ -27,6 +27,13 @@ impl Identity {
     pub fn succeeds(&self, earlier: &Self) -> bool {
         !self.state.is_empty() && self.state == earlier.state && self.machine == earlier.machine
     }
+
+    /// Whether it is on the machine of that one, or has its state: not a second node
+    /// of one name.
+    pub fn is_akin(&self, other: &Self) -> bool {
+        let same = |own: &str, other: &str| !own.is_empty() && own == other;
+        same(&self.machine, &other.machine) || same(&self.state, &other.state)
+    }
 }
 
 /// An agent starts, and asks for its incarnation.
@@ -130,7 +137,8 @@ impl Word {
     }
 }
 
-/// An agent stops and says so: whoever comes next need not wait for its silence.
+/// An agent stops and says so: the next one on its machine, or with its state, need
+/// not wait for its silence.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentLeaves {
     /// Which node.

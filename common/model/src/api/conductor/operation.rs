@@ -144,7 +144,8 @@ pub struct ForceDown {
     pub forced_down: bool,
 }
 
-/// End a node that was scrapped. It must be silent, and nothing may need it.
+/// End a node that was scrapped. It must be silent, and nothing may need it. Guests
+/// that another node lists are on the record there from then on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ForgetNode {
@@ -153,6 +154,9 @@ pub struct ForgetNode {
     /// Check everything, change nothing.
     #[serde(default)]
     pub dry_run: bool,
+    /// Guests that are nowhere else go with it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub despite_lost_guests: bool,
 }
 
 fn yes() -> bool {
@@ -184,6 +188,9 @@ pub struct Automation {
 pub struct ListEvacuated {
     /// Its node.
     pub host: HostName,
+    /// Guests that it is about to start because its node booted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub starting: Vec<InstanceId>,
 }
 
 /// An instance that was evacuated from a node.
@@ -210,6 +217,24 @@ pub struct Evacuated {
 pub struct EvacuatedAnswer {
     /// Instances that were evacuated from it, or are being so.
     pub instances: Vec<Evacuated>,
+    /// Those of [`ListEvacuated::starting`] that must not be started; an older
+    /// conductor names none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept_off: Vec<KeptOff>,
+}
+
+/// A guest that must not be started where its node booted: nothing proves that it
+/// runs nowhere else (invariant 1).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptOff {
+    /// Which.
+    pub instance: InstanceId,
+    /// In words.
+    pub reason: String,
+    /// The node that has it by now: it is that one's to start. None if that is not
+    /// decided yet, and to be asked again.
+    #[serde(default)]
+    pub lives_on: Option<HostName>,
 }
 
 /// An agent tells that it removed the old copy of an evacuated instance.

@@ -233,6 +233,7 @@ impl World {
         self.ledger.born(id, state.is_active(), counter);
         let domain = Domain {
             guest,
+            next: None,
             state: PowerState::Paused,
             incoming: false,
             defined_before: false,

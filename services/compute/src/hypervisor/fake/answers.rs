@@ -68,9 +68,23 @@ impl World {
 
     pub(super) fn describe(&self, host: &HostName, id: InstanceId) -> Option<Guest> {
         let domain = self.domain(host, id)?;
-        let mut guest = domain.guest.clone();
+        let mut guest = self.filled_in(host, domain, &domain.guest);
+        // A move takes them along, for its next start.
+        let next = only_in(domain.lasting(), &guest);
+        let ties = next.map(|disk| Immovable {
+            kind: ImmovableKind::Disk,
+            what: format!("{}: from its next start on it has another", disk.target),
+        });
+        let ties: Vec<Immovable> = ties.collect();
+        guest.immovable.extend(ties);
+        Some(guest)
+    }
+
+    /// One of a domain's descriptions, with what is so now.
+    fn filled_in(&self, host: &HostName, domain: &Domain, described: &Guest) -> Guest {
+        let mut guest = described.clone();
         guest.power_state = domain.state;
-        guest.active_job = match self.journey_at(host, id) {
+        guest.active_job = match self.journey_at(host, guest.id) {
             Some(journey) if journey.from == *host => Some("migration out".to_owned()),
             Some(_) => Some("migration in".to_owned()),
             None => domain.job_besides(),
@@ -81,13 +95,16 @@ impl World {
         }
         // Only who asks for the lasting guest is told of them.
         guest.files.clear();
-        Some(guest)
+        guest
     }
 
     /// A domain with what lies under its disks and beside them, as files tell.
     pub(super) fn describe_lasting(&self, host: &HostName, id: InstanceId) -> Option<Guest> {
-        let mut guest = self.describe(host, id)?;
-        let mut obstacles = Vec::new();
+        let domain = self.domain(host, id)?;
+        let mut guest = self.filled_in(host, domain, domain.lasting());
+        let running = only_in(&guest, &domain.guest);
+        let other = |disk: &Disk| format!("{}: the running guest has another disk", disk.target);
+        let mut obstacles: Vec<String> = running.map(other).collect();
         let carried = |d: &&mut Disk| d.local_path().is_some() && d.format == "qcow2";
         for disk in guest.disks.iter_mut().filter(carried) {
             let path = disk.local_path().unwrap_or_default().to_owned();
@@ -110,8 +127,8 @@ impl World {
         let kind = ImmovableKind::Disk;
         let obstacles = obstacles.into_iter().map(|what| Immovable { kind, what });
         guest.immovable.extend(obstacles);
-        let files = &self.domain(host, id)?.guest.files;
-        let there = files.iter().filter_map(|file| {
+        let files = domain.lasting().files.iter();
+        let there = files.filter_map(|file| {
             let found = self.storage.file(host, &file.path)?;
             Some(GuestFile {
                 allocated_bytes: found.allocated_bytes,
@@ -216,4 +233,11 @@ impl World {
             .cloned()
             .collect()
     }
+}
+
+/// Disks of one description that are not, or otherwise, in another.
+fn only_in<'a>(one: &'a Guest, other: &'a Guest) -> impl Iterator<Item = &'a Disk> {
+    let is_same = |a: &Disk, b: &Disk| a.target == b.target && a.source == b.source;
+    let disks = one.disks.iter();
+    disks.filter(move |a| !other.disks.iter().any(|b| is_same(a, b)))
 }

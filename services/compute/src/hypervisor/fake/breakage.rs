@@ -160,6 +160,9 @@ impl World {
         domain.whole = true;
         domain.left_by_script = false;
         domain.mirrors.clear();
+        if let Some(next) = domain.next.take() {
+            domain.guest = next;
+        }
         if !domain.guest.persistent && !domain.defined_before {
             self.node_mut(host).domains.remove(&id);
         }

@@ -10,7 +10,7 @@ use super::{
     super::{ColdDriver, Definition, Incoming, Overlay, Result, SendError, SendSpec, Sent},
     FakeDriver,
     carriage::{Course, Step},
-    inbox, leave,
+    definitions, inbox, leave,
     script::{Call, Effect},
     take_effect,
 };
@@ -68,6 +68,17 @@ impl ColdDriver for FakeDriver {
             world.definition(host, id)
         })
         .await
+    }
+
+    async fn is_going_off(&self, id: InstanceId) -> Result<bool> {
+        self.call(Call::IsGoingOff, |world, host, now| {
+            world.is_going_off(host, id, now)
+        })
+        .await
+    }
+
+    fn fingerprint(&self, definition: &Definition) -> Result<String> {
+        Ok(definitions::fingerprint(definition))
     }
 
     async fn define(&self, definition: &Definition, flavor: Option<Flavor>) -> Result<()> {

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use drover_model::{
-    guest::{ImmovableKind, PowerState, Presence},
+    guest::{DiskSource, ImmovableKind, PowerState, Presence},
     ids::InstanceId,
     migration::Flavor,
 };
@@ -132,6 +132,54 @@ async fn a_guest_shuts_down_in_its_time_and_says_so() {
     scene.assert_sound("it went by itself");
     let again = scene.a.shut_down(scene.id).await;
     assert!(matches!(again, Err(HypervisorError::WrongState(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_may_be_in_shutdown_before_it_is_off() {
+    let lingers = |g: GuestBuilder| g.shuts_down_after(20 * SECOND).in_shutdown_for(5 * SECOND);
+    let scene = scene_with(|g| lingers(g.disk(DISK, 1)));
+    scene.a.shut_down(scene.id).await.unwrap();
+    sleep(10 * SECOND).await;
+    assert_eq!(scene.a.is_going_off(scene.id).await, Ok(false));
+    sleep(6 * SECOND).await;
+    assert_eq!(scene.a.is_going_off(scene.id).await, Ok(true));
+    assert_eq!(scene.a.presence(scene.id).await, Ok(RUNNING));
+    sleep(5 * SECOND).await;
+    assert_eq!(scene.a.is_going_off(scene.id).await, Ok(false));
+    assert_eq!(scene.a.presence(scene.id).await, Ok(OFF));
+    scene.assert_sound("it went by itself");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_defined_anew_is_so_from_the_next_start_on() {
+    let scene = scene();
+    let vcpus = async || {
+        let now = scene.a.guest(scene.id).await.unwrap().unwrap().vcpus;
+        let lasting = scene.a.lasting_guest(scene.id).await.unwrap().unwrap();
+        (now, lasting.vcpus)
+    };
+    scene
+        .fabric
+        .redefine("kvm1", scene.id, |guest| guest.vcpus = 2);
+    assert_eq!(vcpus().await, (1, 2));
+    scene.a.stop(scene.id).await.unwrap();
+    scene.a.start(scene.id).await.unwrap();
+    assert_eq!(vcpus().await, (2, 2));
+    let other = "/var/lib/libvirt/images/other.qcow2".to_owned();
+    scene.fabric.redefine("kvm1", scene.id, |guest| {
+        guest.disks[0].source = DiskSource::File { path: other };
+    });
+    let guest = scene.a.guest(scene.id).await.unwrap().unwrap();
+    assert_eq!(guest.disks[0].local_path(), Some(DISK));
+    assert!(guest.immovable[0].what.contains("from its next start on"));
+    let lasting = scene.a.lasting_guest(scene.id).await.unwrap().unwrap();
+    assert!(
+        lasting
+            .immovable
+            .iter()
+            .all(|i| i.what.starts_with("vda: "))
+    );
+    assert!(!lasting.immovable.is_empty());
 }
 
 #[tokio::test(start_paused = true)]

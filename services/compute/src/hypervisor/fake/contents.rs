@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     ledger::Violation,
-    storage::{Content, File, directory_of},
+    storage::{Content, File, directory_of, is_device},
     world::World,
 };
 
@@ -46,7 +46,11 @@ impl World {
                 Seen::File {
                     length_bytes: *length_bytes,
                     inode: number(&format!("{volume}:{path}")),
-                    stamp: sha256(&format!("{volume}:{path}:{content:?}")),
+                    stamp: match is_device(path) {
+                        // Nothing tells that one was written.
+                        true => format!("device {path}:{length_bytes}"),
+                        false => sha256(&format!("{volume}:{path}:{content:?}")),
+                    },
                     marked: marks
                         .iter()
                         .any(|m| m.directory == directory && self.sees_mark(host, m)),

@@ -9,6 +9,7 @@ use drover_model::{
     ids::{HostName, InstanceId},
     migration::Flavor,
 };
+use sha2::{Digest, Sha256};
 
 use super::{
     super::{Definition, Event, HypervisorError, Result},
@@ -19,6 +20,12 @@ use super::{
 
 const MIB: u64 = 1 << 20;
 
+/// Another for each definition; of what is noted about a guest it says nothing.
+pub(super) fn fingerprint(definition: &Definition) -> String {
+    let text = format!("{} {:?}", definition.domain, definition.snapshots);
+    format!("{:x}", Sha256::digest(text))
+}
+
 impl World {
     pub(super) fn definition(&self, host: &HostName, id: InstanceId) -> Result<Option<Definition>> {
         let Some(domain) = self.domain(host, id) else {
@@ -27,7 +34,7 @@ impl World {
         let guest = Guest {
             power_state: PowerState::Shutdown,
             active_job: None,
-            ..domain.guest.clone()
+            ..domain.lasting().clone()
         };
         let domain = serde_json::to_string(&guest);
         Ok(Some(Definition {
@@ -69,6 +76,24 @@ impl World {
         Ok(())
     }
 
+    /// Somebody defines a guest anew: one that is active is so from its next start on.
+    pub(super) fn redefine(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        change: impl FnOnce(&mut Guest),
+    ) {
+        let domain = self.domain_mut(host, id);
+        let domain = domain.expect("a test changes guests where they are");
+        let mut lasting = domain.lasting().clone();
+        change(&mut lasting);
+        match domain.presence().is_active() {
+            true => domain.next = Some(lasting),
+            false => domain.guest = lasting,
+        }
+        self.node(host).emit(Event::Guest(id));
+    }
+
     fn defined(&self, guest: Guest) -> Domain {
         let nature = self.natures.get(&guest.id);
         let total_bytes = guest.memory_mib * MIB;
@@ -86,6 +111,7 @@ impl World {
         };
         Domain {
             guest,
+            next: None,
             state: PowerState::Shutdown,
             incoming: false,
             defined_before: false,

@@ -231,6 +231,8 @@ impl World {
             goes_off_at: None,
             autostart: false,
             cpu: CpuTime::default(),
+            // As it lasts now: what is defined from now on does not come along.
+            next: source.next,
             guest: Guest {
                 persistent: defined_before,
                 ..source.guest

@@ -185,6 +185,13 @@ impl Fabric {
         self.on_domain(node, id, |domain| change(&mut domain.guest));
     }
 
+    /// Somebody defines a guest anew (`virsh define`): from its next start on, if it is
+    /// active.
+    pub fn redefine(&self, node: &str, id: InstanceId, change: impl FnOnce(&mut Guest)) {
+        let node = host(node);
+        self.with(|world, _| world.redefine(&node, id, change));
+    }
+
     /// Changes how fast a guest writes memory, MiB/s; not for a migration that
     /// has begun.
     pub fn set_dirty_mib_s(&self, node: &str, id: InstanceId, mib_s: u64) {

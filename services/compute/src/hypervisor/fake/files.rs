@@ -126,7 +126,7 @@ impl World {
     fn check_unused(&self, host: &HostName, path: &str) -> Result<()> {
         let mut domains = self.node(host).domains.values();
         let copies_to = |d: &Domain| d.mirrors.values().any(|job| job.to == path);
-        match domains.find(|d| uses(&d.guest, path) || copies_to(d)) {
+        match domains.find(|d| d.both().any(|guest| uses(guest, path)) || copies_to(d)) {
             Some(user) => left_alone(path, &format!("{} uses it", user.guest.name)),
             None => Ok(()),
         }

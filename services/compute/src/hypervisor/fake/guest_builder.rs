@@ -39,6 +39,7 @@ pub struct GuestBuilder {
     working_set_mib: Option<u64>,
     has_tpm: bool,
     obeys_after: Option<Duration>,
+    in_shutdown: Duration,
     cpu_percent: u64,
     rss_mib: Option<u64>,
     notes: Notes,
@@ -55,6 +56,7 @@ impl GuestBuilder {
             working_set_mib: None,
             has_tpm: false,
             obeys_after: Some(SHUTDOWN),
+            in_shutdown: Duration::ZERO,
             cpu_percent: IDLE_PERCENT,
             rss_mib: None,
             notes: Notes::default(),
@@ -259,6 +261,13 @@ impl GuestBuilder {
         self
     }
 
+    /// So long before it has shut down it is in shutdown: its hypervisor takes that
+    /// long to tidy up.
+    pub fn in_shutdown_for(mut self, time: Duration) -> Self {
+        self.in_shutdown = time;
+        self
+    }
+
     /// It does not shut down when it is asked to.
     pub fn ignores_shutdown(mut self) -> Self {
         self.obeys_after = None;
@@ -332,6 +341,7 @@ impl GuestBuilder {
         let habits = Habits {
             load,
             obeys_after: self.obeys_after,
+            in_shutdown: self.in_shutdown,
             cpu_percent: self.cpu_percent,
             rss_mib: self.rss_mib.unwrap_or(guest.memory_mib),
         };

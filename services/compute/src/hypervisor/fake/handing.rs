@@ -1,8 +1,8 @@
 //! What a guest that changes hands is plugged into, whose it is, and where on
 //! its node there is room for it.
 //!
-//! A fake domain has one description, of the running guest and of the lasting
-//! one: both change at once.
+//! Of a fake domain that has two descriptions, of the running guest and of the
+//! lasting one, both change at once.
 
 use std::time::Duration;
 
@@ -87,8 +87,9 @@ impl World {
                 cut = LINK_CUT;
             }
         }
-        if let Some(domain) = self.domain_mut(host, id) {
-            plan.project.as_str().clone_into(&mut domain.guest.project);
+        let guests = self.domain_mut(host, id).into_iter();
+        for guest in guests.flat_map(Domain::both_mut) {
+            plan.project.as_str().clone_into(&mut guest.project);
         }
         self.node(host).emit(Event::Guest(id));
         Ok(cut)
@@ -111,6 +112,11 @@ impl World {
             return failed(format!("cannot plug {mac} into {to:?}: No such device"));
         }
         nic.attachment = change.to.clone();
+        let next = self.domain_mut(host, id).and_then(|d| d.next.as_mut());
+        let nics = next.into_iter().flat_map(|next| &mut next.nics);
+        for nic in nics.filter(|nic| nic.mac == change.mac) {
+            nic.attachment = change.to.clone();
+        }
         Ok(true)
     }
 
@@ -125,8 +131,10 @@ impl World {
         let Some(domain) = self.domain_mut(host, id) else {
             return Err(HypervisorError::NoSuchGuest(id));
         };
-        domain.guest.project = belonging.project;
-        domain.guest.nics = belonging.nics;
+        for guest in domain.both_mut() {
+            guest.project.clone_from(&belonging.project);
+            guest.nics.clone_from(&belonging.nics);
+        }
         self.node(host).emit(Event::Guest(id));
         Ok(())
     }
@@ -184,7 +192,8 @@ impl World {
         let domains = self.node(host).domains.values();
         let others = domains.filter(|d| d.guest.id != id);
         let shared = others.flat_map(|other| {
-            let used = paths.iter().filter(|path| uses(&other.guest, path));
+            let is_used = move |path: &&String| other.both().any(|guest| uses(guest, path));
+            let used = paths.iter().filter(is_used);
             used.map(|path| SharedFile {
                 path: path.clone(),
                 domain: other.guest.name.clone(),

@@ -176,7 +176,7 @@ impl World {
         }
         !hosts.iter().any(|host| {
             let mut domains = self.node(host).domains.values();
-            domains.any(|d| uses(&d.guest, path))
+            domains.any(|d| d.both().any(|guest| uses(guest, path)))
         })
     }
 }

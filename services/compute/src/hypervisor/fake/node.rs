@@ -170,6 +170,8 @@ pub(super) struct Habits {
     pub(super) load: MemoryLoad,
     /// How long after it was asked to it has shut down, if it obeys.
     pub(super) obeys_after: Option<Duration>,
+    /// The last part of that, which it is in shutdown.
+    pub(super) in_shutdown: Duration,
     /// How much of a CPU it keeps busy, percent; 200 is two of them.
     pub(super) cpu_percent: u64,
     /// Memory of the node that it holds while it is active, MiB.
@@ -250,6 +252,8 @@ impl Memory {
 pub(super) struct Domain {
     /// Its description; state and job in it are filled in when it is read.
     pub(super) guest: Guest,
+    /// What it will be from its next start on, if it was defined anew since it runs.
+    pub(super) next: Option<Guest>,
     /// State of this copy.
     pub(super) state: PowerState,
     /// It waits for a migration.
@@ -327,6 +331,22 @@ impl Domain {
         let copied = self.mirrors.keys().next();
         let copying = copied.map(|target| format!("block job (copy) on {target}"));
         self.other_job.clone().or(copying)
+    }
+
+    /// Its lasting description.
+    pub(super) fn lasting(&self) -> &Guest {
+        self.next.as_ref().unwrap_or(&self.guest)
+    }
+
+    /// Its descriptions, of the running guest and, where that is another, of the
+    /// lasting one.
+    pub(super) fn both(&self) -> impl Iterator<Item = &Guest> {
+        std::iter::once(&self.guest).chain(&self.next)
+    }
+
+    /// The same, to be changed.
+    pub(super) fn both_mut(&mut self) -> impl Iterator<Item = &mut Guest> {
+        std::iter::once(&mut self.guest).chain(&mut self.next)
     }
 
     /// Whether its vCPUs run.

@@ -2,13 +2,14 @@
 //! begins as what is under it; and back.
 
 use drover_model::{
-    guest::{BackingImage, DiskSource},
+    guest::{BackingImage, Disk, DiskSource},
     ids::{HostName, InstanceId},
 };
 use tokio::time::Instant;
 
 use super::{
     super::{HypervisorError, Overlay, Result},
+    node::Domain,
     storage::{EMPTY_IMAGE_BYTES, File},
     world::World,
 };
@@ -105,8 +106,14 @@ impl World {
         path: &str,
         change: impl Fn(&mut Vec<BackingImage>),
     ) {
-        let disks = self.domain_mut(host, id).map(|d| &mut d.guest.disks);
-        for disk in disks.into_iter().flatten().filter(|d| d.target == target) {
+        let Ok(before) = self.disk_path(host, id, target) else {
+            return;
+        };
+        let guests = self.domain_mut(host, id).into_iter();
+        let disks = guests.flat_map(Domain::both_mut).flat_map(|g| &mut g.disks);
+        // One that is another from the next start on stays so.
+        let is_it = |d: &&mut Disk| d.target == target && d.local_path() == Some(&before);
+        for disk in disks.filter(is_it) {
             let path = path.to_owned();
             disk.source = DiskSource::File { path };
             change(&mut disk.backing);

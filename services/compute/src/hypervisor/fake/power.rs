@@ -1,5 +1,7 @@
 //! Guests that shut down, are stopped, and are started: what a boot may find.
 
+use std::time::Duration;
+
 use drover_model::{
     guest::{Guest, PowerState, Presence},
     ids::{HostName, InstanceId},
@@ -42,6 +44,22 @@ impl World {
             domain.goes_off_at.get_or_insert(now + time);
         }
         Ok(())
+    }
+
+    /// Whether a guest has done what it was asked to, and is not tidied up yet.
+    pub(super) fn is_going_off(
+        &self,
+        host: &HostName,
+        id: InstanceId,
+        now: Instant,
+    ) -> Result<bool> {
+        let Some(domain) = self.domain(host, id) else {
+            return Err(HypervisorError::NoSuchGuest(id));
+        };
+        let nature = self.natures.get(&id);
+        let lingers = nature.map_or(Duration::ZERO, |n| n.habits.in_shutdown);
+        let is_soon = domain.goes_off_at.is_some_and(|at| at <= now + lingers);
+        Ok(domain.runs() && is_soon)
     }
 
     /// The guest that will be off next, of those that were asked to shut down.
@@ -124,12 +142,7 @@ impl World {
     /// Where a guest's count goes on: where it stopped, which its disks must hold
     /// ([`World::check_disks`] sees to that); or, if somebody gave leave to go
     /// back, where older disks have it.
-    fn count_at_boot(
-        &mut self,
-        host: &HostName,
-        id: InstanceId,
-        now: Instant,
-    ) -> std::time::Duration {
+    fn count_at_boot(&mut self, host: &HostName, id: InstanceId, now: Instant) -> Duration {
         let ran = self.ledger.ran(id, now);
         let has_disks = self
             .domain(host, id)

@@ -110,11 +110,11 @@ impl World {
 
     /// A fingerprint of a domain's lasting definition.
     pub(super) fn digest(&self, host: &HostName, domain: &Domain) -> String {
-        let reads = self.read_contents(host, &domain.guest);
+        let reads = self.read_contents(host, domain.lasting());
         let guest = Guest {
             power_state: PowerState::Shutdown,
             active_job: None,
-            ..domain.guest.clone()
+            ..domain.lasting().clone()
         };
         let text = format!("{guest:?} {:?} {reads:?}", self.notes(guest.id));
         format!("{:x}", Sha256::digest(text))

@@ -69,6 +69,8 @@ pub enum Call {
     Stop,
     /// `start`
     Start,
+    /// `is_going_off`
+    IsGoingOff,
     /// `definition`
     Definition,
     /// `define`

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    super::{Hypervisor, Job, MigrateSpec},
+    super::{ColdDriver, Hypervisor, Job, MigrateSpec},
     *,
 };
 
@@ -625,4 +625,18 @@ async fn a_guest_that_is_nowhere_is_found_unless_it_was_killed() {
     let guest = scene.id;
     let found = scene.fabric.check_invariants();
     assert_eq!(found, Err(vec![Violation::NowhereActive { guest }]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_defined_anew_while_a_guest_moves_does_not_come_along() {
+    let scene = scene();
+    let underway = scene.set_off(scene.spec());
+    sleep(Duration::from_secs(3)).await;
+    scene
+        .fabric
+        .redefine("kvm1", scene.id, |guest| guest.vcpus = 2);
+    underway.await.unwrap().unwrap();
+    assert_eq!(scene.places(), (Presence::Absent, RUNNING));
+    let lasting = scene.b.lasting_guest(scene.id).await.unwrap().unwrap();
+    assert_eq!(lasting.vcpus, 1);
 }

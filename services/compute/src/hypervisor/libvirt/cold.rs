@@ -19,7 +19,9 @@ use super::{
     blocking::Effect,
     capabilities, definitions, guests, lifecycle,
     overlays::{self, Thaw},
+    rebuild,
     storage::{chain::Places, files},
+    xml::notes,
 };
 use crate::hypervisor::{
     ColdDriver, Definition, HypervisorError, Incoming, Overlay, Result, SendError, SendSpec, Sent,
@@ -115,9 +117,19 @@ impl ColdDriver for LibvirtDriver {
         self.calls.guest(Effect::Change, id, act).await
     }
 
+    async fn is_going_off(&self, id: InstanceId) -> Result<bool> {
+        let look = move |connect: &_| lifecycle::is_going_off(connect, id);
+        self.calls.guest(Effect::Read, id, look).await
+    }
+
     async fn definition(&self, id: InstanceId) -> Result<Option<Definition>> {
         let take = move |connect: &_| definitions::take(connect, id);
         self.calls.guest(Effect::Read, id, take).await
+    }
+
+    fn fingerprint(&self, definition: &Definition) -> Result<String> {
+        let said = notes::without_autostart(&definition.domain)?;
+        Ok(rebuild::fingerprint(&said, &definition.snapshots))
     }
 
     async fn define(&self, definition: &Definition, flavor: Option<Flavor>) -> Result<()> {
@@ -154,11 +166,17 @@ impl ColdDriver for LibvirtDriver {
     }
 
     async fn file_facts(&self, paths: &[String]) -> Result<Vec<FileFact>> {
-        let used = self.calls.node(guests::storage_in_use).await?;
+        let used = self.storage_in_use().await?;
         let paths = paths.to_vec();
         let look = move || {
+            let silent: Vec<bool> = paths.iter().map(|path| used.is_silent(path)).collect();
             let used = used.paths();
-            paths.iter().map(|path| files::fact(path, &used)).collect()
+            let facts = paths.iter().zip(silent).map(|(path, is_silent)| {
+                let mut fact = files::fact(path, &used)?;
+                fact.in_use |= is_silent;
+                Ok(fact)
+            });
+            facts.collect()
         };
         self.calls.files(Effect::Read, look).await
     }
@@ -171,9 +189,9 @@ impl ColdDriver for LibvirtDriver {
     }
 
     async fn rename_file(&self, from: &str, to: &str) -> Result<()> {
-        let used = self.calls.node(guests::storage_in_use).await?;
+        let used = self.storage_in_use().await?;
         let (from, to) = (from.to_owned(), to.to_owned());
-        let act = move || files::rename(&from, &to, &used.paths());
+        let act = move || files::rename(&from, &to, &used.all_paths(&from)?);
         self.calls.files(Effect::Change, act).await
     }
 

@@ -653,3 +653,14 @@ pub(super) fn keep_arenas_few() {
         libc::mallopt(libc::M_ARENA_MAX, 2);
     }
 }
+
+/// Gives the system back what memory is free: the C library keeps what lies between two
+/// pieces that are in use.
+pub(super) fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim() takes a number and may be called at any time, from any thread;
+    // no memory that is in use changes.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use drover_model::{
-    guest::{Disk, Guest, Immovable, ImmovableKind, Presence},
+    content::ReadFile,
+    guest::{BackingImage, Disk, DiskSource, Guest, Immovable, ImmovableKind, Presence},
     ids::InstanceId,
     node::InstanceReport,
 };
@@ -17,7 +18,8 @@ use super::{
     storage::{
         chain::{self, Places},
         files,
-        measure::Measurer,
+        image::{self, Identity},
+        measure::{At, Measurer},
         sizes,
     },
     usage::Usage,
@@ -71,7 +73,7 @@ pub(super) struct Whole {
     /// By its lasting definition.
     notes: Notes,
     /// Its lasting definition.
-    lasting: String,
+    pub(super) lasting: String,
     /// libvirt starts it at boot.
     autostart: bool,
 }
@@ -131,8 +133,44 @@ fn basics(domain: &Domain) -> std::result::Result<Basics, virt::error::Error> {
     Ok(guest.map(|guest| (guest, presence)))
 }
 
-/// One domain whole, but for the sizes of its disks, and whether it is arriving.
-pub(super) fn whole(connect: &Connect, id: InstanceId) -> CallResult<Option<(Guest, bool)>> {
+/// A domain by its running definition; what its files tell is filled in by
+/// [`measured`] and [`with_own_files`], without libvirt.
+pub(super) struct Current {
+    pub(super) guest: Guest,
+    /// A migration brings it.
+    pub(super) is_arriving: bool,
+    /// Where the firmware's variables are.
+    nvram: Option<String>,
+    /// Files that it reads from its next start on.
+    next: Vec<ReadFile>,
+}
+
+impl Current {
+    /// Whether [`with_own_files`] has anything to look at.
+    pub(super) fn has_files(&self) -> bool {
+        self.nvram.is_some() || !self.next.is_empty()
+    }
+}
+
+/// Fills in what lies beside its disks, and what it reads from its next start on. What
+/// is not there it does not read: its medium was taken away since it was started.
+pub(super) fn with_own_files(current: Current) -> Guest {
+    let Current {
+        mut guest,
+        nvram,
+        next,
+        ..
+    } = current;
+    guest
+        .files
+        .extend(nvram.and_then(|path| files::nvram(&path)));
+    let there = |file: &ReadFile| Path::new(&file.path).exists();
+    guest.reads.extend(next.into_iter().filter(there));
+    guest
+}
+
+/// One domain by its running definition.
+pub(super) fn current(connect: &Connect, id: InstanceId) -> CallResult<Option<Current>> {
     let Some(domain) = find(connect, id)? else {
         return Ok(None);
     };
@@ -148,7 +186,61 @@ pub(super) fn whole(connect: &Connect, id: InstanceId) -> CallResult<Option<(Gue
         let job = jobs::words(&domain)?;
         guest.active_job = job.or(guest.active_job);
     }
-    Ok(Some((guest, presence == Presence::Incoming)))
+    let next = match presence.is_active() && guest.persistent {
+        true => note_next_start(&domain, &mut guest)?,
+        false => Vec::new(),
+    };
+    let Some(text) = errors::absent_is_none(domain.xml_desc(0))? else {
+        return Ok(None);
+    };
+    Ok(Some(Current {
+        guest,
+        is_arriving: presence == Presence::Incoming,
+        nvram: xml::nvram(&text).map_err(HypervisorError::from)?,
+        next,
+    }))
+}
+
+/// A guest that moves takes its lasting definition along: what that names and the
+/// running one does not is used there from the next start on. Says which files are
+/// only read; anything else ties the guest to its node.
+fn note_next_start(domain: &Domain, guest: &mut Guest) -> CallResult<Vec<ReadFile>> {
+    let inactive = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE);
+    let Some(text) = errors::absent_is_none(inactive)? else {
+        return Ok(Vec::new());
+    };
+    let outside = Outside {
+        power_state: guest.power_state,
+        persistent: true,
+    };
+    let next = xml::guest(&text, outside).map_err(HypervisorError::from)?;
+    let mut ties: Vec<Immovable> = Vec::new();
+    let mut reads: Vec<ReadFile> = next.reads;
+    for disk in &next.disks {
+        let now = guest.disks.iter().find(|now| now.target == disk.target);
+        if now.is_some_and(|now| now.source == disk.source) || disk.source == DiskSource::Empty {
+            continue;
+        }
+        match disk.local_path() {
+            Some(path) if disk.read_only => reads.push(ReadFile {
+                path: path.to_owned(),
+                what: format!("disk {}", disk.target),
+            }),
+            _ => ties.push(Immovable {
+                kind: ImmovableKind::Disk,
+                what: format!("{}: from its next start on it has another", disk.target),
+            }),
+        }
+    }
+    let is_tied = |tie: &Immovable| guest.immovable.iter().any(|own| own.kind == tie.kind);
+    let new = next.immovable.into_iter().filter(|tie| !is_tied(tie));
+    ties.extend(new);
+    guest.immovable.extend(ties);
+    reads.retain(|file| !guest.reads.iter().any(|own| own.path == file.path));
+    for file in &mut reads {
+        file.what = format!("{}, from its next start on", file.what);
+    }
+    Ok(reads)
 }
 
 /// The guest with the sizes that its files did not tell; libvirt would make one
@@ -198,7 +290,13 @@ pub(super) fn lasting(connect: &Connect, id: InstanceId) -> CallResult<Option<La
         guest.active_job = jobs::words(&domain)?.or(now.active_job.take());
     }
     let nvram = xml::nvram(&text).map_err(HypervisorError::from)?;
-    Ok(Some(Lasting { guest, now, nvram }))
+    let ended = xml::ended_chains(&text).map_err(HypervisorError::from)?;
+    Ok(Some(Lasting {
+        guest,
+        now,
+        nvram,
+        ended,
+    }))
 }
 
 /// A domain by its lasting definition.
@@ -208,6 +306,8 @@ pub(super) struct Lasting {
     now: Guest,
     /// Where the firmware's variables are.
     nvram: Option<String>,
+    /// Drives whose definition spells the chain under them to its end.
+    ended: Vec<String>,
 }
 
 impl Lasting {
@@ -223,6 +323,7 @@ pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
         mut guest,
         now,
         nvram,
+        ended,
     } = lasting;
     sizes::fill(&mut guest);
     let mut obstacles = Vec::new();
@@ -242,7 +343,11 @@ pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
             continue;
         }
         match chain::below(path, &disk.format, places) {
-            Ok(backing) => disk.backing = backing,
+            Ok(backing) if !spells_another(disk, &backing, &ended) => disk.backing = backing,
+            Ok(_) => obstacles.push(format!(
+                "{}: its definition names other images under it than its image does",
+                disk.target
+            )),
             Err(words) => obstacles.push(format!("{}: {words}", disk.target)),
         }
     }
@@ -263,6 +368,19 @@ pub(super) fn with_files(lasting: Lasting, places: &Places) -> Guest {
     let found = obstacles.into_iter().map(|what| Immovable { kind, what });
     guest.immovable.extend(found);
     guest
+}
+
+/// Whether a definition has libvirt take other images under a disk than the headers
+/// name, of which alone the rest of Drover speaks.
+fn spells_another(disk: &Disk, below: &[BackingImage], ended: &[String]) -> bool {
+    let same = |spelled: &BackingImage, image: &BackingImage| {
+        spelled.path == image.path && spelled.format == image.format
+    };
+    let spelled = &disk.backing;
+    let is_longer = spelled.len() > below.len();
+    let is_shorter = spelled.len() < below.len() && ended.contains(&disk.target);
+    let differs = spelled.iter().zip(below).any(|(s, b)| !same(s, b));
+    is_longer || is_shorter || differs
 }
 
 /// Sizes of disks that no file of this node tells (network disks, rare
@@ -289,8 +407,9 @@ fn ask_for_missing_sizes(domain: &Domain, guest: &mut Guest) {
 
 /// Whether no file told how large a disk is.
 pub(super) fn is_unmeasured(disk: &Disk) -> bool {
-    use drover_model::guest::DiskSource as S;
-    disk.virtual_bytes == 0 && !matches!(disk.source, S::Empty) && !disk.target.contains('\0')
+    disk.virtual_bytes == 0
+        && !matches!(disk.source, DiskSource::Empty)
+        && !disk.target.contains('\0')
 }
 
 /// Fills in sizes and makes a report's line of each.
@@ -306,16 +425,26 @@ pub(super) async fn measured(
             Found::Unreadable(_) => None,
         })
         .collect();
-    let mut silences = measurer.fill(&mut guests).await.into_iter();
+    let silences = measurer.fill(&mut guests).await;
+    let digests = rebuild::digests(&found, measurer).await;
+    let mut told = silences.into_iter().zip(digests);
     let reports = found.into_iter().map(|found| match found {
         Found::Unreadable(report) => *report,
-        Found::Whole(whole) => whole.report(silences.next().flatten(), usages),
+        Found::Whole(whole) => {
+            let (silence, digest) = told.next().unwrap_or_default();
+            whole.report(silence, digest, usages)
+        }
     });
     reports.collect()
 }
 
 impl Whole {
-    fn report(self, unreadable: Option<String>, usages: &Usage) -> InstanceReport {
+    fn report(
+        self,
+        unreadable: Option<String>,
+        definition_digest: Option<String>,
+        usages: &Usage,
+    ) -> InstanceReport {
         let Self { guest, notes, .. } = self;
         InstanceReport {
             disk_bytes: disk_bytes(&guest),
@@ -330,7 +459,7 @@ impl Whole {
             migration: None,
             wishes: notes.wishes,
             usage: usages.get(&guest.id).copied(),
-            definition_digest: rebuild::digest(&self.lasting),
+            definition_digest,
             autostart: self.autostart || notes.autostart,
             unreadable,
         }
@@ -344,7 +473,14 @@ fn disk_bytes(guest: &Guest) -> u64 {
 
 /// Files and devices that domains of this node use, by their running or their
 /// lasting definitions.
-pub(super) struct InUse(Vec<User>);
+pub(super) struct InUse {
+    users: Vec<User>,
+    /// Paths whose storage does not answer, and what was there when it did.
+    silent: Vec<(String, Option<Option<Identity>>)>,
+    /// In words, images that cannot be read, and never were: what is beneath them is
+    /// not known.
+    unread: Vec<String>,
+}
 
 /// What one domain uses.
 pub(super) struct User {
@@ -352,35 +488,70 @@ pub(super) struct User {
     pub(super) id: InstanceId,
     /// Its name.
     pub(super) name: String,
-    paths: Vec<String>,
+    /// All of it.
+    pub(super) paths: Vec<String>,
     /// Images whose headers may name further ones: path and format.
     tops: Vec<(String, String)>,
 }
 
-impl User {
-    /// All of it, with what lies under images of a guest that is off. What
-    /// cannot be followed is no file that Drover would remove.
-    pub(super) fn paths(self) -> Vec<String> {
-        let mut paths = self.paths;
-        for (top, format) in self.tops {
-            // Wherever it leads: this only keeps files from being removed.
-            let anywhere = Places(vec!["/".into()]);
-            let below = chain::below(&top, &format, &anywhere).unwrap_or_default();
-            paths.extend(below.into_iter().map(|image| image.path));
-        }
-        paths
-    }
-}
-
 impl InUse {
-    /// All that they use.
+    /// With what is beneath images of guests that are off, and with what is on storage
+    /// that does not answer set apart.
+    pub(super) async fn answering(mut self, measurer: &Measurer) -> Self {
+        let (mut named, mut tops) = (Vec::new(), Vec::new());
+        for (n, user) in self.users.iter_mut().enumerate() {
+            named.extend(user.paths.drain(..).map(|path| (n, path)));
+            tops.extend(user.tops.drain(..).map(|top| (n, top)));
+        }
+        let images = tops.iter().map(|(_, top)| top.clone()).collect();
+        for ((n, _), beneath) in tops.into_iter().zip(measurer.beneath(images).await) {
+            named.extend(beneath.paths.into_iter().map(|path| (n, path)));
+            self.unread.extend(beneath.unread);
+        }
+        let paths = named.iter().map(|(_, path)| path.clone()).collect();
+        let there = measurer.identities(paths).await;
+        for ((n, path), at) in named.into_iter().zip(there) {
+            match at {
+                At::Answers => self.users[n].paths.push(path),
+                At::Silent(last) => self.silent.push((path, last)),
+            }
+        }
+        self
+    }
+
+    /// Whether a domain names a path whose storage does not answer.
+    pub(super) fn is_silent(&self, path: &str) -> bool {
+        self.silent.iter().any(|(silent, _)| silent == path)
+    }
+
+    /// All that they use, of what answers.
     pub(super) fn paths(self) -> Vec<String> {
-        self.0.into_iter().flat_map(User::paths).collect()
+        self.users.into_iter().flat_map(|user| user.paths).collect()
+    }
+
+    /// All that they use, for whoever takes that file away. Blocks.
+    ///
+    /// # Errors
+    /// `Untold` if it is not known of a domain whether it uses the file.
+    pub(super) fn all_paths(self, taken: &str) -> Result<Vec<String>, HypervisorError> {
+        let own = image::identity(taken);
+        let is_other = |(path, last): &&(String, Option<Option<Identity>>)| {
+            path != taken && last.is_some_and(|last| last != own)
+        };
+        let silent = self.silent.iter().find(|silent| !is_other(silent));
+        let silent = silent.map(|(path, _)| format!("the storage of {path} does not answer"));
+        match silent.or_else(|| self.unread.first().cloned()) {
+            None => Ok(self.paths()),
+            Some(why) => Err(HypervisorError::Untold(format!(
+                "whether a domain of this node uses {taken} cannot be told, as {why}: see to that \
+                 storage"
+            ))),
+        }
     }
 
     /// One by one.
     pub(super) fn users(self) -> Vec<User> {
-        self.0
+        self.users
     }
 }
 
@@ -398,11 +569,87 @@ pub(super) fn storage_in_use(connect: &Connect) -> CallResult<InUse> {
             let Some(text) = errors::absent_is_none(domain.xml_desc(flags))? else {
                 continue;
             };
-            let storage = xml::storage(&text).map_err(HypervisorError::from)?;
-            user.paths.extend(storage.paths);
-            user.tops.extend(storage.tops);
+            match xml::storage(&text) {
+                Ok(storage) => {
+                    user.paths.extend(storage.paths);
+                    user.tops.extend(storage.tops);
+                }
+                // That costs no other guest of the node anything, nor this one a file.
+                Err(_) => {
+                    let paths = xml::perhaps_paths(&text);
+                    let tops = paths.iter().map(|path| (path.clone(), "qcow2".to_owned()));
+                    user.tops.extend(tops);
+                    user.paths.extend(paths);
+                }
+            }
         }
         users.push(user);
     }
-    Ok(InUse(users))
+    Ok(InUse {
+        users,
+        silent: Vec::new(),
+        unread: Vec::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_taken_away_while_a_domain_may_use_it_on_storage_that_is_silent() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name).display().to_string();
+        std::fs::write(at("own"), "").unwrap();
+        let own = image::identity(&at("own"));
+        let is_told = |path: &str, last| {
+            let used = InUse {
+                users: Vec::new(),
+                silent: vec![(at(path), last)],
+                unread: Vec::new(),
+            };
+            used.all_paths(&at("own")).is_ok()
+        };
+        assert!(is_told("other", Some(Some((0, 0)))), "another file");
+        assert!(is_told("other", Some(None)), "none was there");
+        assert!(!is_told("other", Some(own)), "the file by another name");
+        assert!(!is_told("other", None), "it never answered");
+        assert!(!is_told("own", Some(Some((0, 0)))), "its name");
+    }
+
+    #[test]
+    fn a_definition_may_not_spell_another_chain_than_the_headers() {
+        let image = |path: &str| BackingImage {
+            path: path.to_owned(),
+            format: "raw".to_owned(),
+            allocated_bytes: 0,
+        };
+        let differs = |spelled: &[&str], below: &[&str], is_ended: bool| {
+            let mut disk = Disk {
+                target: "vda".to_owned(),
+                device: "disk".to_owned(),
+                source: DiskSource::File {
+                    path: "/a".to_owned(),
+                },
+                format: "qcow2".to_owned(),
+                cache: None,
+                read_only: false,
+                shareable: false,
+                virtual_bytes: 0,
+                allocated_bytes: 0,
+                backing: Vec::new(),
+            };
+            disk.backing = spelled.iter().map(|path| image(path)).collect();
+            let below: Vec<_> = below.iter().map(|path| image(path)).collect();
+            let ended = is_ended.then(|| "vda".to_owned());
+            spells_another(&disk, &below, &ended.into_iter().collect::<Vec<_>>())
+        };
+        assert!(!differs(&[], &["/b", "/c"], false), "not spelled");
+        assert!(!differs(&["/b"], &["/b", "/c"], false), "as far as it goes");
+        assert!(!differs(&["/b", "/c"], &["/b", "/c"], true));
+        assert!(differs(&["/x"], &["/b"], false), "another image");
+        assert!(differs(&["/b", "/c"], &["/b"], false), "one more");
+        assert!(differs(&["/b"], &["/b", "/c"], true), "ends before");
+        assert!(differs(&[], &["/b"], true), "ends at once");
+    }
 }

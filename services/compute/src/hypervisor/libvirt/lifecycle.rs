@@ -10,7 +10,7 @@ use virt::{connect::Connect, domain::Domain, error::ErrorNumber, sys};
 use super::{
     errors::{self, CallResult},
     ffi, guests, jobs,
-    standing::presence,
+    standing::{self, presence},
 };
 use crate::hypervisor::{HypervisorError, Job};
 
@@ -73,6 +73,13 @@ pub(super) fn shut_down(connect: &Connect, id: InstanceId) -> CallResult<()> {
         Presence::Present(PowerState::Running) => Ok(domain.shutdown_flags(0)?),
         other => Err(wrong(format!("the guest does not run: {other:?}"))),
     }
+}
+
+/// Whether a guest will be off as soon as libvirt has tidied up after it.
+pub(super) fn is_going_off(connect: &Connect, id: InstanceId) -> CallResult<bool> {
+    let domain = guests::get(connect, id)?;
+    let (state, reason) = ffi::domain_state(&domain)?;
+    Ok(standing::is_going_off(state, reason))
 }
 
 /// Stops a guest hard.

@@ -51,7 +51,7 @@ pub(crate) mod fuzzing {
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -77,6 +77,7 @@ use self::{
         content::{self, Digests},
         image, marks,
         measure::Measurer,
+        memory::Memory,
     },
     usage::Usages,
 };
@@ -97,6 +98,9 @@ pub struct LibvirtDriver {
     switching: Arc<Switching>,
     usages: Usages,
     measurer: Measurer,
+    memory: Memory,
+    /// When it was last looked at which files domains use.
+    looked_at: Mutex<Option<Instant>>,
     /// The room of the instances' file system, as it was last known.
     room: Mutex<Option<Room>>,
     digests: Digests,
@@ -104,6 +108,8 @@ pub struct LibvirtDriver {
 
 /// How long small files' digests are waited for.
 const AT_ONCE: Duration = Duration::from_secs(1);
+/// How often it is looked at which files domains use.
+const LOOK_AT_STORAGE: Duration = Duration::from_secs(60);
 /// Pause between two looks at them.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -129,6 +135,8 @@ impl LibvirtDriver {
             switching: Arc::default(),
             usages: Usages::default(),
             measurer: Measurer::default(),
+            memory: Memory::new(settings.memory_file.clone()),
+            looked_at: Mutex::default(),
             room: Mutex::default(),
             digests: Digests::default(),
             link,
@@ -143,6 +151,32 @@ impl LibvirtDriver {
         let silent = self.measurer.fill(&mut [guest]).await;
         let reason = silent.into_iter().flatten().next();
         reason.map_or(Ok(()), |reason| Err(HypervisorError::Failed(reason)))
+    }
+
+    /// What domains of this node use, as far as their storage answers.
+    async fn storage_in_use(&self) -> Result<guests::InUse> {
+        let named = self.calls.node(guests::storage_in_use).await?;
+        self.memory.take_up(&self.measurer).await;
+        let in_use = named.answering(&self.measurer).await;
+        self.memory.keep(&self.measurer).await;
+        Ok(in_use)
+    }
+
+    /// Looks at what domains use now and then, so that it is known when the storage of one
+    /// of them does not answer any more.
+    async fn look_at_storage(&self) {
+        let is_due = {
+            let looked_at = self.looked_at.lock();
+            let mut at = looked_at.unwrap_or_else(PoisonError::into_inner);
+            let is_due = at.is_none_or(|at| at.elapsed() >= LOOK_AT_STORAGE);
+            if is_due {
+                *at = Some(Instant::now());
+            }
+            is_due
+        };
+        if is_due && let Err(error) = self.storage_in_use().await {
+            tracing::debug!(%error, "files that domains use were not looked at");
+        }
     }
 
     /// Room for instances' disks; as last known while their storage does not answer.
@@ -196,18 +230,30 @@ impl Hypervisor for LibvirtDriver {
     }
 
     async fn guests(&self) -> Result<Vec<InstanceReport>> {
-        let (found, usages) =
-            tokio::join!(self.calls.node(guests::all), self.usages.ask(&self.calls));
-        Ok(guests::measured(found?, &self.measurer, &usages).await)
+        let (found, usages, ()) = tokio::join!(
+            self.calls.node(guests::all),
+            self.usages.ask(&self.calls),
+            self.look_at_storage()
+        );
+        let reports = guests::measured(found?, &self.measurer, &usages).await;
+        ffi::give_memory_back();
+        Ok(reports)
     }
 
     async fn guest(&self, id: InstanceId) -> Result<Option<Guest>> {
-        let read = move |connect: &_| guests::whole(connect, id);
-        let found = self.calls.guest(Effect::Read, id, read).await?;
-        let Some((mut guest, is_arriving)) = found else {
+        let read = move |connect: &_| guests::current(connect, id);
+        let Some(mut found) = self.calls.guest(Effect::Read, id, read).await? else {
             return Ok(None);
         };
-        self.measured(&mut guest).await?;
+        self.measured(&mut found.guest).await?;
+        let is_arriving = found.is_arriving;
+        let guest = match found.has_files() {
+            true => {
+                let look = move || Ok(guests::with_own_files(found));
+                self.calls.files(Effect::Read, look).await?
+            }
+            false => found.guest,
+        };
         if is_arriving || !guest.disks.iter().any(guests::is_unmeasured) {
             return Ok(Some(guest));
         }
@@ -299,8 +345,8 @@ impl Hypervisor for LibvirtDriver {
 
     async fn remove_disk(&self, path: &str) -> Result<()> {
         let path = path.to_owned();
-        let used = self.calls.node(guests::storage_in_use).await?;
-        let remove = move || image::remove(&path, &used.paths());
+        let used = self.storage_in_use().await?;
+        let remove = move || image::remove(&path, &used.all_paths(&path)?);
         self.calls.files(Effect::Change, remove).await
     }
 

@@ -22,10 +22,13 @@ use super::{
     LibvirtDriver,
     blocking::Effect,
     errors::{self, CallResult},
-    ffi, guests, standing,
+    ffi,
+    guests::{self, Found},
+    standing,
     storage::{
         chain::{self, Places},
         content as contents, identity,
+        measure::Measurer,
     },
     usage,
     xml::{self, notes},
@@ -51,40 +54,101 @@ const LONGEST_MEASURING: Duration = Duration::from_secs(10);
 /// only read is another when it was written. None while a file cannot be looked
 /// at: what is known of it is not to be lost over that.
 pub(super) fn digest(text: &str) -> Option<String> {
-    let mut hash = Sha256::new_with_prefix(text);
-    for (path, is_written) in files_of(text)? {
-        let seen = match is_written {
-            true => match fs::metadata(&path) {
-                Ok(file) => Some(file.ino().to_string()),
-                Err(error) if error.kind() == ErrorKind::NotFound => None,
-                Err(_) => return None,
-            },
-            false => contents::stamp(&path).ok()?,
-        };
-        hash.update(format!("{path} {seen:?}"));
-    }
-    Some(format!("{:x}", hash.finalize()))
+    let files = files_of(text)?.into_iter();
+    let seen: Option<Vec<String>> = files.map(|(path, how)| seen(&path, &how)).collect();
+    Some(fingerprint(text, &seen?))
 }
 
-/// The local files of a lasting definition, and which of them its guest writes.
-fn files_of(text: &str) -> Option<Vec<(String, bool)>> {
+/// The same of many, without waiting for storage that does not answer; of domains that
+/// could be read.
+pub(super) async fn digests(found: &[Found], measurer: &Measurer) -> Vec<Option<String>> {
+    let whole = found.iter().filter_map(|found| match found {
+        Found::Whole(whole) => Some(whole.lasting.as_str()),
+        Found::Unreadable(_) => None,
+    });
+    let named: Vec<_> = whole.map(|text| (text, files_of(text))).collect();
+    let files = named.iter().flat_map(|(_, files)| files.iter().flatten());
+    let asked = measurer.ask_each(files.cloned().collect(), seen).await;
+    let mut answers = asked.into_iter().map(|answer| answer.ok().flatten());
+    let digest = |(text, files): &(&str, Option<Vec<_>>)| {
+        let count = files.as_ref()?.len();
+        // All of them, so that the next one's come next.
+        let seen: Vec<Option<String>> = answers.by_ref().take(count).collect();
+        let seen: Option<Vec<String>> = seen.into_iter().collect();
+        Some(fingerprint(text, &seen?))
+    };
+    named.iter().map(digest).collect()
+}
+
+pub(super) fn fingerprint(text: &str, seen: &[String]) -> String {
+    let mut hash = Sha256::new_with_prefix(text);
+    for line in seen {
+        hash.update(line);
+    }
+    format!("{:x}", hash.finalize())
+}
+
+/// How a definition's guest uses a file.
+#[derive(Debug, Clone)]
+enum How {
+    /// It writes it.
+    Writes,
+    /// It only reads it.
+    Reads,
+    /// A drive's own image, of that format, with images under it.
+    Drive { format: String, is_written: bool },
+}
+
+/// What is seen of a file, as a line. Blocks.
+fn seen(path: &str, how: &How) -> Option<String> {
+    let number = || match fs::metadata(path) {
+        Ok(file) => Some(Some(file.ino().to_string())),
+        Err(error) if error.kind() == ErrorKind::NotFound => Some(None),
+        Err(_) => None,
+    };
+    let own = match how {
+        How::Writes
+        | How::Drive {
+            is_written: true, ..
+        } => number()?,
+        How::Reads
+        | How::Drive {
+            is_written: false, ..
+        } => contents::stamp(path).ok()?,
+    };
+    let mut line = format!("{path} {own:?}");
+    if let How::Drive { format, .. } = how {
+        // Wherever a chain leads: it is only looked at.
+        let below = chain::below(path, format, &Places(vec!["/".into()]));
+        for image in below.unwrap_or_default() {
+            let stamp = contents::stamp(&image.path).ok()?;
+            line.push_str(&format!("{} {stamp:?}", image.path));
+        }
+    }
+    Some(line)
+}
+
+/// The local files of a lasting definition.
+fn files_of(text: &str) -> Option<Vec<(String, How)>> {
     let outside = xml::Outside {
         power_state: PowerState::Shutdown,
         persistent: true,
     };
     let guest = xml::guest(text, outside).ok()?;
-    // Wherever a chain leads: it is only looked at.
-    let anywhere = Places(vec!["/".into()]);
-    let drives = guest.disks.iter().filter_map(|disk| {
-        let below = chain::below(disk.local_path()?, &disk.format, &anywhere);
-        Some(below.unwrap_or_default())
-    });
-    let below: Vec<_> = drives.flatten().map(|image| (image.path, false)).collect();
-    let named = guest.uses().into_iter().map(|u| {
+    let files = guest.uses().into_iter().map(|u| {
         let is_written = matches!(u.role, UseRole::Own | UseRole::SharedDisk);
-        (u.path, is_written)
+        let drive = guest.disks.iter().find(|d| d.local_path() == Some(&u.path));
+        let how = match (drive, is_written) {
+            (Some(disk), is_written) => How::Drive {
+                format: disk.format.clone(),
+                is_written,
+            },
+            (None, true) => How::Writes,
+            (None, false) => How::Reads,
+        };
+        (u.path, how)
     });
-    Some(named.chain(below).collect())
+    Some(files.collect())
 }
 
 /// A lasting definition, and whether it has secrets that are not in it.

@@ -1,5 +1,7 @@
 //! The settings of the libvirt driver, with defaults that suit a plain node.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::hypervisor::{HypervisorError, Result};
@@ -41,6 +43,9 @@ pub struct LibvirtSettings {
     pub reconnect_min_ms: u64,
     /// Longest such pause, milliseconds.
     pub reconnect_max_ms: u64,
+    /// Where what was seen of storage is kept over a restart; nowhere if none.
+    #[serde(skip)]
+    pub memory_file: Option<PathBuf>,
 }
 
 impl Default for LibvirtSettings {
@@ -62,6 +67,7 @@ impl Default for LibvirtSettings {
             keepalive_count: 3,
             reconnect_min_ms: 200,
             reconnect_max_ms: 10_000,
+            memory_file: None,
         }
     }
 }

@@ -69,6 +69,12 @@ pub(super) fn is_split(state: u32, reason: u32) -> bool {
         )
 }
 
+/// Whether a domain's system or QEMU has ended, and libvirt has yet to tidy up.
+pub(super) fn is_going_off(state: u32, reason: u32) -> bool {
+    let stands = (sys::VIR_DOMAIN_PAUSED, sys::VIR_DOMAIN_PAUSED_SHUTTING_DOWN);
+    state == sys::VIR_DOMAIN_SHUTDOWN || (state, reason) == stands
+}
+
 /// How often a state that changes while it is looked at is looked at again.
 const LOOKS: usize = 4;
 
@@ -80,7 +86,11 @@ pub(super) fn presence(domain: &Domain) -> std::result::Result<Presence, Error> 
             Standing::Certain(power_state) => power_state,
             Standing::Crashed if domain.is_active()? => PowerState::Paused,
             Standing::Crashed => PowerState::Crashed,
-            Standing::MaybeIncoming if !is_incoming_job(domain)? => PowerState::Paused,
+            // What was waited for may have been its end.
+            Standing::MaybeIncoming if !is_incoming_job(domain)? => match domain.is_active()? {
+                true => PowerState::Paused,
+                false => continue,
+            },
             Standing::MaybeIncoming => {
                 let again = ffi::domain_state(domain)?;
                 if standing(again.0, again.1) == Standing::MaybeIncoming {
@@ -162,6 +172,22 @@ mod tests {
             standing(sys::VIR_DOMAIN_NOSTATE, 0),
             Standing::Certain(PowerState::Running)
         );
+    }
+
+    #[test]
+    fn only_what_is_in_shutdown_goes_off() {
+        assert!(is_going_off(sys::VIR_DOMAIN_SHUTDOWN, 0));
+        assert!(is_going_off(
+            sys::VIR_DOMAIN_PAUSED,
+            sys::VIR_DOMAIN_PAUSED_SHUTTING_DOWN
+        ));
+        let reason = sys::VIR_DOMAIN_PAUSED_SHUTTING_DOWN;
+        assert!(!is_going_off(sys::VIR_DOMAIN_RUNNING, reason));
+        assert!(!is_going_off(sys::VIR_DOMAIN_SHUTOFF, reason));
+        assert!(!is_going_off(
+            sys::VIR_DOMAIN_PAUSED,
+            sys::VIR_DOMAIN_PAUSED_USER
+        ));
     }
 
     #[test]

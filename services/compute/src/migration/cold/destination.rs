@@ -22,7 +22,6 @@ use super::{
         actor::{Actor, Stage},
         contents::{are_all_checked, are_as_checked},
         destroy::{self, Redundant, Reverting, lasting_files},
-        past::Finished,
     },
     files,
 };
@@ -95,7 +94,7 @@ impl Actor {
         for (file, fact) in record.files.iter().zip(facts) {
             if file.role == FileRole::Device && fact.in_use {
                 return Err(Fault::refused(format!(
-                    "a guest of this node uses {}",
+                    "a guest of this node, or the node itself, uses {}",
                     file.path
                 )));
             }
@@ -350,7 +349,7 @@ impl Actor {
         // Disks before what lies under them.
         for own in [true, false] {
             let made = record.files.iter().filter(|file| file.is_made());
-            for file in made.filter(|file| super::source::is_own(file.role) == own) {
+            for file in made.filter(|file| files::is_own(file.role) == own) {
                 let removed = destroy::remove_made(&self.node, &file.into(), &proof).await;
                 self.note_removed(&file.path, removed, &mut clean_up)?;
             }
@@ -388,7 +387,8 @@ impl Actor {
         }
     }
 
-    /// What came is on stable storage and the guest's for good.
+    /// What came is on stable storage and the guest's for good. Of one that somebody has
+    /// taken away since, what is left here is named.
     pub(in super::super) async fn confirm_at_destination(
         &mut self,
         step: StepRef,
@@ -402,7 +402,7 @@ impl Actor {
             return self.remembered().await;
         }
         let has_left = presence == Presence::Absent
-            && matches!(&self.stage, Stage::Coming(record) if record.arrived && record.reverted.is_none());
+            && matches!(&self.stage, Stage::Coming(record) if record.arrived);
         if !matches!(presence, Presence::Present(_)) && !has_left {
             let message = format!("the guest is not on this node ({presence})");
             return Err(Fault::refused(message));
@@ -412,10 +412,24 @@ impl Actor {
         for file in record.files.iter().filter(lasting).filter(|_| !has_left) {
             hypervisor.flush_file(&file.path).await.map_err(fault)?;
         }
+        let mut clean_up = CleanUp::default();
+        if has_left {
+            clean_up.kept = self.left_of(&record).await?;
+        }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::remove(&path).await?;
-        self.forget(step, Finished::with(Ended::Arrived)).await?;
-        Ok(CleanUp::default())
+        self.forget_if_clean(step, Ended::Arrived, clean_up).await
+    }
+
+    /// The files that were made here for a guest and are still there, in words.
+    async fn left_of(&self, record: &ComingRecord) -> Result<Vec<String>, Fault> {
+        let made = record.files.iter().filter(|file| file.is_made());
+        let made = self.see_files(made.map(|file| (&file.path, &file.path)));
+        let mut made = made.await?;
+        made.retain(|file| file.exists);
+        let host = &self.node.settings.host;
+        let left = made.iter().map(|file| files::left(&file.path, host));
+        Ok(left.collect())
     }
 
     /// Stops the guest and takes its definition away; its disks stay for now. On

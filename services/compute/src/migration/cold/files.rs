@@ -8,11 +8,12 @@ use drover_model::{
         compute::{CarriedFile, ColdPart, FileRole},
         fault::Fault,
     },
-    ids::MigrationId,
+    guest::Guest,
+    ids::{HostName, MigrationId},
 };
 use uuid::Uuid;
 
-use crate::hypervisor::Overlay;
+use crate::{hypervisor::Overlay, journal::KeptFile};
 
 /// Files of one guest. A virtual machine has far fewer.
 const MOST_FILES: usize = 512;
@@ -56,9 +57,42 @@ pub(super) fn overlays(files: &[CarriedFile]) -> Vec<Overlay> {
     deltas.collect()
 }
 
-/// A file's name while it is set aside.
-pub(super) fn kept_name(path: &str, migration: MigrationId) -> String {
-    format!("{path}.kept-{migration}")
+/// Those of the overlays that a guest uses, now or after its next start.
+pub(super) fn used_overlays(files: &[CarriedFile], guests: &[Guest]) -> Vec<Overlay> {
+    let mut overlays = overlays(files);
+    overlays.retain(|overlay| {
+        let mut disks = guests.iter().flat_map(|guest| &guest.disks);
+        disks.any(|disk| disk.local_path() == Some(&*overlay.path))
+    });
+    overlays
+}
+
+/// Whether a file is the guest's alone, and so removed where the guest leaves.
+pub(super) fn is_own(role: FileRole) -> bool {
+    role != FileRole::Backing
+}
+
+/// What is renamed when the guest is set aside.
+pub(super) fn kept(files: &[CarriedFile], migration: MigrationId) -> Vec<KeptFile> {
+    let own = files.iter().filter(|file| is_own(file.role));
+    let renamed = own.filter(|file| file.role != FileRole::Device);
+    renamed
+        .map(|file| KeptFile {
+            path: file.path.clone(),
+            kept: format!("{}.kept-{migration}", file.path),
+        })
+        .collect()
+}
+
+/// The images under disks, which stay where they are.
+pub(super) fn under(files: &[CarriedFile]) -> Vec<String> {
+    let under = files.iter().filter(|file| !is_own(file.role));
+    under.map(|file| file.path.clone()).collect()
+}
+
+/// Says of a file that it is left, for whoever may want it.
+pub(super) fn left(path: &str, host: &HostName) -> String {
+    format!("{path} is left on {host}: remove it by hand if it is not wanted")
 }
 
 /// Where an agent writes a definition down that is carried to the other.

@@ -11,7 +11,8 @@
 //!                                                                          rollback_resize ────────► (nothing left)
 //! ```
 //!
-//! * [`source`] and [`destination`]: the steps. [`files`]: names and lists.
+//! * [`source`] and [`destination`]: the steps. [`files`]: names and lists. [`memory`]: a
+//!   source that has lost its journal. [`sent`]: whether a guest is still as it was sent.
 //!
 //! A guest is started only with the conductor's word that it runs nowhere else
 //! (invariant 1). What is set aside is renamed and has no definition, so that
@@ -19,6 +20,8 @@
 
 mod destination;
 pub(super) mod files;
+mod memory;
+mod sent;
 mod source;
 
 pub(super) use source::Leaving;

@@ -7,11 +7,12 @@ use drover_model::{
     api::{
         compute::{
             CarriedFile, CleanUp, ColdPart, Ended as Over, FileRole, FinishRevertResize,
-            GuestLocation, JobState, Known, Outcome, RemoveCopy, ResizeInstance, StepRef,
+            GuestLocation, JobState, Known, Outcome, RemoveCopy, ResizeInstance, SetAside, StepRef,
         },
         fault::Fault,
     },
-    guest::{PowerState, Presence},
+    content::FileContent,
+    guest::{Guest, PowerState, Presence},
     ids::InstanceId,
     migration::{Phase, Transfer},
 };
@@ -28,7 +29,7 @@ use super::{
 };
 use crate::{
     faults::{hypervisor as fault, journal_lost},
-    hypervisor::{HypervisorError, Overlay, SendSpec},
+    hypervisor::{Definition, HypervisorError, Overlay, SendSpec},
     journal::{Ended, KeptFile, LeavingRecord, Record, definition},
     node::Counters,
 };
@@ -95,20 +96,25 @@ impl Actor {
                     return Err(Fault::refused(message));
                 }
             };
-            let guest = self.node.hypervisor.guest(step.instance).await;
-            let guest = guest.map_err(fault)?;
+            self.all_disks_are_known(step).await?;
+            let guests = self.both(step.instance).await?;
+            let (overlays, definition) = self.frozen_before(step, &guests)?;
             let record = LeavingRecord {
                 instance: step.instance,
-                generation: guest.map(|guest| guest.generation).unwrap_or_default(),
+                generation: guests.first().map_or(0, |guest| guest.generation),
                 under: Vec::new(),
                 was_running,
                 asked_to_stop: false,
                 done: Vec::new(),
                 begun: Vec::new(),
-                definition: None,
-                overlays: Vec::new(),
+                definition,
+                overlays,
                 kept: Vec::new(),
+                withdrawn: false,
                 aside: false,
+                sent: Vec::new(),
+                sent_as: None,
+                defines: false,
             };
             self.write_leaving(&record).await?;
             Ok(record)
@@ -128,7 +134,23 @@ impl Actor {
         }
     }
 
-    async fn write_leaving(&self, record: &LeavingRecord) -> Result<(), Fault> {
+    /// Disks that stand still since a time that this agent has forgotten, and the
+    /// definition from before. One that is to have them stand still thaws them itself.
+    fn frozen_before(
+        &self,
+        step: &ResizeInstance,
+        guests: &[Guest],
+    ) -> Result<(Vec<Overlay>, Option<Definition>), Fault> {
+        let used = files::used_overlays(&step.files, guests);
+        if used.is_empty() || step.part == ColdPart::PreCopy {
+            return Ok((Vec::new(), None));
+        }
+        let domain = step.domain.clone();
+        let domain = domain.ok_or_else(|| journal_lost(self.migration))?;
+        Ok((used, Some(Definition::of_domain(domain))))
+    }
+
+    pub(super) async fn write_leaving(&self, record: &LeavingRecord) -> Result<(), Fault> {
         let entry = Record::Leaving(Box::new(record.clone()));
         self.write_down(&entry).await
     }
@@ -157,6 +179,8 @@ impl Actor {
             }
             ColdPart::Copy => self.sending(&step, &mut record).await?,
         };
+        // What it was done with before may have changed.
+        record.done.retain(|part| *part != step.part);
         if !record.begun.contains(&step.part) {
             record.begun.push(step.part);
         }
@@ -198,8 +222,7 @@ impl Actor {
         }
         let hypervisor = self.node.hypervisor.clone();
         if record.definition.is_none() {
-            self.thaw_what_is_forgotten(step.instance, &overlays)
-                .await?;
+            self.thaw_what_is_forgotten(step).await?;
             // As it is without overlays; what is frozen is no lasting change.
             let taken = hypervisor.definition(step.instance).await.map_err(fault)?;
             record.definition = Some(taken.ok_or_else(no_longer_defined)?);
@@ -210,31 +233,28 @@ impl Actor {
             self.keep(record.clone());
         }
         let frozen = hypervisor.freeze_disks(step.instance, &overlays).await;
-        frozen.map_err(fault)
+        frozen.map_err(fault)?;
+        if record.sent_as.is_none() {
+            record.sent_as = hypervisor.definition(step.instance).await.map_err(fault)?;
+        }
+        Ok(())
     }
 
     /// A life of this agent whose journal is lost may have had the same disks stand
     /// still: the guest's definition names their overlays until those are merged.
-    async fn thaw_what_is_forgotten(
-        &self,
-        instance: InstanceId,
-        overlays: &[Overlay],
-    ) -> Result<(), Fault> {
-        let hypervisor = &self.node.hypervisor;
+    async fn thaw_what_is_forgotten(&self, step: &ResizeInstance) -> Result<(), Fault> {
+        let (hypervisor, instance) = (&self.node.hypervisor, step.instance);
         let guest = hypervisor.guest(instance).await.map_err(fault)?;
         let guest = guest.ok_or_else(no_longer_defined)?;
-        let is_used = |overlay: &&Overlay| {
-            let path = Some(overlay.path.as_str());
-            guest.disks.iter().any(|disk| disk.local_path() == path)
-        };
-        if !overlays.iter().any(|overlay| is_used(&overlay)) {
+        if files::used_overlays(&step.files, &[guest]).is_empty() {
             return Ok(());
         }
+        let overlays = files::overlays(&step.files);
         warn!(migration = %self.migration, %instance,
             "its disks stand still since a time that this agent has forgotten: they are thawed");
-        let thawed = hypervisor.thaw_disks(instance, overlays).await;
+        let thawed = hypervisor.thaw_disks(instance, &overlays).await;
         thawed.map_err(fault)?;
-        for overlay in overlays {
+        for overlay in &overlays {
             let removed = destroy::remove_thawed(&self.node, overlay).await;
             removed.map_err(fault)?;
         }
@@ -252,18 +272,11 @@ impl Actor {
             .map(|file| file.path.clone())
             .collect();
         if step.part == ColdPart::Copy {
-            let path = self.write_definition(step.instance, record).await?;
+            let path = self.write_definition(step, record).await?;
             paths.push(path);
-            let own = step.files.iter().filter(|file| is_own(file.role));
-            let under = step.files.iter().filter(|file| !is_own(file.role));
-            record.under = under.map(|file| file.path.clone()).collect();
-            record.kept = own
-                .filter(|file| file.role != FileRole::Device)
-                .map(|file| KeptFile {
-                    path: file.path.clone(),
-                    kept: files::kept_name(&file.path, self.migration),
-                })
-                .collect();
+            record.sent = self.stamps(&step.files).await?;
+            record.under = files::under(&step.files);
+            record.kept = files::kept(&step.files, self.migration);
         }
         let [early_bytes, total_bytes] = bytes_to_carry(&step.files);
         let options = &step.options;
@@ -297,29 +310,32 @@ impl Actor {
 
     async fn write_definition(
         &self,
-        instance: InstanceId,
+        step: &ResizeInstance,
         record: &mut LeavingRecord,
     ) -> Result<String, Fault> {
-        let hypervisor = &self.node.hypervisor;
+        let (hypervisor, instance) = (&self.node.hypervisor, step.instance);
         let presence = hypervisor.presence(instance).await.map_err(fault)?;
         if !matches!(presence, Presence::Present(state) if !state.is_active()) {
             let message = format!("the guest is not shut off on this node ({presence})");
             return Err(Fault::refused(message));
         }
-        let taken = match record
-            .definition
-            .clone()
-            .filter(|_| !record.overlays.is_empty())
-        {
-            Some(before) => before,
-            None => {
-                let taken = hypervisor.definition(instance).await.map_err(fault)?;
-                taken.ok_or_else(no_longer_defined)?
-            }
-        };
+        let now = hypervisor.definition(instance).await.map_err(fault)?;
+        let now = now.ok_or_else(no_longer_defined)?;
+        let before = record.definition.as_ref();
+        let before = before.filter(|_| !record.overlays.is_empty());
+        if before.is_some() && record.sent_as.as_ref().is_some_and(|then| *then != now) {
+            return Err(Fault::refused(
+                "the guest's definition was changed since its disks were made to stand still: it \
+                 stays as it is on this node; migrate it again",
+            ));
+        }
+        let taken = before.unwrap_or(&now).clone();
+        // After the definition was taken, so that it has no disk that is not seen here.
+        self.all_disks_are_known(step).await?;
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::write(&path, &taken, self.node.journal.disk()).await?;
         record.definition = Some(taken);
+        record.sent_as = Some(now);
         Ok(path.display().to_string())
     }
 
@@ -351,8 +367,10 @@ impl Actor {
     }
 
     /// Keeps definition and disks aside, so that nothing starts the guest here.
-    pub(in super::super) async fn set_aside(&mut self, step: StepRef) -> Result<CleanUp, Fault> {
-        self.same_instance(step)?;
+    pub(in super::super) async fn set_aside(&mut self, step: SetAside) -> Result<CleanUp, Fault> {
+        let reference = self.step(step.instance);
+        self.same_instance(reference)?;
+        self.recall(reference, step.memory, false).await?;
         let mut record = self.leaving()?.clone();
         let clean_up = CleanUp::default();
         let hypervisor = self.node.hypervisor.clone();
@@ -361,18 +379,44 @@ impl Actor {
             let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }
-        let proof = Aside::of(&record)?;
-        if record.aside && presence == Presence::Absent && self.is_all_aside(&record).await? {
+        let was_aside = record.aside && !record.defines && presence == Presence::Absent;
+        if was_aside && self.is_all_aside(&record).await? {
             return Ok(clean_up);
+        }
+        if presence == Presence::Absent && !record.withdrawn {
+            return Err(Fault::refused(
+                "somebody else has undefined the guest on this node, or moved it",
+            ));
+        }
+        self.is_ours_to_withdraw(&record, presence).await?;
+        let remaining = self.remaining(&record, presence).await?;
+        let proof = match Aside::of(&record, &remaining) {
+            Ok(proof) => proof,
+            Err(changed) => {
+                self.has_to_be_sent_again(record).await?;
+                return Err(changed);
+            }
+        };
+        if !record.withdrawn {
+            record.withdrawn = true;
+            self.write_leaving(&record).await?;
+            self.keep(record.clone());
         }
         // Also after a way back that was broken off: some may have their own names.
         let withdrawn = destroy::withdraw(&self.node, step.instance, &proof).await;
         withdrawn.map_err(fault)?;
         for file in &record.kept {
-            let renamed = destroy::rename_away(&self.node, file, &proof).await;
-            renamed.map_err(fault)?;
+            match destroy::rename_away(&self.node, file, &proof).await {
+                // It is aside already: what has its name now is somebody else's.
+                Err(HypervisorError::Exists(_)) if presence == Presence::Absent => {}
+                renamed => renamed.map_err(fault)?,
+            }
         }
         record.aside = true;
+        record.defines = false;
+        // Names, and who writes them, change from now on.
+        record.sent.clear();
+        record.sent_as = None;
         self.write_leaving(&record).await?;
         self.node.counters.count_outcome(&work::done());
         info!(migration = %self.migration, instance = %step.instance,
@@ -381,10 +425,43 @@ impl Actor {
         Ok(clean_up)
     }
 
+    /// Refuses to withdraw a definition that somebody else made of a guest that is aside,
+    /// wholly or in part.
+    async fn is_ours_to_withdraw(
+        &self,
+        record: &LeavingRecord,
+        presence: Presence,
+    ) -> Result<(), Fault> {
+        if presence == Presence::Absent {
+            return Ok(());
+        }
+        if record.aside && !record.defines {
+            return Err(defined_by_others());
+        }
+        match self.renamed(record).await?.first() {
+            None => Ok(()),
+            Some(path) => Err(Fault::refused(format!(
+                "the guest is defined on this node while its {path} is set aside: its definition \
+                 is not withdrawn"
+            ))),
+        }
+    }
+
     async fn is_all_aside(&self, record: &LeavingRecord) -> Result<bool, Fault> {
         let kept = record.kept.iter().map(|file| (&file.kept, &file.kept));
         let kept = self.see_files(kept).await?;
         Ok(kept.iter().all(|file| file.exists))
+    }
+
+    /// The guest is another than the one that was sent.
+    async fn has_to_be_sent_again(&mut self, mut record: LeavingRecord) -> Result<(), Fault> {
+        record.done.retain(|part| *part != ColdPart::Copy);
+        self.write_leaving(&record).await?;
+        if let Stage::Leaving(leaving) = &mut self.stage {
+            *leaving.record = record;
+            leaving.parts.forget();
+        }
+        Ok(())
     }
 
     fn keep(&mut self, record: LeavingRecord) {
@@ -400,6 +477,8 @@ impl Actor {
     ) -> Result<GuestLocation, Fault> {
         let reference = self.step(step.instance);
         self.abort_resize(reference).await?;
+        self.recall(reference, step.memory.clone(), step.ran)
+            .await?;
         if matches!(self.stage, Stage::Idle) {
             // Nothing was begun here, or it was brought back before.
             if self.registry.known(self.migration) == Known::Lost {
@@ -409,6 +488,9 @@ impl Actor {
             return self.location(step.instance).await;
         }
         let mut record = self.leaving()?.clone();
+        if !record.withdrawn && !self.is_here(step.instance).await? {
+            return self.leave_to_others(reference, &record).await;
+        }
         let failure = self.failure();
         // One that was set aside has been counted as moved.
         let counts = !record.aside;
@@ -427,20 +509,46 @@ impl Actor {
         self.location(step.instance).await
     }
 
+    async fn is_here(&self, instance: InstanceId) -> Result<bool, Fault> {
+        let presence = self.node.hypervisor.presence(instance).await;
+        Ok(presence.map_err(fault)? != Presence::Absent)
+    }
+
+    /// Somebody else has undefined the guest, or moved it: it is theirs.
+    async fn leave_to_others(
+        &mut self,
+        step: StepRef,
+        record: &LeavingRecord,
+    ) -> Result<GuestLocation, Fault> {
+        let overlays: Vec<_> = record.overlays.iter().map(|o| &o.path).collect();
+        warn!(migration = %self.migration, instance = %step.instance, ?overlays,
+            "somebody else has undefined the guest: what is left of it here stays as it is");
+        let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+        definition::remove(&path).await?;
+        self.forget(step, Finished::with(Over::MadeWay)).await?;
+        self.location(step.instance).await
+    }
+
     /// Files and definition are where they were.
     async fn put_back(&mut self, record: &mut LeavingRecord) -> Result<(), Fault> {
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
-        if record.aside && !presence.is_active() {
-            self.nothing_is_lost(record).await?;
+        match presence {
+            Presence::Absent => self.all_can_go_back(record).await?,
+            state if !state.is_active() && record.aside && !record.defines => {
+                return Err(defined_by_others());
+            }
+            _ => {}
         }
         if !presence.is_active() {
             // Also where the agent died while it renamed.
             for file in record.kept.iter().rev() {
+                // What is defined again has its overlays merged, and removed.
+                let may_be_gone = presence != Presence::Absent && record.is_overlay(&file.path);
                 match destroy::rename_back(&self.node, file).await {
                     Ok(()) => {}
                     // It was not renamed yet, and the guest has it.
-                    Err(HypervisorError::Failed(_)) if !record.aside => {}
+                    Err(HypervisorError::Failed(_)) if !record.aside || may_be_gone => {}
                     Err(HypervisorError::Exists(_)) if !record.aside => {}
                     Err(e) => return Err(fault(e)),
                 }
@@ -460,8 +568,13 @@ impl Actor {
         }
         if must_define {
             let lost = || Fault::bug("the guest is gone, and so is its definition");
-            let definition = record.definition.as_ref().ok_or_else(lost)?;
-            hypervisor.define(definition, None).await.map_err(fault)?;
+            let definition = record.definition.clone().ok_or_else(lost)?;
+            if record.aside && !record.defines {
+                record.defines = true;
+                self.write_leaving(record).await?;
+                self.keep(record.clone());
+            }
+            hypervisor.define(&definition, None).await.map_err(fault)?;
         }
         for overlay in &record.overlays {
             let removed = destroy::remove_thawed(&self.node, overlay).await;
@@ -475,20 +588,40 @@ impl Actor {
         Ok(())
     }
 
-    /// Every file that was set aside is there, under one name or the other. Looked
-    /// at before the first is touched.
-    async fn nothing_is_lost(&self, record: &LeavingRecord) -> Result<(), Fault> {
-        for file in &record.kept {
-            let names = [&file.kept, &file.path].map(|name| (name, name));
-            let seen = self.see_files(names.into_iter()).await?;
-            if !seen.iter().any(|name| name.exists) {
-                return Err(Fault::refused(format!(
-                    "{} was set aside as {} and is gone: the guest cannot be brought back",
-                    file.path, file.kept
-                )));
+    /// Every file that was set aside is there, under one name or the other, and nothing
+    /// else has its name. Looked at before the first is touched.
+    async fn all_can_go_back(&self, record: &LeavingRecord) -> Result<(), Fault> {
+        for KeptFile { path, kept } in &record.kept {
+            let seen = self.see_files([(kept, kept), (path, path)].into_iter());
+            let seen = seen.await?;
+            let there = |name: &String| seen.iter().any(|f| f.path == *name && f.exists);
+            match (there(kept), there(path)) {
+                (false, false) => {
+                    return Err(Fault::refused(format!(
+                        "{path} was set aside as {kept} and is gone: the guest cannot be brought \
+                         back"
+                    )));
+                }
+                (true, true) if !self.is_one_file(kept, path).await? => {
+                    return Err(Fault::refused(format!(
+                        "{path} was set aside as {kept}, and another file has its name by now: \
+                         move that away, and ask again"
+                    )));
+                }
+                _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Two names of one file: giving it another name was broken off.
+    async fn is_one_file(&self, a: &str, b: &str) -> Result<bool, Fault> {
+        let both = [a.to_owned(), b.to_owned()];
+        let found = self.node.hypervisor.contents(&both, &[]).await;
+        let found = found.map_err(fault)?;
+        let mut stamps = found.iter().map(FileContent::stamp);
+        let first = stamps.next().flatten();
+        Ok(first.is_some() && stamps.all(|stamp| stamp == first))
     }
 
     /// Has a guest run that ran before, also if it only now obeys.
@@ -500,28 +633,31 @@ impl Actor {
         let hypervisor = &self.node.hypervisor;
         let until = tokio::time::Instant::now() + SECOND_THOUGHTS;
         loop {
+            let is_going_off = hypervisor.is_going_off(record.instance).await;
+            let is_going_off = is_going_off.map_err(fault)?;
             let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
-            match presence {
-                Presence::Present(PowerState::Running)
-                    if record.asked_to_stop && tokio::time::Instant::now() < until =>
-                {
-                    tokio::time::sleep(LOOK).await;
-                }
-                Presence::Present(state) if state.is_active() => return Ok(()),
-                _ if !runs_nowhere_else => {
-                    return Err(Fault::refused(
-                        "nobody says that the guest runs nowhere else: not started",
-                    ));
-                }
-                _ => {
-                    hypervisor.start(record.instance).await.map_err(fault)?;
-                    return Ok(());
-                }
+            if !presence.is_active() {
+                break;
+            }
+            let runs = presence == Presence::Present(PowerState::Running);
+            let may_go_off = is_going_off || (runs && record.asked_to_stop);
+            match tokio::time::Instant::now() < until {
+                true if may_go_off => tokio::time::sleep(LOOK).await,
+                // Whoever asks again finds it off some day.
+                false if is_going_off => return Err(Fault::not_now(work::IN_SHUTDOWN)),
+                _ => return Ok(()),
             }
         }
+        if !runs_nowhere_else {
+            return Err(Fault::refused(
+                "nobody says that the guest runs nowhere else: not started",
+            ));
+        }
+        hypervisor.start(record.instance).await.map_err(fault)
     }
 
     /// Removes what was set aside, for good, by evidence of the destination's copy.
+    /// Without any it leaves a guest alone that somebody has brought back here.
     pub(in super::super) async fn confirm_resize(
         &mut self,
         ask: RemoveCopy,
@@ -536,7 +672,12 @@ impl Actor {
             return Err(Fault::refused("the guest was never set aside here"));
         }
         let presence = self.node.hypervisor.presence(step.instance).await;
-        if presence.map_err(fault)? != Presence::Absent {
+        let presence = presence.map_err(fault)?;
+        let is_theirs = matches!(presence, Presence::Present(_)) && !record.defines;
+        if ask.survivor.is_none() && is_theirs {
+            return self.leave_what_came_back(step, &record).await;
+        }
+        if presence != Presence::Absent {
             return Err(Fault::refused(
                 "the guest is defined on this node: nothing is removed",
             ));
@@ -552,6 +693,28 @@ impl Actor {
         self.forget_if_clean(step, Over::Left, clean_up).await
     }
 
+    /// Somebody has brought the guest back here past Drover, and it is nowhere else: it
+    /// is theirs, and what lies aside stays where it is.
+    async fn leave_what_came_back(
+        &mut self,
+        step: StepRef,
+        record: &LeavingRecord,
+    ) -> Result<CleanUp, Fault> {
+        let kept = record.kept.iter().map(|file| (&file.kept, &file.kept));
+        let mut kept = self.see_files(kept).await?;
+        kept.retain(|file| file.exists);
+        let host = &self.node.settings.host;
+        let clean_up = CleanUp {
+            kept: kept.iter().map(|f| files::left(&f.path, host)).collect(),
+            ..CleanUp::default()
+        };
+        warn!(migration = %self.migration, instance = %step.instance, left = ?clean_up.kept,
+            "somebody has brought the guest back here: what was set aside stays as it is");
+        let path = files::definition_path(&self.node.settings.state_dir, self.migration);
+        definition::remove(&path).await?;
+        self.forget_if_clean(step, Over::MadeWay, clean_up).await
+    }
+
     /// Of what lies here aside all that is still there has to be in place there. (A
     /// file that somebody removed by hand needs no other.)
     async fn destination_stays(
@@ -560,8 +723,8 @@ impl Actor {
         record: &LeavingRecord,
     ) -> Result<Redundant, Fault> {
         let own = &self.node.settings.host;
-        let is_overlay = |path: &String| record.overlays.iter().any(|o| o.path == *path);
-        let kept = record.kept.iter().filter(|file| !is_overlay(&file.path));
+        let kept = record.kept.iter();
+        let kept = kept.filter(|file| !record.is_overlay(&file.path));
         let here = self.see_files(kept.map(|file| (&file.path, &file.kept)));
         let mut here = here.await?;
         here.retain(|file| file.exists);
@@ -598,6 +761,13 @@ fn has_device(files: &[CarriedFile]) -> bool {
     files.iter().any(|file| file.role == FileRole::Device)
 }
 
+fn defined_by_others() -> Fault {
+    Fault::refused(
+        "the guest is set aside on this node, and somebody has defined it here again: neither is \
+         touched; undefine the one that is not wanted",
+    )
+}
+
 fn no_longer_defined() -> Fault {
     Fault::refused("the guest is no longer defined here")
 }
@@ -615,9 +785,4 @@ fn bytes_to_carry(files: &[CarriedFile]) -> [u64; 2] {
         early_bytes,
         early_bytes.saturating_add(bytes_of(ColdPart::Copy)),
     ]
-}
-
-/// Whether a file is the guest's alone, and so removed where the guest leaves.
-pub(super) fn is_own(role: FileRole) -> bool {
-    role != FileRole::Backing
 }

@@ -20,6 +20,7 @@ use super::{
     super::{
         actor::{Actor, Stage},
         destroy::{self, OtherFiles, Unused},
+        look::fingerprint,
         past::Finished,
         work::{self, Parts, Work},
     },
@@ -280,6 +281,9 @@ impl Actor {
             return Ok(nothing_left());
         }
         if !record.begun.contains(&part) {
+            if part == TransferPart::HandOver {
+                self.is_as_planned(&record).await?;
+            }
             record.begun.push(part);
             self.write_transfer(&record).await?;
         }
@@ -300,6 +304,22 @@ impl Actor {
             transferring.parts.begin(work);
         }
         Ok(job)
+    }
+
+    /// Refuses if somebody has defined the guest anew since it was planned what changes:
+    /// some of that would be lost by handing over, or by taking that back.
+    async fn is_as_planned(&self, record: &TransferRecord) -> Result<(), Fault> {
+        let hypervisor = &self.node.hypervisor;
+        let now = fingerprint(&**hypervisor, record.instance).await;
+        let now = now.map_err(fault)?;
+        let before = hypervisor.fingerprint(&record.definition).map_err(fault)?;
+        match now.is_some_and(|now| now != before) {
+            false => Ok(()),
+            true => Err(Fault::refused(
+                "the guest's lasting definition was changed during the transfer, which would \
+                 lose the change: ask again",
+            )),
+        }
     }
 
     fn transferring(&self) -> Result<&TransferRecord, Fault> {

@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 
 use super::super::{
     destroy::{self, OtherFiles},
-    work::{AWAY, LONGEST_AWAY, Worker, done, failed, millis},
+    work::{AWAY, IN_SHUTDOWN, LONGEST_AWAY, Worker, done, failed, millis},
 };
 use crate::{
     hypervisor::{HypervisorError, Mirror},
@@ -350,14 +350,18 @@ impl Worker {
             }
         }
         let until = Instant::now() + SECOND_THOUGHTS;
-        while record.begun.contains(&TransferPart::Stop) && Instant::now() < until {
-            match hypervisor.presence(self.instance).await? {
-                Presence::Present(PowerState::Running) => sleep(LOOK).await,
-                Presence::Present(state) if state.is_active() => break,
-                presence => {
-                    self.take_back_off(record, presence).await?;
-                    break;
-                }
+        while record.begun.contains(&TransferPart::Stop) {
+            let is_going_off = hypervisor.is_going_off(self.instance).await?;
+            let presence = hypervisor.presence(self.instance).await?;
+            if !presence.is_active() {
+                self.take_back_off(record, presence).await?;
+                break;
+            }
+            let runs = presence == Presence::Present(PowerState::Running);
+            match Instant::now() < until {
+                true if is_going_off || runs => sleep(LOOK).await,
+                false if is_going_off => return Ok(failed(IN_SHUTDOWN)),
+                _ => break,
             }
         }
         self.remove_new(record).await?;
@@ -421,7 +425,11 @@ impl Worker {
         }
         let guests: Vec<Guest> = now.into_iter().chain(lasting).collect();
         let pair = [(&*disk.to, &*disk.from)];
-        let proof = match guests.is_empty() {
+        let on_new = |guest: &Guest| guest.disks.iter().any(|d| d.local_path() == Some(&disk.to));
+        // It may be on others than its old disks from its next start on.
+        let never_on_new =
+            !record.begun.contains(&TransferPart::HandOver) && !guests.iter().any(on_new);
+        let proof = match guests.is_empty() || never_on_new {
             false => OtherFiles::used(&guests, pair, exists),
             true => OtherFiles::never_handed_over(record, pair, exists),
         };

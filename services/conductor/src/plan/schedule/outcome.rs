@@ -80,6 +80,12 @@ pub(super) fn can_be_called_back(migration: &Migration) -> bool {
     !migration.abort_requested && !too_late
 }
 
+/// Whether it was called back and cannot go on for now, as its node is silent: that may
+/// be for good, and whoever calls an operation off need not wait for it.
+pub(super) fn is_stuck_on_its_way_back(migration: &Migration) -> bool {
+    migration.abort_requested && migration.status == MigrationStatus::Stuck
+}
+
 pub(super) fn moved(migration: &Migration, item: &Item) -> ItemState {
     let planned = match &item.planned.verdict {
         Verdict::Moves { to, .. } => to,

@@ -8,6 +8,7 @@ use drover_model::{
     migration::{Migration, MigrationType},
     operation::{MoveWay, Operation},
 };
+use drover_store::operations::UnderWay;
 
 use super::Limits;
 
@@ -27,7 +28,7 @@ impl Slots {
     pub(super) fn new(
         operation: &Operation,
         own: &[Migration],
-        active: &[Migration],
+        active: &UnderWay,
         limits: Limits,
     ) -> Self {
         let mut slots = Self {
@@ -46,7 +47,7 @@ impl Slots {
             !m.status.rests() && m.way.migration_type() != MigrationType::ProjectTransfer
         };
         // What is known of the operation's own may be newer.
-        for migration in own.iter().chain(active).filter(under_way) {
+        for migration in own.iter().chain(&active.known).filter(under_way) {
             if !seen.insert(migration.uuid) {
                 continue;
             }
@@ -61,6 +62,18 @@ impl Slots {
                     .or_default() += 1;
             }
             if let Some(host) = &migration.dest_host {
+                *slots.inbound.entry(host.clone()).or_default() += 1;
+            }
+        }
+        for unread in active.unread.iter().filter(|m| !m.rests()) {
+            if unread.is(MigrationType::ProjectTransfer) {
+                continue;
+            }
+            if !unread.is(MigrationType::Evacuation) {
+                slots.cluster += 1;
+                *slots.outbound.entry(unread.source.clone()).or_default() += 1;
+            }
+            if let Some(host) = &unread.dest {
                 *slots.inbound.entry(host.clone()).or_default() += 1;
             }
         }

@@ -16,18 +16,18 @@ use std::{
 
 use drover_model::guest::BackingImage;
 
-use super::{checked, directory};
+use super::{checked, directory, sizes};
 
 /// Images followed below one disk; libvirt itself stops at 200.
 const DEEPEST_CHAIN: usize = 200;
 /// Longest name of an image below in a header, bytes (QEMU's own limit).
-const LONGEST_NAME: u32 = 1023;
+pub(super) const LONGEST_NAME: u32 = 1023;
 /// Length of the header's part that is read, bytes: version 3's, and some.
 const HEADER: usize = 104;
 /// Incompatible feature: the data lie in another file (qcow2 specification).
 const DATA_FILE: u64 = 1 << 2;
 /// Header extension that names the format of the image below.
-const BACKING_FORMAT: u32 = 0xE279_2ACA;
+pub(super) const BACKING_FORMAT: u32 = 0xE279_2ACA;
 /// Extensions looked through; QEMU writes three or four.
 const MOST_EXTENSIONS: usize = 32;
 
@@ -125,6 +125,7 @@ struct Header {
 }
 
 fn read_header(path: &Path) -> std::io::Result<Header> {
+    sizes::is_image(path)?;
     let mut file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
@@ -156,15 +157,24 @@ fn read_header(path: &Path) -> std::io::Result<Header> {
     })
 }
 
-fn backing_format(file: &mut File, mut at: u64) -> std::io::Result<Option<String>> {
+fn backing_format(file: &mut File, at: u64) -> std::io::Result<Option<String>> {
+    let text = extension(file, at, BACKING_FORMAT)?.map(String::from_utf8);
+    text.transpose().map_err(|_| other("its backing format"))
+}
+
+/// What the first header extension of a kind says, of those that begin there.
+pub(super) fn extension(
+    file: &mut File,
+    mut at: u64,
+    wanted: u32,
+) -> std::io::Result<Option<Vec<u8>>> {
     for _ in 0..MOST_EXTENSIONS {
         let head = read_at(file, at, 8)?;
         let (kind, length) = (word(&head, 0), word(&head, 4));
         match kind {
             0 => return Ok(None),
-            BACKING_FORMAT if length <= LONGEST_NAME => {
-                let text = String::from_utf8(read_at(file, at + 8, length)?);
-                return Ok(Some(text.map_err(|_| other("its backing format"))?));
+            _ if kind == wanted && length <= LONGEST_NAME => {
+                return read_at(file, at + 8, length).map(Some);
             }
             _ => at = at.saturating_add(8 + u64::from(length).next_multiple_of(8)),
         }
@@ -172,21 +182,21 @@ fn backing_format(file: &mut File, mut at: u64) -> std::io::Result<Option<String
     Ok(None)
 }
 
-fn read_at(file: &mut File, offset: u64, length: u32) -> std::io::Result<Vec<u8>> {
+pub(super) fn read_at(file: &mut File, offset: u64, length: u32) -> std::io::Result<Vec<u8>> {
     file.seek(SeekFrom::Start(offset))?;
     let mut bytes = vec![0_u8; usize::try_from(length).unwrap_or(0)];
     file.read_exact(&mut bytes)?;
     Ok(bytes)
 }
 
-fn word(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn word(bytes: &[u8], at: usize) -> u32 {
     bytes
         .get(at..at + 4)
         .and_then(|b| b.try_into().ok())
         .map_or(0, u32::from_be_bytes)
 }
 
-fn long(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn long(bytes: &[u8], at: usize) -> u64 {
     (u64::from(word(bytes, at)) << 32) | u64::from(word(bytes, at + 4))
 }
 

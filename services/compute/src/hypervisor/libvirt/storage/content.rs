@@ -24,7 +24,7 @@ use drover_model::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::{chain, checked, marks};
+use super::{chain, checked, marks, sizes};
 
 /// Files that are read at once.
 const AT_ONCE: usize = 2;
@@ -91,6 +91,7 @@ struct Found {
 /// Opens what a path leads to: a file or a block device, nothing that could hang.
 fn open(path: &str) -> std::io::Result<(File, Found)> {
     let path = checked(path).map_err(|e| std::io::Error::other(e.to_string()))?;
+    sizes::is_image(&path)?;
     let mut file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

@@ -4,7 +4,7 @@
 use std::{
     fs::File,
     io::ErrorKind,
-    os::unix::fs::FileTypeExt,
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -38,8 +38,22 @@ pub(in super::super) fn fact(path: &str, used: &[String]) -> Result<FileFact> {
         file_system: place.as_deref().map(file_system).unwrap_or_default(),
         free_bytes: room.map_or(0, |room| room.free_bytes),
         length_bytes: sizes.virtual_bytes,
-        in_use: image::is_among(&checked_path, used),
+        in_use: image::is_among(&checked_path, used) || is_claimed(&checked_path),
     })
+}
+
+/// Whether this machine itself uses a block device: it is mounted, swapped to, or part
+/// of a volume group, an array, ….
+fn is_claimed(path: &Path) -> bool {
+    if !std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device()) {
+        return false;
+    }
+    let mut exclusively = std::fs::OpenOptions::new();
+    exclusively
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_NONBLOCK);
+    let opened = exclusively.open(path);
+    opened.is_err_and(|e| e.kind() == ErrorKind::ResourceBusy)
 }
 
 fn nearest(wanted: &Path, made: bool) -> Option<PathBuf> {
@@ -104,10 +118,14 @@ pub(in super::super) fn rename(from: &str, to: &str, used: &[String]) -> Result<
     if let Some(file) = image::unused(&from, used)? {
         drop(file);
         // A link fails where something stands; a rename would replace it.
-        std::fs::hard_link(&from, &to).map_err(|e| match e.kind() {
-            ErrorKind::AlreadyExists => HypervisorError::Exists(to.display().to_string()),
-            _ => failed("renaming", &from, &e),
-        })?;
+        match std::fs::hard_link(&from, &to) {
+            // It was broken off between the two: the file has both names.
+            Err(e) if e.kind() == ErrorKind::AlreadyExists && is_same(&from, &to) => {}
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                return Err(HypervisorError::Exists(to.display().to_string()));
+            }
+            linked => linked.map_err(|e| failed("renaming", &from, &e))?,
+        }
         std::fs::remove_file(&from).map_err(|e| failed("renaming", &from, &e))?;
         super::sync_directory(&to);
         return Ok(());
@@ -116,6 +134,14 @@ pub(in super::super) fn rename(from: &str, to: &str, used: &[String]) -> Result<
         "{} is not here",
         from.display()
     )))
+}
+
+fn is_same(a: &Path, b: &Path) -> bool {
+    let number = |path| {
+        let metadata = std::fs::symlink_metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    number(a).is_some_and(|a| Some(a) == number(b))
 }
 
 /// Has bytes and length reach stable storage. As long as it takes.
@@ -192,6 +218,17 @@ mod tests {
         rename(&at("a"), &at("c"), &[]).unwrap();
         assert_eq!(std::fs::read_to_string(at("c")).unwrap(), "bytes");
         assert!(rename(&at("x"), &at("y"), &[]).is_err());
+    }
+
+    #[test]
+    fn a_rename_that_was_broken_off_is_ended() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name).display().to_string();
+        std::fs::write(at("a"), "bytes").unwrap();
+        std::fs::hard_link(at("a"), at("b")).unwrap();
+        rename(&at("a"), &at("b"), &[]).unwrap();
+        assert!(is_absent(Path::new(&at("a"))));
+        assert_eq!(std::fs::read_to_string(at("b")).unwrap(), "bytes");
     }
 
     #[test]

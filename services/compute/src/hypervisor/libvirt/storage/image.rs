@@ -12,7 +12,7 @@ use std::{
 use drover_model::guest::{BackingImage, Disk, DiskSource};
 use tokio::process::Command;
 
-use super::{checked, failed, sync_directory};
+use super::{beneath::is_nothing, checked, failed, sync_directory};
 use crate::hypervisor::{HypervisorError, Result, libvirt::ffi};
 
 /// Largest image that is made, bytes: what QEMU can address.
@@ -213,7 +213,7 @@ fn give_to(file: &File, owner: Option<(u32, u32)>, path: &Path) {
 }
 
 /// What tells a file from all others on this node, by whatever name.
-type Identity = (u64, u64);
+pub(in super::super) type Identity = (u64, u64);
 
 /// Removes an image, unless one of `used` is that file or a QEMU has it open. A
 /// name may go if `used` names the file by another one.
@@ -299,9 +299,21 @@ pub(in super::super) fn names_one_of(path: &str, used: &[String]) -> bool {
     is_among(Path::new(path), used)
 }
 
-fn identity(path: &str) -> Option<Identity> {
-    let metadata = std::fs::metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
+/// Which file is at a path, by whatever name; none if there is none, or none is seen.
+pub(in super::super) fn identity(path: &str) -> Option<Identity> {
+    identified(path).ok().flatten()
+}
+
+/// The same.
+///
+/// # Errors
+/// Whether there is one cannot be seen.
+pub(super) fn identified(path: &str) -> std::io::Result<Option<Identity>> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(Some((metadata.dev(), metadata.ino()))),
+        Err(error) if is_nothing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! absolute and plain ([`checked`]); its directory is the administrator's, and
 //! its last part is never followed if it is a symbolic link.
 
+pub(super) mod beneath;
 pub(super) mod chain;
 pub(super) mod content;
 pub(super) mod files;
@@ -14,6 +15,7 @@ pub(super) mod identity;
 pub(super) mod image;
 pub(super) mod marks;
 pub(super) mod measure;
+pub(super) mod memory;
 pub(super) mod place;
 pub(super) mod sizes;
 

@@ -61,6 +61,8 @@ fn of_disk(disk: &Disk) -> Option<Sizes> {
 
 /// Sizes of an image of a known format.
 pub(in super::super) fn measure(path: &Path, format: &str) -> std::io::Result<Sizes> {
+    // Opening a device may do something: a watchdog is started by it.
+    is_image(path)?;
     let mut file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

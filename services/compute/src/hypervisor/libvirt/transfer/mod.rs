@@ -136,7 +136,7 @@ impl TransferDriver for LibvirtDriver {
     }
 
     async fn other_users(&self, id: InstanceId, paths: &[String]) -> Result<Vec<SharedFile>> {
-        let used = self.calls.node(guests::storage_in_use).await?;
+        let used = self.storage_in_use().await?;
         let paths = paths.to_vec();
         let look = move || Ok(place::other_users(id, &paths, used));
         self.calls.files(Effect::Read, look).await

@@ -15,7 +15,7 @@ use crate::hypervisor::{
         blocking::Effect,
         capabilities,
         errors::{self, CallResult},
-        guests::{self, InUse},
+        guests::InUse,
         storage::{
             image,
             place::{self, Placed},
@@ -99,8 +99,8 @@ pub(super) fn other_users(id: InstanceId, paths: &[String], used: InUse) -> Vec<
             continue;
         }
         let domain = user.name.clone();
-        let used = user.paths();
-        let common = paths.iter().filter(|path| image::names_one_of(path, &used));
+        let common = paths.iter();
+        let common = common.filter(|path| image::names_one_of(path, &user.paths));
         shared.extend(common.map(|path| SharedFile {
             path: path.clone(),
             domain: domain.clone(),
@@ -116,9 +116,10 @@ pub(super) async fn disk(
     bandwidth_bytes_s: Option<u64>,
 ) -> Result<()> {
     let placing = place::check(disk)?;
-    let used = driver.calls.node(guests::storage_in_use).await?;
+    let used = driver.storage_in_use().await?;
     let (its, places) = (placing.clone(), driver.places());
-    let link = move || place::link(&its, &used.paths(), &places);
+    let taken = disk.to.clone();
+    let link = move || place::link(&its, &used.all_paths(&taken)?, &places);
     match driver.calls.files(Effect::Change, link).await? {
         Placed::NotYet => {
             let host = driver.calls.node(capabilities::of_host).await?;

@@ -70,6 +70,7 @@ pub(super) fn immovable(domain: &Element, devices: &Element) -> Vec<Immovable> {
         found.extend(children(devices, kind).filter_map(character_device));
     }
     found.extend(domain.get_child("launchSecurity").map(launch_security));
+    found.extend(qemu_arguments(domain));
     found
 }
 
@@ -246,6 +247,16 @@ fn character_device(element: &Element) -> Option<Immovable> {
         .and_then(|s| attribute(s, "path"));
     let what = format!("{} on {kind} {}", element.name, path.unwrap_or("?"));
     Some(is(ImmovableKind::CharacterDevice, what))
+}
+
+/// Arguments that go to QEMU past libvirt and name files of the node.
+fn qemu_arguments(domain: &Element) -> Option<Immovable> {
+    let lines = children(domain, "commandline");
+    let arguments = lines.flat_map(|line| children(line, "arg"));
+    let mut values = arguments.filter_map(|argument| attribute(argument, "value"));
+    let named = values.find(|value| value.contains('/'))?;
+    let what = format!("what an argument for QEMU names ({named})");
+    Some(is(ImmovableKind::HostDevice, what))
 }
 
 fn launch_security(element: &Element) -> Immovable {

@@ -1,5 +1,7 @@
 //! `<disk>`: drives, where their bytes are, and what lies under them.
 
+use std::net::IpAddr;
+
 use drover_model::guest::{BackingImage, Disk, DiskSource, Immovable, ImmovableKind};
 use xmltree::Element;
 
@@ -110,6 +112,24 @@ fn backing(element: &Element) -> Vec<BackingImage> {
     chain
 }
 
+/// Targets of drives whose definition says where the chain under them ends, be it at
+/// once: libvirt then takes the images that it names, and not those of the headers.
+pub(super) fn ended_chains(devices: &Element) -> Vec<String> {
+    let ended = children(devices, "disk").filter(|disk| {
+        let mut store = disk.get_child("backingStore");
+        for _ in 0..=DEEPEST_CHAIN {
+            match store {
+                Some(image) if image.get_child("source").is_some() => {
+                    store = image.get_child("backingStore");
+                }
+                end => return end.is_some(),
+            }
+        }
+        false
+    });
+    ended.map(|element| disk(element).target).collect()
+}
+
 fn local_file(store: &Element) -> Option<String> {
     let source = store.get_child("source")?;
     owned(source, "file").or_else(|| owned(source, "dev"))
@@ -132,8 +152,34 @@ fn obstacles(element: &Element, disk: &Disk) -> impl Iterator<Item = String> {
             .map(|_| "its changes are thrown away when the guest stops (transient)".to_owned()),
         (is_local && has_remote_backing(element))
             .then(|| "a local image over one that is not a local file".to_owned()),
+        own_address(&disk.source, source)
+            .map(|at| format!("on the network at {at}, which is another store on each node")),
     ];
     reasons.into_iter().flatten()
+}
+
+/// Where a network drive leads that every node takes for itself.
+fn own_address(disk: &DiskSource, source: Option<&Element>) -> Option<String> {
+    let DiskSource::Network { protocol, .. } = disk else {
+        return None;
+    };
+    let mut hosts = children(source?, "host").peekable();
+    if hosts.peek().is_none() && protocol == "nbd" {
+        return Some("no address".to_owned());
+    }
+    hosts.find_map(|host| {
+        let name = attribute(host, "name").unwrap_or_default();
+        let socket = attribute(host, "socket");
+        let plain = name.trim_matches(['[', ']']);
+        let is_own = match plain.parse::<IpAddr>() {
+            Ok(ip) => ip.is_loopback() || ip.is_unspecified(),
+            Err(_) => plain.split('.').next() == Some("localhost"),
+        };
+        match socket {
+            Some(socket) => Some(format!("the socket {socket}")),
+            None => is_own.then(|| name.to_owned()),
+        }
+    })
 }
 
 fn describe_other(kind: &str, source: &Element) -> String {

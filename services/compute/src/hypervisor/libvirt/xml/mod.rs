@@ -184,6 +184,21 @@ pub(super) fn storage(xml: &str) -> Result<Storage> {
     Ok(storage)
 }
 
+/// What could be a path in a text that cannot be read: more than is one, and every one
+/// that a definition names.
+pub(super) fn perhaps_paths(xml: &str) -> Vec<String> {
+    let pieces = xml.split(['"', '\'', '<', '>']).map(str::trim);
+    let absolute = pieces.filter(|piece| piece.starts_with('/'));
+    absolute.map(tree::unescaped).collect()
+}
+
+/// Targets of drives whose definition spells the chain under them to its end.
+pub(super) fn ended_chains(xml: &str) -> Result<Vec<String>> {
+    let domain = parse(xml, "domain")?;
+    let devices = domain.get_child("devices");
+    Ok(devices.map(disks::ended_chains).unwrap_or_default())
+}
+
 /// An element as a document of its own.
 pub(super) fn element_text(element: &Element) -> Result<String> {
     let mut bytes = Vec::new();

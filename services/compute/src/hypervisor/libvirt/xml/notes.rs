@@ -93,6 +93,50 @@ pub(in super::super) fn with_autostart(xml: &str) -> Result<Vec<Change>> {
     owner::differences(&domain, &wanted)
 }
 
+/// All that a definition says but the wish to be started at boot, whatever its spelling.
+pub(in super::super) fn without_autostart(xml: &str) -> Result<String> {
+    let mut domain = parse(xml, "domain")?;
+    if let Some(metadata) = domain.get_mut_child("metadata") {
+        let elements = metadata.children.iter_mut();
+        let elements = elements.filter_map(XMLNode::as_mut_element);
+        for element in elements.filter(|e| owner::is_drovers(e)) {
+            drop(element.take_child("autostart"));
+        }
+        // Made for that wish.
+        metadata.children.retain(|node| {
+            let element = node.as_element();
+            !element.is_some_and(|e| owner::is_drovers(e) && is_bare(e))
+        });
+        if is_bare(metadata) {
+            drop(domain.take_child("metadata"));
+        }
+    }
+    let mut said = String::new();
+    say(&domain, &mut said);
+    Ok(said)
+}
+
+fn is_bare(element: &Element) -> bool {
+    !element
+        .children
+        .iter()
+        .any(|node| node.as_element().is_some())
+}
+
+/// Without prefixes, which libvirt may write in other ways, and without indentation.
+fn say(element: &Element, said: &mut String) {
+    said.push_str(&format!("<{}", element.name));
+    for (name, value) in &element.attributes {
+        said.push_str(&format!(" {name}={value:?}"));
+    }
+    let words = element.get_text().unwrap_or_default();
+    said.push_str(&format!(">{:?}", words.trim()));
+    for child in element.children.iter().filter_map(XMLNode::as_element) {
+        say(child, said);
+    }
+    said.push_str("</>");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -147,5 +191,27 @@ mod tests {
         let said = SAID.replace("<drover:project>", "<drover:autostart/><drover:project>");
         assert!(read(&said).unwrap().autostart);
         assert_eq!(with_autostart(&said).unwrap(), []);
+    }
+
+    #[test]
+    fn but_for_the_wish_to_be_started_every_change_is_seen() {
+        let said = |xml: &str| without_autostart(xml).unwrap();
+        let wishes = SAID.replace("<drover:project>", "<drover:autostart/>\n <drover:project>");
+        assert_eq!(said(&wishes), said(SAID));
+        let bare = "<domain type='kvm'><name>a</name></domain>";
+        let made = format!(
+            "<domain type='kvm'>\n <name>a</name><metadata><drover:instance \
+             xmlns:drover='{}'><drover:autostart/></drover:instance></metadata></domain>",
+            drover_model::METADATA_NAMESPACE
+        );
+        assert_eq!(said(&made), said(bare));
+        for (old, new) in [
+            (">a<", ">b<"),
+            ("'kvm'", "'qemu'"),
+            ("-3", "-4"),
+            ("<name>a</name>", ""),
+        ] {
+            assert_ne!(said(&SAID.replacen(old, new, 1)), said(SAID), "{old}");
+        }
     }
 }

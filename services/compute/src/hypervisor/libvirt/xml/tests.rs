@@ -230,6 +230,26 @@ fn drives_that_cannot_be_carried_say_why() {
              <source protocol='rbd' name='x'/></backingStore><target dev='vda'/></disk>",
             "not a local file",
         ),
+        (
+            "<disk type='network'><source protocol='nbd' name='e'><host name='127.0.0.1' port='1'/>
+             </source><target dev='vda'/></disk>",
+            "at 127.0.0.1",
+        ),
+        (
+            "<disk type='network'><source protocol='nbd' name='e'><host name='[::1]' port='1'/>
+             </source><target dev='vda'/></disk>",
+            "at [::1]",
+        ),
+        (
+            "<disk type='network'><source protocol='rbd' name='p/i'><host name='ceph1'/>
+             <host name='localhost.localdomain'/></source><target dev='vda'/></disk>",
+            "at localhost.localdomain",
+        ),
+        (
+            "<disk type='network'><source protocol='nbd'><host transport='unix' socket='/run/n'/>
+             </source><target dev='vda'/></disk>",
+            "at the socket /run/n",
+        ),
     ];
     for (xml, word) in cases {
         let found = immovable(xml);
@@ -241,6 +261,50 @@ fn drives_that_cannot_be_carried_say_why() {
     assert!(
         immovable("<disk type='file'><source file='/a'/><target dev='vda'/></disk>").is_empty()
     );
+    let remote = "<disk type='network'><source protocol='nbd'><host name='store' port='1'/>
+                  </source><target dev='vda'/></disk>";
+    assert_eq!(immovable(remote), []);
+}
+
+#[test]
+fn arguments_for_qemu_tie_a_guest_to_files_of_its_node() {
+    let with = |value: &str| {
+        let line = format!(
+            "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+             <qemu:arg value='-global'/><qemu:arg value='{value}'/></qemu:commandline><devices>"
+        );
+        let xml = domain("", "").replace("<devices>", &line);
+        guest(&xml, RUNNING).unwrap().immovable
+    };
+    assert_eq!(with("PIIX4_PM.disable_s3=1"), []);
+    let found = with("name=opt/x,file=/etc/machine-id");
+    assert!(found[0].what.contains("/etc/machine-id"), "{found:?}");
+}
+
+#[test]
+fn a_chain_that_is_spelled_to_its_end_is_told_apart() {
+    let image = |below: &str| {
+        format!(
+            "<backingStore type='file'><format type='raw'/><source file='/b'/>{below}</backingStore>"
+        )
+    };
+    let ended = |chain: &str| {
+        let disk =
+            format!("<disk type='file'><source file='/a'/>{chain}<target dev='vda'/></disk>");
+        ended_chains(&domain("", &disk)).unwrap() == ["vda"]
+    };
+    assert!(!ended("") && !ended(&image("")));
+    assert!(ended("<backingStore/>") && ended(&image("<backingStore/>")));
+}
+
+#[test]
+fn every_path_of_what_cannot_be_read_is_found() {
+    let disks = "<disk type='file'><source file='/a &amp; b'/><target dev='vda'/></disk>
+                 <disk type='file'><source file=\"/it&#x27;s\"/><target dev='vdb'/></disk>";
+    let found = perhaps_paths(&domain("<deep>", disks));
+    for path in ["/a & b", "/it's"] {
+        assert!(found.iter().any(|found| found == path), "{found:?}");
+    }
 }
 
 #[test]

@@ -58,6 +58,45 @@ pub(super) fn read(xml: &str) -> Result<Element> {
     root.ok_or_else(|| malformed("it has no element".to_owned()))
 }
 
+/// A text without the references that stand for single characters; one that is not
+/// known stays as it is.
+pub(super) fn unescaped(text: &str) -> String {
+    let mut plain = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('&') {
+        plain.push_str(before);
+        let reference = after.split_once(';');
+        let known = reference.and_then(|(name, after)| Some((referred(name)?, after)));
+        match known {
+            Some((character, after)) => {
+                plain.push(character);
+                rest = after;
+            }
+            None => {
+                plain.push('&');
+                rest = after;
+            }
+        }
+    }
+    plain + rest
+}
+
+fn referred(name: &str) -> Option<char> {
+    let code = match name {
+        "amp" => return Some('&'),
+        "lt" => return Some('<'),
+        "gt" => return Some('>'),
+        "quot" => return Some('"'),
+        "apos" => return Some('\''),
+        _ => name.strip_prefix('#')?,
+    };
+    let code = match code.strip_prefix('x') {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => code.parse(),
+    };
+    char::from_u32(code.ok()?)
+}
+
 fn element(name: OwnedName, attributes: Vec<OwnedAttribute>, within: Namespace) -> Element {
     let named = |attribute: OwnedAttribute| {
         let OwnedName {

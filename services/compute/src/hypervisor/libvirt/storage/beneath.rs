@@ -1,0 +1,238 @@
+//! Whatever an image may read from, for whoever takes a file away.
+//!
+//! [`chain`](super::chain) is for those that move a guest, and refuses what they could
+//! not carry. This errs to the other side: it follows a header wherever it leads,
+//! guesses what none says, and only what is there and cannot be read stops it.
+
+use std::{
+    collections::BTreeSet,
+    fs::OpenOptions,
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use super::{
+    chain::{BACKING_FORMAT, LONGEST_NAME, extension, long, read_at, word},
+    directory, sizes,
+};
+
+/// A header of version 1, 2 or 3: what all of them share.
+const SHARED_HEADER: u32 = 72;
+/// Header extension that names the file with the image's data.
+const DATA_FILE_NAME: u32 = 0x4441_5441;
+
+/// A file that an image names, and its format where that is said.
+pub(super) type Named = (String, Option<String>);
+
+/// The files that an image's header names: at whatever places the names may stand for,
+/// of which some have no file.
+///
+/// # Errors
+/// It is there and cannot be read.
+pub(super) fn named_by(path: &str, format: Option<&str>) -> io::Result<Vec<Named>> {
+    // A guest writes what it likes into a raw image.
+    if format == Some("raw") {
+        return Ok(Vec::new());
+    }
+    let path = Path::new(path);
+    let names = match names(path) {
+        Err(error) if is_nothing(&error) => Vec::new(),
+        names => names?,
+    };
+    let places = names.into_iter().flat_map(|(name, format)| {
+        let places = candidates(&name, path).into_iter();
+        places.map(move |place| (place, format.clone()))
+    });
+    Ok(places.collect())
+}
+
+/// Whether an error says that no file is there, or none that an image could be.
+pub(super) fn is_nothing(error: &io::Error) -> bool {
+    let no_file = [
+        libc::ENOENT,
+        libc::ENOTDIR,
+        libc::ELOOP,
+        libc::ENAMETOOLONG,
+        libc::EINVAL,
+        libc::ENXIO,
+        libc::ENODEV,
+        libc::ENOMEDIUM,
+    ];
+    match error.raw_os_error() {
+        Some(code) => no_file.contains(&code),
+        // Too short, or of no use.
+        None => true,
+    }
+}
+
+/// The names that an image's header gives, with their formats where it says those.
+fn names(path: &Path) -> io::Result<Vec<Named>> {
+    sizes::is_image(path)?;
+    let mut options = OpenOptions::new();
+    let options = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let mut file = options.open(path)?;
+    let head = read_at(&mut file, 0, SHARED_HEADER)?;
+    if head[..4] != *b"QFI\xfb" {
+        return Ok(Vec::new());
+    }
+    let version = word(&head, 4);
+    let extensions_at = match version {
+        1 => None,
+        2 => Some(SHARED_HEADER),
+        _ => Some(word(&read_at(&mut file, 100, 4)?, 0)),
+    };
+    let mut text_of = |kind: u32| match extensions_at {
+        Some(at) => extension(&mut file, at.into(), kind),
+        None => Ok(None),
+    };
+    let format = text_of(BACKING_FORMAT)?.as_deref().map(lossy);
+    let data_file = text_of(DATA_FILE_NAME)?.as_deref().map(lossy);
+    let mut named = Vec::new();
+    let (offset, size) = (long(&head, 8), word(&head, 16));
+    if offset != 0 && size <= LONGEST_NAME {
+        let name = read_at(&mut file, offset, size)?;
+        named.push((lossy(&name), format));
+    }
+    named.extend(data_file.map(|name| (name, Some("raw".to_owned()))));
+    Ok(named)
+}
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The places that a name may stand for: as it is, behind a protocol, or somewhere in
+/// the JSON that QEMU takes in place of a name.
+fn candidates(name: &str, above: &Path) -> BTreeSet<String> {
+    let mut texts = vec![name.to_owned()];
+    if let Some((_, behind)) = name.split_once(':') {
+        texts.push(behind.to_owned());
+        if let Ok(json) = serde_json::from_str(behind) {
+            collect_texts(&json, &mut texts);
+        }
+    }
+    let texts = texts.into_iter().filter(|text| !text.is_empty());
+    let near = directory(above).to_owned();
+    // Beside the image, also where a link leads to that.
+    let real = above.canonicalize().ok();
+    let real = real.map(|path| directory(&path).to_owned());
+    let places: BTreeSet<PathBuf> = [Some(near), real].into_iter().flatten().collect();
+    let joined = texts.flat_map(|text| {
+        let at = places.iter().map(|place| place.join(&text));
+        at.filter_map(|path| path.to_str().map(str::to_owned))
+            .collect::<Vec<_>>()
+    });
+    joined.collect()
+}
+
+fn collect_texts(json: &Value, into: &mut Vec<String>) {
+    match json {
+        Value::String(text) => into.push(text.clone()),
+        Value::Array(values) => values.iter().for_each(|value| collect_texts(value, into)),
+        Value::Object(fields) => fields.values().for_each(|value| collect_texts(value, into)),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink, process::Command};
+
+    use super::{super::measure::Measurer, *};
+
+    fn qemu_img(arguments: &[&str]) {
+        let done = Command::new("qemu-img").args(arguments).output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{said}");
+    }
+
+    struct Place(tempfile::TempDir);
+
+    impl Place {
+        fn at(&self, name: &str) -> String {
+            self.0.path().join(name).display().to_string()
+        }
+
+        /// The files that an overlay uses whose base is named as told.
+        async fn overlay(&self, base: &str) -> BTreeSet<String> {
+            let common = ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2"];
+            qemu_img(&[&common[..], &["-b", base, &self.at("top"), "1M"]].concat());
+            self.beneath("top").await
+        }
+
+        async fn beneath(&self, name: &str) -> BTreeSet<String> {
+            let top = (self.at(name), "qcow2".to_owned());
+            let found = Measurer::default().beneath(vec![top]).await;
+            let found = found.into_iter().next().unwrap();
+            assert_eq!(found.unread, None);
+            found.paths
+        }
+    }
+
+    fn place() -> Place {
+        let place = Place(tempfile::tempdir().unwrap());
+        qemu_img(&["create", "-q", "-f", "raw", &place.at("base"), "1M"]);
+        let over = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base"];
+        qemu_img(&[&over[..], &[&place.at("mid")]].concat());
+        place
+    }
+
+    /// Has the image's header say nothing of the format below.
+    fn forget_format(image: &str) {
+        let mut bytes = fs::read(image).unwrap();
+        let mark = BACKING_FORMAT.to_be_bytes();
+        let at = bytes.windows(4).position(|word| word == mark).unwrap();
+        bytes[at] = 0x11;
+        fs::write(image, bytes).unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_image_is_followed_however_it_names_what_is_below() {
+        let place = place();
+        let base = place.at("base");
+        let json = format!(r#"json:{{"file":{{"driver":"file","filename":"{base}"}}}}"#);
+        let prefixed = format!("file:{base}");
+        for name in ["mid", &place.at("mid"), "base", &json, &prefixed] {
+            let found = place.overlay(name).await;
+            assert!(found.contains(&base), "{name}: {found:?}");
+            forget_format(&place.at("top"));
+            let found = place.beneath("top").await;
+            assert!(found.contains(&base), "{name}: {found:?}");
+        }
+        assert_eq!(named_by(&place.at("mid"), Some("raw")).unwrap(), []);
+    }
+
+    #[tokio::test]
+    async fn the_file_with_an_images_data_is_beneath_it() {
+        let place = place();
+        let (top, data) = (place.at("top"), place.at("data"));
+        let option = format!("data_file={data}");
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &option, &top, "1M"]);
+        assert!(place.beneath("top").await.contains(&data));
+    }
+
+    #[tokio::test]
+    async fn beside_a_link_is_also_beside_what_it_leads_to() {
+        let place = place();
+        fs::create_dir(place.at("links")).unwrap();
+        symlink(place.at("mid"), place.at("links/mid")).unwrap();
+        let found = place.beneath("links/mid").await;
+        assert!(found.contains(&place.at("base")), "{found:?}");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_beneath_what_is_no_image() {
+        let place = place();
+        fs::write(place.at("short"), "QFI").unwrap();
+        for name in ["gone", "short", ".", "base/under"] {
+            assert_eq!(place.beneath(name).await, BTreeSet::new(), "{name}");
+        }
+        place.overlay("top").await; // It ends.
+        assert!(is_nothing(&io::ErrorKind::UnexpectedEof.into()));
+        let broken = io::Error::from_raw_os_error(libc::ENOTCONN);
+        assert!(!is_nothing(&broken), "it may be there");
+    }
+}

@@ -1,0 +1,105 @@
+//! What was seen of storage, kept over a restart of the agent: what lies beneath images
+//! whose storage hangs by then.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex, OnceCell};
+use tracing::warn;
+
+use super::{image::Identity, measure::Measurer};
+use crate::journal::{self, StateDisk};
+
+/// The kernel's name of its own run: numbers of devices hold for as long.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// See the module.
+#[derive(Debug)]
+pub(in super::super) struct Memory {
+    file: Option<PathBuf>,
+    taken_up: OnceCell<()>,
+    written: Mutex<Option<Remembered>>,
+}
+
+/// What is kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Remembered {
+    pub(super) boot: String,
+    /// By path and format of an image: the files beneath it.
+    pub(super) beneath: BTreeMap<String, BTreeSet<String>>,
+    /// By path: which file was there; none if there was none.
+    pub(super) identities: BTreeMap<String, Option<Identity>>,
+}
+
+impl Memory {
+    pub(in super::super) fn new(file: Option<PathBuf>) -> Self {
+        Self {
+            file,
+            taken_up: OnceCell::new(),
+            written: Mutex::default(),
+        }
+    }
+
+    /// Has the measurer know, once, what was seen before this agent started.
+    pub(in super::super) async fn take_up(&self, measurer: &Measurer) {
+        let Some(file) = &self.file else { return };
+        let read = async || match journal::read_whole::<Remembered>(file).await {
+            Ok(None) => {}
+            Ok(Some(mut remembered)) => {
+                if remembered.boot != boot_id() {
+                    remembered.identities.clear();
+                }
+                measurer.take_up(remembered);
+            }
+            Err(error) => warn!(file = %file.display(), %error,
+                "what was seen of storage before is not known"),
+        };
+        self.taken_up.get_or_init(read).await;
+    }
+
+    /// Keeps what it knows now.
+    pub(in super::super) async fn keep(&self, measurer: &Measurer) {
+        let Some(file) = &self.file else { return };
+        let mut written = self.written.lock().await;
+        let now = Remembered {
+            boot: boot_id(),
+            ..measurer.remembered()
+        };
+        if written.as_ref() == Some(&now) {
+            return;
+        }
+        match journal::write_whole(file, &now, &StateDisk::default()).await {
+            Ok(()) => *written = Some(now),
+            Err(error) => warn!(%error, "what is seen of storage is not kept for a restart"),
+        }
+    }
+}
+
+fn boot_id() -> String {
+    let id = std::fs::read_to_string(BOOT_ID).unwrap_or_default();
+    id.trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_seen_of_storage_is_known_after_a_restart() {
+        let place = tempfile::tempdir().unwrap();
+        let file = place.path().join("storage.json");
+        let measurer = Measurer::default();
+        let image = place.path().join("image").display().to_string();
+        measurer.identities(vec![image.clone()]).await;
+        measurer.beneath(vec![(image, "qcow2".to_owned())]).await;
+        let known = measurer.remembered();
+        assert_eq!((known.beneath.len(), known.identities.len()), (1, 1));
+        Memory::new(Some(file.clone())).keep(&measurer).await;
+        let restarted = Measurer::default();
+        Memory::new(Some(file)).take_up(&restarted).await;
+        assert_eq!(restarted.remembered(), known);
+    }
+}

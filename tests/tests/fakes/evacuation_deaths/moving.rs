@@ -1,0 +1,175 @@
+//! A node that dies while a guest leaves it live. The migration ends, and the guest
+//! runs once: where it has arrived, or where it is evacuated to.
+
+use drover_model::migration::LiveOptions;
+
+use super::*;
+
+/// A guest that leaves `kvm1` for `kvm2` so slowly that it is on its way for minutes.
+async fn leaving(cloud: &Cloud) -> (InstanceId, Migration) {
+    let id = guest(cloud).await;
+    let options = LiveOptions {
+        bandwidth_mib_s: Some(4),
+        ..LiveOptions::default()
+    };
+    let m = cloud.migrate(id, Some("kvm2"), options).await;
+    let m = m.expect("it is accepted");
+    let sending = |m: &Migration| m.progress.memory.processed_bytes > 0;
+    let m = cloud.until(m.uuid, "sending", sending).await;
+    (id, m)
+}
+
+/// Its agent is gone before the guest arrives, and its power after that: nobody is
+/// left there who says so.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_arrived_unheard_has_moved() {
+    let mut cloud = cloud(1).await;
+    let (id, m) = leaving(&cloud).await;
+    cloud.kill_agent("kvm1");
+    let fabric = cloud.fabric.clone();
+    eventually("the hand-over", async || {
+        fabric.running_on(id).filter(|host| *host == name("kvm2"))
+    })
+    .await;
+    dies(&mut cloud, "kvm1");
+    let stands = |m: &Migration| m.status.is_final() || m.status == S::Stuck;
+    let mut m = cloud.until(m.uuid, "ended or stuck", stands).await;
+    if m.status == S::Stuck {
+        // It was while the guest was on its way yet.
+        cloud.resume(m.uuid).await.expect("it is stuck");
+        m = cloud.end(m.uuid).await;
+    }
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    check(&cloud, &m, Some("kvm2"));
+    let row = cloud.store.find_instance(&id.to_string()).await;
+    assert_eq!(row.expect("on the record").host, name("kvm2"));
+}
+
+/// It has not arrived, and its node will never say so: the migration ends, and the
+/// guest is evacuated, to where it was on its way to if nothing else is allowed.
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_node_died_while_it_was_leaving_is_evacuated() {
+    let mut cloud = cloud(1).await;
+    with_fences(&mut cloud).await;
+    let (id, m) = leaving(&cloud).await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let to_where_it_went = EvacuateOptions {
+        to: vec![name("kvm2")],
+        ..options(false)
+    };
+    let begun = cloud.operate(&Task::Evacuate(to_where_it_went)).await;
+    let ended = cloud.operation_end(begun.expect("it is taken").uuid).await;
+    check_evacuated(&cloud, &ended, id).await;
+    let m = cloud.store.migration(m.uuid).await.expect("on the record");
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    let why = m.end_reason.as_ref().expect("a reason").to_string();
+    assert!(why.contains("kvm1 is off, says fence_fabric"), "{why}");
+    assert!(cloud.store.claims().await.expect("readable").is_empty());
+    // What its agent keeps of the migration is forgotten when it is back.
+    returns(&mut cloud, "kvm1").await;
+    eventually("the old copy is given up", async || {
+        cloud.fabric.guest("kvm1", id).is_none().then_some(())
+    })
+    .await;
+    eventually("nothing is put off any more", async || {
+        let m = cloud.store.migration(m.uuid).await.expect("on the record");
+        let done = "transfer was put off, and is done now";
+        m.warnings.iter().any(|w| w == done).then_some(())
+    })
+    .await;
+}
+
+/// Both of its nodes die, and stay away: when both are proven off the migration ends, and
+/// the guest is evacuated to a third.
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_nodes_both_died_is_evacuated() {
+    let mut cloud = cloud(1).await;
+    with_fences(&mut cloud).await;
+    let (id, m) = leaving(&cloud).await;
+    dies(&mut cloud, "kvm1");
+    dies(&mut cloud, "kvm2");
+    silence().await;
+    let mut begun = Vec::new();
+    for host in ["kvm2", "kvm1"] {
+        let asked = EvacuateOptions {
+            despite_many_lost: true,
+            ..EvacuateOptions::new(name(host))
+        };
+        let operation = cloud.operate(&Task::Evacuate(asked)).await;
+        begun.push(operation.expect("it is taken").uuid);
+    }
+    for operation in begun {
+        let ended = cloud.operation_end(operation).await;
+        assert_eq!(ended.status, OperationStatus::Completed, "{ended:#?}");
+    }
+    let m = cloud.store.migration(m.uuid).await.expect("on the record");
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    check(&cloud, &m, Some("kvm3"));
+    for host in ["kvm1", "kvm2"] {
+        returns(&mut cloud, host).await;
+    }
+    eventually("the old copy is given up", async || {
+        cloud.fabric.guest("kvm1", id).is_none().then_some(())
+    })
+    .await;
+    check(&cloud, &m, Some("kvm3"));
+    assert!(cloud.store.claims().await.expect("readable").is_empty());
+}
+
+/// Without proof nobody ends it: its node may run the guest.
+#[tokio::test(start_paused = true)]
+async fn a_migration_from_a_silent_node_waits_for_it() {
+    let mut cloud = cloud(1).await;
+    let (id, m) = leaving(&cloud).await;
+    dies(&mut cloud, "kvm1");
+    let stuck = |m: &Migration| m.status == S::Stuck;
+    cloud.until(m.uuid, "stuck", stuck).await;
+    cloud.abort(m.uuid).await.expect("it is taken");
+    tokio::time::sleep(Duration::from_secs(900)).await;
+    let m = cloud.store.migration(m.uuid).await.expect("on the record");
+    assert!(!m.status.is_final(), "{m:#?}");
+    check(&cloud, &m, None);
+    assert_eq!(m.instance_uuid, id);
+}
+
+/// At every moment of a migration.
+#[tokio::test(start_paused = true)]
+async fn a_source_that_dies_for_good_at_any_moment_holds_nobody_up() {
+    let (mut ended, mut moved) = (0, 0);
+    for turn in 0.. {
+        let mut cloud = cloud(turn).await;
+        with_fences(&mut cloud).await;
+        let id = guest(&cloud).await;
+        let m = cloud.migrate(id, Some("kvm2"), LiveOptions::default());
+        let m = m.await.expect("it is accepted");
+        let m = cloud.until_version(m.uuid, m.version + turn).await;
+        if m.status.is_final() {
+            break;
+        }
+        dies(&mut cloud, "kvm1");
+        silence().await;
+        let begun = cloud.operate(&Task::Evacuate(options(false))).await;
+        let begun = begun.expect("it is taken").uuid;
+        let operation = cloud.operation_end(begun).await;
+        let completed = operation.status == OperationStatus::Completed;
+        assert!(completed, "turn {turn}: {operation:#?}");
+        let m = cloud.end(m.uuid).await;
+        let home = match m.status {
+            S::Completed => m.dest_host.clone(),
+            _ => {
+                let moved = cloud.store.migrations_of(operation.uuid).await;
+                let moved = moved.expect("readable").pop();
+                moved.expect("it was evacuated").dest_host
+            }
+        };
+        let home = home.expect("it went somewhere");
+        check(&cloud, &m, Some(home.as_str()));
+        assert!(cloud.store.claims().await.expect("readable").is_empty());
+        match m.status {
+            S::Completed => moved += 1,
+            _ => ended += 1,
+        }
+    }
+    assert!(ended > 3 && moved > 0, "{ended} ended, {moved} moved");
+}

@@ -425,6 +425,17 @@ impl Cloud {
         self.call(method::ABORT_MIGRATION, &ask).await
     }
 
+    /// Has a live migration come to its end.
+    ///
+    /// # Errors
+    /// As [`RpcClient::call`].
+    pub async fn force_complete(&self, id: MigrationId) -> Result<Migration, RpcError> {
+        let ask = MigrationRef {
+            migration: id.to_string(),
+        };
+        self.call(method::FORCE_COMPLETE_MIGRATION, &ask).await
+    }
+
     /// Has a stuck migration tried again.
     ///
     /// # Errors

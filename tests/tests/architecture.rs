@@ -83,6 +83,7 @@ const DESTRUCTIVE: &[(&str, &[&str], &[&str])] = &[
             ".withdraw(",
             ".discard_incoming(",
             ".discard_outgoing(",
+            ".discard_half(",
             ".remove_disk(",
             ".rename_file(",
             "hypervisor.stop(",

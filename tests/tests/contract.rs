@@ -64,6 +64,7 @@ contract! {
         an_abort_leaves_everything_as_it_was,
         after_an_abort_it_can_move,
         post_copy_moves_the_guest_at_once,
+        half_a_guest_stands_still_until_it_is_discarded,
         post_copy_must_have_been_allowed,
         a_pause_ends_a_migration_that_would_not_end,
         after_pause_and_abort_it_runs_on,

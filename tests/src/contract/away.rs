@@ -86,6 +86,7 @@ async fn acts_fail(stage: &dyn Stage, id: InstanceId, definition: &Definition) -
     assert_class("set_max_downtime_ms", Retryable, set)?;
     assert_class("discard_incoming", Retryable, a.discard_incoming(id).await)?;
     assert_class("discard_outgoing", Retryable, a.discard_outgoing(id).await)?;
+    assert_class("discard_half", Retryable, a.discard_half(id).await)?;
     assert_class("undefine", Retryable, a.undefine(id).await)
 }
 

@@ -222,12 +222,14 @@ pub async fn discarding_takes_nothing_else(stage: &dyn Stage) -> Result<()> {
         let id = stage.guest(Wish::state(state)).await?;
         assert_wrong_state("discard_incoming", a.discard_incoming(id).await)?;
         assert_wrong_state("discard_outgoing", a.discard_outgoing(id).await)?;
+        assert_wrong_state("discard_half", a.discard_half(id).await)?;
         ensure!(
             a.presence(id).await? == Presence::Present(state),
             "{state:?}"
         );
     }
     a.discard_outgoing(nobody()).await.context("of nobody")?;
+    a.discard_half(nobody()).await.context("of nobody")?;
     a.discard_incoming(nobody()).await.context("of nobody")
 }
 

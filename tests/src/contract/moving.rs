@@ -163,6 +163,8 @@ pub async fn the_destination_waits_while_the_source_runs(stage: &dyn Stage) -> R
     assert_wrong_state("discard on a", a.discard_incoming(id).await)?;
     assert_wrong_state("discard outgoing on a", a.discard_outgoing(id).await)?;
     assert_wrong_state("discard outgoing on b", b.discard_outgoing(id).await)?;
+    assert_wrong_state("discard half on a", a.discard_half(id).await)?;
+    assert_wrong_state("discard half on b", b.discard_half(id).await)?;
     ensure!(!underway.is_finished(), "the migration was disturbed");
     a.abort(id).await?;
     end_of(underway).await?.expect_err("it was aborted");

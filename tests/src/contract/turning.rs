@@ -1,15 +1,16 @@
 //! Points about steering a migration: abort it, force it, break it.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use drover_compute::hypervisor::{HypervisorError, Job};
 use drover_model::{
     error::ErrorClass,
     guest::{PowerState, Presence},
+    ids::InstanceId,
 };
 
 use super::{
-    Place, Stage, Wish, assert_class, assert_moved, assert_stayed, assert_wrong_state, end_of,
-    sample_of, set_off_and_watch, set_off_slowly, until,
+    Place, Stage, Underway, Wish, assert_class, assert_moved, assert_stayed, assert_wrong_state,
+    end_of, sample_of, set_off_and_watch, set_off_slowly, until,
 };
 
 /// An abort leaves the guest on a, nothing on b, and says so to the caller.
@@ -50,6 +51,14 @@ pub async fn after_an_abort_it_can_move(stage: &dyn Stage) -> Result<()> {
 /// The point is broken.
 pub async fn post_copy_moves_the_guest_at_once(stage: &dyn Stage) -> Result<()> {
     let id = stage.guest(Wish::busy()).await?;
+    let underway = in_post_copy(stage, id).await?;
+    assert_class("abort", ErrorClass::Refused, stage.a().abort(id).await)?;
+    end_of(underway).await??;
+    assert_moved(stage, id).await
+}
+
+/// Sets a guest off and waits until it is one half here and one half there.
+async fn in_post_copy(stage: &dyn Stage, id: InstanceId) -> Result<Underway> {
     let mut spec = stage.way(id).await?;
     spec.options.bandwidth_mib_s = Some(super::NARROW_MIB_S);
     spec.options.post_copy = true;
@@ -62,9 +71,31 @@ pub async fn post_copy_moves_the_guest_at_once(stage: &dyn Stage) -> Result<()> 
         Ok(post_copy.unwrap_or(true).then_some(()))
     })
     .await?;
-    assert_class("abort", ErrorClass::Refused, stage.a().abort(id).await)?;
-    end_of(underway).await??;
-    assert_moved(stage, id).await
+    Ok(underway)
+}
+
+/// Of a guest whose QEMU on b ends in post-copy a half stands still on a, for ever
+/// under libvirt's job. It can be discarded, and nothing else.
+///
+/// # Errors
+/// The point is broken.
+pub async fn half_a_guest_stands_still_until_it_is_discarded(stage: &dyn Stage) -> Result<()> {
+    let id = stage.guest(Wish::busy()).await?;
+    let underway = in_post_copy(stage, id).await?;
+    let (a, b) = (stage.a(), stage.b());
+    b.stop(id).await?;
+    end_of(underway).await?.expect_err("its other half is gone");
+    let off = Presence::Present(PowerState::Shutdown);
+    ensure!(b.presence(id).await? == off, "on b");
+    let paused = Presence::Present(PowerState::Paused);
+    ensure!(a.presence(id).await? == paused, "on a");
+    let sample = sample_of(a.job(id).await?).context("its job is gone")?;
+    ensure!(sample.post_copy, "{sample:?}");
+    assert_wrong_state("resume", a.resume(id).await)?;
+    assert_wrong_state("discard_outgoing", a.discard_outgoing(id).await)?;
+    a.discard_half(id).await?;
+    ensure!(a.presence(id).await? == Presence::Absent, "on a, discarded");
+    Ok(())
 }
 
 /// A migration that was not started for it is not switched to post-copy.

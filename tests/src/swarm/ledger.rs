@@ -4,7 +4,6 @@
 use drover_compute::hypervisor::fake::Fabric;
 use drover_model::{
     api::conductor::{ListMigrations, ListOperations},
-    guest::{PowerState, Presence},
     ids::InstanceId,
     migration::{Migration, MigrationStatus},
     operation::OperationStatus,
@@ -120,14 +119,13 @@ impl Ledger {
     }
 
     /// The record follows the guest. Of one that somebody took away while Drover moved
-    /// it there may be two definitions, of which it names one. Of one whose destination
-    /// lost its power in post-copy one half stands still on the source, for people.
+    /// it there may be two definitions, of which it names one. So there may of one whose
+    /// source lost its journal, which the migration says.
     async fn record_of(&self, id: InstanceId, plan: &Plan, number: usize) -> Option<String> {
         let row = self.store.find_instance(&id.to_string()).await.ok()?;
         let mut found = self.fabric.whereabouts(id);
-        let is_half = |here: Presence| here == Presence::Present(PowerState::Paused);
-        if plan.may_be_halved(number) && found.iter().any(|(_, here)| is_half(*here)) {
-            found.retain(|(at, _)| *at == row.host);
+        if found.len() > 1 && self.says_what_is_left(id).await {
+            found.retain(|(at, here)| *at == row.host || here.is_active());
         }
         if plan.is_moved_by_hand(number) && found.len() > 1 {
             let runs = found.iter().any(|(_, here)| here.is_active());
@@ -144,6 +142,15 @@ impl Ledger {
                 row.name
             )
         })
+    }
+
+    /// Whether a migration says that its source has the guest's definition still.
+    async fn says_what_is_left(&self, id: InstanceId) -> bool {
+        let all = ListMigrations::default();
+        let migrations = self.store.migrations(&all, None).await;
+        let migrations = migrations.expect("readable");
+        let mut of_it = migrations.iter().filter(|m| m.instance_uuid == id);
+        of_it.any(|m| m.warnings.iter().any(|w| w.contains("its definition")))
     }
 
     /// What must hold when all has come to rest: each guest is whole somewhere, and
@@ -209,11 +216,6 @@ impl Plan {
 
     fn is_moved_by_hand(&self, number: usize) -> bool {
         self.any(|event| matches!(event, Event::GuestMoves { guest, .. } if *guest == number))
-    }
-
-    fn may_be_halved(&self, number: usize) -> bool {
-        let by_post_copy = |event: &Event| matches!(event, Event::Ask(Ask::Live { guest, post_copy: true, .. }) if *guest == number);
-        self.any(by_post_copy) && self.any(|event| matches!(event, Event::PowerCut { .. }))
     }
 
     fn any(&self, what: impl Fn(&Event) -> bool) -> bool {

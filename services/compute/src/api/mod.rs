@@ -249,6 +249,7 @@ impl Steps {
         Ok(GuestLocation {
             presence,
             migrating: matches!(job, Job::Migration(_)),
+            post_copy: matches!(job, Job::Migration(sample) if sample.post_copy),
             known: self.registry.known(step.migration),
             state: Some(self.node.journal.state()),
         })

@@ -318,6 +318,12 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
     /// no error.
     async fn discard_outgoing(&self, id: InstanceId) -> Result<()>;
 
+    /// Kills what stands still of a guest that switched over in a post-copy whose
+    /// other half is gone, and its definition: no QEMU has the rest of its memory.
+    /// Only for a guest that was seen off on its destination since. `WrongState` if
+    /// the guest is anything but such a half; absent is no error.
+    async fn discard_half(&self, id: InstanceId) -> Result<()>;
+
     /// Removes the definition of a domain that is shut off. `WrongState` if it
     /// is active; absent is no error.
     async fn undefine(&self, id: InstanceId) -> Result<()>;

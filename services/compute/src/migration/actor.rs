@@ -88,7 +88,9 @@ pub(crate) enum Command {
     Rebuild(StepRef, Reply<GuestLocation>),
     PostRebuild(StepRef, Reply<CleanUp>),
     RollbackRebuild(StepRef, Reply<CleanUp>),
-    /// Another migration wants the instance.
+    /// Another migration asks whether it could have the instance.
+    MayStepAside(InstanceId, Reply<()>),
+    /// Another migration takes the instance.
     StepAside(InstanceId, Reply<()>),
 }
 
@@ -373,6 +375,10 @@ impl Actor {
             C::RevertResize(step, to) => {
                 let location = self.revert_resize(*step).await;
                 self.answer(to, location);
+            }
+            C::MayStepAside(instance, to) => {
+                let may = self.may_step_aside(instance).await;
+                self.answer(to, may);
             }
             C::StepAside(instance, to) => {
                 let done = self.step_aside(instance).await;

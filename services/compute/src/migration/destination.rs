@@ -38,7 +38,7 @@ impl Actor {
         &mut self,
         step: CheckDestination,
     ) -> Result<DestinationFacts, Fault> {
-        self.registry.make_way(self.step(step.guest.id)).await?;
+        self.registry.could_have(self.step(step.guest.id)).await?;
         let (hypervisor, source) = (&self.node.hypervisor, &step.source);
         let (facts, reach_source, probe_port) = tokio::join!(
             self.destination_facts(&step.guest, &step.marks),

@@ -43,6 +43,8 @@ pub(crate) struct Redundant {
     /// What it has too, by path.
     files: BTreeSet<String>,
     presence: Presence,
+    /// Its journal says that it came there.
+    ran_there: bool,
 }
 
 impl Redundant {
@@ -92,6 +94,7 @@ impl Redundant {
             host: host.clone(),
             files,
             presence: copy.presence,
+            ran_there: copy.known.ran_here,
         })
     }
 
@@ -119,6 +122,11 @@ impl Redundant {
     /// Whether that copy runs.
     pub(crate) fn runs(&self) -> bool {
         self.presence == Presence::Present(PowerState::Running)
+    }
+
+    /// Whether that copy is off: no QEMU has any memory of it.
+    pub(crate) fn is_off(&self) -> bool {
+        matches!(self.presence, Presence::Present(state) if !state.is_active())
     }
 
     /// Refuses files of this node that are longer than what stays.
@@ -418,13 +426,20 @@ pub(crate) async fn discard_incoming(node: &Node, id: InstanceId, _: &Redundant)
     node.hypervisor.discard_incoming(id).await
 }
 
-/// Kills a copy that libvirt left standing still after the guest had moved away.
+/// Kills a copy that libvirt left standing still after the guest had moved away: one
+/// half of a post-copy, or all of what it was.
 pub(crate) async fn discard_outgoing(node: &Node, id: InstanceId, proof: &Redundant) -> Result<()> {
-    if !proof.runs() {
-        let words = format!("the guest was not seen to run on {}", proof.host());
+    if !proof.runs() && !proof.is_off() {
+        let words = format!("on {} the guest is neither running nor off", proof.host());
         return Err(HypervisorError::WrongState(words));
     }
-    node.hypervisor.discard_outgoing(id).await
+    // No migration comes in there any more, so nobody needs the half.
+    match node.hypervisor.discard_half(id).await {
+        Err(HypervisorError::WrongState(_)) if proof.runs() || proof.ran_there => {
+            node.hypervisor.discard_outgoing(id).await
+        }
+        other => other,
+    }
 }
 
 /// Removes the definition of a guest that is off, and that moved away.

@@ -44,7 +44,7 @@ impl Actor {
         &mut self,
         step: CheckEvacuation,
     ) -> Result<EvacuationFacts, Fault> {
-        self.registry.make_way(self.step(step.guest.id)).await?;
+        self.registry.could_have(self.step(step.guest.id)).await?;
         let (facts, storage) = tokio::join!(
             // Nothing comes from a dead node, so no road is tried.
             self.destination_facts(&step.guest, &[]),

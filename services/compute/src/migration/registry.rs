@@ -357,10 +357,26 @@ impl Registry {
     }
 
     /// Makes sure that no other migration has an instance.
+    async fn make_way(self: &Arc<Self>, step: StepRef) -> Result<(), Fault> {
+        self.ask_holder(step, |reply| Command::StepAside(step.instance, reply))
+            .await
+    }
+
+    /// Whether [`Self::hold`] would give the instance to a migration. Nobody makes way
+    /// for a question.
     ///
     /// # Errors
     /// As [`Self::hold`].
-    pub(super) async fn make_way(self: &Arc<Self>, step: StepRef) -> Result<(), Fault> {
+    pub(super) async fn could_have(self: &Arc<Self>, step: StepRef) -> Result<(), Fault> {
+        self.ask_holder(step, |reply| Command::MayStepAside(step.instance, reply))
+            .await
+    }
+
+    async fn ask_holder(
+        self: &Arc<Self>,
+        step: StepRef,
+        command: impl FnOnce(Reply<()>) -> Command,
+    ) -> Result<(), Fault> {
         if let Some(why) = self.held_back(step.instance) {
             return Err(faults::unreadable(&why));
         }
@@ -368,10 +384,7 @@ impl Registry {
         match holder.filter(|holder| *holder != step.migration) {
             None => Ok(()),
             // Only a holder is asked, and a holder asks nobody: no circle.
-            Some(other) => {
-                self.ask_inside(other, |reply| Command::StepAside(step.instance, reply))
-                    .await
-            }
+            Some(other) => self.ask_inside(other, command).await,
         }
     }
 

@@ -103,27 +103,34 @@ impl Actor {
         }
     }
 
-    /// Gives the instance up to another migration if this one is plainly over:
-    /// it ended without a move, or arrived, and the guest is active here.
+    /// Lets another migration have the instance if this one is plainly over: it ended
+    /// without a move, or arrived, and the guest is active here.
+    ///
+    /// # Errors
+    /// It is busy with it.
+    pub(super) async fn may_step_aside(&self, instance: InstanceId) -> Result<(), Fault> {
+        match matches!(self.stage, Stage::Idle) || self.is_over_for(instance).await? {
+            true => Ok(()),
+            false => Err(faults::busy(instance, self.migration)),
+        }
+    }
+
+    /// Gives the instance up to another migration; what was left to tidy is tidied
+    /// first.
     pub(super) async fn step_aside(&mut self, instance: InstanceId) -> Result<(), Fault> {
         if matches!(self.stage, Stage::Idle) {
             return Ok(());
         }
-        if !self.is_over_for(instance).await? {
-            return Err(faults::busy(instance, self.migration));
-        }
+        self.may_step_aside(instance).await?;
         info!(migration = %self.migration, %instance, "the migration is over and makes way for another");
-        let job = match &self.stage {
-            Stage::Ended(record) => Some(job_of(record)),
-            _ => None,
+        let (job, clean_up) = match &self.stage {
+            Stage::Ended(record) => (Some(job_of(record)), CleanUp::default()),
+            Stage::Transferring(transferring) => {
+                let record = transferring.record.clone();
+                (None, self.remove_givers_files(&record).await?)
+            }
+            _ => (None, CleanUp::default()),
         };
-        let mut clean_up = CleanUp::default();
-        if let Stage::Transferring(transferring) = &self.stage {
-            // For whoever asks again: they are still there.
-            let left = transferring.record.plan.disks.iter();
-            let left = left.map(|disk| format!("{} is left over: remove it", disk.from));
-            clean_up.kept = left.collect();
-        }
         let finished = Finished {
             how: Ended::MadeWay,
             job,

@@ -49,7 +49,7 @@ fn no_disk_is_unaccounted_for(step: &LiveMigration, guest: &Guest) -> Result<(),
 impl Actor {
     /// What is to be given away. Leaves marks beside the disks.
     pub(super) async fn check_source(&mut self, step: CheckSource) -> Result<SourceFacts, Fault> {
-        self.registry.make_way(self.step(step.instance)).await?;
+        self.registry.could_have(self.step(step.instance)).await?;
         let hypervisor = self.node.hypervisor.clone();
         let look = async {
             match step.lasting {
@@ -77,7 +77,7 @@ impl Actor {
 
     /// Whether the destination can be reached. The marks have served.
     pub(super) async fn check_path(&mut self, step: CheckPath) -> Result<PathFacts, Fault> {
-        self.registry.make_way(self.step(step.instance)).await?;
+        self.registry.could_have(self.step(step.instance)).await?;
         let hypervisor = self.node.hypervisor.clone();
         let there = &step.destination;
         let probe = async {
@@ -337,7 +337,7 @@ impl Actor {
             Presence::Present(state) if !state.is_active() => {
                 destroy::undefine(&self.node, step.instance, proof).await
             }
-            Presence::Present(PowerState::Paused) if proof.runs() => {
+            Presence::Present(PowerState::Paused) if proof.runs() || proof.is_off() => {
                 destroy::discard_outgoing(&self.node, step.instance, proof).await
             }
             // Its disks may be the only ones.

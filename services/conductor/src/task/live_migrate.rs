@@ -30,7 +30,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{
-        CleanUp, GuestLocation, JobState, Known, KnownDisk, LiveMigration, Outcome,
+        CleanUp, CopyHistory, GuestLocation, JobState, Known, KnownDisk, LiveMigration, Outcome,
         PreLiveMigration,
     },
     error::ErrorClass,
@@ -410,7 +410,7 @@ impl LiveMigrate {
         let verdict = judge(at_source.as_ref(), Some(&at_dest), told);
         info!(migration = %self.job.migration.uuid, %unheard, ?verdict, "the destination alone was asked");
         match (verdict, dead) {
-            (Verdict::Moved, _) => Ok(moved_how(host, Some(&at_dest))),
+            (Verdict::Moved, _) => Ok(moved_how(host, Some(&at_dest), false)),
             // It runs nowhere, and nothing is left that could bring it there.
             (Verdict::Unknown, Some(dead)) if at_dest.presence == Presence::Absent => {
                 Err(ended(EndReason::Failed {
@@ -538,7 +538,10 @@ impl LiveMigrate {
             let source = self.job.locate(source_host).await;
             let told = self.told(chosen, &outcome, dest.as_ref().ok()).await;
             match judge(source.as_ref().ok(), dest.as_ref().ok(), told) {
-                Verdict::Moved => return Ok(moved_how(&chosen.host, dest.as_ref().ok())),
+                Verdict::Moved => {
+                    let halved = source.is_ok_and(|source| source.post_copy);
+                    return Ok(moved_how(&chosen.host, dest.as_ref().ok(), halved));
+                }
                 Verdict::Stayed => return Err(ended(reason(outcome, source_host))),
                 Verdict::Stopped => {
                     return Err(ended(EndReason::Failed {
@@ -558,6 +561,9 @@ impl LiveMigrate {
                     };
                     if let Some(message) = by_hand {
                         return Err(ended(EndReason::Failed { message }));
+                    }
+                    if let Some(lost) = self.is_lost_with(&chosen.host, &source, &dest).await? {
+                        return Ok(vec![lost]);
                     }
                     return Err(lost(format!(
                         "where the guest is cannot be told: {}",
@@ -591,6 +597,23 @@ impl LiveMigrate {
             )),
             _ => None,
         }
+    }
+
+    /// Of a guest in post-copy whose silent destination is proven off, what is to be
+    /// noted: it ran there, and no more.
+    async fn is_lost_with(
+        &self,
+        host: &HostName,
+        source: &Result<GuestLocation, StepError>,
+        dest: &Result<GuestLocation, StepError>,
+    ) -> Result<Option<String>, StepError> {
+        let paused = Presence::Present(PowerState::Paused);
+        let is_half = |l: &GuestLocation| l.post_copy && l.presence == paused;
+        if dest.is_ok() || !source.as_ref().is_ok_and(is_half) {
+            return Ok(None);
+        }
+        let dead = self.job.is_dead(host).await?;
+        Ok(dead.map(|dead| format!("{dead}, in post-copy: the guest's memory is lost")))
     }
 
     /// Whether a destination that has kept its journal says that it never had the guest.
@@ -673,26 +696,41 @@ impl LiveMigrate {
     async fn tidy(&self, data: &mut Data) -> Result<(), StepError> {
         let source = &self.job.migration.source_host;
         let dest = &data.chosen()?.host;
-        let cleaned = self.tidy_source(dest).await?;
+        let copied = &data.chosen()?.copied_disks;
+        let mut cleaned = self.tidy_source(dest).await?;
+        cleaned
+            .kept
+            .extend(self.left_unknown(&cleaned, copied).await);
         if !cleaned.removed.is_empty() {
             data.decide(
                 Self::name(Step::Tidy),
                 format!("removed from {source}: {}", cleaned.removed.join(", ")),
             );
         }
-        let says_nothing = cleaned == CleanUp::default();
         let noted = cleaned.warnings.into_iter().chain(cleaned.kept);
         data.warn(Self::name(Step::Tidy), noted.collect());
-        let copied = &data.chosen()?.copied_disks;
-        if says_nothing && !copied.is_empty() {
-            let left = format!(
-                "{source} knows nothing of it any more (did its agent lose its state?): its copy of {} \
-                 is left",
-                copied.join(", ")
-            );
-            data.warn(Self::name(Step::Tidy), vec![left]);
-        }
         Ok(())
+    }
+
+    /// What a source that removed nothing has still, as it knows nothing of the
+    /// migration any more.
+    async fn left_unknown(&self, cleaned: &CleanUp, copied: &[String]) -> Option<String> {
+        let source = self.job.source();
+        if *cleaned != CleanUp::default() {
+            return None;
+        }
+        let here = self.job.look_at(source).await.ok()?;
+        let defined = here.is_present().then(|| "its definition".to_owned());
+        let disks = (!copied.is_empty()).then(|| format!("its copy of {}", copied.join(", ")));
+        let left: Vec<String> = defined.into_iter().chain(disks).collect();
+        let is_known = here.copy().known != CopyHistory::default();
+        (!is_known && !left.is_empty()).then(|| {
+            format!(
+                "{source} knows nothing of it any more (did its agent lose its state?): {} \
+                 is left there",
+                left.join(" and ")
+            )
+        })
     }
 
     /// Does a step again that was put off; says what remains amiss. The world may
@@ -716,7 +754,11 @@ impl LiveMigrate {
                 let posted = agents.post_at_destination(dest, self.job.step()).await;
                 posted.map_err(agent_error)?
             }
-            false => self.tidy_source(dest).await?,
+            false => {
+                let mut cleaned = self.tidy_source(dest).await?;
+                cleaned.kept.extend(self.left_unknown(&cleaned, &[]).await);
+                cleaned
+            }
         };
         self.job.note_kept(cleaned.kept).await
     }
@@ -730,6 +772,12 @@ impl LiveMigrate {
             Ok(proof) => agents.post_at_source(source, self.job.step(), &proof).await,
             Err(unproven) => {
                 let here = self.job.look_at(source).await?;
+                if stays.copy().migrating && !here.is_active() {
+                    return Err(lost(format!(
+                        "the guest on {dest} lacks memory that {source} no longer has, as that \
+                         ended in post-copy; it hangs when it needs it: stop it hard, and start it"
+                    )));
+                }
                 if here.copy().presence != Presence::Present(PowerState::Running) {
                     return Err(lost(unproven));
                 }
@@ -821,8 +869,14 @@ fn judge(source: Option<&GuestLocation>, dest: Option<&GuestLocation>, told: Tol
     let runs = |l: &&GuestLocation| l.presence == Presence::Present(PowerState::Running);
     let source_runs = source.filter(runs).is_some();
     let arrived = told.moved_away || told.ran_there;
+    let is_off = |l: &GuestLocation| matches!(l.presence, Presence::Present(s) if !s.is_active());
     if source.is_some_and(|l| l.migrating) {
-        return Verdict::InBetween;
+        // A post-copy whose destination died is libvirt's for ever.
+        let is_half = source.is_some_and(|l| l.post_copy) && !source_runs;
+        return match is_half && dest.is_some_and(is_off) {
+            true => Verdict::Moved,
+            false => Verdict::InBetween,
+        };
     }
     match (source, dest) {
         (_, Some(d)) if runs(&d) && !source_runs => Verdict::Moved,
@@ -851,11 +905,15 @@ fn judge(source: Option<&GuestLocation>, dest: Option<&GuestLocation>, told: Tol
     }
 }
 
-/// What is to be noted about a guest that has moved, and is not active there.
-fn moved_how(dest: &HostName, seen: Option<&GuestLocation>) -> Vec<String> {
+/// What is to be noted about a guest that has moved, and is not active there; of a
+/// `halved` one a part of the memory is left on the source.
+fn moved_how(dest: &HostName, seen: Option<&GuestLocation>, halved: bool) -> Vec<String> {
     match seen.map(|l| l.presence) {
         Some(Presence::Absent) => vec![format!(
             "it moved to {dest}, and is no longer defined there: somebody took it away"
+        )],
+        Some(presence) if !presence.is_active() && halved => vec![format!(
+            "{dest} ended in post-copy: the guest's memory is lost, and it is off there, with its disks"
         )],
         Some(presence) if !presence.is_active() => {
             vec![format!("it moved to {dest}, and is off there by now")]

@@ -98,6 +98,33 @@ fn a_guest_that_arrived_has_moved_whatever_became_of_it() {
 }
 
 #[test]
+fn a_post_copy_whose_destination_died_is_over() {
+    let half = |presence| GuestLocation {
+        migrating: true,
+        post_copy: true,
+        ..GuestLocation::seen(presence)
+    };
+    let (paused, running) = (Presence::Present(P::Paused), Presence::Present(P::Running));
+    for off in [P::Shutdown, P::Crashed].map(Presence::Present) {
+        assert_eq!(verdict(Some(half(paused)), at(off)), Verdict::Moved);
+        let moves = GuestLocation {
+            post_copy: false,
+            ..half(paused)
+        };
+        assert_eq!(verdict(Some(moves), at(off)), Verdict::InBetween);
+        assert_eq!(verdict(Some(half(running)), at(off)), Verdict::InBetween);
+    }
+    for dest in [running, paused, Presence::Incoming, Presence::Absent] {
+        assert_eq!(
+            verdict(Some(half(paused)), at(dest)),
+            Verdict::InBetween,
+            "the other half may be there: {dest}"
+        );
+    }
+    assert_eq!(verdict(Some(half(paused)), None), Verdict::InBetween);
+}
+
+#[test]
 fn that_neither_node_has_it_proves_nothing() {
     let absent = at(Presence::Absent);
     assert_eq!(verdict(absent, absent), Verdict::Unknown);

@@ -117,6 +117,70 @@ async fn a_guest_whose_nodes_both_died_is_evacuated() {
     assert!(cloud.store.claims().await.expect("readable").is_empty());
 }
 
+/// A guest of which one half has gone to `kvm2`, and the other follows slowly.
+async fn halved(cloud: &Cloud) -> (InstanceId, Migration) {
+    let id = guest(cloud).await;
+    let options = LiveOptions {
+        bandwidth_mib_s: Some(4),
+        post_copy: true,
+        ..LiveOptions::default()
+    };
+    let m = cloud.migrate(id, Some("kvm2"), options).await;
+    let m = m.expect("it is accepted");
+    let sending = |m: &Migration| m.progress.memory.processed_bytes > 0;
+    cloud.until(m.uuid, "sending", sending).await;
+    cloud.force_complete(m.uuid).await.expect("it is taken");
+    let in_post_copy = |m: &Migration| m.status == S::RunningPostCopy;
+    let m = cloud.until(m.uuid, "in post-copy", in_post_copy).await;
+    (id, m)
+}
+
+/// Its memory is lost, and its disks are not: it is off where it went, and nothing of it
+/// is left where it was.
+#[tokio::test(start_paused = true)]
+async fn a_half_is_removed_when_the_other_is_lost() {
+    let mut cloud = cloud(1).await;
+    let (id, m) = halved(&cloud).await;
+    dies(&mut cloud, "kvm2");
+    silence().await;
+    let still = cloud.store.migration(m.uuid).await.expect("on the record");
+    assert!(!still.status.is_final(), "{still:#?}");
+    returns(&mut cloud, "kvm2").await;
+    let ended = cloud.end(m.uuid).await;
+    assert_eq!(ended.status, S::Completed, "{ended:#?}");
+    let says = |w: &String| w.contains("memory is lost");
+    assert!(ended.warnings.iter().any(says), "{ended:#?}");
+    eventually("the half is gone", async || {
+        cloud.fabric.guest("kvm1", id).is_none().then_some(())
+    })
+    .await;
+    assert!(cloud.fabric.guest("kvm2", id).is_some());
+}
+
+/// It stays away, and is proven off: the migration ends, and the guest counts as gone
+/// there. Nobody has told how it was defined there, which an evacuation says.
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_other_half_is_lost_for_good_has_moved() {
+    let mut cloud = cloud(1).await;
+    with_fences(&mut cloud).await;
+    let (id, m) = halved(&cloud).await;
+    dies(&mut cloud, "kvm2");
+    silence().await;
+    let evacuated = async || {
+        let task = Task::Evacuate(EvacuateOptions::new(name("kvm2")));
+        let begun = cloud.operate(&task).await.expect("it is taken").uuid;
+        cloud.operation_end(begun).await
+    };
+    // It brings the proof.
+    evacuated().await;
+    let ended = cloud.end(m.uuid).await;
+    assert_eq!(ended.status, S::Completed, "{ended:#?}");
+    let row = cloud.store.find_instance(&id.to_string()).await;
+    assert_eq!(row.expect("on the record").host, name("kvm2"));
+    let stays = format!("{:?}", evacuated().await.items);
+    assert!(stays.contains("its definition is from kvm1"), "{stays}");
+}
+
 /// Without proof nobody ends it: its node may run the guest.
 #[tokio::test(start_paused = true)]
 async fn a_migration_from_a_silent_node_waits_for_it() {

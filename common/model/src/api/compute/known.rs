@@ -14,6 +14,10 @@ pub struct GuestLocation {
     pub presence: Presence,
     /// Whether a libvirt migration job runs on it here.
     pub migrating: bool,
+    /// Whether it is one half of a post-copy: it has switched over, and its memory is in
+    /// two places. Nothing of a node that is too old to say.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub post_copy: bool,
     /// What the agent's journal knows of the migration that was named.
     #[serde(default)]
     pub known: Known,
@@ -30,6 +34,7 @@ impl GuestLocation {
         Self {
             presence,
             migrating: false,
+            post_copy: false,
             known: Known::Unsaid,
             state: None,
         }

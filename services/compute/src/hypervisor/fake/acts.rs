@@ -28,6 +28,11 @@ impl World {
         Ok(match self.journey_at(host, id) {
             Some(journey) if journey.from == *host => Job::Migration(journey.sample()),
             Some(journey) => Job::Migration(journey.sample_incoming()),
+            // libvirt keeps the job, for a recovery.
+            None if domain.lost_its_other_half => Job::Migration(JobSample {
+                post_copy: true,
+                ..JobSample::default()
+            }),
             None => domain.job_besides().map_or(Job::None, Job::Other),
         })
     }
@@ -186,10 +191,33 @@ impl World {
         if !domain.left_by_script || !stands_still || self.journey_at(host, id).is_some() {
             return wrong_state("domain was not left by a migration");
         }
+        self.end_and_undefine(host, id, now);
+        Ok(())
+    }
+
+    pub(super) fn discard_half(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        now: Instant,
+    ) -> Result<()> {
+        let Some(domain) = self.domain(host, id) else {
+            return Ok(());
+        };
+        let is_journeys = self
+            .journey_at(host, id)
+            .is_some_and(|journey| journey.from == *host && journey.is_post_copy());
+        match domain.lost_its_other_half || is_journeys {
+            true => self.end_and_undefine(host, id, now),
+            false => return wrong_state("domain is no half of a post-copy"),
+        }
+        Ok(())
+    }
+
+    fn end_and_undefine(&mut self, host: &HostName, id: InstanceId, now: Instant) {
         self.end_copy(host, id, now);
         self.node_mut(host).domains.remove(&id);
         self.node(host).emit(Event::Guest(id));
-        Ok(())
     }
 
     pub(super) fn undefine(&mut self, host: &HostName, id: InstanceId) -> Result<()> {
@@ -245,6 +273,7 @@ impl World {
             other_job: None,
             mirrors: BTreeMap::new(),
             left_by_script: false,
+            lost_its_other_half: false,
             goes_off_at: None,
             autostart,
             cpu: CpuTime::default(),

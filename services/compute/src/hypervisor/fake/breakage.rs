@@ -117,7 +117,11 @@ impl World {
                 self.end(id, Err(error));
             }
             (Leg::PostCopy { .. }, false) => {
+                let from = journey.from.clone();
                 self.guest_dies(host, id, at);
+                if let Some(half) = self.domain_mut(&from, id) {
+                    half.lost_its_other_half = true;
+                }
                 self.end(id, Err(error));
             }
             (_, true) => {
@@ -159,6 +163,7 @@ impl World {
         domain.incoming = false;
         domain.whole = true;
         domain.left_by_script = false;
+        domain.lost_its_other_half = false;
         domain.mirrors.clear();
         if let Some(next) = domain.next.take() {
             domain.guest = next;

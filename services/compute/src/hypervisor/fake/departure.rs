@@ -228,6 +228,7 @@ impl World {
             other_job: None,
             mirrors: BTreeMap::new(),
             left_by_script: false,
+            lost_its_other_half: false,
             goes_off_at: None,
             autostart: false,
             cpu: CpuTime::default(),

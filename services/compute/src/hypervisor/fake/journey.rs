@@ -155,6 +155,11 @@ impl Journey {
         matches!(self.leg, Leg::PostCopy { .. } | Leg::Finish { .. })
     }
 
+    /// Whether the guest runs on the destination, and its memory follows.
+    pub(super) fn is_post_copy(&self) -> bool {
+        matches!(self.leg, Leg::PostCopy { .. })
+    }
+
     /// Carries it on to `now`, but not past a boundary. `rate` is what the road
     /// carries, bytes per second; none while it is cut.
     pub(super) fn advance(&mut self, now: Instant, rate: Option<u64>) -> Option<Boundary> {

@@ -453,6 +453,13 @@ impl Hypervisor for FakeDriver {
         .await
     }
 
+    async fn discard_half(&self, id: InstanceId) -> Result<()> {
+        self.call(Call::DiscardHalf, |world, host, now| {
+            world.discard_half(host, id, now)
+        })
+        .await
+    }
+
     async fn undefine(&self, id: InstanceId) -> Result<()> {
         self.call(Call::Undefine, |world, host, _| world.undefine(host, id))
             .await

@@ -276,6 +276,9 @@ pub(super) struct Domain {
     pub(super) mirrors: BTreeMap<String, MirrorJob>,
     /// A script left this old copy behind: the checker knows.
     pub(super) left_by_script: bool,
+    /// It went to another node in a post-copy that broke there: it stands still for
+    /// good.
+    pub(super) lost_its_other_half: bool,
     /// It was asked to shut down, obeys, and is off then.
     pub(super) goes_off_at: Option<Instant>,
     /// The node's hypervisor starts it at boot, asking nobody.

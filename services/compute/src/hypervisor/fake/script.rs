@@ -53,6 +53,8 @@ pub enum Call {
     DiscardIncoming,
     /// `discard_outgoing`
     DiscardOutgoing,
+    /// `discard_half`
+    DiscardHalf,
     /// `freeze_disks`
     FreezeDisks,
     /// `thaw_disks`

@@ -59,6 +59,25 @@ pub(super) fn discard_outgoing(connect: &Connect, id: InstanceId) -> CallResult<
         );
         return Err(wrong(words));
     }
+    kill_and_undefine(connect, id, &domain)
+}
+
+/// Kills one half of a post-copy, and its definition. libvirt keeps its job, so that
+/// the migration could be taken up again; without the other half it cannot.
+pub(super) fn discard_half(connect: &Connect, id: InstanceId) -> CallResult<()> {
+    let Some(domain) = guests::find(connect, id)? else {
+        return Ok(());
+    };
+    let (state, reason) = ffi::domain_state(&domain)?;
+    match standing::is_split(state, reason) {
+        true => kill_and_undefine(connect, id, &domain),
+        false => Err(wrong(format!(
+            "the guest is no half of a post-copy: state {state}, reason {reason}"
+        ))),
+    }
+}
+
+fn kill_and_undefine(connect: &Connect, id: InstanceId, domain: &Domain) -> CallResult<()> {
     errors::absent_is_none(domain.destroy())?;
     match guests::find(connect, id)? {
         Some(domain) if !domain.is_active()? => remove_definition(&domain, 0),

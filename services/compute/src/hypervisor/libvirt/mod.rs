@@ -409,6 +409,11 @@ impl Hypervisor for LibvirtDriver {
         self.calls.guest(Effect::Change, id, act).await
     }
 
+    async fn discard_half(&self, id: InstanceId) -> Result<()> {
+        let act = move |connect: &_| lifecycle::discard_half(connect, id);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
     async fn undefine(&self, id: InstanceId) -> Result<()> {
         let act = move |connect: &_| lifecycle::undefine(connect, id);
         self.calls.guest(Effect::Change, id, act).await

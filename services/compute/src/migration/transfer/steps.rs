@@ -62,7 +62,7 @@ impl Actor {
         &mut self,
         step: CheckTransfer,
     ) -> Result<TransferFacts, Fault> {
-        self.registry.make_way(self.step(step.instance)).await?;
+        self.registry.could_have(self.step(step.instance)).await?;
         let hypervisor = self.node.hypervisor.clone();
         let asked = tokio::try_join!(
             hypervisor.guest(step.instance),
@@ -372,8 +372,22 @@ impl Actor {
         if !begun(TransferPart::HandOver) || begun(TransferPart::TakeBack) {
             return Err(Fault::refused("the guest was not handed over here"));
         }
+        let clean_up = self.remove_givers_files(&record).await?;
+        let over = self.forget_if_clean(step, Over::HandedOver, clean_up).await;
+        if matches!(self.stage, Stage::Idle) {
+            self.node.counters.count_outcome(&work::done());
+        }
+        over
+    }
+
+    /// Removes the disks that the guest had before; those that it was not seen to do
+    /// without are kept.
+    pub(in super::super) async fn remove_givers_files(
+        &self,
+        record: &TransferRecord,
+    ) -> Result<CleanUp, Fault> {
         let mut clean_up = CleanUp::default();
-        let proof = self.on_new_files(&record).await?;
+        let proof = self.on_new_files(record).await?;
         for disk in &record.plan.disks {
             if proof.covers(&disk.from) {
                 let removed = destroy::remove(&self.node, &disk.from, &proof).await;
@@ -385,11 +399,7 @@ impl Actor {
                 ));
             }
         }
-        let over = self.forget_if_clean(step, Over::HandedOver, clean_up).await;
-        if matches!(self.stage, Stage::Idle) {
-            self.node.counters.count_outcome(&work::done());
-        }
-        over
+        Ok(clean_up)
     }
 
     /// Which of the giver's files the guest does without, now and after its next

@@ -83,6 +83,11 @@ pub async fn half_a_guest_stands_still_until_it_is_discarded(stage: &dyn Stage) 
     let id = stage.guest(Wish::busy()).await?;
     let underway = in_post_copy(stage, id).await?;
     let (a, b) = (stage.a(), stage.b());
+    let running = Presence::Present(PowerState::Running);
+    until("it runs on b", async || {
+        Ok((b.presence(id).await? == running).then_some(()))
+    })
+    .await?;
     b.stop(id).await?;
     end_of(underway).await?.expect_err("its other half is gone");
     let off = Presence::Present(PowerState::Shutdown);

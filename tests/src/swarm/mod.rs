@@ -1,8 +1,8 @@
 //! The swarm: everything at once, from a seed. A seed draws a cloud, what is asked
 //! of it and what is done to it ([`plan`]); the code under test runs in virtual time
 //! behind edges at which each process can be stopped ([`world`], [`process`]); what
-//! must hold is checked in the fabric ([`ledger`]). One seed is one run, always the
-//! same ([`entropy`], [`trace`]), and a plan that fails is made smaller ([`shrink`]).
+//! must hold is checked in the fabric ([`ledger`]). One seed is one run in a process of
+//! its own, always the same ([`entropy`], [`trace`]), and a plan that fails is made smaller ([`shrink`]).
 
 mod entropy;
 mod fences;
@@ -16,8 +16,10 @@ mod world;
 
 use std::{
     cell::RefCell,
+    io::BufRead,
     panic,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     sync::{
         Mutex, Once, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -26,17 +28,19 @@ use std::{
 };
 
 use drover_runtime::blocking::block_at_once;
+use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
 use plan::Plan;
-use trace::{Heed, Trace};
+pub use trace::Heed;
+use trace::Trace;
 
 /// Stack of a run's thread, bytes: futures are deep where nothing was optimised.
 const STACK_BYTES: usize = 16 << 20;
 
 /// What came of a plan.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ran {
     /// Stands for everything that happened, in its order.
     pub hash: u64,
@@ -48,17 +52,44 @@ pub struct Ran {
     pub broken: Vec<String>,
 }
 
-/// Carries a plan out in a thread of its own; `aloud`, it prints what happens.
-pub fn run(plan: &Plan, aloud: bool) -> Ran {
-    let heed = if aloud { Heed::Aloud } else { Heed::Sum };
-    run_heeding(plan, heed).0
+impl Ran {
+    fn broken(why: String) -> Self {
+        Self {
+            hash: 0,
+            things: 0,
+            virtual_ms: 0,
+            broken: vec![why],
+        }
+    }
 }
 
-/// Carries a plan out twice; the first thing in which the two differ, as it was in each.
-pub fn first_difference(plan: &Plan) -> Option<[String; 2]> {
-    let [mut first, mut second] = [(), ()].map(|()| run_heeding(plan, Heed::Keep).1.into_iter());
+/// Carries a plan out in a thread of its own.
+pub fn run(plan: &Plan, heed: Heed) -> Ran {
+    note_panics();
+    thread::scope(|scope| {
+        let thread = thread::Builder::new()
+            .stack_size(STACK_BYTES)
+            .spawn_scoped(scope, || carry_out(plan, heed));
+        let ran = thread.expect("a thread can be made").join();
+        ran.unwrap_or_else(|_| Ran::broken("the swarm itself panicked".to_owned()))
+    })
+}
+
+/// What `program`, which is the swarm's, prints of a seed: in a process of its own, as
+/// whatever ran in one before has its say in whom tokio wakes first.
+pub fn run_apart(program: &Path, seed: u64, how: &[&str]) -> Vec<u8> {
+    let mut command = Command::new(program);
+    let ran = command.arg("--seed").arg(seed.to_string()).args(how);
+    let ran = ran.stderr(Stdio::inherit()).output();
+    ran.expect("the swarm's program can be run").stdout
+}
+
+/// Carries a seed out twice; the first thing in which the two differ, as it was in each.
+pub fn first_difference(program: &Path, seed: u64) -> Option<[String; 2]> {
+    let [first, second] = [(), ()].map(|()| run_apart(program, seed, &["--whole"]));
+    let [mut first, mut second] = [&first, &second].map(|printed| printed.lines());
     loop {
-        let next = [first.next(), second.next()];
+        let next = [first.next(), second.next()].map(|line| line.map(|l| l.expect("it is text")));
         match next {
             [None, None] => return None,
             [a, b] if a == b => {}
@@ -67,27 +98,7 @@ pub fn first_difference(plan: &Plan) -> Option<[String; 2]> {
     }
 }
 
-fn run_heeding(plan: &Plan, heed: Heed) -> (Ran, Vec<String>) {
-    note_panics();
-    let run = || carry_out(plan, heed);
-    thread::scope(|scope| {
-        let thread = thread::Builder::new()
-            .stack_size(STACK_BYTES)
-            .spawn_scoped(scope, run);
-        let ran = thread.expect("a thread can be made").join();
-        ran.unwrap_or_else(|_| {
-            let panicked = Ran {
-                hash: 0,
-                things: 0,
-                virtual_ms: 0,
-                broken: vec!["the swarm itself panicked".to_owned()],
-            };
-            (panicked, Vec::new())
-        })
-    })
-}
-
-fn carry_out(plan: &Plan, heed: Heed) -> (Ran, Vec<String>) {
+fn carry_out(plan: &Plan, heed: Heed) -> Ran {
     // Its name is nobody's to foresee.
     let files = TempDir::new_in(directory()).expect("a temporary directory");
     entropy::follows_from(plan.seed);
@@ -103,22 +114,17 @@ fn carry_out(plan: &Plan, heed: Heed) -> (Ran, Vec<String>) {
         let mut broken = world::carry_out(plan, files, &trace).await;
         broken.extend(PANICS.take());
         let (hash, things) = trace.sum();
-        let ran = Ran {
+        Ran {
             hash,
             things,
             virtual_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
             broken,
-        };
-        (ran, trace.kept())
+        }
     })
 }
 
-/// Carries out what `draw` makes of each seed, on all cores; tells of each run.
-pub fn run_seeds(
-    seeds: std::ops::Range<u64>,
-    draw: &(dyn Fn(u64) -> Plan + Sync),
-    tell: &(dyn Fn(u64, &Ran) + Sync),
-) {
+/// Carries out each seed, on all cores; tells of each run.
+pub fn run_seeds(program: &Path, seeds: std::ops::Range<u64>, tell: &(dyn Fn(u64, &Ran) + Sync)) {
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let next = AtomicU64::new(seeds.start);
     let telling = Mutex::new(());
@@ -130,7 +136,9 @@ pub fn run_seeds(
                     if seed >= seeds.end {
                         return;
                     }
-                    let ran = run(&draw(seed), false);
+                    let printed = run_apart(program, seed, &["--sum"]);
+                    let ran = serde_json::from_slice(&printed);
+                    let ran = ran.unwrap_or_else(|_| Ran::broken("the swarm itself died".into()));
                     let _turn = telling.lock().unwrap_or_else(PoisonError::into_inner);
                     tell(seed, &ran);
                 }
@@ -141,7 +149,7 @@ pub fn run_seeds(
 
 /// The least of a plan's events with which it still fails.
 pub fn least(plan: &Plan) -> Plan {
-    shrink::shrink(plan, &mut |less| !run(less, false).broken.is_empty())
+    shrink::shrink(plan, &mut |less| !run(less, Heed::Sum).broken.is_empty())
 }
 
 thread_local! {

@@ -17,13 +17,13 @@ const SOMEWHERE: &str = "/run/swarm";
 
 /// What becomes of what is heard, besides a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Heed {
+pub enum Heed {
     /// Nothing.
     Sum,
     /// It is printed.
-    Aloud,
-    /// It is kept, whole.
-    Keep,
+    Gist,
+    /// It is printed, whole.
+    Whole,
 }
 
 struct Book {
@@ -31,7 +31,6 @@ struct Book {
     hash: u64,
     count: u64,
     heed: Heed,
-    kept: Vec<String>,
     /// Where this run's files are: nobody's to foresee.
     directory: String,
 }
@@ -48,7 +47,6 @@ impl Trace {
             hash: 0xcbf2_9ce4_8422_2325,
             count: 0,
             heed,
-            kept: Vec::new(),
             directory: directory.display().to_string(),
         })))
     }
@@ -82,12 +80,6 @@ impl Trace {
         let book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         (book.hash, book.count)
     }
-
-    /// What was kept.
-    pub(super) fn kept(&self) -> Vec<String> {
-        let mut book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut book.kept)
-    }
 }
 
 impl Book {
@@ -95,8 +87,8 @@ impl Book {
         let line = |whole| format!("{:>10.3}  {}", at.as_secs_f64(), line(whole));
         match self.heed {
             Heed::Sum => {}
-            Heed::Aloud => println!("{}", line(false)),
-            Heed::Keep => self.kept.push(line(true)),
+            Heed::Gist => println!("{}", line(false)),
+            Heed::Whole => println!("{}", line(true)),
         }
     }
 

@@ -44,9 +44,10 @@ const LOOK: Duration = Duration::from_secs(2);
 /// be taken back; no more than these are left behind at a time.
 const MAX_HANGING: usize = 8;
 /// Largest frame agreed upon. The library keeps two buffers of 32 frames for
-/// each connection, all of it resident: at the broker's 128 KiB that is 8 MiB.
-/// Nearly every message fits into one frame of this size; larger bodies take more.
-const FRAME_MAX_BYTES: u32 = 16 << 10;
+/// each connection, resident as soon as so much went through them: at the broker's
+/// 128 KiB that is 8 MiB. Nearly every message fits into one frame of this size;
+/// larger bodies take more.
+const FRAME_MAX_BYTES: u32 = 8 << 10;
 /// The broker's own default. It hands a message's properties on in one frame,
 /// as they came, whatever was agreed upon; a connection that such a frame
 /// breaks is made again with room for it, or the message would come for ever.

@@ -266,6 +266,10 @@ impl Actor {
         let Stage::Arriving(record) = &self.stage else {
             return self.remembered().await;
         };
+        let how = match record.ran_here {
+            true => Ended::Arrived,
+            false => Ended::MadeWay,
+        };
         let left = record.disks.iter().map(|disk| &disk.path);
         let left = left.map(|path| format!("{path} is left: the guest was taken away by hand"));
         let clean_up = CleanUp {
@@ -274,7 +278,7 @@ impl Actor {
         };
         warn!(migration = %self.migration, instance = %step.instance, kept = ?clean_up.kept,
             "the guest that came is no longer defined on this node");
-        self.forget_if_clean(step, Ended::Arrived, clean_up).await
+        self.forget_if_clean(step, how, clean_up).await
     }
 
     /// Takes back what this migration made here for a guest that never came, by

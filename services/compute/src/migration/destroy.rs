@@ -58,7 +58,13 @@ impl Redundant {
         generation: u64,
         files: impl IntoIterator<Item = &'a str>,
     ) -> std::result::Result<Self, Fault> {
-        let Some(Survivor { host, copy, .. }) = survivor else {
+        let Some(Survivor {
+            host,
+            copy,
+            moved_on,
+            ..
+        }) = survivor
+        else {
             return Err(Fault::refused(
                 "no copy is named that stays, so nothing is removed; is the conductor older \
                  than this agent?",
@@ -85,7 +91,9 @@ impl Redundant {
             )));
         }
         let files: BTreeSet<String> = files.into_iter().map(str::to_owned).collect();
-        if let Some(missing) = files.iter().find(|path| !copy.has(path)) {
+        // Of one that was moved on, whole, the names and the lengths say nothing.
+        let missing = files.iter().find(|path| !moved_on && !copy.has(path));
+        if let Some(missing) = missing {
             return Err(Fault::refused(format!(
                 "the copy on {host} has no {missing}: nothing is removed"
             )));
@@ -137,7 +145,7 @@ impl Redundant {
         survivor: Option<&Survivor>,
         here: impl IntoIterator<Item = (&'a str, u64)>,
     ) -> std::result::Result<(), Fault> {
-        let Some(Survivor { host, copy, .. }) = survivor else {
+        let Some(Survivor { host, copy, .. }) = survivor.filter(|s| !s.moved_on) else {
             return Ok(());
         };
         let longer = here.into_iter().find(|(path, bytes)| {

@@ -31,6 +31,7 @@ fn survivor(presence: Presence, files: Vec<FileSeen>) -> Survivor {
             aside: None,
             known: CopyHistory::default(),
         },
+        moved_on: false,
     }
 }
 
@@ -79,6 +80,18 @@ fn a_disk_that_is_shorter_elsewhere_is_not_the_same() {
     assert!(judge(DISK_BYTES + 1).is_err());
     let tpm = Redundant::none_is_longer(Some(&there), [("/tpm", 20)]);
     assert!(tpm.is_ok(), "a TPM's state may become shorter");
+}
+
+#[test]
+fn of_a_guest_that_was_moved_on_whole_lengths_and_names_say_nothing() {
+    let mut there = survivor(RUNNING, vec![file("/b", 9)]);
+    there.moved_on = true;
+    let by = |there: &Survivor| Redundant::by(Some(there), &host("kvm2"), 3, ["/a"]);
+    assert!(by(&there).is_ok());
+    let longer = Redundant::none_is_longer(Some(&there), [("/b", DISK_BYTES)]);
+    assert!(longer.is_ok());
+    there.copy.files = vec![file("/b", 0)];
+    assert!(by(&there).is_err(), "it is not whole");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use drover_model::{
     api::{
-        compute::{AsideSeen, CopyHistory, CopySeen, FileSeen, StepRef},
+        compute::{AsideSeen, CopyHistory, CopySeen, Ended, FileSeen, StepRef},
         fault::Fault,
     },
     guest::{Disk, Guest, PowerState, Presence},
@@ -108,6 +108,7 @@ impl Actor {
     /// What the journal knows of the migration.
     async fn history(&self) -> Result<CopyHistory, Fault> {
         let finished = self.registry.finished(self.migration).await?;
+        let has_come = finished.as_ref().is_some_and(|f| f.how == Ended::Arrived);
         let job = finished.and_then(|finished| finished.job);
         Ok(CopyHistory {
             under_way: !matches!(self.stage, Stage::Idle),
@@ -115,7 +116,7 @@ impl Actor {
                 Stage::Arriving(record) => record.ran_here,
                 Stage::Coming(record) => record.ran_here,
                 Stage::Rebuilding(record) => record.started,
-                _ => false,
+                _ => has_come,
             },
             moved_away: match &self.stage {
                 Stage::Ended(record) => has_moved(&job_of(record)),

@@ -348,6 +348,7 @@ async fn a_guest_that_ran_here_is_never_taken_back_also_when_it_is_off() {
                 aside: None,
                 known: CopyHistory::default(),
             },
+            moved_on: false,
         };
         let asked = world.remove(B, method::ROLLBACK_AT_DESTINATION, &m, Some(evidence));
         let refused = asked.await.unwrap_err();

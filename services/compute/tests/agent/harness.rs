@@ -303,6 +303,7 @@ impl World {
             host: host(node),
             seen_at_ms: 1,
             copy,
+            moved_on: false,
         })
     }
 

@@ -11,11 +11,14 @@
 //! somebody has brought back to the source is not confirmed: a revert ends that move.
 
 use async_trait::async_trait;
-use drover_model::migration::{EndReason, Migration, MigrationStatus as S, Phase};
+use drover_model::{
+    api::conductor::ListMigrations,
+    migration::{EndReason, Migration, MigrationStatus as S, Phase},
+};
 use drover_saga::{Saga, StepError};
 
 use super::{
-    job::{Data, Job, agent_error, all_clean, ended, lost},
+    job::{Data, Job, agent_error, all_clean, ended, lost, store_error},
     journal::{Recorded, Told},
     proof,
 };
@@ -55,12 +58,22 @@ impl Confirm {
         confirmed.map(drop).map_err(agent_error)
     }
 
+    /// Whether the guest has been moved since, or given to another project.
+    async fn has_moved_on(&self) -> Result<bool, StepError> {
+        let own = &self.job.migration;
+        let (all, instance) = (ListMigrations::default(), Some(own.instance_uuid));
+        let since = self.job.store().migrations(&all, instance).await;
+        let since = since.map_err(|e| store_error(&e))?;
+        Ok(since.iter().any(|m| m.id > own.id && m.status.has_moved()))
+    }
+
     /// Removes what the source keeps, and its claim.
     pub(super) async fn confirm_source(&self) -> Result<(), StepError> {
         let (source, step) = (self.job.source(), self.job.step());
         let dest = self.job.migration.dest_host.as_ref().unwrap_or(source);
         let stays = self.job.look_for_it(dest, source).await?;
-        let proof = proof::kept_aside(source, &stays).map_err(lost)?;
+        let moved_on = self.has_moved_on().await?;
+        let proof = proof::kept_aside(source, &stays, moved_on).map_err(lost)?;
         let confirmed = self.job.agents().confirm_resize(source, step, &proof).await;
         let cleaned = confirmed.map_err(agent_error)?;
         self.job.note_kept(cleaned.kept.clone()).await?;

@@ -74,6 +74,7 @@ impl Seen {
             host: self.host.clone(),
             seen_at_ms: self.at_ms,
             copy: self.copy.clone(),
+            moved_on: false,
         }
     }
 }
@@ -222,12 +223,14 @@ pub fn reverted(stays: &Seen, dest: &Seen) -> TakeBack {
     }
 }
 
-/// What a source keeps aside.
+/// What a source keeps aside; `moved_on` if the guest has been moved since.
 ///
 /// # Errors
 /// In words, what is not proven.
-pub fn kept_aside(source: &HostName, stays: &Seen) -> Result<Redundant, String> {
-    whole_elsewhere(source, stays)
+pub fn kept_aside(source: &HostName, stays: &Seen, moved_on: bool) -> Result<Redundant, String> {
+    let mut proof = whole_elsewhere(source, stays)?;
+    proof.survivor.moved_on = moved_on;
+    Ok(proof)
 }
 
 /// The destination's copy has whatever the source keeps, and is in place.

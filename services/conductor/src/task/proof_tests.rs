@@ -186,7 +186,7 @@ fn after_a_revert_absent_is_not_success() {
 fn a_source_gives_up_what_is_whole_elsewhere() {
     let source = host("kvm1");
     for dest in [seen("kvm2", RUNNING), seen("kvm2", OFF)] {
-        let proof = kept_aside(&source, &dest).unwrap();
+        let proof = kept_aside(&source, &dest, false).unwrap();
         assert_eq!(proof.survivor().seen_at_ms, 7);
         assert!(live_source(&source, &dest).is_ok());
         assert!(may_confirm(Some(&aside(true, true)), &dest).is_ok());
@@ -195,7 +195,7 @@ fn a_source_gives_up_what_is_whole_elsewhere() {
     let other = with(seen("kvm2", RUNNING), |c| c.files[0].path = "/other".into());
     assert!(may_confirm(Some(&aside(true, true)), &other).is_err());
     for dest in [seen("kvm2", ABSENT), seen("kvm1", RUNNING), lost] {
-        assert!(kept_aside(&source, &dest).is_err(), "{dest:?}");
+        assert!(kept_aside(&source, &dest, false).is_err(), "{dest:?}");
         assert!(live_source(&source, &dest).is_err(), "{dest:?}");
     }
 }

@@ -129,6 +129,10 @@ pub struct Survivor {
     pub seen_at_ms: u64,
     /// What it saw.
     pub copy: CopySeen,
+    /// The guest has been moved since, by what the record says: its disks may have been
+    /// written anew, and under other names.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moved_on: bool,
 }
 
 /// Remove a copy, or files of one, because another stays.

@@ -150,7 +150,11 @@ impl Ledger {
         let migrations = self.store.migrations(&all, None).await;
         let migrations = migrations.expect("readable");
         let mut of_it = migrations.iter().filter(|m| m.instance_uuid == id);
-        of_it.any(|m| m.warnings.iter().any(|w| w.contains("its definition")))
+        of_it.any(|m| {
+            m.warnings
+                .iter()
+                .any(|w| w.contains("knows nothing of it any more"))
+        })
     }
 
     /// What must hold when all has come to rest: each guest is whole somewhere, and

@@ -87,6 +87,7 @@ pub fn run_apart(program: &Path, seed: u64, how: &[&str]) -> Vec<u8> {
 /// Carries a seed out twice; the first thing in which the two differ, as it was in each.
 pub fn first_difference(program: &Path, seed: u64) -> Option<[String; 2]> {
     let [first, second] = [(), ()].map(|()| run_apart(program, seed, &["--whole"]));
+    assert!(!first.is_empty(), "nothing happened");
     let [mut first, mut second] = [&first, &second].map(|printed| printed.lines());
     loop {
         let next = [first.next(), second.next()].map(|line| line.map(|l| l.expect("it is text")));

@@ -208,6 +208,8 @@ pub struct JobSample {
     pub downtime_ms: Option<u64>,
     /// The guest runs on the destination already.
     pub post_copy: bool,
+    /// It does, and libvirt has given the rest of its memory up.
+    pub post_copy_failed: bool,
     /// Throttling of the guest's vCPUs by auto-converge, percent.
     pub throttle_percent: Option<u64>,
 }
@@ -320,8 +322,9 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
 
     /// Kills what stands still of a guest that switched over in a post-copy whose
     /// other half is gone, and its definition: no QEMU has the rest of its memory.
-    /// Only for a guest that was seen off on its destination since. `WrongState` if
-    /// the guest is anything but such a half; absent is no error.
+    /// Only for a guest that was seen off on its destination since, or there under no
+    /// migration. `WrongState` if the guest is anything but such a half; absent is no
+    /// error.
     async fn discard_half(&self, id: InstanceId) -> Result<()>;
 
     /// Removes the definition of a domain that is shut off. `WrongState` if it

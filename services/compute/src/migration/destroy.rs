@@ -92,7 +92,11 @@ impl Redundant {
         }
         let files: BTreeSet<String> = files.into_iter().map(str::to_owned).collect();
         // Of one that was moved on, whole, the names and the lengths say nothing.
-        let missing = files.iter().find(|path| !moved_on && !copy.has(path));
+        let is_whole = |path: &str| match moved_on {
+            true => !copy.files.is_empty(),
+            false => copy.has(path),
+        };
+        let missing = files.iter().find(|path| !is_whole(path));
         if let Some(missing) = missing {
             return Err(Fault::refused(format!(
                 "the copy on {host} has no {missing}: nothing is removed"

@@ -258,6 +258,13 @@ impl Monitor {
 
     fn hear(&mut self, told: Told) -> Option<Outcome> {
         match told {
+            // Nobody answers any more, and libvirt keeps the job of such a one for ever.
+            Told::Sample(Ok(Job::Migration(sample)))
+                if sample.post_copy_failed && self.transfer.is_none() =>
+            {
+                let message = "the post-copy failed: one half of the guest is left here".to_owned();
+                return Some(Outcome::Failed { message });
+            }
             Told::Sample(Ok(Job::Migration(sample))) => self.take_sample(&sample),
             Told::Sample(Ok(Job::None | Job::Other(_)) | Err(HypervisorError::NoSuchGuest(_))) => {
                 if self.transfer.is_some() {

@@ -278,7 +278,7 @@ mod tests {
             downtime in proptest::option::of(0..10_000u64)) -> JobSample {
             JobSample {
                 elapsed_ms: elapsed, memory, disk, rate_bytes_s: rate, dirty_rate_bytes_s: dirty,
-                iteration, downtime_ms: downtime, post_copy, throttle_percent: None,
+                iteration, downtime_ms: downtime, post_copy, ..JobSample::default()
             }
         }
     }

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     faults::{self, hypervisor as fault},
     hypervisor::{HypervisorError, Job},
+    journal::TransferRecord,
 };
 
 impl Actor {
@@ -123,20 +124,42 @@ impl Actor {
         }
         self.may_step_aside(instance).await?;
         info!(migration = %self.migration, %instance, "the migration is over and makes way for another");
-        let (job, clean_up) = match &self.stage {
-            Stage::Ended(record) => (Some(job_of(record)), CleanUp::default()),
+        let finished = match &self.stage {
+            Stage::Ended(record) => Finished {
+                job: Some(job_of(record)),
+                ..Finished::with(Ended::MadeWay)
+            },
             Stage::Transferring(transferring) => {
                 let record = transferring.record.clone();
-                (None, self.remove_givers_files(&record).await?)
+                Finished {
+                    clean_up: self.last_clean_up(&record).await,
+                    ..Finished::with(Ended::HandedOver)
+                }
             }
-            _ => (None, CleanUp::default()),
-        };
-        let finished = Finished {
-            how: Ended::MadeWay,
-            job,
-            clean_up,
+            Stage::Arriving(record) if record.ran_here => Finished::with(Ended::Arrived),
+            Stage::Rebuilding(record) if record.started => Finished::with(Ended::Arrived),
+            _ => Finished::with(Ended::MadeWay),
         };
         self.forget(self.step(instance), finished).await
+    }
+
+    /// Removes what the giver had, if that can be done now: nobody waits for it. What is
+    /// left nobody tries again, and whoever asks is told.
+    async fn last_clean_up(&self, record: &TransferRecord) -> CleanUp {
+        match self.remove_givers_files(record).await {
+            Ok(mut clean_up) => {
+                clean_up.kept.append(&mut clean_up.warnings);
+                clean_up
+            }
+            Err(error) => {
+                let disks = record.plan.disks.iter();
+                let left = disks.map(|d| format!("{} may be left over: {}", d.from, error.message));
+                CleanUp {
+                    kept: left.collect(),
+                    ..CleanUp::default()
+                }
+            }
+        }
     }
 
     async fn is_over_for(&self, instance: InstanceId) -> Result<bool, Fault> {

@@ -21,6 +21,7 @@ use super::{
     orders::Order,
     past::Finished,
     sending::{MonitorDied, Sending, job_of, spec},
+    shared::has_moved,
 };
 use crate::{
     faults::hypervisor as fault,
@@ -314,7 +315,8 @@ impl Actor {
             }
             _ => {
                 let proof = proof?;
-                self.remove_what_moved(step, presence, &proof).await?;
+                self.remove_what_moved(step, presence, &record, &proof)
+                    .await?;
                 for disk in &record.disks {
                     let removed = destroy::remove(&self.node, &disk.path, &proof).await;
                     self.note_removed(&disk.path, removed, &mut clean_up)?;
@@ -330,14 +332,18 @@ impl Actor {
         &self,
         step: StepRef,
         presence: Presence,
+        record: &SourceRecord,
         proof: &Redundant,
     ) -> Result<(), Fault> {
+        // Where libvirt said that it moved, nothing was left of it: what stands still here
+        // has been brought since, and is newer than one that is off there.
+        let may_be_left = proof.runs() || (proof.is_off() && !has_moved(&job_of(record)));
         let removed = match presence {
             Presence::Absent => Ok(()),
             Presence::Present(state) if !state.is_active() => {
                 destroy::undefine(&self.node, step.instance, proof).await
             }
-            Presence::Present(PowerState::Paused) if proof.runs() || proof.is_off() => {
+            Presence::Present(PowerState::Paused) if may_be_left => {
                 destroy::discard_outgoing(&self.node, step.instance, proof).await
             }
             // Its disks may be the only ones.

@@ -539,7 +539,7 @@ impl LiveMigrate {
             let told = self.told(chosen, &outcome, dest.as_ref().ok()).await;
             match judge(source.as_ref().ok(), dest.as_ref().ok(), told) {
                 Verdict::Moved => {
-                    let halved = source.is_ok_and(|source| source.post_copy);
+                    let halved = source.is_ok_and(|source| source.is_half());
                     return Ok(moved_how(&chosen.host, dest.as_ref().ok(), halved));
                 }
                 Verdict::Stayed => return Err(ended(reason(outcome, source_host))),
@@ -607,9 +607,7 @@ impl LiveMigrate {
         source: &Result<GuestLocation, StepError>,
         dest: &Result<GuestLocation, StepError>,
     ) -> Result<Option<String>, StepError> {
-        let paused = Presence::Present(PowerState::Paused);
-        let is_half = |l: &GuestLocation| l.post_copy && l.presence == paused;
-        if dest.is_ok() || !source.as_ref().is_ok_and(is_half) {
+        if dest.is_ok() || !source.as_ref().is_ok_and(GuestLocation::is_half) {
             return Ok(None);
         }
         let dead = self.job.is_dead(host).await?;
@@ -720,7 +718,8 @@ impl LiveMigrate {
             return None;
         }
         let here = self.job.look_at(source).await.ok()?;
-        let defined = here.is_present().then(|| "its definition".to_owned());
+        let runs = here.copy().presence == Presence::Present(PowerState::Running);
+        let defined = (here.is_present() && !runs).then(|| "its definition".to_owned());
         let disks = (!copied.is_empty()).then(|| format!("its copy of {}", copied.join(", ")));
         let left: Vec<String> = defined.into_iter().chain(disks).collect();
         let is_known = here.copy().known != CopyHistory::default();
@@ -772,10 +771,11 @@ impl LiveMigrate {
             Ok(proof) => agents.post_at_source(source, self.job.step(), &proof).await,
             Err(unproven) => {
                 let here = self.job.look_at(source).await?;
-                if stays.copy().migrating && !here.is_active() {
+                if self.options.post_copy && stays.copy().migrating && !here.is_active() {
                     return Err(lost(format!(
-                        "the guest on {dest} lacks memory that {source} no longer has, as that \
-                         ended in post-copy; it hangs when it needs it: stop it hard, and start it"
+                        "{}, and lacks memory that {source} no longer has, as that ended in \
+                         post-copy; it hangs when it needs it: stop it hard, and start it",
+                        stays.words()
                     )));
                 }
                 if here.copy().presence != Presence::Present(PowerState::Running) {
@@ -869,11 +869,16 @@ fn judge(source: Option<&GuestLocation>, dest: Option<&GuestLocation>, told: Tol
     let runs = |l: &&GuestLocation| l.presence == Presence::Present(PowerState::Running);
     let source_runs = source.filter(runs).is_some();
     let arrived = told.moved_away || told.ran_there;
-    let is_off = |l: &GuestLocation| matches!(l.presence, Presence::Present(s) if !s.is_active());
     if source.is_some_and(|l| l.migrating) {
-        // A post-copy whose destination died is libvirt's for ever.
-        let is_half = source.is_some_and(|l| l.post_copy) && !source_runs;
-        return match is_half && dest.is_some_and(is_off) {
+        // A post-copy whose other half died is libvirt's for ever; of one that still
+        // comes in libvirt has a job there.
+        let is_over = |l: &GuestLocation| match l.presence {
+            Presence::Present(PowerState::Running) => !l.migrating,
+            Presence::Present(state) => !state.is_active(),
+            Presence::Absent | Presence::Incoming => false,
+        };
+        let is_half = source.is_some_and(GuestLocation::is_half);
+        return match is_half && dest.is_some_and(is_over) {
             true => Verdict::Moved,
             false => Verdict::InBetween,
         };

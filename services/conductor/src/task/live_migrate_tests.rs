@@ -114,7 +114,15 @@ fn a_post_copy_whose_destination_died_is_over() {
         assert_eq!(verdict(Some(moves), at(off)), Verdict::InBetween);
         assert_eq!(verdict(Some(half(running)), at(off)), Verdict::InBetween);
     }
-    for dest in [running, paused, Presence::Incoming, Presence::Absent] {
+    let comes_in = GuestLocation {
+        migrating: true,
+        ..GuestLocation::seen(running)
+    };
+    let both = verdict(Some(half(paused)), Some(comes_in));
+    assert_eq!(both, Verdict::InBetween, "the other half is there");
+    let again = verdict(Some(half(paused)), at(running));
+    assert_eq!(again, Verdict::Moved, "somebody has started it again there");
+    for dest in [paused, Presence::Incoming, Presence::Absent] {
         assert_eq!(
             verdict(Some(half(paused)), at(dest)),
             Verdict::InBetween,

@@ -615,7 +615,7 @@ impl Runner {
         let Some(dest) = &m.dest_host else {
             return Ok(true);
         };
-        let may_be_off = is_source_off && matches!(m.way, Way::Live(_));
+        let may_be_off = matches!(m.way, Way::Live(_));
         Ok(self.is_up(dest).await? || (may_be_off && is_off(dest).await?))
     }
 

@@ -1,6 +1,7 @@
 //! A node that dies while a guest leaves it live. The migration ends, and the guest
 //! runs once: where it has arrived, or where it is evacuated to.
 
+use drover_compute::hypervisor::ColdDriver;
 use drover_model::migration::LiveOptions;
 
 use super::*;
@@ -155,6 +156,34 @@ async fn a_half_is_removed_when_the_other_is_lost() {
     })
     .await;
     assert!(cloud.fabric.guest("kvm2", id).is_some());
+}
+
+/// So it is if its own agent was restarted in between, to which nobody answers how the
+/// migration ended, and if somebody starts the guest again where it is off.
+#[tokio::test(start_paused = true)]
+async fn a_half_is_removed_whoever_was_away() {
+    for starts_it_by_hand in [false, true] {
+        let mut cloud = cloud(1).await;
+        let (id, m) = halved(&cloud).await;
+        cloud.kill_agent("kvm1");
+        cloud.start_agent("kvm1").await;
+        dies(&mut cloud, "kvm2");
+        silence().await;
+        if starts_it_by_hand {
+            cloud.fabric.power_on("kvm2");
+            let started = cloud.fabric.driver("kvm2").start(id).await;
+            started.expect("its disks are there");
+        }
+        returns(&mut cloud, "kvm2").await;
+        let ended = cloud.end(m.uuid).await;
+        assert_eq!(ended.status, S::Completed, "{ended:#?}");
+        eventually("the half is gone", async || {
+            cloud.fabric.guest("kvm1", id).is_none().then_some(())
+        })
+        .await;
+        let runs = cloud.fabric.running_on(id);
+        assert_eq!(runs.is_some(), starts_it_by_hand, "{runs:?}");
+    }
 }
 
 /// It stays away, and is proven off: the migration ends, and the guest counts as gone

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::guest::Presence;
+use crate::guest::{PowerState, Presence};
 use crate::ids::StateId;
 
 /// Where an agent sees a guest.
@@ -38,6 +38,11 @@ impl GuestLocation {
             known: Known::Unsaid,
             state: None,
         }
+    }
+
+    /// Whether it stands still as the half of a post-copy that was left behind.
+    pub fn is_half(&self) -> bool {
+        self.post_copy && self.presence == Presence::Present(PowerState::Paused)
     }
 }
 

@@ -31,6 +31,7 @@ impl World {
             // libvirt keeps the job, for a recovery.
             None if domain.lost_its_other_half => Job::Migration(JobSample {
                 post_copy: true,
+                post_copy_failed: true,
                 ..JobSample::default()
             }),
             None => domain.job_besides().map_or(Job::None, Job::Other),

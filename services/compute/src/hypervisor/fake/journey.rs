@@ -369,7 +369,8 @@ impl Journey {
                 None if memory_began && self.rate > 0 => Some(expected),
                 None => None,
             },
-            post_copy: matches!(self.leg, Leg::PostCopy { .. }),
+            post_copy: self.is_post_copy(),
+            post_copy_failed: false,
             throttle_percent: self.precopy.throttle_percent().filter(|_| memory_began),
         }
     }

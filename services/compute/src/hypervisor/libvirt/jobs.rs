@@ -51,6 +51,8 @@ fn of(domain: &Domain) -> Result<Job, Error> {
         sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT => {
             let mut sample = sample(&values);
             sample.post_copy = standing::is_split(state, reason);
+            sample.post_copy_failed =
+                sample.post_copy && reason == sys::VIR_DOMAIN_PAUSED_POSTCOPY_FAILED;
             Job::Migration(sample)
         }
         other => Job::Other(operation_words(other).to_owned()),
@@ -118,6 +120,7 @@ fn sample(values: &Values) -> JobSample {
         iteration: get(sys::VIR_DOMAIN_JOB_MEMORY_ITERATION),
         downtime_ms: number(values, sys::VIR_DOMAIN_JOB_DOWNTIME),
         post_copy: false,
+        post_copy_failed: false,
         throttle_percent: number(values, sys::VIR_DOMAIN_JOB_AUTO_CONVERGE_THROTTLE),
     }
 }

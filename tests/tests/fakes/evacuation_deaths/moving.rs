@@ -8,10 +8,14 @@ use super::*;
 
 /// A guest that leaves `kvm1` for `kvm2` so slowly that it is on its way for minutes.
 async fn leaving(cloud: &Cloud) -> (InstanceId, Migration) {
+    leaving_by(cloud, LiveOptions::default()).await
+}
+
+async fn leaving_by(cloud: &Cloud, options: LiveOptions) -> (InstanceId, Migration) {
     let id = guest(cloud).await;
     let options = LiveOptions {
         bandwidth_mib_s: Some(4),
-        ..LiveOptions::default()
+        ..options
     };
     let m = cloud.migrate(id, Some("kvm2"), options).await;
     let m = m.expect("it is accepted");
@@ -120,16 +124,11 @@ async fn a_guest_whose_nodes_both_died_is_evacuated() {
 
 /// A guest of which one half has gone to `kvm2`, and the other follows slowly.
 async fn halved(cloud: &Cloud) -> (InstanceId, Migration) {
-    let id = guest(cloud).await;
     let options = LiveOptions {
-        bandwidth_mib_s: Some(4),
         post_copy: true,
         ..LiveOptions::default()
     };
-    let m = cloud.migrate(id, Some("kvm2"), options).await;
-    let m = m.expect("it is accepted");
-    let sending = |m: &Migration| m.progress.memory.processed_bytes > 0;
-    cloud.until(m.uuid, "sending", sending).await;
+    let (id, m) = leaving_by(cloud, options).await;
     cloud.force_complete(m.uuid).await.expect("it is taken");
     let in_post_copy = |m: &Migration| m.status == S::RunningPostCopy;
     let m = cloud.until(m.uuid, "in post-copy", in_post_copy).await;

@@ -138,11 +138,13 @@ impl<S: Saga> Driver<'_, S> {
     }
 
     /// Runs a step until it succeeds, fails for good, or patience ends. The
-    /// data it works on is a copy: a failed try leaves none of it behind.
+    /// data it works on is a copy: a failed try leaves none of it behind. After a try
+    /// of which nobody knows what it did, passing trouble says nothing of it either.
     async fn try_forward(&self, n: usize, committed: bool) -> Result<S::Data, StepError> {
         let step = S::STEPS[n];
         let mut pause = Pause::new(self.patience.max_pause);
         let began = Instant::now();
+        let mut is_in_doubt = false;
         loop {
             let mut data = self.data.clone();
             let run = self.saga.run(step, &mut data);
@@ -155,10 +157,14 @@ impl<S: Saga> Driver<'_, S> {
                     result = run => result,
                 }
             };
-            let error = match result {
+            let mut error = match result {
                 Ok(()) => return Ok(data),
                 Err(error) => error,
             };
+            is_in_doubt |= error.class == ErrorClass::Lost;
+            if is_in_doubt && error.class == ErrorClass::Retryable {
+                error.class = ErrorClass::Lost;
+            }
             let limit = match error.class {
                 ErrorClass::Refused | ErrorClass::Bug | ErrorClass::Fenced => return Err(error),
                 _ if committed => self.patience.after_commit,

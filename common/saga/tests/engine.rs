@@ -38,6 +38,8 @@ struct World {
     done: Mutex<[bool; 5]>,
     ran: Mutex<Vec<usize>>,
     fail: Option<(usize, ErrorClass)>,
+    /// What the fault is from its second time on, if something else.
+    later: Option<ErrorClass>,
     /// How often the fault strikes before it heals; 0 is for ever.
     heals_after: usize,
     struck: AtomicUsize,
@@ -63,6 +65,7 @@ impl World {
         if self.heals_after > 0 && struck > self.heals_after {
             return Ok(());
         }
+        let class = self.later.filter(|_| struck > 1).unwrap_or(class);
         Err(StepError::new(class, format!("fault at {}", STEPS[step])))
     }
 
@@ -196,6 +199,18 @@ async fn before_the_commit_every_failure_is_undone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refusal_ends_the_doubt() {
+    for step in 0..=COMMIT {
+        let lost = World::failing(step, ErrorClass::Lost);
+        let later = Some(ErrorClass::Refused);
+        let (world, paper) = (World { later, ..lost }, Paper::default());
+        let outcome = run(&world, &paper).await.unwrap();
+        assert!(matches!(outcome, Outcome::RolledBack(_)), "{step}");
+        assert_eq!(world.done(), UNTOUCHED, "{step}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn passing_trouble_passes() {
     for step in 0..STEPS.len() {
         for class in [ErrorClass::Retryable, ErrorClass::Lost] {
@@ -234,10 +249,12 @@ async fn after_the_commit_nothing_is_undone() {
     }
 }
 
+/// What passing trouble keeps from finding out is not known either.
 #[tokio::test(start_paused = true)]
 async fn not_knowing_is_stuck_and_never_undone() {
-    for step in 0..=COMMIT {
-        let (world, paper) = (World::failing(step, ErrorClass::Lost), Paper::default());
+    for (step, later) in (0..=COMMIT).flat_map(|n| [(n, None), (n, Some(ErrorClass::Retryable))]) {
+        let lost = World::failing(step, ErrorClass::Lost);
+        let (world, paper) = (World { later, ..lost }, Paper::default());
         assert!(matches!(
             run(&world, &paper).await,
             Err(DriveError::Stuck(_))

@@ -141,7 +141,10 @@ impl Revert {
         if data.taken_back {
             return self.leave_source(data).await;
         }
-        let dest = self.job.locate(self.dest()?).await?;
+        // It may have been asked for before, by a try that heard no answer: trouble with the
+        // destination says nothing of that.
+        let dest = self.job.locate(self.dest()?).await;
+        let dest = dest.map_err(|error| lost(error.message))?;
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
@@ -151,12 +154,15 @@ impl Revert {
         };
         let source = self.job.source();
         let restored = self.job.agents().finish_revert_resize(source, &ask).await;
-        restored.map_err(patient)?;
-        // What was answered is not enough: it is looked at.
+        // What was answered is not enough: it is looked at. An agent that did it and has
+        // forgotten it since refuses.
         let seen = self.job.look_at(source).await;
-        let seen = seen.map_err(|error| lost(error.to_string()))?;
-        if !seen.is_present() || !seen.copy().is_whole() {
-            return Err(cannot_go_back(seen.words()));
+        let seen = seen.map_err(|error| lost(error.message))?;
+        let is_back = seen.is_present() && seen.copy().is_whole();
+        match restored {
+            Err(error) if !is_back || seen.copy().known.under_way => return Err(patient(error)),
+            _ if !is_back => return Err(cannot_go_back(seen.words())),
+            _ => {}
         }
         data.arrived = seen.copy().presence.power_state();
         Ok(())
@@ -217,10 +223,15 @@ impl Revert {
     }
 
     /// The source keeps its copy aside again. One that has all of it aside brought
-    /// nothing back: a guest that is defined there is somebody else's doing.
+    /// nothing back: a guest that is defined there is somebody else's doing. Nor did one
+    /// that has lost its copy, and knows nothing of it.
     async fn undo_restore(&self) -> Result<(), StepError> {
         let here = self.job.look_at(self.job.source()).await?;
-        if here.is_present() && here.copy().is_kept_aside() {
+        let copy = here.copy();
+        let has_aside_all = here.is_present() && copy.is_kept_aside();
+        let has_nothing =
+            copy.presence == Presence::Absent && !copy.is_kept_aside() && !copy.known.under_way;
+        if has_aside_all || has_nothing {
             return Ok(());
         }
         let aside = self.job.set_aside(None).await;

@@ -41,7 +41,7 @@ pub(crate) fn store_failure(error: &StoreError) -> RemoteFailure {
             nova("Invalid", text.clone(), 400)
         }
         error @ (StoreError::Conflict(_) | StoreError::Raced(_)) => {
-            nova("Conflict", format!("{error}. Try again."), 409)
+            nova("Conflict", format!("{error}. Try again."), 409).passing()
         }
         error @ StoreError::Newer { .. } => nova("Invalid", format!("{error}."), 409),
         StoreError::Exists(what) => nova("ProjectExists", format!("There is {what} already."), 409),
@@ -156,4 +156,23 @@ fn class_of(code: CheckCode) -> &'static str {
 
 fn nova(class: &'static str, message: String, http_code: u16) -> RemoteFailure {
     RemoteFailure::nova(class, message).with_kwarg("code", http_code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cast that met them is put back into its queue, and not lost.
+    #[test]
+    fn what_may_go_better_next_time_passes() {
+        let busy = "a row of migrations".to_owned();
+        for (error, passes) in [
+            (StoreError::Conflict(busy.clone()), true),
+            (StoreError::NotFound(busy.clone()), false),
+            (StoreError::Invalid(busy.clone()), false),
+            (StoreError::Exists(busy), false),
+        ] {
+            assert_eq!(store_failure(&error).is_passing, passes, "{error}");
+        }
+    }
 }

@@ -17,19 +17,19 @@ async fn admitted(runner: &Runner) -> Lease {
 }
 
 async fn until(runner: &Runner, lease: Lease, want: impl Fn(&Migration) -> bool) -> Migration {
-    let mut changes = runner.context.store.changes();
-    loop {
-        let m = runner
-            .context
-            .store
-            .migration(lease.migration)
-            .await
-            .unwrap();
-        if want(&m) {
-            return m;
+    let store = &runner.context.store;
+    let mut changes = store.changes();
+    let wanted = async {
+        loop {
+            let m = store.migration(lease.migration).await.unwrap();
+            if want(&m) {
+                return m;
+            }
+            let _ = timeout(Duration::from_secs(1), changes.recv()).await;
         }
-        let _ = timeout(Duration::from_secs(1), changes.recv()).await;
-    }
+    };
+    let wanted = timeout(Duration::from_secs(60), wanted).await;
+    wanted.expect("what is wanted comes within a minute")
 }
 
 #[tokio::test(start_paused = true)]

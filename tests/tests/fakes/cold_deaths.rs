@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use drover_compute::hypervisor::fake::GuestBuilder;
+use drover_compute::hypervisor::{
+    HypervisorError,
+    fake::{Call, GuestBuilder, script::Effect},
+};
 use drover_model::{
     api::conductor::{MigrationRef, method},
     guest::PowerState,
@@ -355,6 +358,32 @@ async fn a_guest_that_does_not_obey_runs_on() {
         end_with(&cloud, &m, method::CONFIRM_MIGRATION).await;
         cloud.end(m.uuid).await;
     }
+}
+
+/// Its disks are thawed, and their overlays cannot be removed before the guest has written
+/// for a while, and is off: they are older than what it wrote.
+#[tokio::test(start_paused = true)]
+async fn an_overlay_that_the_guest_has_left_is_not_merged_any_more() {
+    let cloud = Cloud::start(13).await;
+    let id = guest(&cloud, web().ignores_shutdown()).await;
+    let untold = HypervisorError::Untold("another guest's image cannot be read".to_owned());
+    let refuse = Effect::Refuse(untold);
+    cloud.fabric.on_call("kvm1", Call::RemoveDisk, 8, refuse);
+    let m = started(&cloud, id, &cold(true)).await;
+    for is_frozen in [true, false] {
+        eventually("its disks are frozen, then thawed", async || {
+            let guest = cloud.fabric.guest("kvm1", id)?;
+            let on_image = guest.disks.iter().any(|d| d.local_path() == Some(LOCAL));
+            (on_image != is_frozen).then_some(())
+        })
+        .await;
+    }
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(!m.status.rests(), "{m:#?}");
+    cloud.fabric.kill_guest(id);
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    check(&cloud, &m, true).await;
 }
 
 /// Patience ends, and only then the guest obeys: it has to run again.

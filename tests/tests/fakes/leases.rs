@@ -204,6 +204,28 @@ async fn a_node_that_does_not_answer_holds_up_no_lease() {
     }
 }
 
+/// The guest has moved, and the database does not take that down: what is put off then is
+/// the record's own part, claims and all.
+#[tokio::test(start_paused = true)]
+async fn a_move_that_cannot_be_recorded_is_recorded_later() {
+    for way in [Way::default(), Way::Cold(ColdOptions::default())] {
+        let cloud = slow_cloud(12).await;
+        let id = guest(&cloud, "kvm1", "web", 64).await;
+        let full = "CREATE TRIGGER full BEFORE UPDATE OF host ON instances \
+                    WHEN NEW.host <> OLD.host BEGIN SELECT RAISE(ABORT, 'full'); END";
+        cloud.store.damage(full).await.unwrap();
+        let m = cloud.migrate_by(id, Some("kvm2"), &way).await.unwrap();
+        let m = cloud.until(m.uuid, "at rest", |m| m.status.rests()).await;
+        let row = async || cloud.store.find_instance(&id.to_string()).await.unwrap();
+        assert_eq!(row().await.host, host("kvm1"), "{m:#?}");
+        cloud.store.damage("DROP TRIGGER full").await.unwrap();
+        let m = cloud.until(m.uuid, "tidied", was_tidied).await;
+        assert_eq!(row().await.host, host("kvm2"), "{m:#?}");
+        let claims = cloud.store.claims().await.unwrap();
+        assert_eq!(claims.len(), usize::from(m.status == S::Finished));
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_fails_for_ever_starves_nothing() {
     let cloud = Cloud::start(7).await;
@@ -350,5 +372,10 @@ async fn one_that_stood_still_lets_go_of_what_it_drives() {
     let m = cloud.end(m.uuid).await;
     assert_eq!((m.status, m.attempt), (S::Completed, 2), "{m:#?}");
     assert_eq!(m.owner, "other");
+    // And the agents know: each step said under which lease it was asked for.
+    let journal = cloud.journal("kvm1", m.uuid);
+    let state = journal.parent().unwrap().parent().unwrap();
+    let seen = std::fs::read_to_string(state.join(format!("seen/{}.json", m.uuid))).unwrap();
+    assert!(seen.contains("\"epoch\": 2"), "{seen}");
     cloud.check(&m).await;
 }

@@ -475,6 +475,179 @@ async fn a_definition_that_somebody_made_is_not_withdrawn_by_a_revert_that_fails
     assert!(disk(&cloud, "kvm1").is_some() && disk(&cloud, "kvm2").is_some());
 }
 
+/// The source had been asked, and loses its state when the guest is off already.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_cannot_go_back_any_more_is_started_again_where_it_was() {
+    for state in [PowerState::Running, PowerState::Shutdown] {
+        let (mut cloud, id, m) = finished(state).await;
+        let late = Effect::SlowAfter(Duration::from_secs(10));
+        cloud.fabric.on_call("kvm2", Call::Withdraw, 1, late);
+        end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+        eventually("it is withdrawn", async || {
+            (at(&cloud, "kvm2", id) == Presence::Absent).then_some(())
+        })
+        .await;
+        cloud.kill_agent("kvm1");
+        cloud.lose_state("kvm1");
+        cloud.start_agent("kvm1").await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{m:#?}");
+        assert_eq!(at(&cloud, "kvm2", id), Presence::Present(state));
+        assert!(disk(&cloud, "kvm2").is_some());
+        cloud.fabric.check_invariants().unwrap();
+    }
+}
+
+/// The conductor that had it brought back dies before it hears so, and the destination is
+/// away for longer than anybody is patient.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_back_is_reverted_though_nobody_heard_of_it() {
+    let (mut cloud, id, m) = finished(PowerState::Running).await;
+    let late = Effect::SlowAfter(Duration::from_secs(5));
+    cloud.fabric.on_call("kvm1", Call::Start, 1, late);
+    cloud.fabric.accept_older_disks(id);
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    eventually("it is back", async || {
+        (runs_on(&cloud, id).as_deref() == Some("kvm1")).then_some(())
+    })
+    .await;
+    cloud.kill_conductor();
+    cloud.broker.cut("kvm2");
+    cloud.start_conductor().await;
+    cloud.until(m.uuid, "stuck", |m| m.status == S::Stuck).await;
+    cloud.broker.heal("kvm2");
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Reverted, "{m:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    cloud.check(&m).await;
+}
+
+// ---- what is promised, and what only one side has
+
+const DEVICE: &str = "/dev/vg/shared-name";
+
+fn on_device(name: &str) -> GuestBuilder {
+    GuestBuilder::new(name).memory_mib(512).disk(DEVICE, 64)
+}
+
+async fn on(cloud: &Cloud, node: &str, builder: GuestBuilder) -> InstanceId {
+    let id = cloud.fabric.add_guest(node, builder);
+    cloud.adopted(id).await;
+    id
+}
+
+/// A guest after its cold move.
+async fn moved(cloud: &Cloud, id: InstanceId, to: &str) -> Migration {
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some(to), &way).await;
+    rest(cloud, &m.expect("it is accepted")).await
+}
+
+/// Whose content it was is not to be seen from its name.
+#[tokio::test(start_paused = true)]
+async fn a_device_to_which_a_guest_may_go_back_is_no_other_guests() {
+    let mut cloud = Cloud::start(1).await;
+    cloud.add_node("kvm3", NodeSpec::default()).await;
+    let id = on(&cloud, "kvm1", on_device("web")).await;
+    cloud.fabric.add_device("kvm2", DEVICE, 10 << 30);
+    let m = moved(&cloud, id, "kvm2").await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    let other = on(&cloud, "kvm3", on_device("other")).await;
+    for restarts in [false, true] {
+        if restarts {
+            cloud.kill_agent("kvm1");
+            cloud.start_agent("kvm1").await;
+        }
+        let refused = moved(&cloud, other, "kvm1").await;
+        assert_eq!(refused.status, S::Failed, "{refused:#?}");
+        let why = format!("{:?}", refused.end_reason);
+        assert!(why.contains("is promised to migration"), "{why}");
+        assert_eq!(runs_on(&cloud, other).as_deref(), Some("kvm3"));
+    }
+    cloud.fabric.accept_older_disks(id);
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Reverted, "{m:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    cloud.fabric.check_invariants().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_guests_that_come_at_once_do_not_get_one_device() {
+    let mut cloud = Cloud::start(1).await;
+    cloud.add_node("kvm3", NodeSpec::default()).await;
+    cloud.fabric.add_device("kvm3", DEVICE, 10 << 30);
+    let one = on(&cloud, "kvm1", on_device("one")).await;
+    let two = on(&cloud, "kvm2", on_device("two")).await;
+    let (one_m, two_m) = tokio::join!(moved(&cloud, one, "kvm3"), moved(&cloud, two, "kvm3"));
+    let mut ends = [one_m.status, two_m.status];
+    ends.sort_by_key(|status| *status == S::Finished);
+    assert_eq!(ends, [S::Failed, S::Finished], "{one_m:#?} {two_m:#?}");
+    assert_eq!(cloud.fabric.lost_bytes(), Vec::<String>::new());
+    cloud.fabric.check_invariants().unwrap();
+}
+
+/// It was made ready with a disk that its owner takes from it before it goes.
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_was_taken_from_the_guest_meanwhile_holds_nothing_up() {
+    let ways = [
+        Way::Live(LiveOptions::default()),
+        Way::Cold(ColdOptions::default()),
+    ];
+    for way in ways {
+        let cloud = Cloud::start(1).await;
+        let id = guest(&cloud, web().ignores_shutdown()).await;
+        let late = Effect::SlowBefore(Duration::from_secs(30));
+        cloud.fabric.on_call("kvm1", Call::Migrate, 1, late);
+        let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+        let m = m.expect("it is accepted");
+        eventually("its files are made", async || {
+            let driver = cloud.fabric.driver("kvm2");
+            let facts = driver.file_facts(&[DATA.to_owned()]).await;
+            facts.unwrap()[0].exists.then_some(())
+        })
+        .await;
+        cloud.fabric.edit_guest("kvm1", id, |guest| {
+            guest.disks.retain(|d| d.target != "vdb")
+        });
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Failed, "{m:#?}");
+        assert!(said(&m, &format!("{DATA} is left on kvm2")), "{m:#?}");
+        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+        // And it is free.
+        let way = Way::Live(LiveOptions::default());
+        let again = cloud.migrate_by(id, Some("kvm2"), &way).await;
+        let again = cloud.end(again.expect("it is accepted").uuid).await;
+        assert_eq!(again.status, S::Completed, "{again:#?}");
+    }
+}
+
+/// Somebody tidies up on the destination before the guest is defined there.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_did_not_come_whole_is_not_defined() {
+    for state in [PowerState::Running, PowerState::Shutdown] {
+        let cloud = Cloud::start(1).await;
+        let id = guest(&cloud, web().state(state)).await;
+        let late = Effect::SlowBefore(Duration::from_secs(10));
+        cloud.fabric.on_call("kvm1", Call::RenameFile, 1, late);
+        let way = Way::Cold(ColdOptions::default());
+        let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+        let m = m.expect("it is accepted");
+        cloud
+            .until(m.uuid, "all is sent", |m| m.step == "set_aside")
+            .await;
+        let kvm2 = cloud.fabric.driver("kvm2");
+        kvm2.remove_disk(DATA).await.unwrap();
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Failed, "{m:#?}");
+        let why = format!("{:?}", m.end_reason);
+        assert!(why.contains("is missing or empty now"), "{why}");
+        assert_eq!(at(&cloud, "kvm1", id), Presence::Present(state));
+        assert_eq!(at(&cloud, "kvm2", id), Presence::Absent);
+        cloud.fabric.check_invariants().unwrap();
+    }
+}
+
 /// A file of its name is there by now: seen before anything is stopped.
 #[tokio::test(start_paused = true)]
 async fn a_guest_whose_place_is_taken_on_its_source_runs_on() {

@@ -45,6 +45,17 @@ impl Record {
             Self::Rebuild(record) => record.instance,
         }
     }
+
+    /// Files and devices of this node that are promised to the migration: those that it
+    /// makes here, and those to which its guest may go back.
+    pub(crate) fn places(&self) -> Vec<String> {
+        match self {
+            Self::Destination(record) => record.disks.iter().map(|d| d.path.clone()).collect(),
+            Self::Leaving(record) => record.devices.clone(),
+            Self::Coming(record) => record.places(),
+            Self::Source(_) | Self::Transfer(_) | Self::Rebuild(_) => Vec::new(),
+        }
+    }
 }
 
 impl Shelved for Record {
@@ -162,6 +173,9 @@ pub struct LeavingRecord {
     pub overlays: Vec<Overlay>,
     /// Files that are set aside, or are to be.
     pub kept: Vec<KeptFile>,
+    /// Block devices of the guest, which keep name and content while it is set aside.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
     /// Images under them, which stay where they are.
     #[serde(default)]
     pub under: Vec<String>,
@@ -185,6 +199,10 @@ pub struct LeavingRecord {
     /// this agent's, or is about to be.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub defines: bool,
+    /// A thaw of its disks was begun: an overlay that the guest does not use any more is
+    /// older than the image under it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub thaws: bool,
 }
 
 /// A file that is sent.
@@ -240,6 +258,14 @@ pub struct ComingRecord {
     /// It is to be reverted; whether it was active when that was asked for.
     #[serde(default)]
     pub reverted: Option<bool>,
+}
+
+impl ComingRecord {
+    /// What the migration writes here.
+    pub(crate) fn places(&self) -> Vec<String> {
+        let written = self.files.iter().filter(|file| !file.present);
+        written.map(|file| file.path.clone()).collect()
+    }
 }
 
 /// A file of a guest that comes. One that is not `present` was not there when

@@ -124,6 +124,8 @@ impl Actor {
             ran_here: false,
         };
         let begun = async {
+            let places: Vec<String> = record.disks.iter().map(|d| d.path.clone()).collect();
+            self.registry.claim(self.migration, &places)?;
             self.nothing_is_here(&record).await?;
             self.nobody_else_writes(step).await?;
             self.write(&record).await
@@ -315,14 +317,18 @@ impl Actor {
         }
         let mut clean_up = CleanUp::default();
         if presence == Presence::Incoming || !record.disks.is_empty() {
-            let proof = self.source_stays(&ask, &record)?;
+            let paths = record.disks.iter().map(|disk| disk.path.clone());
+            let (twice, alone): (Vec<String>, Vec<String>) =
+                paths.partition(|path| destroy::has_its_own(ask.survivor.as_ref(), path));
+            let proof = self.source_stays(&ask, &twice)?;
+            clean_up.kept = self.left_of(alone).await?;
             if presence == Presence::Incoming {
                 let discarded = destroy::discard_incoming(&self.node, step.instance, &proof);
                 discarded.await.map_err(fault)?;
             }
-            for disk in &record.disks {
-                let removed = destroy::remove(&self.node, &disk.path, &proof).await;
-                self.note_removed(&disk.path, removed, &mut clean_up)?;
+            for path in &twice {
+                let removed = destroy::remove(&self.node, path, &proof).await;
+                self.note_removed(path, removed, &mut clean_up)?;
             }
         }
         info!(migration = %self.migration, instance = %step.instance,
@@ -339,11 +345,7 @@ impl Actor {
         }
     }
 
-    fn source_stays(
-        &self,
-        ask: &RemoveCopy,
-        record: &DestinationRecord,
-    ) -> Result<Redundant, Fault> {
+    fn source_stays(&self, ask: &RemoveCopy, disks: &[String]) -> Result<Redundant, Fault> {
         let survivor = ask.survivor.as_ref();
         if let Some(there) = survivor.filter(|s| s.copy.known.moved_away) {
             return Err(Fault::refused(format!(
@@ -351,7 +353,7 @@ impl Actor {
                 there.host
             )));
         }
-        let disks = record.disks.iter().map(|disk| disk.path.as_str());
+        let disks = disks.iter().map(String::as_str);
         Redundant::by(survivor, &self.node.settings.host, 0, disks)
     }
 }

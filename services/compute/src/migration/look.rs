@@ -79,11 +79,18 @@ impl Actor {
         let under = record.under.iter().map(|path| (path, path));
         let places = record.kept.iter().map(|file| (&file.path, &file.path));
         let places = self.see_files(places).await?.into_iter();
+        let places = places.filter(|place| place.exists).map(|place| place.path);
+        let devices = self.node.hypervisor.file_facts(&record.devices).await;
+        let devices = devices.map_err(fault)?.into_iter();
+        // Once it is defined here again, the guest itself uses them.
+        let is_aside = record.aside && !record.defines;
+        let used = devices.filter(|device| is_aside && device.in_use);
+        let taken = places.chain(used.map(|device| device.path)).collect();
         Ok(AsideSeen {
             complete: record.aside && !record.defines,
             defined: record.definition.is_some(),
             files: self.see_files(kept.chain(under)).await?,
-            taken: places.filter(|p| p.exists).map(|p| p.path).collect(),
+            taken,
         })
     }
 
@@ -103,6 +110,18 @@ impl Actor {
             length_bytes: fact.length_bytes,
         });
         Ok(seen.collect())
+    }
+
+    /// Those of these files that are here, as something that is left, in words.
+    pub(super) async fn left_of(&self, paths: Vec<String>) -> Result<Vec<String>, Fault> {
+        let mut seen = self
+            .see_files(paths.iter().map(|path| (path, path)))
+            .await?;
+        seen.retain(|file| file.exists);
+        let host = &self.node.settings.host;
+        let words =
+            |path| format!("{path} is left on {host}: remove it by hand if it is not wanted");
+        Ok(seen.iter().map(|file| words(&file.path)).collect())
     }
 
     /// What the journal knows of the migration.

@@ -11,6 +11,7 @@
 
 use std::{
     collections::HashMap,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -64,6 +65,8 @@ pub(crate) struct Registry {
 struct State {
     actors: HashMap<MigrationId, mpsc::Sender<Asked>>,
     holders: HashMap<InstanceId, MigrationId>,
+    /// Files and devices that are promised to a migration, by where they really are.
+    claims: HashMap<PathBuf, MigrationId>,
     held: HashMap<MigrationId, Held>,
     /// How often the actor of a migration has died, until one goes in peace.
     deaths: HashMap<MigrationId, u32>,
@@ -135,6 +138,9 @@ impl Registry {
         }
         info!(%migration, %instance, "taking up a migration found in the journal");
         self.lock().holders.insert(instance, migration);
+        if let Err(fault) = self.claim(migration, &record.places()) {
+            error!(%migration, %fault, "two migrations have the same file here: look at both guests");
+        }
         self.spawn(migration, |inbox| {
             Actor::resume(self, migration, record, marks, inbox)
         });
@@ -246,6 +252,7 @@ impl Registry {
         let mut state = self.lock();
         state.held.remove(&migration);
         state.holders.retain(|_, holder| *holder != migration);
+        state.claims.retain(|_, holder| *holder != migration);
     }
 
     fn is_held(&self, migration: MigrationId) -> bool {
@@ -396,9 +403,31 @@ impl Registry {
         held.map(|held| held.why.clone())
     }
 
-    /// Takes an instance back from a migration.
+    /// Promises files and devices to a migration until it is over here.
+    ///
+    /// # Errors
+    /// Refused if one of them is another's; then none is promised.
+    pub(super) fn claim(&self, migration: MigrationId, places: &[String]) -> Result<(), Fault> {
+        let mut state = self.lock();
+        let real: Vec<PathBuf> = places.iter().map(|place| real(place)).collect();
+        for place in &real {
+            if let Some(other) = state.claims.get(place).filter(|m| **m != migration) {
+                return Err(Fault::refused(format!(
+                    "{} is promised to migration {other} on this node: confirm or revert that one, \
+                     or wait for its end",
+                    place.display()
+                )));
+            }
+        }
+        let claims = real.into_iter().map(|place| (place, migration));
+        state.claims.extend(claims);
+        Ok(())
+    }
+
+    /// Takes an instance back from a migration, and whatever was promised to it.
     pub(super) fn release(&self, step: StepRef) {
         let mut state = self.lock();
+        state.claims.retain(|_, holder| *holder != step.migration);
         if state.holders.get(&step.instance) == Some(&step.migration) {
             state.holders.remove(&step.instance);
         }
@@ -450,5 +479,14 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing is left half done under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A device has several names.
+fn real(place: &str) -> PathBuf {
+    let path = PathBuf::from(place);
+    match path.starts_with("/dev") {
+        true => path.canonicalize().unwrap_or(path),
+        false => path,
     }
 }

@@ -22,6 +22,7 @@ use drover_model::{
 use drover_store::{
     StoreError,
     fencing::{FenceLimits, Fenced},
+    instances::InstanceRow,
     nodes::NodeRow,
     outbox::Notification,
 };
@@ -330,7 +331,10 @@ impl Watch {
         let mut worth = Vec::new();
         for host in found.iter().map(|f| &f.node.report.host) {
             let guests = context.store.instances(Some(host), None).await?;
-            if context.fences.has(host) && guests.iter().any(|g| g.power_state.is_active()) {
+            // One that another node has too, running, is no reason: that may be the same
+            // machine under another name.
+            let runs_there = |g: &InstanceRow| g.power_state.is_active() && g.other.is_none();
+            if context.fences.has(host) && guests.iter().any(runs_there) {
                 worth.push(host.clone());
             }
         }

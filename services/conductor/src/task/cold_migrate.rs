@@ -336,18 +336,7 @@ impl ColdMigrate {
     async fn finish(&self, data: &mut Data) -> Result<(), StepError> {
         let chosen = data.chosen()?.clone();
         let start = was_running(&chosen);
-        // Proof that it runs nowhere else: the source says so, now.
-        let here = self.job.locate(self.job.source()).await.map_err(in_doubt)?;
-        if here.presence != Presence::Absent {
-            return Err(ended(EndReason::Failed {
-                message: format!(
-                    "the guest is on {} again ({:?}): not started on {}",
-                    self.job.source(),
-                    here.presence,
-                    chosen.host
-                ),
-            }));
-        }
+        self.is_gone_from_source(&chosen.host).await?;
         let ask = FinishResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
@@ -385,6 +374,29 @@ impl ColdMigrate {
         let now_ms = self.job.context.clock.now_ms();
         data.downtime_ms = data.stopped_at_ms.map(|at| now_ms.saturating_sub(at));
         Ok(())
+    }
+
+    /// Proof that it runs nowhere else: the source says so now, or has been proven dead
+    /// since it set its copy aside.
+    async fn is_gone_from_source(&self, dest: &HostName) -> Result<(), StepError> {
+        let source = self.job.source();
+        let here = match self.job.locate(source).await {
+            Ok(here) => here,
+            Err(error) => {
+                return match self.job.is_dead(source).await? {
+                    Some(_) => Ok(()),
+                    None => Err(in_doubt(error)),
+                };
+            }
+        };
+        match here.presence {
+            Presence::Absent => Ok(()),
+            other => Err(ended(EndReason::Failed {
+                message: format!(
+                    "the guest is on {source} again ({other:?}): not started on {dest}"
+                ),
+            })),
+        }
     }
 
     async fn settle(&self, data: &mut Data) -> Result<(), StepError> {
@@ -449,7 +461,9 @@ impl ColdMigrate {
             TakeBack::Redundant(proof) => {
                 let (agents, step) = (self.job.agents(), self.job.step());
                 let undone = agents.rollback_resize(dest_host, step, &proof).await;
-                all_clean(undone.map_err(agent_error)?)?;
+                let undone = undone.map_err(agent_error)?;
+                self.job.note_kept(undone.kept.clone()).await?;
+                all_clean(undone)?;
                 Ok(None)
             }
             TakeBack::Stays(why) | TakeBack::Unproven(why) => Ok(Some(why)),

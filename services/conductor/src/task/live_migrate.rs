@@ -282,7 +282,9 @@ impl LiveMigrate {
         match proof::live_destination(&source, &stays, &dest) {
             TakeBack::Redundant(proof) => {
                 let undone = agents.rollback_at_destination(dest_host, step, &proof);
-                all_clean(undone.await.map_err(agent_error)?)?;
+                let undone = undone.await.map_err(agent_error)?;
+                self.job.note_kept(undone.kept.clone()).await?;
+                all_clean(undone)?;
                 Ok(None)
             }
             TakeBack::Stays(why) => {

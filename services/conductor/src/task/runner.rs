@@ -606,8 +606,8 @@ impl Runner {
         let is_source_off = match m.way {
             // Of an evacuation the source is dead.
             Way::Evacuation(_) => true,
-            Way::Live(_) => is_off(&m.source_host).await?,
-            Way::Cold(_) | Way::Transfer(_) => false,
+            Way::Live(_) | Way::Cold(_) => is_off(&m.source_host).await?,
+            Way::Transfer(_) => false,
         };
         if !is_source_off && !self.is_up(&m.source_host).await? {
             return Ok(false);

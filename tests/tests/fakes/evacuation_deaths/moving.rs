@@ -2,7 +2,7 @@
 //! runs once: where it has arrived, or where it is evacuated to.
 
 use drover_compute::hypervisor::ColdDriver;
-use drover_model::migration::LiveOptions;
+use drover_model::migration::{ColdOptions, LiveOptions};
 
 use super::*;
 
@@ -83,6 +83,41 @@ async fn a_guest_whose_node_died_while_it_was_leaving_is_evacuated() {
         m.warnings.iter().any(|w| w == done).then_some(())
     })
     .await;
+}
+
+/// It was off, and set aside at its source, which died: the proof of that stands for its
+/// word, and the guest starts where it was going.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_its_dead_source_had_set_aside_starts_where_it_went() {
+    let mut cloud = cloud(1).await;
+    with_fences(&mut cloud).await;
+    let id = guest(&cloud).await;
+    let late = Effect::SlowAfter(Duration::from_secs(5));
+    cloud.fabric.on_call("kvm1", Call::Withdraw, 1, late);
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    cloud.until(m.uuid, "sent", |m| m.step == "set_aside").await;
+    cloud.kill_agent("kvm2");
+    cloud
+        .until(m.uuid, "set aside", |m| m.step == "finish")
+        .await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let asked = EvacuateOptions {
+        despite_many_lost: true,
+        ..EvacuateOptions::new(name("kvm1"))
+    };
+    let begun = cloud.operate(&Task::Evacuate(asked)).await;
+    begun.expect("it is taken");
+    cloud.start_agent("kvm2").await;
+    let m = cloud.until(m.uuid, "at rest", |m| m.status.rests()).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    check(&cloud, &m, Some("kvm2"));
+    returns(&mut cloud, "kvm1").await;
+    silence().await;
+    check(&cloud, &m, Some("kvm2"));
+    assert!(cloud.fabric.guest("kvm1", id).is_none());
 }
 
 /// Both of its nodes die, and stay away: when both are proven off the migration ends, and

@@ -15,6 +15,7 @@ use drover_model::{
 use super::{
     answers::TPM_STATE,
     node::{Habits, Manner, Notes},
+    storage::is_device,
     transfer::MemoryLoad,
 };
 
@@ -150,14 +151,19 @@ impl GuestBuilder {
     }
 
     /// One more qcow2 disk, not cached by the host, of 10 GiB with
-    /// `allocated_mib` MiB in use.
+    /// `allocated_mib` MiB in use. Below `/dev` it is a device.
     pub fn disk(mut self, path: &str, allocated_mib: u64) -> Self {
         let target = self.next_target();
         self.guest.disks.push(Disk {
             target,
             device: "disk".to_owned(),
-            source: DiskSource::File {
-                path: path.to_owned(),
+            source: match is_device(path) {
+                true => DiskSource::Block {
+                    path: path.to_owned(),
+                },
+                false => DiskSource::File {
+                    path: path.to_owned(),
+                },
             },
             format: "qcow2".to_owned(),
             cache: Some("none".to_owned()),

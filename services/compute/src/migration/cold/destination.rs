@@ -5,8 +5,8 @@
 use drover_model::{
     api::{
         compute::{
-            CarriedFile, CleanUp, ColdPart, Ended, FileRole, FinishResize, GuestLocation, Inbox,
-            PrepResize, RemoveCopy, RevertResize, StepRef,
+            CarriedFile, CleanUp, ColdPart, Ended, FileRole, FileSeen, FinishResize, GuestLocation,
+            Inbox, PrepResize, RemoveCopy, RevertResize, StepRef,
         },
         fault::Fault,
     },
@@ -65,6 +65,7 @@ impl Actor {
                 arrived: false,
                 reverted: None,
             };
+            self.registry.claim(self.migration, &record.places())?;
             self.nothing_is_here_yet(&record).await?;
             self.write_coming(&record).await?;
             Ok(record)
@@ -262,10 +263,27 @@ impl Actor {
             let absorbed = destroy::absorb(&self.node, &overlay).await;
             absorbed.map_err(fault)?;
         }
+        if record.reverted.is_none() {
+            self.all_are_in_place(&record).await?;
+        }
         // As it was here, if it was: its size is in it already.
         let flavor = step.flavor.filter(|_| record.reverted.is_none());
         let defined = self.node.hypervisor.define(&definition, flavor).await;
         defined.map_err(fault)
+    }
+
+    /// Refuses to define a guest one of whose files somebody has removed or emptied
+    /// since it came.
+    async fn all_are_in_place(&self, record: &ComingRecord) -> Result<(), Fault> {
+        let lasting = record.files.iter().filter(|f| f.role != FileRole::Delta);
+        let seen = self.see_files(lasting.map(|file| (&file.path, &file.path)));
+        let seen = seen.await?;
+        match seen.iter().find(|file| !file.is_in_place()) {
+            None => Ok(()),
+            Some(FileSeen { path, .. }) => Err(Fault::refused(format!(
+                "{path} came here, and is missing or empty now: the guest is not defined"
+            ))),
+        }
     }
 
     /// From before the start on the guest counts as one that ran here, unless the
@@ -342,15 +360,28 @@ impl Actor {
             return Err(Fault::refused(message));
         }
         let proof = self.another_stays(&ask, &record, presence)?;
+        // Of what came alone the other copy has none: its owner took the disk from the guest.
+        let (twice, alone): (Vec<&ComingFile>, Vec<&ComingFile>) =
+            record.files.iter().filter(|f| f.is_made()).partition(|f| {
+                let image = f.over.as_ref().map_or(&f.path, |over| &over.image);
+                destroy::has_its_own(ask.survivor.as_ref(), image)
+            });
         self.close().await;
         let withdrawn = destroy::withdraw(&self.node, step.instance, &proof).await;
         withdrawn.map_err(fault)?;
-        let mut clean_up = CleanUp::default();
+        let alone = alone.iter().map(|file| file.path.clone()).collect();
+        let mut clean_up = CleanUp {
+            kept: self.left_of(alone).await?,
+            ..CleanUp::default()
+        };
         // Disks before what lies under them.
         for own in [true, false] {
-            let made = record.files.iter().filter(|file| file.is_made());
-            for file in made.filter(|file| files::is_own(file.role) == own) {
-                let removed = destroy::remove_made(&self.node, &file.into(), &proof).await;
+            for file in &twice {
+                if files::is_own(file.role) != own {
+                    continue;
+                }
+                let file = CarriedFile::from(*file);
+                let removed = destroy::remove_made(&self.node, &file, &proof).await;
                 self.note_removed(&file.path, removed, &mut clean_up)?;
             }
         }
@@ -374,7 +405,9 @@ impl Actor {
             ));
         }
         if !record.ran_here {
-            return Redundant::by(survivor, own, 0, lasting_files(record));
+            let files = lasting_files(record);
+            let twice = files.filter(|path| destroy::has_its_own(survivor, path));
+            return Redundant::by(survivor, own, 0, twice);
         }
         match (record.reverted, presence) {
             // Withdrawn when it was reverted: whoever defined it since wants it here.
@@ -414,22 +447,13 @@ impl Actor {
         }
         let mut clean_up = CleanUp::default();
         if has_left {
-            clean_up.kept = self.left_of(&record).await?;
+            let made = record.files.iter().filter(|file| file.is_made());
+            let made = made.map(|file| file.path.clone()).collect();
+            clean_up.kept = self.left_of(made).await?;
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::remove(&path).await?;
         self.forget_if_clean(step, Ended::Arrived, clean_up).await
-    }
-
-    /// The files that were made here for a guest and are still there, in words.
-    async fn left_of(&self, record: &ComingRecord) -> Result<Vec<String>, Fault> {
-        let made = record.files.iter().filter(|file| file.is_made());
-        let made = self.see_files(made.map(|file| (&file.path, &file.path)));
-        let mut made = made.await?;
-        made.retain(|file| file.exists);
-        let host = &self.node.settings.host;
-        let left = made.iter().map(|file| files::left(&file.path, host));
-        Ok(left.collect())
     }
 
     /// Stops the guest and takes its definition away; its disks stay for now. On

@@ -9,7 +9,7 @@ use drover_model::{
         fault::Fault,
     },
     guest::Guest,
-    ids::{HostName, MigrationId},
+    ids::MigrationId,
 };
 use uuid::Uuid;
 
@@ -60,11 +60,14 @@ pub(super) fn overlays(files: &[CarriedFile]) -> Vec<Overlay> {
 /// Those of the overlays that a guest uses, now or after its next start.
 pub(super) fn used_overlays(files: &[CarriedFile], guests: &[Guest]) -> Vec<Overlay> {
     let mut overlays = overlays(files);
-    overlays.retain(|overlay| {
-        let mut disks = guests.iter().flat_map(|guest| &guest.disks);
-        disks.any(|disk| disk.local_path() == Some(&*overlay.path))
-    });
+    overlays.retain(|overlay| is_used(overlay, guests));
     overlays
+}
+
+/// Whether a guest has its disk on it, now or by its lasting definition.
+pub(super) fn is_used(overlay: &Overlay, guests: &[Guest]) -> bool {
+    let mut disks = guests.iter().flat_map(|guest| &guest.disks);
+    disks.any(|disk| disk.local_path() == Some(&*overlay.path))
 }
 
 /// Whether a file is the guest's alone, and so removed where the guest leaves.
@@ -84,15 +87,16 @@ pub(super) fn kept(files: &[CarriedFile], migration: MigrationId) -> Vec<KeptFil
         .collect()
 }
 
+/// Block devices, which cannot be renamed.
+pub(super) fn devices(files: &[CarriedFile]) -> Vec<String> {
+    let devices = files.iter().filter(|file| file.role == FileRole::Device);
+    devices.map(|file| file.path.clone()).collect()
+}
+
 /// The images under disks, which stay where they are.
 pub(super) fn under(files: &[CarriedFile]) -> Vec<String> {
     let under = files.iter().filter(|file| !is_own(file.role));
     under.map(|file| file.path.clone()).collect()
-}
-
-/// Says of a file that it is left, for whoever may want it.
-pub(super) fn left(path: &str, host: &HostName) -> String {
-    format!("{path} is left on {host}: remove it by hand if it is not wanted")
 }
 
 /// Where an agent writes a definition down that is carried to the other.

@@ -82,6 +82,7 @@ impl Actor {
             definition: Some(Definition::of_domain(memory.domain)),
             overlays,
             kept: files::kept(&memory.files, self.migration),
+            devices: files::devices(&memory.files),
             under: files::under(&memory.files),
             generation: guests.first().map_or(0, |guest| guest.generation),
             withdrawn: true,
@@ -89,6 +90,7 @@ impl Actor {
             sent: Vec::new(),
             sent_as: None,
             defines: false,
+            thaws: false,
         })
     }
 }

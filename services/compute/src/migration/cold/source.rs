@@ -110,11 +110,13 @@ impl Actor {
                 definition,
                 overlays,
                 kept: Vec::new(),
+                devices: Vec::new(),
                 withdrawn: false,
                 aside: false,
                 sent: Vec::new(),
                 sent_as: None,
                 defines: false,
+                thaws: false,
             };
             self.write_leaving(&record).await?;
             Ok(record)
@@ -277,6 +279,7 @@ impl Actor {
             record.sent = self.stamps(&step.files).await?;
             record.under = files::under(&step.files);
             record.kept = files::kept(&step.files, self.migration);
+            record.devices = files::devices(&step.files);
         }
         let [early_bytes, total_bytes] = bytes_to_carry(&step.files);
         let options = &step.options;
@@ -397,6 +400,7 @@ impl Actor {
                 return Err(changed);
             }
         };
+        self.registry.claim(self.migration, &record.devices)?;
         if !record.withdrawn {
             record.withdrawn = true;
             self.write_leaving(&record).await?;
@@ -534,6 +538,7 @@ impl Actor {
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
         match presence {
+            Presence::Absent if record.thaws => return Err(half_thawed(record)),
             Presence::Absent => self.all_can_go_back(record).await?,
             state if !state.is_active() && record.aside && !record.defines => {
                 return Err(defined_by_others());
@@ -556,13 +561,23 @@ impl Actor {
         }
         let mut must_define = presence == Presence::Absent;
         if presence.is_active() {
+            if !record.thaws {
+                record.thaws = true;
+                self.write_leaving(record).await?;
+                self.keep(record.clone());
+            }
             let thawed = hypervisor
                 .thaw_disks(record.instance, &record.overlays)
                 .await;
             thawed.map_err(fault)?;
         } else {
-            for overlay in &record.overlays {
+            let guests = self.both(record.instance).await?;
+            let is_newest = |o: &&Overlay| !record.thaws || files::is_used(o, &guests);
+            for overlay in record.overlays.iter().filter(is_newest) {
                 hypervisor.merge_overlay(overlay).await.map_err(fault)?;
+                // Before the overlay goes: there may be no other copy of what it held.
+                let flushed = hypervisor.flush_file(&overlay.image).await;
+                flushed.map_err(fault)?;
                 must_define = true;
             }
         }
@@ -700,12 +715,9 @@ impl Actor {
         step: StepRef,
         record: &LeavingRecord,
     ) -> Result<CleanUp, Fault> {
-        let kept = record.kept.iter().map(|file| (&file.kept, &file.kept));
-        let mut kept = self.see_files(kept).await?;
-        kept.retain(|file| file.exists);
-        let host = &self.node.settings.host;
+        let kept = record.kept.iter().map(|file| file.kept.clone());
         let clean_up = CleanUp {
-            kept: kept.iter().map(|f| files::left(&f.path, host)).collect(),
+            kept: self.left_of(kept.collect()).await?,
             ..CleanUp::default()
         };
         warn!(migration = %self.migration, instance = %step.instance, left = ?clean_up.kept,
@@ -759,6 +771,15 @@ impl Actor {
 
 fn has_device(files: &[CarriedFile]) -> bool {
     files.iter().any(|file| file.role == FileRole::Device)
+}
+
+fn half_thawed(record: &LeavingRecord) -> Fault {
+    let overlays: Vec<&str> = record.overlays.iter().map(|o| &*o.path).collect();
+    Fault::refused(format!(
+        "somebody has undefined the guest while its disks were merged with {}: which of them hold \
+         newer bytes than the images under them is not known. Define the guest with what it had",
+        overlays.join(", ")
+    ))
 }
 
 fn defined_by_others() -> Fault {

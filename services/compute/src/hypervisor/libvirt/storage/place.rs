@@ -101,7 +101,9 @@ pub(in super::super) fn link(
     Ok(Placed::Linked { leads_astray })
 }
 
-/// Whether the new place has all that the old one has.
+/// Whether the new place has all that the old one has: it is the same file, or a copy
+/// ([`copy`] gives it the time at which the old one was written) since which neither was
+/// written. Which of two times is the later one says nothing, as clocks are set back.
 pub(in super::super) fn is_placed(disk: &DiskMove) -> Result<bool> {
     let [from, to] = [checked(&disk.from)?, checked(&disk.to)?];
     let Ok(there) = std::fs::symlink_metadata(&to) else {
@@ -110,7 +112,7 @@ pub(in super::super) fn is_placed(disk: &DiskMove) -> Result<bool> {
     let old = std::fs::symlink_metadata(&from).map_err(|e| failed("looking at", &from, &e))?;
     let same = (there.dev(), there.ino()) == (old.dev(), old.ino());
     let written = |m: &std::fs::Metadata| (m.mtime(), m.mtime_nsec());
-    Ok(same || (there.len() > 0 && written(&old) <= written(&there)))
+    Ok(same || (there.len() > 0 && written(&old) == written(&there)))
 }
 
 /// What is below it must be what was planned with: all of it is read as that.
@@ -175,6 +177,8 @@ pub(in super::super) async fn copy(
     bandwidth_bytes_s: Option<u64>,
 ) -> Result<()> {
     let Placing { disk, from, to } = placing;
+    let written = std::fs::metadata(from).and_then(|m| m.modified());
+    let written = written.map_err(|e| failed("looking at", from, &e))?;
     let reserved = image::reserve(to)?;
     let mut command = Command::new(qemu_img);
     command.args(["convert", "-q", "-t", "writeback"]);
@@ -191,6 +195,8 @@ pub(in super::super) async fn copy(
     command.arg(from).arg("/proc/self/fd/0");
     command.stdin(Stdio::from(reserved.handle()?));
     run(command, qemu_img, "convert", limit).await?;
+    let same_time = reserved.handle()?.set_modified(written);
+    same_time.map_err(|e| failed("dating", to, &e))?;
     // As long as it takes.
     let kept = tokio::task::spawn_blocking(move || reserved.keep(owner)).await;
     kept.unwrap_or_else(|e| Err(HypervisorError::Bug(e.to_string())))

@@ -132,6 +132,24 @@ async fn a_copy_is_whole_thin_and_owners_only() {
 }
 
 #[tokio::test]
+async fn what_was_written_since_is_not_placed_whatever_the_clock_said() {
+    let scene = Scene::new();
+    let disk = scene.disk(true);
+    assert!(!is_placed(&disk).unwrap(), "nothing is there");
+    let placing = check(&disk).unwrap();
+    copy(&placing, "qemu-img", None, None).await.unwrap();
+    assert!(is_placed(&disk).unwrap());
+    assert!(is_placed(&disk.reversed()).unwrap(), "neither was written");
+    let (now, hour) = (std::time::SystemTime::now(), Duration::from_secs(3600));
+    for then in [now + hour, now - hour] {
+        let old = File::options().write(true).open(&disk.from).unwrap();
+        old.set_modified(then).unwrap();
+        assert!(!is_placed(&disk).unwrap(), "{then:?}");
+        assert!(!is_placed(&disk.reversed()).unwrap(), "{then:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_copy_that_fails_leaves_nothing_and_says_why() {
     let scene = Scene::new();
     let disk = scene.disk(true);

@@ -368,7 +368,7 @@ async fn an_overlay_that_the_guest_has_left_is_not_merged_any_more() {
     let id = guest(&cloud, web().ignores_shutdown()).await;
     let untold = HypervisorError::Untold("another guest's image cannot be read".to_owned());
     let refuse = Effect::Refuse(untold);
-    cloud.fabric.on_call("kvm1", Call::RemoveDisk, 8, refuse);
+    cloud.fabric.on_call("kvm1", Call::RemoveDisk, 20, refuse);
     let m = started(&cloud, id, &cold(true)).await;
     for is_frozen in [true, false] {
         eventually("its disks are frozen, then thawed", async || {
@@ -379,7 +379,8 @@ async fn an_overlay_that_the_guest_has_left_is_not_merged_any_more() {
         .await;
     }
     tokio::time::sleep(Duration::from_secs(10)).await;
-    assert!(!m.status.rests(), "{m:#?}");
+    let now = cloud.store.migration(m.uuid).await.expect("on the record");
+    assert!(!now.status.rests(), "{now:#?}");
     cloud.fabric.kill_guest(id);
     let m = rest(&cloud, &m).await;
     assert_eq!(m.status, S::Failed, "{m:#?}");

@@ -306,6 +306,27 @@ async fn evacuated(kind: Kind, there: Option<&str>) -> (Cloud, InstanceId, Migra
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_dead_nodes_guest_is_not_started_where_its_address_is_not() {
+    let mut cloud = Cloud::start(15).await;
+    let own = cloud.fabric.endpoint("kvm1").address;
+    let guest = GuestBuilder::new("web").bound_to(&own);
+    let id = cloud.fabric.add_guest("kvm1", guest);
+    cloud.adopted(id).await;
+    eventually("its definition is kept", async || {
+        cloud.store.kept_definition(id).await.expect("readable")
+    })
+    .await;
+    cloud.fabric.power_off("kvm1");
+    cloud.kill_agent("kvm1");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let m = evacuation_deaths::begin(&cloud, id, &["kvm2"]).await;
+    let m = cloud.end(m.uuid).await;
+    let bound = |f: &CheckFailure| f.code == CheckCode::BoundAddress;
+    assert!(refusal(&m).iter().any(bound), "{m:#?}");
+    assert_eq!(cloud.fabric.running_on(id), None);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_dead_nodes_guest_starts_on_the_bytes_that_it_had_or_not_at_all() {
     for kind in [Kind::BaseOfShared, Kind::Iso, Kind::Kernel] {
         let (cloud, id, m) = evacuated(kind, Some("these bytes")).await;

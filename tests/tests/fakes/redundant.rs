@@ -52,9 +52,16 @@ async fn end_with(cloud: &Cloud, m: &Migration, what: &str) {
 
 /// A guest that has moved cold from kvm1 to kvm2, and was not confirmed.
 async fn finished(state: PowerState) -> (Cloud, InstanceId, Migration) {
+    finished_by(state, false).await
+}
+
+async fn finished_by(state: PowerState, pre_copy: bool) -> (Cloud, InstanceId, Migration) {
     let cloud = Cloud::start(1).await;
     let id = guest(&cloud, web().state(state)).await;
-    let way = Way::Cold(ColdOptions::default());
+    let way = Way::Cold(ColdOptions {
+        pre_copy,
+        ..ColdOptions::default()
+    });
     let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
     let m = rest(&cloud, &m.expect("it is accepted")).await;
     assert_eq!(m.status, S::Finished, "{m:#?}");
@@ -221,8 +228,17 @@ async fn a_guest_that_is_nowhere_any_more_is_reverted() {
 /// A source that fails to bring it back after it said that it could.
 #[tokio::test(start_paused = true)]
 async fn a_revert_that_fails_midway_leaves_the_guest_as_it_was_there() {
-    for call in [Call::RenameFile, Call::Define, Call::Start] {
-        let (cloud, id, m) = finished(PowerState::Running).await;
+    let calls = [
+        Call::RenameFile,
+        Call::Define,
+        Call::Start,
+        Call::RemoveDisk,
+    ];
+    for (call, pre_copy) in calls
+        .into_iter()
+        .flat_map(|call| [(call, false), (call, true)])
+    {
+        let (cloud, id, m) = finished_by(PowerState::Running, pre_copy).await;
         let no = Effect::Refuse(HypervisorError::Failed("no".to_owned()));
         cloud.fabric.on_call("kvm1", call, 1, no);
         cloud.fabric.accept_older_disks(id);

@@ -9,11 +9,13 @@ use drover_model::{
     ids::{InstanceId, OperationId},
     migration::{Evacuation, Migration, MigrationStatus, ProofOfDeath, Requester, Way},
     operation::{
-        BalanceOptions, DrainOptions, Operation, OperationStatus, RestoreOptions, Returning, Task,
+        BalanceOptions, DrainOptions, EvacuateOptions, Operation, OperationStatus, RestoreOptions,
+        Returning, Task,
     },
 };
 use drover_store::{
     Store, StoreError,
+    fencing::{FenceClaim, FenceRefusal},
     migrations::Admitted,
     operations::{Begun, OperationLease, Turn, TurnLimits},
 };
@@ -29,6 +31,7 @@ promises! {
     an_evacuated_instance_is_remembered_until_its_old_copy_is_gone,
     a_node_declared_down_stays_so_whatever_it_says,
     switches_are_on_until_switched,
+    power_is_cut_by_one_that_still_may,
 }
 
 fn operation(n: u128, task: Task) -> Operation {
@@ -262,6 +265,48 @@ async fn turns_keep_every_limit_and_come_back(store: Store) {
     };
     store.update_migration(in1.uuid, end).await.unwrap();
     assert_eq!(turn(&in2).await, Turn::Go);
+}
+
+async fn power_is_cut_by_one_that_still_may(store: Store) {
+    let silent = report("kvm1", 1, vec![]);
+    store.record_report(&silent, 100).await.unwrap();
+    let asked = EvacuateOptions::new(host("kvm1"));
+    let first = begun(&store, &operation(1, Task::Evacuate(asked))).await;
+    let second = begun(&store, &drain(2, "kvm2")).await;
+    let claim = async |lease, conductor, at_ms| {
+        let claim = FenceClaim {
+            host: &host("kvm1"),
+            lease,
+            conductor,
+            term: term(at_ms, HELD),
+            life: None,
+            heard_at_ms: 100,
+            limits: None,
+        };
+        store.claim_fence(&claim).await
+    };
+    let lease = Store::first_operation_lease(first.uuid);
+    assert_eq!(claim(lease, "ctl", 0).await.unwrap(), Ok(()));
+    assert_eq!(claim(lease, "ctl", 1).await.unwrap(), Ok(()), "asked again");
+    let another = Store::first_operation_lease(second.uuid);
+    let busy = claim(another, "ctl2", 1).await.unwrap();
+    assert!(
+        matches!(busy, Err(FenceRefusal::UnderWay { .. })),
+        "{busy:?}"
+    );
+    let newer = store
+        .take_over_operation(lease, "ctl", term(1_000_000, HELD))
+        .await
+        .unwrap();
+    let newer = newer.expect("its time is up");
+    let late = claim(lease, "ctl", 1_000_001).await;
+    assert!(matches!(late, Err(StoreError::Fenced(_))), "{late:?}");
+    store
+        .record_report(&report("kvm1", 2, vec![]), 200)
+        .await
+        .unwrap();
+    let heard = claim(newer, "ctl", 1_000_002).await.unwrap();
+    assert_eq!(heard, Err(FenceRefusal::Heard));
 }
 
 async fn rivals_for_a_turn_never_exceed_it(store: Store) {

@@ -42,7 +42,7 @@ pub(crate) use files::{Unread, read_whole, set_aside, write_whole};
 pub use record::{
     ComingFile, ComingRecord, CopiedDisk, DestinationRecord, Ended, KeptFile, LeavingRecord,
     MarksRecord, NewDisk, Over, RebuildRecord, Record, Seen, SeenRecord, SentFile, SourceRecord,
-    TransferRecord,
+    Thaw, TransferRecord,
 };
 pub use shelf::{Loaded, Shelf, Shelved, UnreadFile};
 

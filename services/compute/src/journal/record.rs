@@ -47,7 +47,7 @@ impl Record {
     }
 
     /// Files and devices of this node that are promised to the migration: those that it
-    /// makes here, and those to which its guest may go back.
+    /// makes here, and those to which its guest may go back once it is set aside.
     pub(crate) fn places(&self) -> Vec<String> {
         match self {
             Self::Destination(record) => record.disks.iter().map(|d| d.path.clone()).collect(),
@@ -199,10 +199,29 @@ pub struct LeavingRecord {
     /// this agent's, or is about to be.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub defines: bool,
-    /// A thaw of its disks was begun: an overlay that the guest does not use any more is
-    /// older than the image under it.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub thaws: bool,
+    /// How far its disks are off their overlays again.
+    #[serde(default, skip_serializing_if = "Thaw::is_not_begun")]
+    pub thaw: Thaw,
+}
+
+/// Whether what an overlay holds is newer than the image under it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thaw {
+    /// It is: the overlays are the newest there is.
+    #[default]
+    NotBegun,
+    /// It is where the guest still has its disk on it.
+    Begun,
+    /// It is not: all of them are merged, and the guest may have written since.
+    Done,
+}
+
+impl Thaw {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde asks so
+    fn is_not_begun(&self) -> bool {
+        *self == Self::NotBegun
+    }
 }
 
 /// A file that is sent.

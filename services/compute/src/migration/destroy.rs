@@ -194,7 +194,7 @@ impl Reverting {
 }
 
 /// The files of a guest that came, which its source has under the same paths.
-pub(crate) fn lasting_files(record: &ComingRecord) -> impl Iterator<Item = &str> {
+fn lasting_files(record: &ComingRecord) -> impl Iterator<Item = &str> {
     let made = record.files.iter().filter(|file| file.is_made());
     let lasting = made.filter(|file| file.role != FileRole::Delta);
     lasting.map(|file| file.path.as_str())

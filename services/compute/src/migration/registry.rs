@@ -11,7 +11,7 @@
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -65,8 +65,8 @@ pub(crate) struct Registry {
 struct State {
     actors: HashMap<MigrationId, mpsc::Sender<Asked>>,
     holders: HashMap<InstanceId, MigrationId>,
-    /// Files and devices that are promised to a migration, by where they really are.
-    claims: HashMap<PathBuf, MigrationId>,
+    /// Files and devices that are promised to a migration.
+    claims: HashMap<String, MigrationId>,
     held: HashMap<MigrationId, Held>,
     /// How often the actor of a migration has died, until one goes in peace.
     deaths: HashMap<MigrationId, u32>,
@@ -138,8 +138,10 @@ impl Registry {
         }
         info!(%migration, %instance, "taking up a migration found in the journal");
         self.lock().holders.insert(instance, migration);
-        if let Err(fault) = self.claim(migration, &record.places()) {
-            error!(%migration, %fault, "two migrations have the same file here: look at both guests");
+        for place in record.places() {
+            if let Err(fault) = self.claim(migration, std::slice::from_ref(&place)) {
+                error!(%migration, %fault, "two migrations have one place: look at both guests");
+            }
         }
         self.spawn(migration, |inbox| {
             Actor::resume(self, migration, record, marks, inbox)
@@ -241,8 +243,9 @@ impl Registry {
                 }
             };
             self.let_go(migration);
-            if let Some(record) = record {
-                self.take_up(migration, record, None);
+            match record {
+                Some(record) => self.take_up(migration, record, None),
+                None => self.lock().claims.retain(|_, m| *m != migration),
             }
             return;
         }
@@ -252,7 +255,6 @@ impl Registry {
         let mut state = self.lock();
         state.held.remove(&migration);
         state.holders.retain(|_, holder| *holder != migration);
-        state.claims.retain(|_, holder| *holder != migration);
     }
 
     fn is_held(&self, migration: MigrationId) -> bool {
@@ -406,20 +408,24 @@ impl Registry {
     /// Promises files and devices to a migration until it is over here.
     ///
     /// # Errors
-    /// Refused if one of them is another's; then none is promised.
+    /// Refused if one of them is another's, retryable while the journal of another, which may
+    /// have it, cannot be read; then none is promised.
     pub(super) fn claim(&self, migration: MigrationId, places: &[String]) -> Result<(), Fault> {
         let mut state = self.lock();
-        let real: Vec<PathBuf> = places.iter().map(|place| real(place)).collect();
-        for place in &real {
-            if let Some(other) = state.claims.get(place).filter(|m| **m != migration) {
+        for place in places {
+            let mut claims = state.claims.iter().filter(|(_, m)| **m != migration);
+            if let Some((_, other)) = claims.find(|(claimed, _)| are_one(claimed, place)) {
                 return Err(Fault::refused(format!(
-                    "{} is promised to migration {other} on this node: confirm or revert that one, \
-                     or wait for its end",
-                    place.display()
+                    "{place} is promised to migration {other} on this node: confirm or revert \
+                     that one, or wait for its end"
                 )));
             }
+            let mut held = state.held.iter().filter(|(m, _)| **m != migration);
+            if let Some((_, held)) = held.next().filter(|_| is_device(place)) {
+                return Err(faults::unreadable(&held.why));
+            }
         }
-        let claims = real.into_iter().map(|place| (place, migration));
+        let claims = places.iter().map(|place| (place.clone(), migration));
         state.claims.extend(claims);
         Ok(())
     }
@@ -482,11 +488,14 @@ impl Registry {
     }
 }
 
-/// A device has several names.
-fn real(place: &str) -> PathBuf {
-    let path = PathBuf::from(place);
-    match path.starts_with("/dev") {
-        true => path.canonicalize().unwrap_or(path),
-        false => path,
-    }
+fn is_device(place: &str) -> bool {
+    place.starts_with("/dev/")
+}
+
+/// Whether two names are of one place. A device has several, and which of them lead to it
+/// changes: they are looked at now.
+fn are_one(a: &str, b: &str) -> bool {
+    let real = |place: &str| Path::new(place).canonicalize().ok();
+    let both_devices = is_device(a) && is_device(b);
+    a == b || (both_devices && real(a).is_some_and(|real_a| Some(real_a) == real(b)))
 }

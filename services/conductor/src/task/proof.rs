@@ -174,7 +174,8 @@ pub fn way_back(source: &Seen) -> Result<Redundant, String> {
     let taken: Vec<&str> = taken.map(String::as_str).collect();
     if !taken.is_empty() {
         return Err(format!(
-            "{host} has other files where the guest's were: {}; move them away, and ask again",
+            "{host} has other files where the guest's were, or another guest uses its devices: {}; \
+             make way there, and ask again",
             taken.join(", ")
         ));
     }

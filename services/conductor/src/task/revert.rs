@@ -23,7 +23,7 @@
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{CleanUp, FinishResize, FinishRevertResize},
+    api::compute::{CleanUp, Ended, FinishResize, FinishRevertResize, Known},
     error::ErrorClass,
     guest::{PowerState, Presence},
     ids::HostName,
@@ -224,18 +224,32 @@ impl Revert {
 
     /// The source keeps its copy aside again. One that has all of it aside brought
     /// nothing back: a guest that is defined there is somebody else's doing. Nor did one
-    /// that has lost its copy, and knows nothing of it.
+    /// that has lost its copy, and never knew that it brought it back.
     async fn undo_restore(&self) -> Result<(), StepError> {
         let here = self.job.look_at(self.job.source()).await?;
         let copy = here.copy();
-        let has_aside_all = here.is_present() && copy.is_kept_aside();
-        let has_nothing =
-            copy.presence == Presence::Absent && !copy.is_kept_aside() && !copy.known.under_way;
-        if has_aside_all || has_nothing {
+        if here.is_present() && copy.is_kept_aside() {
             return Ok(());
+        }
+        let is_idle = !copy.known.under_way && !copy.is_kept_aside();
+        if copy.presence == Presence::Absent && is_idle {
+            return self.brought_nothing_back().await;
         }
         let aside = self.job.set_aside(None).await;
         aside.map_err(agent_error)
+    }
+
+    /// Of a guest that the source has no more: it is not there because it was brought back,
+    /// and moved on since.
+    async fn brought_nothing_back(&self) -> Result<(), StepError> {
+        let (source, dest) = (self.job.source(), self.dest()?);
+        let known = self.job.locate(source).await?.known;
+        if matches!(known, Known::Ended { how } if how != Ended::NeverBegun) {
+            return Err(lost(format!(
+                "{source} had brought it back, and has it no more: look for it"
+            )));
+        }
+        self.job.is_on_no_other_node(dest).await.map_err(lost)
     }
 
     async fn settle(&self, arrived: Option<PowerState>) -> Result<(), StepError> {
@@ -282,7 +296,9 @@ impl Revert {
         match proof::reverted(&stays, &dest) {
             TakeBack::Redundant(proof) => {
                 let tidied = agents.rollback_resize(dest_host, step, &proof).await;
-                all_clean(tidied.map_err(agent_error)?)
+                let tidied = tidied.map_err(agent_error)?;
+                self.job.note_kept(tidied.kept.clone()).await?;
+                all_clean(tidied)
             }
             TakeBack::Stays(why) => {
                 let left = agents.confirm_at_destination(dest_host, step).await;

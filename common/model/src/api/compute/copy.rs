@@ -65,7 +65,8 @@ pub struct AsideSeen {
     pub defined: bool,
     /// Its files, by the paths to which they go back.
     pub files: Vec<FileSeen>,
-    /// Of those paths, the ones at which something else is.
+    /// Of those paths, the ones at which something else is; and its devices that another
+    /// guest uses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub taken: Vec<String>,
 }

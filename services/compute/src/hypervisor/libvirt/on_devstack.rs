@@ -239,6 +239,27 @@ async fn a_killed_libvirtd_is_told_and_found_again() {
     assert_eq!(driver.guests().await.unwrap().len(), before.len());
 }
 
+/// What somebody wrote into one guest's metadata costs its node nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_cannot_be_read_hides_no_other() {
+    let Some(stack) = Stack::find() else { return };
+    let [sane, deep] = [(); 2].map(|()| Subject::new(&stack, |path| random_image(path, &[])));
+    let (open, close) = ("<d>".repeat(70), "</d>".repeat(70));
+    let metadata = format!("<x:deep xmlns:x='urn:deep'>{open}{close}</x:deep>");
+    let id = deep.id.to_string();
+    let set = [
+        "metadata", &id, "urn:deep", "--key", "x", "--live", "--set", &metadata,
+    ];
+    stack.virsh(FROM, &set);
+    let listed = stack.driver(FROM).guests().await.unwrap();
+    let why = |id| {
+        let found = listed.iter().find(|report| report.guest.id == id);
+        found.expect("it is listed").unreadable.clone()
+    };
+    assert_eq!(why(sane.id), None);
+    assert!(why(deep.id).is_some());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_libvirtd_hangs_nobody() {
     let Some(stack) = Stack::find() else { return };

@@ -2,6 +2,8 @@
 //! guest defined and started, kept for good or given back. It never touches what
 //! a migration did not make here.
 
+use std::collections::BTreeMap;
+
 use drover_model::{
     api::{
         compute::{
@@ -21,7 +23,7 @@ use super::{
     super::{
         actor::{Actor, Stage},
         contents::{are_all_checked, are_as_checked},
-        destroy::{self, Redundant, Reverting, lasting_files},
+        destroy::{self, Redundant, Reverting},
     },
     files,
 };
@@ -278,7 +280,17 @@ impl Actor {
         let lasting = record.files.iter().filter(|f| f.role != FileRole::Delta);
         let seen = self.see_files(lasting.map(|file| (&file.path, &file.path)));
         let seen = seen.await?;
-        match seen.iter().find(|file| !file.is_in_place()) {
+        let roles: BTreeMap<&str, FileRole> = record
+            .files
+            .iter()
+            .map(|file| (&*file.path, file.role))
+            .collect();
+        // What lies beside the disks may be empty.
+        let is_here = |file: &&FileSeen| match roles.get(&*file.path) {
+            Some(FileRole::Tpm | FileRole::Nvram) => file.exists,
+            _ => file.is_in_place(),
+        };
+        match seen.iter().find(|file| !is_here(file)) {
             None => Ok(()),
             Some(FileSeen { path, .. }) => Err(Fault::refused(format!(
                 "{path} came here, and is missing or empty now: the guest is not defined"
@@ -359,13 +371,15 @@ impl Actor {
             let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }
-        let proof = self.another_stays(&ask, &record, presence)?;
         // Of what came alone the other copy has none: its owner took the disk from the guest.
         let (twice, alone): (Vec<&ComingFile>, Vec<&ComingFile>) =
             record.files.iter().filter(|f| f.is_made()).partition(|f| {
                 let image = f.over.as_ref().map_or(&f.path, |over| &over.image);
                 destroy::has_its_own(ask.survivor.as_ref(), image)
             });
+        let lasting = twice.iter().filter(|f| f.role != FileRole::Delta);
+        let lasting = lasting.map(|file| &*file.path).collect();
+        let proof = self.another_stays(&ask, &record, presence, lasting)?;
         self.close().await;
         let withdrawn = destroy::withdraw(&self.node, step.instance, &proof).await;
         withdrawn.map_err(fault)?;
@@ -397,6 +411,7 @@ impl Actor {
         ask: &RemoveCopy,
         record: &ComingRecord,
         presence: Presence,
+        files: Vec<&str>,
     ) -> Result<Redundant, Fault> {
         let (survivor, own) = (ask.survivor.as_ref(), &self.node.settings.host);
         if presence != Presence::Absent && record.definition.is_none() {
@@ -405,15 +420,11 @@ impl Actor {
             ));
         }
         if !record.ran_here {
-            let files = lasting_files(record);
-            let twice = files.filter(|path| destroy::has_its_own(survivor, path));
-            return Redundant::by(survivor, own, 0, twice);
+            return Redundant::by(survivor, own, 0, files);
         }
         match (record.reverted, presence) {
             // Withdrawn when it was reverted: whoever defined it since wants it here.
-            (Some(_), Presence::Absent) => {
-                Redundant::by_restored(survivor, own, lasting_files(record))
-            }
+            (Some(_), Presence::Absent) => Redundant::by_restored(survivor, own, files),
             _ => Err(Fault::refused(format!(
                 "the guest ran on this node ({presence} now): nothing of it is taken back"
             ))),

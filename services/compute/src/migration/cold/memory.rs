@@ -16,7 +16,11 @@ use super::{
     files,
     source::Leaving,
 };
-use crate::{faults::hypervisor as fault, hypervisor::Definition, journal::LeavingRecord};
+use crate::{
+    faults::hypervisor as fault,
+    hypervisor::Definition,
+    journal::{LeavingRecord, Thaw},
+};
 
 impl Actor {
     /// Takes a migration up again of which nothing is known here. One that ended
@@ -90,7 +94,7 @@ impl Actor {
             sent: Vec::new(),
             sent_as: None,
             defines: false,
-            thaws: false,
+            thaw: Thaw::NotBegun,
         })
     }
 }

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     faults::{hypervisor as fault, journal_lost},
     hypervisor::{Definition, HypervisorError, Overlay, SendSpec},
-    journal::{Ended, KeptFile, LeavingRecord, Record, definition},
+    journal::{Ended, KeptFile, LeavingRecord, Record, Thaw, definition},
     node::Counters,
 };
 
@@ -116,7 +116,7 @@ impl Actor {
                 sent: Vec::new(),
                 sent_as: None,
                 defines: false,
-                thaws: false,
+                thaw: Thaw::NotBegun,
             };
             self.write_leaving(&record).await?;
             Ok(record)
@@ -538,7 +538,7 @@ impl Actor {
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(record.instance).await.map_err(fault)?;
         match presence {
-            Presence::Absent if record.thaws => return Err(half_thawed(record)),
+            Presence::Absent if record.thaw == Thaw::Begun => return Err(half_thawed(record)),
             Presence::Absent => self.all_can_go_back(record).await?,
             state if !state.is_active() && record.aside && !record.defines => {
                 return Err(defined_by_others());
@@ -559,28 +559,8 @@ impl Actor {
                 }
             }
         }
-        let mut must_define = presence == Presence::Absent;
-        if presence.is_active() {
-            if !record.thaws {
-                record.thaws = true;
-                self.write_leaving(record).await?;
-                self.keep(record.clone());
-            }
-            let thawed = hypervisor
-                .thaw_disks(record.instance, &record.overlays)
-                .await;
-            thawed.map_err(fault)?;
-        } else {
-            let guests = self.both(record.instance).await?;
-            let is_newest = |o: &&Overlay| !record.thaws || files::is_used(o, &guests);
-            for overlay in record.overlays.iter().filter(is_newest) {
-                hypervisor.merge_overlay(overlay).await.map_err(fault)?;
-                // Before the overlay goes: there may be no other copy of what it held.
-                let flushed = hypervisor.flush_file(&overlay.image).await;
-                flushed.map_err(fault)?;
-                must_define = true;
-            }
-        }
+        let merged = self.take_off_overlays(record, presence).await?;
+        let must_define = merged || presence == Presence::Absent;
         if must_define {
             let lost = || Fault::bug("the guest is gone, and so is its definition");
             let definition = record.definition.clone().ok_or_else(lost)?;
@@ -595,11 +575,58 @@ impl Actor {
             let removed = destroy::remove_thawed(&self.node, overlay).await;
             removed.map_err(fault)?;
         }
-        if record.aside {
+        if record.aside || !record.overlays.is_empty() {
             record.aside = false;
+            let overlays = std::mem::take(&mut record.overlays);
+            let is_overlay = |path: &String| overlays.iter().any(|o| o.path == *path);
+            record.kept.retain(|file| !is_overlay(&file.path));
+            record.thaw = Thaw::NotBegun;
             self.write_leaving(record).await?;
             self.keep(record.clone());
         }
+        Ok(())
+    }
+
+    /// What the overlays hold is in the images under them, on stable storage where there may
+    /// be no other copy of it. Says whether the guest is to be defined on those.
+    async fn take_off_overlays(
+        &mut self,
+        record: &mut LeavingRecord,
+        presence: Presence,
+    ) -> Result<bool, Fault> {
+        if record.overlays.is_empty() || record.thaw == Thaw::Done {
+            return Ok(false);
+        }
+        let hypervisor = self.node.hypervisor.clone();
+        let mut merged = false;
+        if presence.is_active() {
+            self.note_thaw(record, Thaw::Begun).await?;
+            let overlays = &record.overlays;
+            let thawed = hypervisor.thaw_disks(record.instance, overlays).await;
+            thawed.map_err(fault)?;
+        } else {
+            let guests = self.both(record.instance).await?;
+            for overlay in &record.overlays {
+                if record.thaw == Thaw::Begun && !files::is_used(overlay, &guests) {
+                    continue;
+                }
+                hypervisor.merge_overlay(overlay).await.map_err(fault)?;
+                let flushed = hypervisor.flush_file(&overlay.image).await;
+                flushed.map_err(fault)?;
+                merged = true;
+            }
+        }
+        self.note_thaw(record, Thaw::Done).await?;
+        Ok(merged)
+    }
+
+    async fn note_thaw(&mut self, record: &mut LeavingRecord, thaw: Thaw) -> Result<(), Fault> {
+        if record.thaw == thaw {
+            return Ok(());
+        }
+        record.thaw = thaw;
+        self.write_leaving(record).await?;
+        self.keep(record.clone());
         Ok(())
     }
 

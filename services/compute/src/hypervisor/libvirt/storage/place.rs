@@ -12,6 +12,7 @@ use std::{
 
 use drover_model::api::compute::DiskMove;
 use tokio::process::Command;
+use tracing::warn;
 
 use super::{chain, checked, directory, failed, image, sync_directory};
 use crate::hypervisor::{HypervisorError, Result, libvirt::ffi};
@@ -112,7 +113,19 @@ pub(in super::super) fn is_placed(disk: &DiskMove) -> Result<bool> {
     let old = std::fs::symlink_metadata(&from).map_err(|e| failed("looking at", &from, &e))?;
     let same = (there.dev(), there.ino()) == (old.dev(), old.ino());
     let written = |m: &std::fs::Metadata| (m.mtime(), m.mtime_nsec());
-    Ok(same || (there.len() > 0 && written(&old) == written(&there)))
+    Ok(same || (there.len() > 0 && is_one_time(written(&old), written(&there))))
+}
+
+/// Whether two times, in seconds and nanoseconds, are one, as a file system may keep it
+/// less exactly than another.
+fn is_one_time(a: (i64, i64), b: (i64, i64)) -> bool {
+    let is_cut = |exact: i64, kept: i64| {
+        let kept_by = |unit| exact - exact % unit == kept;
+        [1, 100, 1_000, 1_000_000, 1_000_000_000]
+            .into_iter()
+            .any(kept_by)
+    };
+    a.0 == b.0 && (is_cut(a.1, b.1) || is_cut(b.1, a.1))
 }
 
 /// What is below it must be what was planned with: all of it is read as that.
@@ -195,8 +208,9 @@ pub(in super::super) async fn copy(
     command.arg(from).arg("/proc/self/fd/0");
     command.stdin(Stdio::from(reserved.handle()?));
     run(command, qemu_img, "convert", limit).await?;
-    let same_time = reserved.handle()?.set_modified(written);
-    same_time.map_err(|e| failed("dating", to, &e))?;
+    if let Err(error) = reserved.handle()?.set_modified(written) {
+        warn!(to = %to.display(), %error, "a copy has another date than its disk, and may be made twice");
+    }
     // As long as it takes.
     let kept = tokio::task::spawn_blocking(move || reserved.keep(owner)).await;
     kept.unwrap_or_else(|e| Err(HypervisorError::Bug(e.to_string())))

@@ -149,6 +149,23 @@ async fn what_was_written_since_is_not_placed_whatever_the_clock_said() {
     }
 }
 
+#[test]
+fn a_time_that_is_kept_less_exactly_is_the_same() {
+    let at = (7, 123_456_789);
+    for kept in [123_456_789, 123_456_700, 123_456_000, 123_000_000, 0] {
+        assert!(
+            is_one_time(at, (7, kept)) && is_one_time((7, kept), at),
+            "{kept}"
+        );
+    }
+    for other in [(8, 123_456_789), (7, 123_456_788), (7, 123_456_800)] {
+        assert!(
+            !is_one_time(at, other) && !is_one_time(other, at),
+            "{other:?}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn a_copy_that_fails_leaves_nothing_and_says_why() {
     let scene = Scene::new();

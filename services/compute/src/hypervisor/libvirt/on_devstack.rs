@@ -253,7 +253,7 @@ async fn a_guest_that_cannot_be_read_hides_no_other() {
     stack.virsh(FROM, &set);
     let listed = stack.driver(FROM).guests().await.unwrap();
     let why = |id| {
-        let found = listed.iter().find(|report| report.guest.id == id);
+        let found = listed.iter().find(|report| report.id == id);
         found.expect("it is listed").unreadable.clone()
     };
     assert_eq!(why(sane.id), None);

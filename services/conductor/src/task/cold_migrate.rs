@@ -377,15 +377,17 @@ impl ColdMigrate {
     }
 
     /// Proof that it runs nowhere else: the source says so now, or has been proven dead
-    /// since it set its copy aside.
+    /// since it set its copy aside. Of one that was started nothing is to be proven.
     async fn is_gone_from_source(&self, dest: &HostName) -> Result<(), StepError> {
         let source = self.job.source();
         let here = match self.job.locate(source).await {
             Ok(here) => here,
             Err(error) => {
-                return match self.job.is_dead(source).await? {
-                    Some(_) => Ok(()),
-                    None => Err(in_doubt(error)),
+                let there = self.job.look_at(dest).await;
+                let runs = there.is_ok_and(|there| there.is_active());
+                return match runs || self.job.is_dead(source).await?.is_some() {
+                    true => Ok(()),
+                    false => Err(in_doubt(error)),
                 };
             }
         };

@@ -120,6 +120,31 @@ async fn a_guest_that_its_dead_source_had_set_aside_starts_where_it_went() {
     assert!(cloud.fabric.guest("kvm1", id).is_none());
 }
 
+/// It was started where it went, and its source and the conductor died before anybody had
+/// heard so: that it runs there is seen, and nobody has to prove the source dead.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_runs_where_it_went_needs_no_word_of_its_source() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let late = Effect::SlowAfter(Duration::from_secs(5));
+    cloud.fabric.on_call("kvm2", Call::Start, 1, late);
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    let fabric = cloud.fabric.clone();
+    eventually("it runs there", async || {
+        fabric.running_on(id).filter(|host| *host == name("kvm2"))
+    })
+    .await;
+    cloud.kill_conductor();
+    dies(&mut cloud, "kvm1");
+    cloud.start_conductor().await;
+    let rests = |m: &Migration| m.status.rests() || m.status == S::Stuck;
+    let m = cloud.until(m.uuid, "at rest", rests).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    check(&cloud, &m, Some("kvm2"));
+}
+
 /// Both of its nodes die, and stay away: when both are proven off the migration ends, and
 /// the guest is evacuated to a third.
 #[tokio::test(start_paused = true)]

@@ -370,6 +370,26 @@ async fn the_guest_goes_off_by_itself() {
 
 /// Somebody starts the guest after its disks were copied, and has it shut down
 /// again: what it wrote meanwhile is not lost with the old disk.
+/// The agent asks it to shut down, and loses all that it knew.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_shut_down_and_forgotten_runs_again() {
+    let mut cloud = cloud(6).await;
+    let id = guest(&cloud, web().shuts_down_after(Duration::from_secs(2))).await;
+    let m = transfer(&cloud, id, TransferMode::Cold).await.unwrap();
+    cloud.until(m.uuid, "stopping", |m| m.step == "stop").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    cloud.kill_agent("kvm1");
+    cloud.lose_state("kvm1");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(cloud.fabric.running_on(id), None);
+    cloud.start_agent("kvm1").await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    let home = "kvm1".parse().expect("a host name");
+    assert_eq!(cloud.fabric.running_on(id), Some(home), "{m:#?}");
+    cloud.fabric.check_invariants().expect("it runs once");
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_is_written_between_copy_and_hand_over_is_kept() {
     let cloud = cloud(14).await;

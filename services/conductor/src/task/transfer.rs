@@ -19,7 +19,7 @@
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{JobState, Outcome, PrepTransfer, TransferPart, TransferWork},
+    api::compute::{Ended, JobState, Known, Outcome, PrepTransfer, TransferPart, TransferWork},
     error::ErrorClass,
     migration::{EndReason, Migration, MigrationStatus as S, Phase, ProjectTransfer, TransferMode},
 };
@@ -27,7 +27,7 @@ use drover_saga::{Saga, StepError};
 
 use super::{
     job::{
-        ASK_AFTER, Data, Job, agent_error, all_clean, ended, moved, patient, repeatable,
+        ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, moved, patient, repeatable,
         store_error,
     },
     journal::{Recorded, Told},
@@ -99,7 +99,7 @@ impl Saga for Transfer {
         }
     }
 
-    async fn undo(&self, step: Step, _: &Data) -> Result<(), StepError> {
+    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
         let (host, reference) = (self.job.source(), self.job.step());
         let agents = self.job.agents();
         match step {
@@ -110,7 +110,11 @@ impl Saga for Transfer {
             Step::Prepare => self.take_back().await,
             Step::Stop | Step::Copy => {
                 let aborted = agents.abort_transfer(host, reference).await;
-                aborted.map_err(agent_error)
+                aborted.map_err(agent_error)?;
+                match step {
+                    Step::Stop => self.start_what_is_forgotten(data).await,
+                    _ => Ok(()),
+                }
             }
             Step::HandOver | Step::Settle | Step::Tidy => Ok(()),
         }
@@ -294,6 +298,7 @@ impl Transfer {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             part,
+            ran: false,
         };
         let mut changes = self.job.store().changes();
         loop {
@@ -308,6 +313,31 @@ impl Transfer {
                 () = tokio::time::sleep(ASK_AFTER) => {}
             }
         }
+    }
+
+    /// A node that has lost its journal does not know that the guest was asked to shut
+    /// down, and is to run.
+    async fn start_what_is_forgotten(&self, data: &Data) -> Result<(), StepError> {
+        if !data.ran || data.transfer()?.mode == TransferMode::Live {
+            return Ok(());
+        }
+        let host = self.job.source();
+        let here = self.job.locate(host).await?;
+        let never = Ended::NeverBegun;
+        let is_forgotten = matches!(here.known, Known::Nothing)
+            || matches!(here.known, Known::Ended { how } if how == never);
+        if !is_forgotten || here.presence.is_active() {
+            return Ok(());
+        }
+        self.job.is_on_no_other_node(host).await.map_err(lost)?;
+        let ask = TransferWork {
+            migration: self.job.migration.uuid,
+            instance: self.job.migration.instance_uuid,
+            part: TransferPart::TakeBack,
+            ran: true,
+        };
+        let started = self.job.agents().transfer(host, &ask).await;
+        started.map(drop).map_err(patient)
     }
 
     /// The node makes everything be as it was, and forgets.

@@ -169,4 +169,8 @@ pub struct TransferWork {
     pub instance: InstanceId,
     /// Which part.
     pub part: TransferPart,
+    /// Of what is taken back by a node that has forgotten all of it: the guest ran, was
+    /// asked to shut down, and is nowhere else.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ran: bool,
 }

@@ -12,6 +12,7 @@ use drover_model::{
         fault::Fault,
     },
     guest::{Guest, Presence},
+    ids::InstanceId,
     migration::TransferMode,
 };
 use tracing::{info, warn};
@@ -24,7 +25,7 @@ use super::{
         past::Finished,
         work::{self, Parts, Work},
     },
-    work::Task,
+    work::{Task, is_off},
 };
 use crate::{
     faults::hypervisor as fault,
@@ -254,6 +255,9 @@ impl Actor {
             return match step.part {
                 // It was taken back, and forgotten, before; or never begun.
                 TransferPart::TakeBack => {
+                    if step.ran {
+                        self.start_forgotten(step.instance).await?;
+                    }
                     self.never_begun(reference).await?;
                     Ok(nothing_left())
                 }
@@ -269,6 +273,20 @@ impl Actor {
             transferring.parts.forget();
         }
         Ok(job)
+    }
+
+    /// Starts a guest that a life of this agent had shut down whose journal is lost.
+    async fn start_forgotten(&self, instance: InstanceId) -> Result<(), Fault> {
+        let finished = self.registry.finished(self.migration).await?;
+        let presence = self.node.hypervisor.presence(instance).await;
+        let presence = presence.map_err(fault)?;
+        if finished.is_some_and(|f| f.how != Over::NeverBegun) || !is_off(presence) {
+            return Ok(());
+        }
+        warn!(migration = %self.migration, %instance,
+            "it was shut down for a transfer that this agent has forgotten: it is started again");
+        let started = self.node.hypervisor.start(instance).await;
+        started.map_err(fault)
     }
 
     async fn begin_transfer_part(&mut self, part: TransferPart) -> Result<JobState, Fault> {

@@ -443,7 +443,7 @@ impl Worker {
     }
 }
 
-fn is_off(presence: Presence) -> bool {
+pub(super) fn is_off(presence: Presence) -> bool {
     matches!(presence, Presence::Present(state) if !state.is_active())
 }
 

@@ -147,12 +147,16 @@ struct Subject<'a> {
 impl<'a> Subject<'a> {
     /// Its disk lies on the node; `make` gets its path as seen from outside.
     fn new(stack: &'a Stack, make: impl FnOnce(&Path)) -> Self {
+        Self::with_metadata(stack, make, "")
+    }
+
+    fn with_metadata(stack: &'a Stack, make: impl FnOnce(&Path), metadata: &str) -> Self {
         let id = InstanceId(Uuid::new_v4());
         let disk = format!("/var/lib/libvirt/images/real-{id}.qcow2");
         make(&stack.private(FROM, &disk));
         let xml = format!(
             "<domain type='qemu'><name>real-{id}</name><uuid>{id}</uuid>
-             <memory unit='MiB'>32</memory><vcpu>1</vcpu>
+             <metadata>{metadata}</metadata><memory unit='MiB'>32</memory><vcpu>1</vcpu>
              <os><type arch='x86_64' machine='pc'>hvm</type></os>
              <devices><disk type='file' device='disk'>
                <driver name='qemu' type='qcow2' cache='none'/><source file='{disk}'/>
@@ -243,14 +247,11 @@ async fn a_killed_libvirtd_is_told_and_found_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_cannot_be_read_hides_no_other() {
     let Some(stack) = Stack::find() else { return };
-    let [sane, deep] = [(); 2].map(|()| Subject::new(&stack, |path| random_image(path, &[])));
+    let sane = Subject::new(&stack, |path| random_image(path, &[]));
     let (open, close) = ("<d>".repeat(70), "</d>".repeat(70));
     let metadata = format!("<x:deep xmlns:x='urn:deep'>{open}{close}</x:deep>");
-    let id = deep.id.to_string();
-    let set = [
-        "metadata", &id, "urn:deep", "--key", "x", "--live", "--set", &metadata,
-    ];
-    stack.virsh(FROM, &set);
+    let image = |path: &Path| random_image(path, &[]);
+    let deep = Subject::with_metadata(&stack, image, &metadata);
     let listed = stack.driver(FROM).guests().await.unwrap();
     let why = |id| {
         let found = listed.iter().find(|report| report.id == id);

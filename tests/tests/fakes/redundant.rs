@@ -491,6 +491,31 @@ async fn a_definition_that_somebody_made_is_not_withdrawn_by_a_revert_that_fails
     assert!(disk(&cloud, "kvm1").is_some() && disk(&cloud, "kvm2").is_some());
 }
 
+/// Its source had it shut down, and lost its journal then: for the new one it was off.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_ran_before_its_source_forgot_so_runs_when_it_is_back() {
+    let mut cloud = Cloud::start(1).await;
+    let id = guest(&cloud, web().shuts_down_after(Duration::from_secs(2))).await;
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    cloud.until(m.uuid, "stopping", |m| m.step == "stop").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    cloud.kill_agent("kvm1");
+    cloud.lose_state("kvm1");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(at(&cloud, "kvm1", id), OFF);
+    cloud.start_agent("kvm1").await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm2"));
+    cloud.fabric.accept_older_disks(id);
+    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Reverted, "{m:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+}
+
 /// The source had been asked, and loses its state when the guest is off already.
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_cannot_go_back_any_more_is_started_again_where_it_was() {

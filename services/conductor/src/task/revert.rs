@@ -149,7 +149,9 @@ impl Revert {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             runs_nowhere_else: dest.presence == Presence::Absent,
-            ran: false,
+            // The source may have forgotten that it had it shut down; only a guest that ran
+            // has a downtime on its record.
+            ran: self.job.migration.downtime_ms.is_some(),
             memory: None,
         };
         let source = self.job.source();

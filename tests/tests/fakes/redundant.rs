@@ -491,6 +491,31 @@ async fn a_definition_that_somebody_made_is_not_withdrawn_by_a_revert_that_fails
     assert!(disk(&cloud, "kvm1").is_some() && disk(&cloud, "kvm2").is_some());
 }
 
+/// The source was away when its copy was to go, and the guest is brought back there then.
+#[tokio::test(start_paused = true)]
+async fn a_confirmed_guest_that_is_brought_home_by_hand_leaves_no_claim() {
+    let (mut cloud, id, m) = finished(PowerState::Shutdown).await;
+    cloud.kill_agent("kvm1");
+    end_with(&cloud, &m, method::CONFIRM_MIGRATION).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Confirmed, "{m:#?}");
+    assert_eq!(cloud.store.claims().await.unwrap().len(), 1, "put off");
+    taken_home(&cloud, id).await;
+    cloud.start_agent("kvm1").await;
+    eventually("it claims nothing", async || {
+        let claims = cloud.store.claims().await.unwrap();
+        claims.is_empty().then_some(())
+    })
+    .await;
+    let m = cloud.store.migration(m.uuid).await.unwrap();
+    assert!(said(&m, "is left on kvm1"), "{m:#?}");
+    assert_eq!(at(&cloud, "kvm1", id), OFF);
+    assert!(
+        disk(&cloud, "kvm1").is_some(),
+        "what was brought back stays"
+    );
+}
+
 /// Its source had it shut down, and lost its journal then: for the new one it was off.
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_ran_before_its_source_forgot_so_runs_when_it_is_back() {

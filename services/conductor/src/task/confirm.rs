@@ -67,14 +67,32 @@ impl Confirm {
         Ok(since.iter().any(|m| m.id > own.id && m.status.has_moved()))
     }
 
-    /// Removes what the source keeps, and its claim.
+    /// Whether the source has the guest again, and no other node.
+    async fn is_back(&self) -> Result<bool, StepError> {
+        let source = self.job.source();
+        let here = self.job.look_at(source).await?;
+        if !here.is_present() || !here.copy().is_whole() {
+            return Ok(false);
+        }
+        self.job.is_on_no_other_node(source).await.map_err(lost)?;
+        Ok(true)
+    }
+
+    /// Removes what the source keeps, and its claim. Of a guest that somebody has brought
+    /// back there since, nothing is removed.
     pub(super) async fn confirm_source(&self) -> Result<(), StepError> {
         let (source, step) = (self.job.source(), self.job.step());
         let dest = self.job.migration.dest_host.as_ref().unwrap_or(source);
         let stays = self.job.look_for_it(dest, source).await?;
-        let moved_on = self.has_moved_on().await?;
-        let proof = proof::kept_aside(source, &stays, moved_on).map_err(lost)?;
-        let confirmed = self.job.agents().confirm_resize(source, step, &proof).await;
+        let agents = self.job.agents();
+        let confirmed = match !stays.is_present() && self.is_back().await? {
+            true => agents.leave_aside(source, step).await,
+            false => {
+                let moved_on = self.has_moved_on().await?;
+                let proof = proof::kept_aside(source, &stays, moved_on).map_err(lost)?;
+                agents.confirm_resize(source, step, &proof).await
+            }
+        };
         let cleaned = confirmed.map_err(agent_error)?;
         self.job.note_kept(cleaned.kept.clone()).await?;
         all_clean(cleaned)?;

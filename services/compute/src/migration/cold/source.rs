@@ -571,6 +571,10 @@ impl Actor {
             }
             hypervisor.define(&definition, None).await.map_err(fault)?;
         }
+        // Only now: a life that died before this has to define the guest on its images.
+        if !record.overlays.is_empty() {
+            self.note_thaw(record, Thaw::Done).await?;
+        }
         for overlay in &record.overlays {
             let removed = destroy::remove_thawed(&self.node, overlay).await;
             removed.map_err(fault)?;
@@ -616,7 +620,6 @@ impl Actor {
                 merged = true;
             }
         }
-        self.note_thaw(record, Thaw::Done).await?;
         Ok(merged)
     }
 

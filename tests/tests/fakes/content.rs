@@ -289,6 +289,15 @@ async fn no_reason_is_named_twice() {
 
 // ---- of a dead node ------------------------------------------------------------------
 
+/// Its node dies, and it is to start on the other.
+async fn evacuated_from_kvm1(cloud: &mut Cloud, id: InstanceId) -> Migration {
+    cloud.fabric.power_off("kvm1");
+    cloud.kill_agent("kvm1");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let m = evacuation_deaths::begin(cloud, id, &["kvm2"]).await;
+    cloud.end(m.uuid).await
+}
+
 /// The guest's node has died, with that file on the node where it is to start.
 async fn evacuated(kind: Kind, there: Option<&str>) -> (Cloud, InstanceId, Migration) {
     let (mut cloud, id) = cloud(kind, "these bytes", there).await;
@@ -297,11 +306,7 @@ async fn evacuated(kind: Kind, there: Option<&str>) -> (Cloud, InstanceId, Migra
         (!kept.kept.digest.is_empty()).then_some(())
     })
     .await;
-    cloud.fabric.power_off("kvm1");
-    cloud.kill_agent("kvm1");
-    tokio::time::sleep(Duration::from_secs(60)).await;
-    let m = evacuation_deaths::begin(&cloud, id, &["kvm2"]).await;
-    let m = cloud.end(m.uuid).await;
+    let m = evacuated_from_kvm1(&mut cloud, id).await;
     (cloud, id, m)
 }
 
@@ -316,11 +321,7 @@ async fn a_dead_nodes_guest_is_not_started_where_its_address_is_not() {
         cloud.store.kept_definition(id).await.expect("readable")
     })
     .await;
-    cloud.fabric.power_off("kvm1");
-    cloud.kill_agent("kvm1");
-    tokio::time::sleep(Duration::from_secs(60)).await;
-    let m = evacuation_deaths::begin(&cloud, id, &["kvm2"]).await;
-    let m = cloud.end(m.uuid).await;
+    let m = evacuated_from_kvm1(&mut cloud, id).await;
     let bound = |f: &CheckFailure| f.code == CheckCode::BoundAddress;
     assert!(refusal(&m).iter().any(bound), "{m:#?}");
     assert_eq!(cloud.fabric.running_on(id), None);

@@ -50,6 +50,14 @@ async fn end_with(cloud: &Cloud, m: &Migration, what: &str) {
     assert_eq!(taken.uuid, m.uuid);
 }
 
+/// It is reverted, and runs on its source again.
+async fn goes_home(cloud: &Cloud, m: &Migration) {
+    end_with(cloud, m, method::REVERT_MIGRATION).await;
+    let m = rest(cloud, m).await;
+    assert_eq!(m.status, S::Reverted, "{m:#?}");
+    assert_eq!(runs_on(cloud, m.instance_uuid).as_deref(), Some("kvm1"));
+}
+
 /// A guest that has moved cold from kvm1 to kvm2, and was not confirmed.
 async fn finished(state: PowerState) -> (Cloud, InstanceId, Migration) {
     finished_by(state, false).await
@@ -219,10 +227,7 @@ async fn a_guest_that_is_nowhere_any_more_is_reverted() {
     let (mut cloud, id, m) = finished(PowerState::Running).await;
     cloud.add_node("kvm3", NodeSpec::default()).await;
     by_hand(&cloud, id, Hand::Undefines).await;
-    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
-    let m = rest(&cloud, &m).await;
-    assert_eq!(m.status, S::Reverted, "{m:#?}");
-    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    goes_home(&cloud, &m).await;
 }
 
 /// A source that fails to bring it back after it said that it could.
@@ -535,10 +540,7 @@ async fn a_guest_that_ran_before_its_source_forgot_so_runs_when_it_is_back() {
     assert_eq!(m.status, S::Finished, "{m:#?}");
     assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm2"));
     cloud.fabric.accept_older_disks(id);
-    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
-    let m = rest(&cloud, &m).await;
-    assert_eq!(m.status, S::Reverted, "{m:#?}");
-    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    goes_home(&cloud, &m).await;
 }
 
 /// The source had been asked, and loses its state when the guest is off already.
@@ -631,10 +633,7 @@ async fn a_device_to_which_a_guest_may_go_back_is_no_other_guests() {
         assert_eq!(runs_on(&cloud, other).as_deref(), Some("kvm3"));
     }
     cloud.fabric.accept_older_disks(id);
-    end_with(&cloud, &m, method::REVERT_MIGRATION).await;
-    let m = rest(&cloud, &m).await;
-    assert_eq!(m.status, S::Reverted, "{m:#?}");
-    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    goes_home(&cloud, &m).await;
     cloud.fabric.check_invariants().unwrap();
 }
 
@@ -730,10 +729,7 @@ async fn a_guest_whose_place_is_taken_on_its_source_runs_on() {
         let kvm1 = cloud.fabric.driver("kvm1");
         kvm1.remove_disk(path).await.unwrap();
         cloud.fabric.accept_older_disks(id);
-        end_with(&cloud, &m, method::REVERT_MIGRATION).await;
-        let m = rest(&cloud, &m).await;
-        assert_eq!(m.status, S::Reverted, "{m:#?}");
-        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+        goes_home(&cloud, &m).await;
     }
 }
 

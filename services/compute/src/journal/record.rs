@@ -50,7 +50,7 @@ impl Record {
     /// makes here, and those to which its guest may go back once it is set aside.
     pub(crate) fn places(&self) -> Vec<String> {
         match self {
-            Self::Destination(record) => record.disks.iter().map(|d| d.path.clone()).collect(),
+            Self::Destination(record) => record.places(),
             Self::Leaving(record) => record.devices.clone(),
             Self::Coming(record) => record.places(),
             Self::Source(_) | Self::Transfer(_) | Self::Rebuild(_) => Vec::new(),
@@ -277,6 +277,13 @@ pub struct ComingRecord {
     /// It is to be reverted; whether it was active when that was asked for.
     #[serde(default)]
     pub reverted: Option<bool>,
+}
+
+impl DestinationRecord {
+    /// The disks that the migration makes here.
+    pub(crate) fn places(&self) -> Vec<String> {
+        self.disks.iter().map(|disk| disk.path.clone()).collect()
+    }
 }
 
 impl ComingRecord {

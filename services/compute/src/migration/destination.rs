@@ -124,8 +124,7 @@ impl Actor {
             ran_here: false,
         };
         let begun = async {
-            let places: Vec<String> = record.disks.iter().map(|d| d.path.clone()).collect();
-            self.registry.claim(self.migration, &places)?;
+            self.registry.claim(self.migration, &record.places())?;
             self.nothing_is_here(&record).await?;
             self.nobody_else_writes(step).await?;
             self.write(&record).await
@@ -317,9 +316,10 @@ impl Actor {
         }
         let mut clean_up = CleanUp::default();
         if presence == Presence::Incoming || !record.disks.is_empty() {
-            let paths = record.disks.iter().map(|disk| disk.path.clone());
+            let survivor = ask.survivor.as_ref();
+            let places = record.places().into_iter();
             let (twice, alone): (Vec<String>, Vec<String>) =
-                paths.partition(|path| destroy::has_its_own(ask.survivor.as_ref(), path));
+                places.partition(|path| destroy::has_its_own(survivor, path));
             let proof = self.source_stays(&ask, &twice)?;
             clean_up.kept = self.left_of(alone).await?;
             if presence == Presence::Incoming {

@@ -80,11 +80,13 @@ impl Actor {
         let places = record.kept.iter().map(|file| (&file.path, &file.path));
         let places = self.see_files(places).await?.into_iter();
         let places = places.filter(|place| place.exists).map(|place| place.path);
-        let devices = self.node.hypervisor.file_facts(&record.devices).await;
-        let devices = devices.map_err(fault)?.into_iter();
         // Once it is defined here again, the guest itself uses them.
-        let is_aside = record.aside && !record.defines;
-        let used = devices.filter(|device| is_aside && device.in_use);
+        let devices = match record.aside && !record.defines && !record.devices.is_empty() {
+            true => self.node.hypervisor.file_facts(&record.devices).await,
+            false => Ok(Vec::new()),
+        };
+        let devices = devices.map_err(fault)?.into_iter();
+        let used = devices.filter(|device| device.in_use);
         let taken = places.chain(used.map(|device| device.path)).collect();
         Ok(AsideSeen {
             complete: record.aside && !record.defines,

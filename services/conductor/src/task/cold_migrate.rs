@@ -38,7 +38,7 @@ use drover_saga::{Saga, StepError};
 use drover_store::claims::Resources;
 
 use super::{
-    job::{ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, moved, patient, repeatable},
+    job::{ASK_AFTER, Data, Job, agent_error, ended, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
 };
@@ -463,9 +463,7 @@ impl ColdMigrate {
             TakeBack::Redundant(proof) => {
                 let (agents, step) = (self.job.agents(), self.job.step());
                 let undone = agents.rollback_resize(dest_host, step, &proof).await;
-                let undone = undone.map_err(agent_error)?;
-                self.job.note_kept(undone.kept.clone()).await?;
-                all_clean(undone)?;
+                self.job.cleaned(undone).await?;
                 Ok(None)
             }
             TakeBack::Stays(why) | TakeBack::Unproven(why) => Ok(Some(why)),

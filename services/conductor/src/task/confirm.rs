@@ -18,7 +18,7 @@ use drover_model::{
 use drover_saga::{Saga, StepError};
 
 use super::{
-    job::{Data, Job, agent_error, all_clean, ended, lost, store_error},
+    job::{Data, Job, agent_error, ended, lost, store_error},
     journal::{Recorded, Told},
     proof,
 };
@@ -93,9 +93,7 @@ impl Confirm {
                 agents.confirm_resize(source, step, &proof).await
             }
         };
-        let cleaned = confirmed.map_err(agent_error)?;
-        self.job.note_kept(cleaned.kept.clone()).await?;
-        all_clean(cleaned)?;
+        self.job.cleaned(confirmed).await?;
         self.job.release_claim().await
     }
 }

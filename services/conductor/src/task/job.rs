@@ -281,6 +281,16 @@ impl Job {
         noted.map(drop).map_err(|e| store_error(&e))
     }
 
+    /// A clean-up is done only without warnings; what it left for good is on the record.
+    pub(super) async fn cleaned(
+        &self,
+        cleaned: Result<CleanUp, AgentError>,
+    ) -> Result<(), StepError> {
+        let cleaned = cleaned.map_err(agent_error)?;
+        self.note_kept(cleaned.kept.clone()).await?;
+        all_clean(cleaned)
+    }
+
     // ---- setting aside
 
     /// Has the source of a cold migration keep its copy so that nothing starts it.

@@ -44,9 +44,7 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::{
-    job::{
-        ASK_AFTER, Data, Job, agent_error, all_clean, ended, lost, moved, repeatable, store_error,
-    },
+    job::{ASK_AFTER, Data, Job, agent_error, ended, lost, moved, repeatable, store_error},
     journal::{Recorded, Told},
     proof::{self, TakeBack},
 };
@@ -282,9 +280,7 @@ impl LiveMigrate {
         match proof::live_destination(&source, &stays, &dest) {
             TakeBack::Redundant(proof) => {
                 let undone = agents.rollback_at_destination(dest_host, step, &proof);
-                let undone = undone.await.map_err(agent_error)?;
-                self.job.note_kept(undone.kept.clone()).await?;
-                all_clean(undone)?;
+                self.job.cleaned(undone.await).await?;
                 Ok(None)
             }
             TakeBack::Stays(why) => {

@@ -32,7 +32,7 @@ use drover_model::{
 use drover_saga::{Saga, StepError};
 
 use super::{
-    job::{Data, Job, agent_error, all_clean, ended, lost, patient, repeatable, store_error},
+    job::{Data, Job, agent_error, ended, lost, patient, repeatable, store_error},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
 };
@@ -298,9 +298,7 @@ impl Revert {
         match proof::reverted(&stays, &dest) {
             TakeBack::Redundant(proof) => {
                 let tidied = agents.rollback_resize(dest_host, step, &proof).await;
-                let tidied = tidied.map_err(agent_error)?;
-                self.job.note_kept(tidied.kept.clone()).await?;
-                all_clean(tidied)
+                self.job.cleaned(tidied).await
             }
             TakeBack::Stays(why) => {
                 let left = agents.confirm_at_destination(dest_host, step).await;

@@ -282,9 +282,7 @@ impl Transfer {
     async fn tidy(&self) -> Result<(), StepError> {
         let (host, step) = (self.job.source(), self.job.step());
         let tidied = self.job.agents().post_transfer(host, step).await;
-        let cleaned = tidied.map_err(agent_error)?;
-        self.job.note_kept(cleaned.kept.clone()).await?;
-        all_clean(cleaned)
+        self.job.cleaned(tidied).await
     }
 
     /// Has the node do a part, or finds it at it, and waits for its end. Says
@@ -323,9 +321,13 @@ impl Transfer {
         }
         let host = self.job.source();
         let here = self.job.locate(host).await?;
-        let never = Ended::NeverBegun;
-        let is_forgotten = matches!(here.known, Known::Nothing)
-            || matches!(here.known, Known::Ended { how } if how == never);
+        let is_forgotten = matches!(
+            here.known,
+            Known::Nothing
+                | Known::Ended {
+                    how: Ended::NeverBegun
+                }
+        );
         if !is_forgotten || here.presence.is_active() {
             return Ok(());
         }

@@ -2,8 +2,6 @@
 //! guest defined and started, kept for good or given back. It never touches what
 //! a migration did not make here.
 
-use std::collections::BTreeMap;
-
 use drover_model::{
     api::{
         compute::{
@@ -278,21 +276,17 @@ impl Actor {
     /// since it came.
     async fn all_are_in_place(&self, record: &ComingRecord) -> Result<(), Fault> {
         let lasting = record.files.iter().filter(|f| f.role != FileRole::Delta);
-        let seen = self.see_files(lasting.map(|file| (&file.path, &file.path)));
-        let seen = seen.await?;
-        let roles: BTreeMap<&str, FileRole> = record
-            .files
-            .iter()
-            .map(|file| (&*file.path, file.role))
-            .collect();
+        let paths = lasting.clone().map(|file| (&file.path, &file.path));
+        let seen = self.see_files(paths).await?;
         // What lies beside the disks may be empty.
-        let is_here = |file: &&FileSeen| match roles.get(&*file.path) {
-            Some(FileRole::Tpm | FileRole::Nvram) => file.exists,
-            _ => file.is_in_place(),
+        let is_here = |file: &ComingFile, seen: &FileSeen| match file.role {
+            FileRole::Tpm | FileRole::Nvram => seen.exists,
+            _ => seen.is_in_place(),
         };
-        match seen.iter().find(|file| !is_here(file)) {
+        let mut both = lasting.zip(&seen);
+        match both.find(|(file, seen)| !is_here(file, seen)) {
             None => Ok(()),
-            Some(FileSeen { path, .. }) => Err(Fault::refused(format!(
+            Some((ComingFile { path, .. }, _)) => Err(Fault::refused(format!(
                 "{path} came here, and is missing or empty now: the guest is not defined"
             ))),
         }

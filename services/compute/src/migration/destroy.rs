@@ -469,10 +469,11 @@ pub(crate) async fn stop(node: &Node, id: InstanceId, _: &impl MayStop) -> Resul
     node.hypervisor.stop(id).await
 }
 
-/// Whether the copy that stays has a file of its own in the place of this one. What it
-/// has none of, as its owner took the disk from the guest since, is left and named.
+/// Whether the copy that stays has a file of its own in the place of this one, or had
+/// before it was moved on. What it has none of, as its owner took the disk from the
+/// guest since, is left and named.
 pub(crate) fn has_its_own(survivor: Option<&Survivor>, path: &str) -> bool {
-    survivor.is_none_or(|survivor| survivor.copy.has(path))
+    survivor.is_none_or(|survivor| survivor.moved_on || survivor.copy.has(path))
 }
 
 /// Removes a file.

@@ -88,6 +88,7 @@ fn of_a_guest_that_was_moved_on_whole_lengths_and_names_say_nothing() {
     there.moved_on = true;
     let by = |there: &Survivor| Redundant::by(Some(there), &host("kvm2"), 3, ["/a"]);
     assert!(by(&there).is_ok());
+    assert!(has_its_own(Some(&there), "/a"));
     let longer = Redundant::none_is_longer(Some(&there), [("/b", DISK_BYTES)]);
     assert!(longer.is_ok());
     there.copy.files = vec![file("/b", 0)];

@@ -459,7 +459,8 @@ impl ColdMigrate {
         }
         let stays = self.job.look_for_it(self.job.source(), dest_host).await?;
         let dest = self.job.look_at(dest_host).await?;
-        match proof::cold_destination(&stays, &dest) {
+        let moved_on = self.job.has_moved_on().await?;
+        match proof::cold_destination(&stays, &dest, moved_on) {
             TakeBack::Redundant(proof) => {
                 let (agents, step) = (self.job.agents(), self.job.step());
                 let undone = agents.rollback_resize(dest_host, step, &proof).await;

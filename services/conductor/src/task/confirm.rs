@@ -11,14 +11,11 @@
 //! somebody has brought back to the source is not confirmed: a revert ends that move.
 
 use async_trait::async_trait;
-use drover_model::{
-    api::conductor::ListMigrations,
-    migration::{EndReason, Migration, MigrationStatus as S, Phase},
-};
+use drover_model::migration::{EndReason, Migration, MigrationStatus as S, Phase};
 use drover_saga::{Saga, StepError};
 
 use super::{
-    job::{Data, Job, agent_error, ended, lost, store_error},
+    job::{Data, Job, agent_error, ended, lost},
     journal::{Recorded, Told},
     proof,
 };
@@ -58,15 +55,6 @@ impl Confirm {
         confirmed.map(drop).map_err(agent_error)
     }
 
-    /// Whether the guest has been moved since, or given to another project.
-    async fn has_moved_on(&self) -> Result<bool, StepError> {
-        let own = &self.job.migration;
-        let (all, instance) = (ListMigrations::default(), Some(own.instance_uuid));
-        let since = self.job.store().migrations(&all, instance).await;
-        let since = since.map_err(|e| store_error(&e))?;
-        Ok(since.iter().any(|m| m.id > own.id && m.status.has_moved()))
-    }
-
     /// Whether the source has the guest again, and no other node.
     async fn is_back(&self) -> Result<bool, StepError> {
         let source = self.job.source();
@@ -88,7 +76,7 @@ impl Confirm {
         let confirmed = match !stays.is_present() && self.is_back().await? {
             true => agents.leave_aside(source, step).await,
             false => {
-                let moved_on = self.has_moved_on().await?;
+                let moved_on = self.job.has_moved_on().await?;
                 let proof = proof::kept_aside(source, &stays, moved_on).map_err(lost)?;
                 agents.confirm_resize(source, step, &proof).await
             }

@@ -8,8 +8,11 @@ use std::{
 };
 
 use drover_model::{
-    api::compute::{
-        CleanUp, ColdMemory, GuestLocation, Inbox, Outcome, SetAside, StepRef, TransferPlan,
+    api::{
+        compute::{
+            CleanUp, ColdMemory, GuestLocation, Inbox, Outcome, SetAside, StepRef, TransferPlan,
+        },
+        conductor::ListMigrations,
     },
     check::{self, CheckFailure},
     error::ErrorClass,
@@ -218,6 +221,15 @@ impl Job {
             true => Ok(seen),
             false => self.look_at(&home).await,
         }
+    }
+
+    /// Whether the guest has been moved since, or given to another project.
+    pub(super) async fn has_moved_on(&self) -> Result<bool, StepError> {
+        let own = &self.migration;
+        let (all, instance) = (ListMigrations::default(), Some(own.instance_uuid));
+        let since = self.store().migrations(&all, instance).await;
+        let since = since.map_err(|e| store_error(&e))?;
+        Ok(since.iter().any(|m| m.id > own.id && m.status.has_moved()))
     }
 
     /// Which node but the source and that one has the guest: somebody may have moved it

@@ -277,7 +277,8 @@ impl LiveMigrate {
             false => self.job.look_for_it(source_host, dest_host).await?,
         };
         let (agents, step) = (self.job.agents(), self.job.step());
-        match proof::live_destination(&source, &stays, &dest) {
+        let moved_on = self.job.has_moved_on().await?;
+        match proof::live_destination(&source, &stays, &dest, moved_on) {
             TakeBack::Redundant(proof) => {
                 let undone = agents.rollback_at_destination(dest_host, step, &proof);
                 self.job.cleaned(undone.await).await?;

@@ -69,12 +69,13 @@ impl Seen {
         words
     }
 
-    fn survives(&self) -> Survivor {
+    fn survives(&self, moved_on: bool) -> Survivor {
         Survivor {
             host: self.host.clone(),
             seen_at_ms: self.at_ms,
             copy: self.copy.clone(),
-            moved_on: false,
+            // What lies aside is as it was.
+            moved_on: moved_on && self.is_present(),
         }
     }
 }
@@ -102,10 +103,10 @@ impl Redundant {
         self.migration
     }
 
-    fn by(survivor: &Seen) -> Self {
+    fn by(survivor: &Seen, moved_on: bool) -> Self {
         Self {
             migration: survivor.migration,
-            survivor: survivor.survives(),
+            survivor: survivor.survives(moved_on),
         }
     }
 }
@@ -122,8 +123,8 @@ pub enum TakeBack {
 }
 
 /// What a live migration made at its destination. `stays` is where the guest is
-/// taken to be.
-pub fn live_destination(source: &Seen, stays: &Seen, dest: &Seen) -> TakeBack {
+/// taken to be; `moved_on` if it has been moved since.
+pub fn live_destination(source: &Seen, stays: &Seen, dest: &Seen, moved_on: bool) -> TakeBack {
     let runs_on_source = source.copy.presence == Presence::Present(PowerState::Running);
     if dest.is_active() && !runs_on_source {
         return TakeBack::Stays(format!("the guest is on {}", dest.host));
@@ -132,7 +133,7 @@ pub fn live_destination(source: &Seen, stays: &Seen, dest: &Seen) -> TakeBack {
         return TakeBack::Stays(format!("the guest was on {}", dest.host));
     }
     match is_other(stays, dest) && stays.copy.is_whole() && !stays.copy.migrating {
-        true => TakeBack::Redundant(Box::new(Redundant::by(stays))),
+        true => TakeBack::Redundant(Box::new(Redundant::by(stays, moved_on))),
         false => TakeBack::Unproven(unproven(stays, dest)),
     }
 }
@@ -142,11 +143,12 @@ pub fn live_destination(source: &Seen, stays: &Seen, dest: &Seen) -> TakeBack {
 /// # Errors
 /// In words, what is not proven.
 pub fn live_source(source: &HostName, stays: &Seen) -> Result<Redundant, String> {
-    whole_elsewhere(source, stays)
+    whole_elsewhere(source, stays, false)
 }
 
-/// What a cold migration made at its destination, before the guest was seen there.
-pub fn cold_destination(stays: &Seen, dest: &Seen) -> TakeBack {
+/// What a cold migration made at its destination, before the guest was seen there;
+/// `moved_on` if it has been moved since.
+pub fn cold_destination(stays: &Seen, dest: &Seen, moved_on: bool) -> TakeBack {
     if dest.is_active() || dest.copy.known.ran_here {
         return TakeBack::Stays(format!(
             "the guest is or was active on {}: {}",
@@ -156,7 +158,7 @@ pub fn cold_destination(stays: &Seen, dest: &Seen) -> TakeBack {
     }
     let whole = stays.copy.is_whole() || stays.copy.is_kept_aside();
     match is_other(stays, dest) && whole && !stays.copy.migrating {
-        true => TakeBack::Redundant(Box::new(Redundant::by(stays))),
+        true => TakeBack::Redundant(Box::new(Redundant::by(stays, moved_on))),
         false => TakeBack::Unproven(unproven(stays, dest)),
     }
 }
@@ -180,7 +182,7 @@ pub fn way_back(source: &Seen) -> Result<Redundant, String> {
         ));
     }
     if source.copy.is_kept_aside() {
-        return Ok(Redundant::by(source));
+        return Ok(Redundant::by(source, false));
     }
     Err(match &source.copy.aside {
         None => format!(
@@ -219,7 +221,7 @@ pub fn reverted(stays: &Seen, dest: &Seen) -> TakeBack {
         return TakeBack::Stays(format!("the guest is on {} again", dest.host));
     }
     match is_other(stays, dest) && stays.copy.is_whole() && !stays.copy.migrating {
-        true => TakeBack::Redundant(Box::new(Redundant::by(stays))),
+        true => TakeBack::Redundant(Box::new(Redundant::by(stays, false))),
         false => TakeBack::Unproven(unproven(stays, dest)),
     }
 }
@@ -229,9 +231,7 @@ pub fn reverted(stays: &Seen, dest: &Seen) -> TakeBack {
 /// # Errors
 /// In words, what is not proven.
 pub fn kept_aside(source: &HostName, stays: &Seen, moved_on: bool) -> Result<Redundant, String> {
-    let mut proof = whole_elsewhere(source, stays)?;
-    proof.survivor.moved_on = moved_on;
-    Ok(proof)
+    whole_elsewhere(source, stays, moved_on)
 }
 
 /// The destination's copy has whatever the source keeps, and is in place.
@@ -280,9 +280,9 @@ impl NeverRan {
     }
 }
 
-fn whole_elsewhere(source: &HostName, stays: &Seen) -> Result<Redundant, String> {
+fn whole_elsewhere(source: &HostName, stays: &Seen, moved_on: bool) -> Result<Redundant, String> {
     match stays.host != *source && stays.copy.is_whole() && !stays.copy.migrating {
-        true => Ok(Redundant::by(stays)),
+        true => Ok(Redundant::by(stays, moved_on)),
         false => Err(format!(
             "no whole copy of the guest was seen elsewhere, so {source} keeps what it has: {}",
             stays.words()

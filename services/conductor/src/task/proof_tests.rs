@@ -61,7 +61,7 @@ fn is_redundant(judged: &TakeBack) -> bool {
 }
 
 fn live(source: &Seen, dest: &Seen) -> TakeBack {
-    live_destination(source, source, dest)
+    live_destination(source, source, dest, false)
 }
 
 #[test]
@@ -98,10 +98,15 @@ fn a_source_without_its_guest_or_a_disk_proves_nothing() {
     }
     // It moved on since.
     let elsewhere = seen("kvm3", RUNNING);
-    let judged = live_destination(&seen("kvm1", ABSENT), &elsewhere, &seen("kvm2", ABSENT));
+    let judged = live_destination(
+        &seen("kvm1", ABSENT),
+        &elsewhere,
+        &seen("kvm2", ABSENT),
+        true,
+    );
     assert!(is_redundant(&judged));
     let itself = seen("kvm2", OFF);
-    let judged = live_destination(&seen("kvm1", ABSENT), &itself, &seen("kvm2", ABSENT));
+    let judged = live_destination(&seen("kvm1", ABSENT), &itself, &seen("kvm2", ABSENT), true);
     assert!(
         !is_redundant(&judged),
         "a copy does not prove itself redundant"
@@ -111,15 +116,23 @@ fn a_source_without_its_guest_or_a_disk_proves_nothing() {
 #[test]
 fn a_cold_destination_goes_while_the_source_keeps_all_of_it() {
     let dest = seen("kvm2", OFF);
-    assert!(is_redundant(&cold_destination(&seen("kvm1", OFF), &dest)));
-    assert!(is_redundant(&cold_destination(&aside(true, true), &dest)));
+    assert!(is_redundant(&cold_destination(
+        &seen("kvm1", OFF),
+        &dest,
+        false
+    )));
+    assert!(is_redundant(&cold_destination(
+        &aside(true, true),
+        &dest,
+        false
+    )));
     for source in [aside(false, true), aside(true, false), seen("kvm1", ABSENT)] {
-        let judged = cold_destination(&source, &dest);
+        let judged = cold_destination(&source, &dest, false);
         assert!(matches!(judged, TakeBack::Unproven(_)), "{judged:?}");
     }
     let ran = with(seen("kvm2", OFF), |c| c.known.ran_here = true);
     for dest in [seen("kvm2", RUNNING), ran] {
-        let judged = cold_destination(&aside(true, true), &dest);
+        let judged = cold_destination(&aside(true, true), &dest, false);
         assert!(matches!(judged, TakeBack::Stays(_)), "{judged:?}");
     }
 }

@@ -8,12 +8,15 @@ use std::{
     io::{self, ErrorKind, Seek, SeekFrom},
     os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::SystemTime,
 };
 
 use rustix::{
-    fs::{FallocateFlags, OFlags, fallocate},
+    fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate},
     io::Errno,
 };
 
@@ -21,12 +24,16 @@ use crate::{
     buffer::{Buffer, Pool},
     extents::{Range, is_zero, next_data},
     protocol::CHUNK,
+    sync::locked,
 };
 
 /// Written with one call. The kernel's cache takes a write in a piece as large as
 /// it can; pieces of a MiB are seldom left over from files that went, and in a
 /// virtual machine new memory is several times slower than the copying.
 const WRITE: usize = 256 * 1024;
+/// After so many bytes a file is flushed while more of it arrives: little is left to
+/// flush at its end, whatever its size.
+const FLUSH_EACH: u64 = 256 << 20;
 
 /// A file to be read.
 pub(crate) struct Source {
@@ -47,6 +54,10 @@ pub(crate) struct Target {
     pub(crate) compare: bool,
     /// Its length was another.
     pub(crate) resized: bool,
+    /// Bytes written since a flush was last due.
+    unflushed: AtomicU64,
+    /// Why stable storage has not got all of it. A kernel says so once.
+    unstored: Mutex<Option<String>>,
 }
 
 /// Opens a file to be sent.
@@ -100,13 +111,7 @@ pub(crate) fn open_fresh(path: &Path, len: u64) -> io::Result<Target> {
     if resized {
         file.set_len(len)?;
     }
-    Ok(Target {
-        file,
-        block,
-        len,
-        compare: false,
-        resized,
-    })
+    Ok(Target::new(file, block, len, false, resized))
 }
 
 /// Opens a file that is to be compared with one of this length; nothing if its
@@ -115,13 +120,7 @@ pub(crate) fn open_compared(path: &Path, len: u64) -> io::Result<Option<Target>>
     let (file, block) = open(path, OpenOptions::new().read(true))?;
     let own = length(&file, block)?;
     let fits = if block { own >= len } else { own == len };
-    Ok(fits.then_some(Target {
-        file,
-        block,
-        len,
-        compare: true,
-        resized: false,
-    }))
+    Ok(fits.then(|| Target::new(file, block, len, true, false)))
 }
 
 const DEVICES: &str = "/dev";
@@ -174,6 +173,18 @@ pub(crate) enum Zeroed {
 }
 
 impl Target {
+    fn new(file: File, block: bool, len: u64, compare: bool, resized: bool) -> Self {
+        Self {
+            file,
+            block,
+            len,
+            compare,
+            resized,
+            unflushed: AtomicU64::new(0),
+            unstored: Mutex::default(),
+        }
+    }
+
     /// Writes it there.
     pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let mut at = offset;
@@ -181,7 +192,37 @@ impl Target {
             self.file.write_all_at(piece, at)?;
             at += piece.len() as u64;
         }
+        self.unflushed.fetch_add(bytes.len() as u64, Relaxed);
         Ok(())
+    }
+
+    /// Whether so much was written that it should be flushed; says so once.
+    pub(crate) fn flush_is_due(&self) -> bool {
+        let due = self.unflushed.load(Relaxed) >= FLUSH_EACH;
+        if due {
+            self.unflushed.store(0, Relaxed);
+        }
+        due
+    }
+
+    /// Has what was written reach stable storage. What does not is taken out of the
+    /// kernel's cache, so that whoever reads it later sees what the disk holds.
+    ///
+    /// # Errors
+    /// It did not, now or at an earlier flush.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        let mut unstored = locked(&self.unstored);
+        if unstored.is_none()
+            && let Err(error) = self.file.sync_all()
+        {
+            *unstored = Some(format!("could not be brought to stable storage: {error}"));
+            if let Err(error) = fadvise(&self.file, 0, None, Advice::DontNeed) {
+                tracing::warn!(%error, "the cache of a file that was not stored stays");
+            }
+        }
+        unstored
+            .as_ref()
+            .map_or(Ok(()), |why| Err(io::Error::other(why.clone())))
     }
 
     /// Whether it is one single hole.
@@ -189,12 +230,15 @@ impl Target {
         Ok(!self.block && next_data(&self.file, false, 0, self.len)?.is_none())
     }
 
-    /// Checks that its length is right.
+    /// Checks that its length is right, and has it on stable storage.
     pub(crate) fn finish(&self) -> io::Result<()> {
         if !self.block && length(&self.file, false)? != self.len {
             return Err(io::Error::other("its length was changed by somebody else"));
         }
-        Ok(())
+        match self.compare {
+            true => Ok(()),
+            false => self.flush(),
+        }
     }
 
     /// Makes a range zero where it is not; if the file is to be compared, only
@@ -257,5 +301,41 @@ impl Target {
             ));
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flush_is_due_once_for_so_many_bytes() {
+        let target = Target::new(tempfile::tempfile().unwrap(), false, 2, false, false);
+        target.write(&[1, 2], 0).unwrap();
+        assert!(!target.flush_is_due());
+        target.unflushed.fetch_add(FLUSH_EACH - 2, Relaxed);
+        assert!(target.flush_is_due());
+        assert!(!target.flush_is_due());
+    }
+
+    /// A socket stands for a disk that fails: neither can be flushed.
+    #[test]
+    fn what_is_not_stored_is_not_finished() {
+        let broken = || {
+            let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
+            File::from(std::os::fd::OwnedFd::from(socket))
+        };
+        let finish = |compare| Target::new(broken(), false, 0, compare, false).finish();
+        assert!(finish(true).is_ok(), "nothing was written to it");
+        let error = finish(false).unwrap_err();
+        assert!(error.to_string().contains("stable storage"), "{error}");
+    }
+
+    /// A kernel tells of a failure once, and then of none.
+    #[test]
+    fn a_flush_that_failed_is_not_forgotten() {
+        let target = Target::new(tempfile::tempfile().unwrap(), false, 0, false, false);
+        *locked(&target.unstored) = Some("the disk is broken".to_owned());
+        assert!(target.finish().is_err());
     }
 }

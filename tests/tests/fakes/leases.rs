@@ -273,10 +273,10 @@ async fn two_conductors_do_not_tidy_up_the_same() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn queued_live_migrations_hold_up_nothing_else() {
-    let mut cloud = slow_cloud(9).await;
-    cloud.settings.max_concurrent_migrations = 2;
+/// One live migration sends and five wait, for a turn or for a slot.
+async fn queued_live_migrations(seed: u64, slots: usize) {
+    let mut cloud = slow_cloud(seed).await;
+    cloud.settings.max_concurrent_migrations = slots;
     cloud.settings.max_transfers = 1;
     cloud
         .kill_and_start("conductor", Duration::from_secs(1))
@@ -298,9 +298,12 @@ async fn queued_live_migrations_hold_up_nothing_else() {
     }
     let first = queued.remove(0);
     until(&cloud, &first, S::Running).await;
-    // All the others are made ready meanwhile: what waits for its turn has no slot.
     for m in &queued {
-        let waits = |m: &Migration| m.progress.note.is_some();
+        let waits = |m: &Migration| match slots {
+            1 => m.status == S::Accepted,
+            // All are made ready meanwhile: what waits for its turn has no slot.
+            _ => m.progress.note.is_some(),
+        };
         let waiting = cloud.until(m.uuid, "waiting", waits);
         timeout(Duration::from_secs(60), waiting).await.unwrap();
     }
@@ -325,6 +328,16 @@ async fn queued_live_migrations_hold_up_nothing_else() {
     timeout(Duration::from_secs(120), work).await.unwrap();
     let first = now(&cloud, &first).await;
     assert_eq!(first.status, S::Running, "all the while");
+}
+
+#[tokio::test(start_paused = true)]
+async fn queued_live_migrations_hold_up_nothing_else() {
+    queued_live_migrations(9, 2).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_evacuation_and_a_confirm_need_no_slot() {
+    queued_live_migrations(12, 1).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,7 +6,7 @@ use std::{
     fs,
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, mpsc},
 };
 
 use uuid::Uuid;
@@ -108,7 +108,8 @@ impl Rig {
         let entered = found.enter(&self.stream, [1; 16], || Ok(()));
         let pass = entered.ok().flatten().expect("nobody else is in");
         let pool = Arc::<Pool>::default();
-        let mut store = Store::new(&pass, Arc::clone(&pool));
+        let (flusher, _) = mpsc::sync_channel(1);
+        let mut store = Store::new(&pass, Arc::clone(&pool), flusher);
         let (mut proof, mut rest) = (Proof::new(), data);
         let mut opened = [None; 2];
         for _ in 0..FRAMES {

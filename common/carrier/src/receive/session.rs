@@ -1,12 +1,16 @@
-//! One connection: three threads once it is let in. One takes what the sender
+//! One connection: four threads once it is let in. One takes what the sender
 //! says, and says itself that it is alive; one writes to the files; one reads
-//! back what was written, and answers. Finding memory for what is written can
-//! take longer than all the rest, which therefore goes on meanwhile.
+//! back what was written, and answers; one flushes what was written. Finding
+//! memory for what is written can take longer than all the rest, which therefore
+//! goes on meanwhile.
 
 use std::{
     io::{self, ErrorKind},
     net::TcpStream,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        mpsc::{self, Receiver, SyncSender},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -17,6 +21,7 @@ use super::{
 };
 use crate::{
     buffer::Pool,
+    disk::Target,
     link::{self, BEAT, Reader, SILENCE, TICK},
     pipe::{Pipe, Pop, Push},
     protocol::{BATCH, CHUNK, HEAD, HELLO, Head, Hello, Kind, Malformed, TEXT},
@@ -28,6 +33,8 @@ use crate::{
 const ARRIVED: usize = CHUNK;
 /// Bytes that were written and are not read back yet.
 const WRITTEN: usize = CHUNK;
+/// Files that wait to be flushed, besides the one that is.
+const UNFLUSHED: usize = 1;
 /// How long a sender that was told to go may take to read why.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -141,12 +148,14 @@ impl Session<'_> {
     fn work(self, mut reader: Reader) -> io::Result<()> {
         thread::scope(|scope| {
             let named = |name: &str| thread::Builder::new().name(name.to_owned());
+            let (flusher, unflushed) = mpsc::sync_channel(UNFLUSHED);
+            named("carrier-flush").spawn_scoped(scope, || flush(unflushed))?;
             let prover = named("carrier-prove").spawn_scoped(scope, || {
                 let ended = self.prove();
                 self.abandon();
                 ended
             })?;
-            let writer = named("carrier-write").spawn_scoped(scope, || self.serve());
+            let writer = named("carrier-write").spawn_scoped(scope, || self.serve(flusher));
             let taken = match &writer {
                 Ok(_) => self.take(&mut reader),
                 Err(error) => Err(io::Error::new(error.kind(), "no thread to write")),
@@ -230,8 +239,8 @@ impl Session<'_> {
     }
 
     /// Serves requests until there are no more, or one that cannot be served.
-    fn serve(&self) {
-        let mut store = Store::new(self.pass, Arc::clone(&self.pool));
+    fn serve(&self, flusher: SyncSender<Arc<Target>>) {
+        let mut store = Store::new(self.pass, Arc::clone(&self.pool), flusher);
         while !self.pass.is_over() {
             let batch = match self.arrived.pop(TICK) {
                 Pop::Item(batch) => batch,
@@ -337,6 +346,13 @@ impl Session<'_> {
                 self.voice.say_text(head, &error.to_string())
             }
         }
+    }
+}
+
+/// Flushes files while more of them arrives. That one cannot be is said when it is finished.
+fn flush(unflushed: Receiver<Arc<Target>>) {
+    for target in unflushed {
+        let _ = target.flush();
     }
 }
 

@@ -2,7 +2,11 @@
 //! hold then ([`Proof`]). The two are apart so that one piece can be read back
 //! while the next is written.
 
-use std::{io, os::unix::fs::FileExt, sync::Arc};
+use std::{
+    io,
+    os::unix::fs::FileExt,
+    sync::{Arc, mpsc::SyncSender},
+};
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -90,16 +94,19 @@ pub(super) struct Store<'a> {
     pass: &'a Pass,
     pool: Arc<Pool>,
     targets: Vec<Option<Arc<Target>>>,
+    /// Flushes what is sent to it, and has others wait meanwhile.
+    flusher: SyncSender<Arc<Target>>,
 }
 
 impl<'a> Store<'a> {
-    pub(super) fn new(pass: &'a Pass, pool: Arc<Pool>) -> Self {
+    pub(super) fn new(pass: &'a Pass, pool: Arc<Pool>, flusher: SyncSender<Arc<Target>>) -> Self {
         let mut targets = Vec::new();
         targets.resize_with(pass.expected.files.len(), || None);
         Self {
             pass,
             pool,
             targets,
+            flusher,
         }
     }
 
@@ -198,6 +205,10 @@ impl<'a> Store<'a> {
         }
         let written = target.write(body, head.offset);
         written.map_err(|error| failed(head, error))?;
+        if target.flush_is_due() {
+            // Without a flusher it is flushed at its end.
+            let _ = self.flusher.send(Arc::clone(target));
+        }
         Ok(Unproven {
             target: Arc::clone(target),
             head: *head,

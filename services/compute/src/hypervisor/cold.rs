@@ -175,8 +175,9 @@ pub trait ColdDriver: Send + Sync + 'static {
     /// already, is no error.
     async fn thaw_disks(&self, id: InstanceId, overlays: &[Overlay]) -> Result<()>;
 
-    /// Merges an overlay into its image where no guest runs on them. Again, it
-    /// changes nothing; one that is not there is no error.
+    /// Merges an overlay into its image where no guest runs on them, and has that
+    /// reach stable storage. Again, it changes nothing; one that is not there is no
+    /// error.
     async fn merge_overlay(&self, overlay: &Overlay) -> Result<()>;
 
     /// What this node says to files of these paths.

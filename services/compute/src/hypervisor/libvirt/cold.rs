@@ -196,10 +196,7 @@ impl ColdDriver for LibvirtDriver {
     }
 
     async fn flush_file(&self, path: &str) -> Result<()> {
-        let path = path.to_owned();
-        // Without a limit: it takes as long as the disk takes.
-        let flushed = tokio::task::spawn_blocking(move || files::flush(&path)).await;
-        flushed.unwrap_or_else(|e| Err(HypervisorError::Bug(e.to_string())))
+        files::flush(path).await
     }
 
     fn disk_port(&self) -> std::result::Result<u16, String> {

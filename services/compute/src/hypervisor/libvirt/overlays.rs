@@ -138,8 +138,8 @@ pub(super) async fn merge(overlay: &Overlay, qemu_img: &str, limit: Duration) ->
         return Err(HypervisorError::Failed(words));
     }
     let mut command = Command::new(qemu_img);
-    // -d: it is not emptied, so that a merge which broke off is done again. What
-    // is merged reaches the disk with the image's other bytes, when it is flushed.
+    // -d: it is not emptied, so that a merge which broke off is done again. What is
+    // merged is flushed once, at the end.
     command.args(["commit", "-q", "-d", "-t", "unsafe", "-f", "qcow2"]);
     command
         .arg(&path)
@@ -155,7 +155,7 @@ pub(super) async fn merge(overlay: &Overlay, qemu_img: &str, limit: Duration) ->
         let words = String::from_utf8_lossy(&output.stderr);
         return Err(failure(words.trim().chars().take(500).collect()));
     }
-    Ok(())
+    storage::files::flush(&overlay.image).await
 }
 
 #[cfg(test)]

@@ -615,8 +615,6 @@ impl Actor {
                     continue;
                 }
                 hypervisor.merge_overlay(overlay).await.map_err(fault)?;
-                let flushed = hypervisor.flush_file(&overlay.image).await;
-                flushed.map_err(fault)?;
                 merged = true;
             }
         }

@@ -1,5 +1,5 @@
 //! Who may begin: how many are under way from a node, to a node, in all, and of
-//! the operation.
+//! the operation. An evacuation waits for other evacuations alone: its guest is off.
 
 use std::collections::{HashMap, HashSet};
 
@@ -21,6 +21,8 @@ pub(super) struct Slots {
     cluster: u32,
     outbound: HashMap<HostName, u32>,
     inbound: HashMap<HostName, u32>,
+    /// Of those that come to a node, the evacuations.
+    evacuated_to: HashMap<HostName, u32>,
 }
 
 impl Slots {
@@ -41,6 +43,7 @@ impl Slots {
             cluster: 0,
             outbound: HashMap::new(),
             inbound: HashMap::new(),
+            evacuated_to: HashMap::new(),
         };
         let mut seen = HashSet::new();
         let under_way = |m: &&Migration| {
@@ -53,31 +56,31 @@ impl Slots {
             }
             let is_own = migration.operation == Some(operation.uuid);
             slots.own += u32::from(is_own);
-            // A dead node sends nothing.
-            if migration.way.migration_type() != MigrationType::Evacuation {
-                slots.cluster += 1;
-                *slots
-                    .outbound
-                    .entry(migration.source_host.clone())
-                    .or_default() += 1;
-            }
-            if let Some(host) = &migration.dest_host {
-                *slots.inbound.entry(host.clone()).or_default() += 1;
-            }
+            let is_evacuation = migration.way.migration_type() == MigrationType::Evacuation;
+            let dest = migration.dest_host.as_ref();
+            slots.count(&migration.source_host, dest, is_evacuation);
         }
         for unread in active.unread.iter().filter(|m| !m.rests()) {
             if unread.is(MigrationType::ProjectTransfer) {
                 continue;
             }
-            if !unread.is(MigrationType::Evacuation) {
-                slots.cluster += 1;
-                *slots.outbound.entry(unread.source.clone()).or_default() += 1;
-            }
-            if let Some(host) = &unread.dest {
-                *slots.inbound.entry(host.clone()).or_default() += 1;
-            }
+            let is_evacuation = unread.is(MigrationType::Evacuation);
+            slots.count(&unread.source, unread.dest.as_ref(), is_evacuation);
         }
         slots
+    }
+
+    fn count(&mut self, source: &HostName, dest: Option<&HostName>, is_evacuation: bool) {
+        // A dead node sends nothing.
+        if !is_evacuation {
+            self.cluster += 1;
+            *self.outbound.entry(source.clone()).or_default() += 1;
+        }
+        let Some(dest) = dest else { return };
+        *self.inbound.entry(dest.clone()).or_default() += 1;
+        if is_evacuation {
+            *self.evacuated_to.entry(dest.clone()).or_default() += 1;
+        }
     }
 
     /// What keeps a guest from leaving its node now, wherever it goes, in words.
@@ -103,7 +106,11 @@ impl Slots {
 
     /// What keeps a guest from going to a node now, in words.
     pub(super) fn missing_there(&self, to: &HostName, way: MoveWay) -> Option<String> {
-        let coming = self.inbound.get(to).copied().unwrap_or(0);
+        let coming = match way {
+            MoveWay::Evacuate => &self.evacuated_to,
+            MoveWay::Live | MoveWay::Cold => &self.inbound,
+        };
+        let coming = coming.get(to).copied().unwrap_or(0);
         let full = coming >= self.limits.inbound.saturating_add(self.ahead(way));
         full.then(|| format!("waits for {to}: {coming} go there already"))
     }
@@ -111,11 +118,7 @@ impl Slots {
     /// Counts a guest that begins.
     pub(super) fn take(&mut self, source: &HostName, to: &HostName, way: MoveWay) {
         self.own += 1;
-        if way != MoveWay::Evacuate {
-            self.cluster += 1;
-            *self.outbound.entry(source.clone()).or_default() += 1;
-        }
-        *self.inbound.entry(to.clone()).or_default() += 1;
+        self.count(source, Some(to), way == MoveWay::Evacuate);
     }
 
     fn ahead(&self, way: MoveWay) -> u32 {

@@ -144,13 +144,17 @@ fn is_same(a: &Path, b: &Path) -> bool {
     number(a).is_some_and(|a| Some(a) == number(b))
 }
 
-/// Has bytes and length reach stable storage. As long as it takes.
-pub(in super::super) fn flush(path: &str) -> Result<()> {
+/// Has bytes and length reach stable storage. It takes as long as the disk takes.
+pub(in super::super) async fn flush(path: &str) -> Result<()> {
     let path = checked(path)?;
-    let file = File::open(&path).map_err(|e| failed("opening", &path, &e))?;
-    file.sync_all().map_err(|e| failed("flushing", &path, &e))?;
-    super::sync_directory(&path);
-    Ok(())
+    let flushed = tokio::task::spawn_blocking(move || {
+        let file = File::open(&path).map_err(|e| failed("opening", &path, &e))?;
+        file.sync_all().map_err(|e| failed("flushing", &path, &e))?;
+        super::sync_directory(&path);
+        Ok(())
+    });
+    let died = |e: tokio::task::JoinError| Err(HypervisorError::Bug(e.to_string()));
+    flushed.await.unwrap_or_else(died)
 }
 
 /// The files of an emulated TPM.

@@ -93,7 +93,8 @@ fn judge(
     let is_restart = ask.held.is_none() && ask.identity.succeeds(&row.identity);
     let is_silent = silent_since == Some(row.life());
     let is_freed = row.gone && ask.identity.is_akin(&row.identity);
-    if row.incarnation == 0 || is_freed || is_restart || is_silent {
+    let is_new = row.incarnation == 0 || row.identity == Identity::default();
+    if is_new || is_freed || is_restart || is_silent {
         return Ok(row.incarnation.max(ask.held.unwrap_or(0)) + 1);
     }
     let which = |i: &Identity| format!("machine {}, state {}", named(&i.machine), named(&i.state));

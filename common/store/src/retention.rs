@@ -68,7 +68,8 @@ impl Retention {
 
 /// Which operations are over and nothing needs. `$1` is when the old ones ended,
 /// `$2` and `$3` the newest number of an operation, and of a migration, that is one
-/// too many. The drains of a node that is still closed are what a restore goes by.
+/// too many. The drains of a node that is still closed are what a restore goes by; by
+/// the last evacuation of a node it is known that this was tried, and what proved it dead.
 const OPERATIONS: &str = "SELECT o.uuid FROM operations o WHERE o.active = 0 \
      AND (o.ended_at_ms < $1 OR o.id <= $2 OR (EXISTS \
      (SELECT 1 FROM migrations m WHERE m.operation_uuid = o.uuid) AND NOT EXISTS \
@@ -77,7 +78,11 @@ const OPERATIONS: &str = "SELECT o.uuid FROM operations o WHERE o.active = 0 \
      AND NOT (o.kind = 'drain' AND EXISTS \
      (SELECT 1 FROM nodes n WHERE n.host = o.subject AND n.enabled = 0) AND NOT EXISTS \
      (SELECT 1 FROM operations r WHERE r.subject = o.subject AND r.kind = 'restore' \
-     AND r.active = 0 AND r.id > o.id)) ORDER BY o.id LIMIT $4";
+     AND r.active = 0 AND r.id > o.id)) \
+     AND NOT (o.kind = 'evacuate' AND EXISTS \
+     (SELECT 1 FROM nodes n WHERE n.host = o.subject) AND NOT EXISTS \
+     (SELECT 1 FROM operations l WHERE l.subject = o.subject AND l.kind = 'evacuate' \
+     AND l.id > o.id)) ORDER BY o.id LIMIT $4";
 
 /// Which migrations are over and nothing needs. `$1` and `$2` as above. The old
 /// copy of an evacuated guest is told of as long as its node may return.
@@ -164,6 +169,16 @@ impl Store {
                 sqlx::query("DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2")
                     .bind(uuid.clone())
                     .bind(step.clone())
+            })
+            .await?;
+            // What it was to give back is given back now.
+            self.execute(|| {
+                sqlx::query(
+                    "DELETE FROM claims WHERE migration_uuid = $1 AND NOT EXISTS \
+                     (SELECT 1 FROM cleanups c WHERE c.migration_uuid = $1) AND NOT EXISTS \
+                     (SELECT 1 FROM migrations m WHERE m.uuid = $1 AND m.active = 1)",
+                )
+                .bind(uuid.clone())
             })
             .await?;
             given_up += 1;
@@ -324,7 +339,10 @@ async fn forget_node(tx: &mut Tx, host: &HostName, how: &Forgetting) -> Result<(
         "DELETE FROM nodes WHERE host = $1",
         "DELETE FROM definitions WHERE host = $1",
         "DELETE FROM claims WHERE host = $1",
-        "DELETE FROM agents WHERE host = $1",
+        // Who has its name next is counted on: what was known of this one's life says
+        // nothing of that one's.
+        "UPDATE agents SET incarnation = incarnation + 1, identity = '{}', agent_version = '', gone = 1, beat = 0, refusals = 0, \
+             refusal = NULL WHERE host = $1",
         "DELETE FROM agents_lost WHERE host = $1",
         "DELETE FROM cleanups WHERE step IN ('tidy', 'confirm_source') AND migration_uuid IN \
              (SELECT uuid FROM migrations WHERE source_host = $1)",

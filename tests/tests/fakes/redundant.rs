@@ -212,6 +212,27 @@ async fn a_guest_that_was_moved_on_by_hand_is_not_reverted_and_is_confirmed() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_definition_that_was_left_behind_is_not_reverted_for_the_guest() {
+    for is_known in [true, false] {
+        let (mut cloud, id, m) = finished(PowerState::Running).await;
+        cloud.add_node("kvm3", NodeSpec::default()).await;
+        if !is_known {
+            cloud.kill_agent("kvm3");
+        }
+        by_hand(&cloud, id, Hand::LeavesItsDefinition).await;
+        if is_known {
+            follows(&cloud, id, "kvm3").await;
+        }
+        end_with(&cloud, &m, method::REVERT_MIGRATION).await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{m:#?}");
+        assert!(said(&m, "kvm3"), "{m:#?}");
+        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm3"));
+        cloud.fabric.check_invariants().unwrap();
+    }
+}
+
 async fn follows(cloud: &Cloud, id: InstanceId, host: &str) {
     eventually("the record follows", async || {
         let row = cloud.store.find_instance(&id.to_string()).await.unwrap();
@@ -882,6 +903,8 @@ enum Hand {
     Undefines,
     MovesBack,
     MovesOn,
+    /// Moves on, as `virsh migrate` does unless it is told to undefine.
+    LeavesItsDefinition,
 }
 
 async fn by_hand(cloud: &Cloud, id: InstanceId, hand: Hand) {
@@ -903,10 +926,12 @@ async fn by_hand(cloud: &Cloud, id: InstanceId, hand: Hand) {
             cloud.fabric.kill_guest(id);
             kvm2.withdraw(id).await.unwrap();
         }
-        Hand::MovesBack | Hand::MovesOn => {
+        Hand::MovesBack | Hand::MovesOn | Hand::LeavesItsDefinition => {
             cloud.fabric.kill_guest(id);
             let was = kvm2.definition(id).await.unwrap().expect("it is there");
-            kvm2.withdraw(id).await.unwrap();
+            if hand != Hand::LeavesItsDefinition {
+                kvm2.withdraw(id).await.unwrap();
+            }
             let (driver, host) = match hand {
                 Hand::MovesBack => (kvm1, "kvm1"),
                 _ => (cloud.fabric.driver("kvm3"), "kvm3"),
@@ -1029,7 +1054,7 @@ async fn whatever_is_done_to_a_guest_that_arrived_its_disks_stay() {
                 Hand::Destroys | Hand::DefinesAnew => OFF,
                 Hand::Pauses => Presence::Present(PowerState::Paused),
                 Hand::Undefines => Presence::Absent,
-                Hand::Reboots | Hand::MovesBack | Hand::MovesOn => {
+                Hand::Reboots | Hand::MovesBack | Hand::MovesOn | Hand::LeavesItsDefinition => {
                     Presence::Present(PowerState::Running)
                 }
             };
@@ -1117,6 +1142,59 @@ async fn a_guest_that_is_taken_to_a_third_node_at_any_turn_runs_there_alone() {
                 break;
             }
         }
+    }
+}
+
+/// Somebody starts a guest that is off for its move on a third node, while its source is
+/// away: nothing starts it elsewhere until it is off there again.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_started_on_a_third_node_is_started_nowhere_else() {
+    for aborted in [false, true] {
+        let mut started = 0;
+        for turn in 1.. {
+            let mut cloud = Cloud::start(turn).await;
+            cloud.add_node("kvm3", NodeSpec::default()).await;
+            let nodes = ["kvm1", "kvm2", "kvm3"];
+            cloud.fabric.share_directory(IMAGES, &nodes, 1 << 40);
+            let id = guest(&cloud, web()).await;
+            let defined = cloud.fabric.driver("kvm1").definition(id).await.unwrap();
+            let way = Way::Cold(ColdOptions::default());
+            let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+            let m = cloud.until_version(m.expect("accepted").uuid, turn).await;
+            if m.status.rests() {
+                break;
+            }
+            // Nobody who looks finds it anywhere while it changes sides.
+            let changes_sides = ["set_aside", "finish"].contains(&m.step.as_str());
+            if changes_sides || runs_on(&cloud, id).is_some() {
+                continue;
+            }
+            cloud.kill_agent("kvm1");
+            let kvm3 = cloud.fabric.driver("kvm3");
+            kvm3.define(&defined.unwrap(), None).await.unwrap();
+            if kvm3.start(id).await.is_err() {
+                continue;
+            }
+            started += 1;
+            eventually("it is seen there", async || {
+                let row = cloud.store.find_instance(&id.to_string()).await.unwrap();
+                row.other.map(drop)
+            })
+            .await;
+            if aborted {
+                let _ = cloud.abort(m.uuid).await;
+            }
+            cloud.start_agent("kvm1").await;
+            tokio::time::sleep(Duration::from_secs(400)).await;
+            cloud.fabric.check_invariants().unwrap();
+            let now = cloud.store.migration(m.uuid).await.unwrap();
+            assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm3"), "{now:#?}");
+            cloud.fabric.kill_guest(id);
+            kvm3.withdraw(id).await.unwrap();
+            eventually("it runs again", async || runs_on(&cloud, id)).await;
+            cloud.fabric.check_invariants().unwrap();
+        }
+        assert!(started > 1, "{started}");
     }
 }
 

@@ -23,6 +23,7 @@ use drover_store::{
     instances::InstanceRow,
     migrations::{Admitted, Lease},
     nodes::Reported,
+    retention::Forgetting,
     sagas::SagaKey,
 };
 
@@ -481,6 +482,17 @@ async fn an_agent_of_another_incarnation_is_refused_aloud(store: Store) {
     assert_eq!(late.unwrap(), admitted(6), "after the silence");
     let row = store.agent(&host("kvm1")).await.unwrap().unwrap();
     assert!(row.refusals >= 3 && row.refusal.is_some() && !row.gone);
+    // Forgotten, the name is anybody's; what was known of the old one's life is less
+    // than the new one's.
+    let how = Forgetting {
+        silent_since_ms: 10,
+        despite_lost_guests: true,
+        ..Forgetting::default()
+    };
+    store.forget_node(&host("kvm1"), &how).await.unwrap();
+    assert!(matches!(kept(6, 900).await, Reported::Stranger { .. }));
+    let namesake = on("another", "", "p6", None);
+    assert_eq!(register(&namesake).await, admitted(8));
 }
 
 async fn versions_are_said_by_one_incarnation(store: Store) {

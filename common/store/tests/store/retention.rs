@@ -8,7 +8,7 @@ use drover_model::{
     guest::PowerState,
     ids::OperationId,
     migration::{Evacuation, Migration, MigrationStatus, ProofOfDeath, Requester, Way},
-    operation::{DrainOptions, Operation, OperationStatus, Task},
+    operation::{DrainOptions, EvacuateOptions, Operation, OperationStatus, Task},
 };
 use drover_saga::Event;
 use drover_store::{
@@ -26,6 +26,7 @@ promises! {
     what_is_unfinished_or_needed_stays,
     a_journal_goes_before_its_migration,
     operations_go_with_their_migrations,
+    the_last_evacuation_of_a_node_stays_as_long_as_the_node,
     what_could_not_be_tidied_is_given_up,
     what_cannot_be_read_holds_up_no_retention,
     a_scrapped_node_is_forgotten_when_nothing_needs_it,
@@ -163,7 +164,10 @@ async fn a_journal_goes_before_its_migration(store: Store) {
 }
 
 async fn begun(store: &Store, n: u128, node: &str) -> Operation {
-    let task = Task::Drain(DrainOptions::new(host(node)));
+    begun_task(store, n, Task::Drain(DrainOptions::new(host(node)))).await
+}
+
+async fn begun_task(store: &Store, n: u128, task: Task) -> Operation {
     let operation = Operation {
         uuid: OperationId(Uuid::from_u128(n << 96 | n)),
         ..Operation::new(task, Requester::default(), "ctl", 1)
@@ -212,6 +216,28 @@ async fn operations_go_with_their_migrations(store: Store) {
     assert_eq!(left.iter().map(|o| o.id).collect::<Vec<_>>(), [2]);
 }
 
+async fn the_last_evacuation_of_a_node_stays_as_long_as_the_node(store: Store) {
+    let (kvm1, heard_ms) = (host("kvm1"), 1000);
+    let told = report("kvm1", 1, vec![]);
+    store.record_report(&told, heard_ms).await.unwrap();
+    for n in [1, 2] {
+        let task = Task::Evacuate(EvacuateOptions::new(kvm1.clone()));
+        finish(&store, &begun_task(&store, n, task).await).await;
+    }
+    let left = async || {
+        prune(&store, KEEP, 400 * DAY_MS).await;
+        let left = store.operations(&ListOperations::default()).await.unwrap();
+        left.iter().map(|o| o.id).collect::<Vec<_>>()
+    };
+    assert_eq!(left().await, [2], "it is known that this was tried");
+    let how = Forgetting {
+        silent_since_ms: heard_ms,
+        ..Forgetting::default()
+    };
+    store.forget_node(&kvm1, &how).await.unwrap();
+    assert_eq!(left().await, [0; 0]);
+}
+
 async fn what_could_not_be_tidied_is_given_up(store: Store) {
     let m = over(&store, &migration(1, 1), 10 * DAY_MS).await;
     let lease = Lease {
@@ -219,7 +245,17 @@ async fn what_could_not_be_tidied_is_given_up(store: Store) {
         epoch: 1,
     };
     store.put_off(lease, "tidy", DAY_MS).await.unwrap();
+    // What is promised where nobody tidies any more is promised to nobody.
+    let claim = format!(
+        "INSERT INTO claims (migration_uuid, host, vcpus, memory_mib, disk_bytes) \
+         VALUES ('{}', 'kvm1', 1, 512, 0)",
+        m.uuid
+    );
+    store.damage(claim.leak()).await.unwrap();
+    prune(&store, KEEP, 91 * DAY_MS).await;
+    assert_eq!(store.claims().await.unwrap().len(), 1);
     prune(&store, KEEP, 92 * DAY_MS).await;
+    assert_eq!(store.claims().await.unwrap(), []);
     let left = store.put_off_steps(&m.owner, term(92 * DAY_MS, HELD), 10);
     assert_eq!(left.await.unwrap(), []);
     let told = store.migration(m.uuid).await.unwrap().warnings;

@@ -30,11 +30,14 @@ use crate::{
     plan::{Examination, Examinations},
 };
 
-/// Nodes that try to reach the one in question, and nodes that are asked about a
-/// guest.
+/// Nodes that are asked about a guest.
 const MOST_ASKED: usize = 16;
 /// Questions under way at once.
 const AT_ONCE: usize = 8;
+/// Nodes that try to reach the one in question at once; all that are up do.
+const TRYING_AT_ONCE: usize = 512;
+/// Of what they say, so much is kept, the most telling first.
+const MOST_KEPT: usize = 16;
 /// Third nodes that one who tries has to reach, one of them at least.
 const MOST_CONTROLS: usize = 2;
 /// How long one of those who try may take.
@@ -204,13 +207,22 @@ async fn signs(
     let others = nodes
         .iter()
         .filter(|n| n.report.host != *host && live.is_up(n));
-    let others: Vec<_> = others.take(MOST_ASKED).collect();
+    let others: Vec<_> = others.collect();
     let witnesses: Vec<_> = (0..others.len())
         .map(|at| witness(context, &others, at, node, limit).boxed())
         .collect();
-    let asking = join_all(witnesses);
+    let asking = stream::iter(witnesses).buffered(TRYING_AT_ONCE).collect();
     let (reach, agent) = tokio::join!(asking, context.agents.answers(host, limit));
-    (reach, agent.map_err(|e| e.message))
+    (most_telling(reach), agent.map_err(|e| e.message))
+}
+
+/// One sign of life outweighs whoever saw none, and one whose word counts whoever
+/// cannot tell.
+fn most_telling(mut reach: Vec<Reach>) -> Vec<Reach> {
+    let shows_life = |r: &Reach| r.libvirt.is_ok() || r.refused;
+    reach.sort_by_key(|r| std::cmp::Reverse((shows_life(r), r.counts(), r.answered)));
+    reach.truncate(MOST_KEPT);
+    reach
 }
 
 /// What one of the others sees of a node. The next ones in the list are what it

@@ -337,6 +337,7 @@ impl ColdMigrate {
         let chosen = data.chosen()?.clone();
         let start = was_running(&chosen);
         self.is_gone_from_source(&chosen.host).await?;
+        self.job.is_on_no_third_node(&chosen.host).await?;
         let ask = FinishResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
@@ -513,7 +514,9 @@ impl ColdMigrate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
+        let third = self.job.on_third_node(&chosen.host).await?;
         let runs_nowhere_else = match data.handed_over {
+            _ if third.is_some() => false,
             false => true,
             true => {
                 let dest = self.job.locate(&chosen.host).await?.presence;
@@ -533,7 +536,11 @@ impl ColdMigrate {
             .agents()
             .finish_revert_resize(self.job.source(), &ask)
             .await;
-        let there = restored.map_err(agent_error)?.presence;
+        let there = match (restored, third) {
+            (Ok(location), _) => location.presence,
+            (Err(_), Some(third)) => return Err(lost(third)),
+            (Err(error), None) => return Err(agent_error(error)),
+        };
         match data.handed_over && !matches!(there, Presence::Present(_)) {
             false => Ok(()),
             true => Err(lost(format!(

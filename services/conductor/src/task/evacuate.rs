@@ -327,6 +327,7 @@ impl Evacuate {
         let mut answer = Ok(());
         if !there.is_active() {
             self.still_dead().await?;
+            self.job.is_on_no_third_node(&host).await?;
             match self.job.agents().rebuild(&host, self.job.step()).await {
                 Ok(location) => there = location.presence,
                 Err(error) => {

@@ -275,6 +275,47 @@ impl Job {
         Err(format!("it is not on {than} any more, and {why}"))
     }
 
+    /// Which third node somebody has brought the guest to, as far as the record knows, in
+    /// words.
+    ///
+    /// # Errors
+    /// `Lost`: the node on which it was seen does not say.
+    pub(super) async fn on_third_node(&self, dest: &HostName) -> Result<Option<String>, StepError> {
+        let id = self.migration.instance_uuid.to_string();
+        let row = match self.store().find_instance(&id).await {
+            Ok(row) => row,
+            Err(StoreError::NotFound(_)) => return Ok(None),
+            Err(error) => return Err(store_error(&error)),
+        };
+        let other = row.other.as_ref().map(|other| &other.host);
+        let named = std::iter::once(&row.host).chain(other);
+        for third in named.filter(|host| *host != dest && *host != self.source()) {
+            let found = self.locate(third).await.map_err(|error| {
+                lost(format!(
+                    "the guest was seen on {third}, which does not say now: {error}"
+                ))
+            })?;
+            if found.presence != Presence::Absent {
+                return Ok(Some(format!(
+                    "somebody has brought the guest to {third} ({}): it is started nowhere else",
+                    found.presence
+                )));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes sure of that before the guest is started.
+    ///
+    /// # Errors
+    /// `Lost`, naming the node that has it or does not say.
+    pub(super) async fn is_on_no_third_node(&self, dest: &HostName) -> Result<(), StepError> {
+        match self.on_third_node(dest).await? {
+            None => Ok(()),
+            Some(why) => Err(lost(why)),
+        }
+    }
+
     /// What was left for good goes on the record.
     pub(super) async fn note_kept(&self, kept: Vec<String>) -> Result<(), StepError> {
         if kept.is_empty() {

@@ -639,10 +639,16 @@ impl LiveMigrate {
                 ran_there: false,
             };
         }
+        // Nothing but an arrival defines it where it was absent when it was to come; an
+        // agent that died with its node has not seen it run.
+        let arrived = |seen: proof::Seen| {
+            let known = seen.copy().known;
+            known.ran_here || (known.under_way && seen.is_present())
+        };
         let seen = self.job.look_at(&chosen.host).await;
         ToldBy {
             moved_away,
-            ran_there: seen.is_ok_and(|seen| seen.copy().known.ran_here),
+            ran_there: seen.is_ok_and(arrived),
         }
     }
 

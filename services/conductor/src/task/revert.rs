@@ -78,14 +78,28 @@ impl Revert {
         // One that is away is waited for, as it is when it is told to stop the guest.
         let there = self.job.look_at(dest).await;
         let there = there.map_err(|error| lost(error.to_string()))?;
-        if !there.is_present() {
-            self.job
-                .is_on_no_other_node(dest)
-                .await
-                .map_err(cannot_go_back)?;
+        if !there.is_active() {
+            self.is_nowhere_else(&there).await.map_err(cannot_go_back)?;
         }
         let reverted = self.job.agents().revert_resize(dest, step, &proof).await;
         reverted.map(drop).map_err(patient)
+    }
+
+    /// Makes sure that a guest which does not run on the destination was not moved on from
+    /// there: what is left may be a definition alone. Of one that is off as it came, a node
+    /// that does not say is no reason against it.
+    async fn is_nowhere_else(&self, there: &Seen) -> Result<(), String> {
+        let dest = self.dest().map_err(|error| error.message)?;
+        if !there.is_present() {
+            return self.job.is_on_no_other_node(dest).await;
+        }
+        let third = self.job.is_on_no_third_node(dest).await;
+        third.map_err(|error| error.message)?;
+        match self.job.elsewhere(dest).await {
+            Ok(Some((host, presence))) => Err(format!("{host} has it ({presence})")),
+            Err(why) if self.job.migration.downtime_ms.is_some() => Err(why),
+            Ok(None) | Err(_) => Ok(()),
+        }
     }
 
     /// Makes sure that a guest which somebody has brought back to the source is there alone.
@@ -113,6 +127,7 @@ impl Revert {
     /// The guest is on the destination again, as it was there.
     async fn undo_destination(&self) -> Result<(), StepError> {
         let here = self.job.locate(self.job.source()).await?;
+        let is_third = self.job.on_third_node(self.dest()?).await?.is_some();
         let flavor = match &self.job.migration.way {
             Way::Cold(options) => options.flavor,
             Way::Live(_) | Way::Transfer(_) | Way::Evacuation(_) => None,
@@ -121,7 +136,9 @@ impl Revert {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             // Only a guest that ran has a downtime on its record.
-            start: here.presence == Presence::Absent && self.job.migration.downtime_ms.is_some(),
+            start: here.presence == Presence::Absent
+                && self.job.migration.downtime_ms.is_some()
+                && !is_third,
             flavor,
             checked: None,
         };
@@ -145,6 +162,7 @@ impl Revert {
         // destination says nothing of that.
         let dest = self.job.locate(self.dest()?).await;
         let dest = dest.map_err(|error| lost(error.message))?;
+        self.job.is_on_no_third_node(self.dest()?).await?;
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,

@@ -463,3 +463,23 @@ async fn a_closed_node_that_dies_waits_for_people() {
     assert_eq!(told.cuts(), [""; 0]);
     check_lost(&cloud, "kvm1", CheckCode::HostDisabled).await;
 }
+
+/// In a cloud of many nodes every one is asked: one that reaches it is enough.
+#[tokio::test(start_paused = true)]
+async fn a_node_that_one_of_many_reaches_is_left_alone() {
+    let (mut cloud, id, told) = unattended(Manner::Cuts).await;
+    for n in 5..=20 {
+        cloud
+            .add_node(&format!("kvm{n}"), NodeSpec::default())
+            .await;
+    }
+    tokio::time::sleep(MINUTE).await;
+    // The last by its name still does.
+    for n in (2..=20).filter(|n| *n != 9) {
+        cloud.fabric.cut_link("kvm1", &format!("kvm{n}"));
+    }
+    cloud.kill_agent("kvm1");
+    tokio::time::sleep(FOR_GOOD).await;
+    check_left_alone(&cloud, id, &told).await;
+    check_lost(&cloud, "kvm1", CheckCode::HostAlive).await;
+}

@@ -33,7 +33,7 @@
 //! | `Data` + bytes | file, range | `Hash` + 16 bytes | after the bytes were written: XXH3-128 of what the file now holds there |
 //! | `Check` | file, range | `Hash` + 16 bytes | the same without writing |
 //! | `Zero` | file, range | `Zeroed` | after the range was made to read as zeros |
-//! | `Finish` | file, its length | `Finished` | after a last look at the length |
+//! | `Finish` | file, its length | `Finished` | after a last look at the length, and once all of it is on stable storage |
 //! | `Ping` | | none | when it has nothing else to say |
 //!
 //! The receiver says unasked:

@@ -227,6 +227,12 @@ impl Expected {
         }))
     }
 
+    /// What was acknowledged does not count for whoever connects next: it may have been
+    /// lost on its way to the disk.
+    pub(super) fn distrust(&self) {
+        locked(&self.stage).run = None;
+    }
+
     /// Ends whoever is on it, and waits until that has written its last.
     fn end(&self) {
         let mut stage = locked(&self.stage);

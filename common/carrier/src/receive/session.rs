@@ -149,7 +149,7 @@ impl Session<'_> {
         thread::scope(|scope| {
             let named = |name: &str| thread::Builder::new().name(name.to_owned());
             let (flusher, unflushed) = mpsc::sync_channel(UNFLUSHED);
-            named("carrier-flush").spawn_scoped(scope, || flush(unflushed))?;
+            named("carrier-flush").spawn_scoped(scope, || self.flush(unflushed))?;
             let prover = named("carrier-prove").spawn_scoped(scope, || {
                 let ended = self.prove();
                 self.abandon();
@@ -271,6 +271,16 @@ impl Session<'_> {
         }
     }
 
+    /// Flushes files while more of them arrives. That one cannot be is said when it is
+    /// finished, or found by whoever connects next.
+    fn flush(&self, unflushed: Receiver<Arc<Target>>) {
+        for target in unflushed {
+            if target.flush().is_err() {
+                self.pass.expected.distrust();
+            }
+        }
+    }
+
     /// Waits for room. Nothing takes it when the session is over.
     fn pass_on(&self, mut served: Vec<Result<Served, Trouble>>) {
         let bytes = served.iter().flatten().map(Served::weight).sum();
@@ -346,13 +356,6 @@ impl Session<'_> {
                 self.voice.say_text(head, &error.to_string())
             }
         }
-    }
-}
-
-/// Flushes files while more of them arrives. That one cannot be is said when it is finished.
-fn flush(unflushed: Receiver<Arc<Target>>) {
-    for target in unflushed {
-        let _ = target.flush();
     }
 }
 

@@ -139,7 +139,10 @@ impl<'a> Store<'a> {
                 if head.len != target.len {
                     return Err(Malformed("finished a file of another length").into());
                 }
-                target.finish().map_err(|error| failed(head, error))?;
+                target.finish().map_err(|error| {
+                    self.pass.expected.distrust();
+                    failed(head, error)
+                })?;
                 done(Kind::Finished)
             }
             _ => Err(Malformed("asked for what only a receiver says").into()),
@@ -205,18 +208,23 @@ impl<'a> Store<'a> {
         }
         let written = target.write(body, head.offset);
         written.map_err(|error| failed(head, error))?;
-        if target.flush_is_due() {
-            // Without a flusher it is flushed at its end.
-            let _ = self.flusher.send(Arc::clone(target));
-        }
+        self.flush_if_due(target);
         Ok(Unproven {
             target: Arc::clone(target),
             head: *head,
         })
     }
 
+    fn flush_if_due(&self, target: &Arc<Target>) {
+        if target.flush_is_due() {
+            // Without a flusher it is flushed at its end.
+            let _ = self.flusher.send(Arc::clone(target));
+        }
+    }
+
     fn zero(&self, head: &Head) -> Result<(), Trouble> {
         let target = self.target(head, u64::MAX)?;
+        self.flush_if_due(target);
         let range = head.offset..head.offset + head.len;
         let go_on = || !self.pass.is_over();
         match target.make_zero(range, &self.pool, go_on) {

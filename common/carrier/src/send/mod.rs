@@ -138,9 +138,8 @@ impl SendError {
 }
 
 /// Sends the files, and returns when every byte of them is verified at the
-/// destination. Whether it is on stable storage there is the destination's to
-/// see to, before the source gives its own up. Blocks; connections that break
-/// are made again.
+/// destination, and on stable storage there. Blocks; connections that break are
+/// made again.
 ///
 /// # Errors
 /// Not everything is there, or not known to be. What has arrived stays, for

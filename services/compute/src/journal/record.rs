@@ -213,6 +213,9 @@ pub enum Thaw {
     NotBegun,
     /// It is where the guest still has its disk on it.
     Begun,
+    /// It is not, unless the guest was started on it since: what was merged is to be
+    /// defined.
+    Merged,
     /// It is not: all of them are merged, and the guest may have written since.
     Done,
 }

@@ -541,11 +541,13 @@ async fn over(stage: &mut Stage, events: &mut broadcast::Receiver<Event>) -> Hap
             let (part, ended) = transferring.parts.over().await;
             Happening::Transferred(part, ended)
         }
-        Stage::Arriving(record) if !record.ran_here => {
-            stirs(events, record.instance).await;
-            Happening::Stirs
-        }
-        _ => std::future::pending().await,
+        stage => match super::look::awaited(stage) {
+            Some(instance) => {
+                stirs(events, instance).await;
+                Happening::Stirs
+            }
+            None => std::future::pending().await,
+        },
     }
 }
 

@@ -114,6 +114,14 @@ impl Actor {
         Ok(seen.collect())
     }
 
+    /// Whether nothing was written to a file, or it is not here.
+    pub(super) async fn is_empty(&self, path: &str) -> Result<bool, Fault> {
+        let paths = [path.to_owned()];
+        let facts = self.node.hypervisor.file_facts(&paths).await;
+        let facts = facts.map_err(fault)?;
+        Ok(facts.iter().all(|fact| fact.length_bytes == 0))
+    }
+
     /// Those of these files that are here, as something that is left, in words.
     pub(super) async fn left_of(&self, paths: Vec<String>) -> Result<Vec<String>, Fault> {
         let mut seen = self
@@ -150,13 +158,9 @@ impl Actor {
     /// Writes down that a guest which was to come has come: from then on what is
     /// here is not taken back, whatever becomes of it.
     pub(super) async fn note_arrival(&mut self) {
-        let Stage::Arriving(record) = &self.stage else {
+        let Some(instance) = awaited(&self.stage) else {
             return;
         };
-        if record.ran_here {
-            return;
-        }
-        let (instance, mut record) = (record.instance, record.clone());
         // What cannot be told now is looked for at the next event or step.
         if !self
             .has_arrived(instance)
@@ -165,8 +169,17 @@ impl Actor {
         {
             return;
         }
-        record.ran_here = true;
-        let entry = Record::Destination(record.clone());
+        let entry = match &mut self.stage {
+            Stage::Arriving(record) => {
+                record.ran_here = true;
+                Record::Destination(record.clone())
+            }
+            Stage::Coming(record) => {
+                record.ran_here = true;
+                Record::Coming(record.clone())
+            }
+            _ => return,
+        };
         let stored = self.node.journal.migrations.store(self.migration, &entry);
         match stored.await {
             Ok(()) => info!(migration = %self.migration, %instance, "the guest has arrived"),
@@ -175,7 +188,6 @@ impl Actor {
                     "the journal lacks that the guest has arrived");
             }
         }
-        self.stage = Stage::Arriving(record);
     }
 
     /// A QEMU that is being killed, as its source is gone, has no job any more, and is
@@ -206,6 +218,18 @@ impl Actor {
         );
         let (now, lasting) = asked.map_err(fault)?;
         Ok(now.into_iter().chain(lasting).collect())
+    }
+}
+
+/// The guest that is to come live, or was defined here to be started, and has not run
+/// here: somebody may start it by hand.
+pub(super) fn awaited(stage: &Stage) -> Option<InstanceId> {
+    match stage {
+        Stage::Arriving(record) if !record.ran_here => Some(record.instance),
+        Stage::Coming(record) if record.definition.is_some() && !record.ran_here => {
+            Some(record.instance)
+        }
+        _ => None,
     }
 }
 

@@ -67,6 +67,8 @@ struct State {
     holders: HashMap<InstanceId, MigrationId>,
     /// Files and devices that are promised to a migration.
     claims: HashMap<String, MigrationId>,
+    /// Images under the disks of guests that lie aside, which no domain shows.
+    beneath: HashMap<MigrationId, Vec<String>>,
     held: HashMap<MigrationId, Held>,
     /// How often the actor of a migration has died, until one goes in peace.
     deaths: HashMap<MigrationId, u32>,
@@ -138,6 +140,9 @@ impl Registry {
         }
         info!(%migration, %instance, "taking up a migration found in the journal");
         self.lock().holders.insert(instance, migration);
+        if let Record::Leaving(record) = &record {
+            self.lies_aside_over(migration, record.under.clone());
+        }
         for place in record.places() {
             if let Err(fault) = self.claim(migration, std::slice::from_ref(&place)) {
                 error!(%migration, %fault, "two migrations have one place: look at both guests");
@@ -430,9 +435,23 @@ impl Registry {
         Ok(())
     }
 
+    /// A guest is set aside, and these images stay where they are.
+    pub(super) fn lies_aside_over(&self, migration: MigrationId, images: Vec<String>) {
+        self.lock().beneath.insert(migration, images);
+    }
+
+    /// Whose guest lies aside over an image.
+    pub(super) fn who_lies_over(&self, image: &str, but: MigrationId) -> Option<MigrationId> {
+        let state = self.lock();
+        let mut others = state.beneath.iter().filter(|(m, _)| **m != but);
+        let found = others.find(|(_, images)| images.iter().any(|i| i == image));
+        found.map(|(migration, _)| *migration)
+    }
+
     /// Takes an instance back from a migration, and whatever was promised to it.
     pub(super) fn release(&self, step: StepRef) {
         let mut state = self.lock();
+        state.beneath.remove(&step.migration);
         state.claims.retain(|_, holder| *holder != step.migration);
         if state.holders.get(&step.instance) == Some(&step.migration) {
             state.holders.remove(&step.instance);

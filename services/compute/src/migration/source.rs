@@ -308,10 +308,17 @@ impl Actor {
         let mut how = Ended::Left;
         match presence {
             Presence::Absent if record.disks.is_empty() => {}
-            Presence::Present(PowerState::Running) if !runs_there => {
-                // Somebody brought it back: it is on these disks.
+            // Somebody brought it back, and it is on these disks: where libvirt said that it
+            // moved, nothing was left of it.
+            Presence::Present(state)
+                if !runs_there
+                    && (state == PowerState::Running
+                        || !state.is_active() && has_moved(&job_of(&record))) =>
+            {
                 how = Ended::MadeWay;
-                clean_up.kept = vec!["the guest runs here again: nothing is removed".to_owned()];
+                clean_up.kept = vec![format!(
+                    "the guest is here again ({state}): nothing is removed"
+                )];
             }
             _ => {
                 let proof = proof?;

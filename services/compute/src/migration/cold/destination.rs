@@ -124,8 +124,8 @@ impl Actor {
             let reserved = hypervisor.reserve_file(&file.path, with_directory);
             match reserved.await {
                 Ok(()) => {}
-                // A former attempt made it: nothing was there before.
-                Err(HypervisorError::Exists(_)) if !first => {}
+                // A former attempt made it, and nothing has come yet.
+                Err(HypervisorError::Exists(_)) if !first && self.is_empty(&file.path).await? => {}
                 Err(e) => {
                     if matches!(e, HypervisorError::Exists(_)) {
                         // Somebody else has put it there since: it is not the migration's own.
@@ -366,11 +366,11 @@ impl Actor {
             return Err(Fault::refused(message));
         }
         // Of what came alone the other copy has none: its owner took the disk from the guest.
-        let (twice, alone): (Vec<&ComingFile>, Vec<&ComingFile>) =
-            record.files.iter().filter(|f| f.is_made()).partition(|f| {
-                let image = f.over.as_ref().map_or(&f.path, |over| &over.image);
-                destroy::has_its_own(ask.survivor.as_ref(), image)
-            });
+        let made = self.made_here(&record).await?;
+        let (twice, alone): (Vec<&ComingFile>, Vec<&ComingFile>) = made.iter().partition(|f| {
+            let image = f.over.as_ref().map_or(&f.path, |over| &over.image);
+            destroy::has_its_own(ask.survivor.as_ref(), image)
+        });
         let lasting = twice.iter().filter(|f| f.role != FileRole::Delta);
         let lasting = lasting.map(|file| &*file.path).collect();
         let proof = self.another_stays(&ask, &record, presence, lasting)?;
@@ -388,6 +388,14 @@ impl Actor {
                 if files::is_own(file.role) != own {
                     continue;
                 }
+                if let Some(other) = self.registry.who_lies_over(&file.path, self.migration) {
+                    clean_up.warnings.push(format!(
+                        "{} was not removed: the guest of migration {other}, which lies aside on \
+                         this node, needs it",
+                        file.path
+                    ));
+                    continue;
+                }
                 let file = CarriedFile::from(*file);
                 let removed = destroy::remove_made(&self.node, &file, &proof).await;
                 self.note_removed(&file.path, removed, &mut clean_up)?;
@@ -398,6 +406,18 @@ impl Actor {
         info!(migration = %self.migration, instance = %step.instance,
             removed = ?clean_up.removed, "took back what was made for the guest");
         self.forget_if_clean(step, Ended::TakenBack, clean_up).await
+    }
+
+    /// The files that the migration has made. Until all are reserved nothing comes, and
+    /// what is not empty is somebody else's.
+    async fn made_here(&self, record: &ComingRecord) -> Result<Vec<ComingFile>, Fault> {
+        let mut made = Vec::new();
+        for file in record.files.iter().filter(|file| file.is_made()) {
+            if record.prepared || self.is_empty(&file.path).await? {
+                made.push(file.clone());
+            }
+        }
+        Ok(made)
     }
 
     fn another_stays(

@@ -24,7 +24,12 @@ impl Actor {
     pub(super) async fn stamps(&self, files: &[CarriedFile]) -> Result<Vec<SentFile>, Fault> {
         let own = files.iter().filter(|file| files::is_own(file.role));
         let own = own.filter(|file| file.role != FileRole::Device);
-        let paths: Vec<String> = own.map(|file| file.path.clone()).collect();
+        self.stamps_of(own.map(|file| file.path.clone()).collect())
+            .await
+    }
+
+    /// Files as they are now.
+    pub(super) async fn stamps_of(&self, paths: Vec<String>) -> Result<Vec<SentFile>, Fault> {
         let found = self.node.hypervisor.contents(&paths, &[]).await;
         let stamped = found.map_err(fault)?.into_iter().filter_map(|file| {
             let stamp = file.stamp()?.to_owned();

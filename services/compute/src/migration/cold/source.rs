@@ -236,6 +236,10 @@ impl Actor {
         }
         let frozen = hypervisor.freeze_disks(step.instance, &overlays).await;
         frozen.map_err(fault)?;
+        if record.sent.is_empty() {
+            let images = overlays.iter().map(|overlay| overlay.image.clone());
+            record.sent = self.stamps_of(images.collect()).await?;
+        }
         if record.sent_as.is_none() {
             record.sent_as = hypervisor.definition(step.instance).await.map_err(fault)?;
         }
@@ -401,6 +405,8 @@ impl Actor {
             }
         };
         self.registry.claim(self.migration, &record.devices)?;
+        self.registry
+            .lies_aside_over(self.migration, record.under.clone());
         if !record.withdrawn {
             record.withdrawn = true;
             self.write_leaving(&record).await?;
@@ -602,23 +608,42 @@ impl Actor {
             return Ok(false);
         }
         let hypervisor = self.node.hypervisor.clone();
-        let mut merged = false;
         if presence.is_active() {
             self.note_thaw(record, Thaw::Begun).await?;
             let overlays = &record.overlays;
             let thawed = hypervisor.thaw_disks(record.instance, overlays).await;
             thawed.map_err(fault)?;
-        } else {
-            let guests = self.both(record.instance).await?;
-            for overlay in &record.overlays {
-                if record.thaw == Thaw::Begun && !files::is_used(overlay, &guests) {
-                    continue;
-                }
-                hypervisor.merge_overlay(overlay).await.map_err(fault)?;
+            return Ok(false);
+        }
+        let guests = self.both(record.instance).await?;
+        let (mut merged, mut left) = (false, Vec::new());
+        for overlay in record.overlays.clone() {
+            let is_used = presence == Presence::Absent || files::is_used(&overlay, &guests);
+            let is_first = record.thaw == Thaw::NotBegun;
+            if is_used || (is_first && self.is_as_frozen(record, &overlay).await?) {
+                hypervisor.merge_overlay(&overlay).await.map_err(fault)?;
                 merged = true;
+            } else if is_first {
+                left.push(overlay.path);
             }
         }
+        if !left.is_empty() {
+            warn!(migration = %self.migration, instance = %record.instance, ?left,
+                "the guest was taken off these overlays, and has written since: they stay as they are");
+            record.overlays.retain(|o| !left.contains(&o.path));
+            record.kept.retain(|file| !left.contains(&file.path));
+        }
+        if merged {
+            self.note_thaw(record, Thaw::Merged).await?;
+        }
         Ok(merged)
+    }
+
+    /// Whether nobody has written to the image under an overlay since it stands still.
+    async fn is_as_frozen(&self, record: &LeavingRecord, over: &Overlay) -> Result<bool, Fault> {
+        let now = self.stamps_of(vec![over.image.clone()]).await?;
+        let then = record.sent.iter().find(|sent| sent.path == over.image);
+        Ok(then.is_some() && now.first() == then)
     }
 
     async fn note_thaw(&mut self, record: &mut LeavingRecord, thaw: Thaw) -> Result<(), Fault> {

@@ -212,13 +212,6 @@ impl Actor {
         Ok(())
     }
 
-    async fn is_empty(&self, path: &str) -> Result<bool, Fault> {
-        let paths = [path.to_owned()];
-        let facts = self.node.hypervisor.file_facts(&paths).await;
-        let facts = facts.map_err(fault)?;
-        Ok(facts.iter().all(|fact| fact.length_bytes == 0))
-    }
-
     /// Removes what was reserved of a transfer that went no further.
     async fn give_places_up(&self, record: &TransferRecord) -> Result<(), Fault> {
         for disk in &record.plan.disks {

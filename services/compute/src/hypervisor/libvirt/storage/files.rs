@@ -149,7 +149,11 @@ pub(in super::super) async fn flush(path: &str) -> Result<()> {
     let path = checked(path)?;
     let flushed = tokio::task::spawn_blocking(move || {
         let file = File::open(&path).map_err(|e| failed("opening", &path, &e))?;
-        file.sync_all().map_err(|e| failed("flushing", &path, &e))?;
+        file.sync_all().map_err(|e| {
+            // Whoever reads it next sees what the disk holds.
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+            failed("flushing", &path, &e)
+        })?;
         super::sync_directory(&path);
         Ok(())
     });

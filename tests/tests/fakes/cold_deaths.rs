@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use drover_compute::hypervisor::{
-    HypervisorError,
+    ColdDriver, HypervisorError, Overlay,
     fake::{Call, GuestBuilder, script::Effect},
 };
 use drover_model::{
@@ -385,6 +385,36 @@ async fn an_overlay_that_the_guest_has_left_is_not_merged_any_more() {
     let m = rest(&cloud, &m).await;
     assert_eq!(m.status, S::Failed, "{m:#?}");
     check(&cloud, &m, true).await;
+}
+
+/// Somebody merges a guest's overlays into its images while they are sent, and what it
+/// writes then is newer than they are.
+#[tokio::test(start_paused = true)]
+async fn an_overlay_that_somebody_took_off_the_guest_is_not_merged() {
+    let cloud = Cloud::start(14).await;
+    let leisurely = web().shuts_down_after(Duration::from_secs(30));
+    let id = guest(&cloud, leisurely).await;
+    let m = started(&cloud, id, &cold(true)).await;
+    let m = cloud.until(m.uuid, "stopping", |m| m.step == "stop").await;
+    let frozen = cloud.fabric.guest("kvm1", id).expect("it runs");
+    let overlays = frozen.disks.iter().map(|disk| {
+        let path = disk.local_path().expect("it is a file").to_owned();
+        let (image, _) = path.split_once(".delta-").expect("it is an overlay");
+        Overlay {
+            target: disk.target.clone(),
+            image: image.to_owned(),
+            format: disk.backing[0].format.clone(),
+            path,
+        }
+    });
+    let overlays: Vec<_> = overlays.collect();
+    let thawed = cloud.fabric.driver("kvm1").thaw_disks(id, &overlays).await;
+    thawed.expect("they can be merged");
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    cloud.fabric.check_invariants().expect("nothing is lost");
+    let running = cloud.fabric.running_on(id);
+    assert_eq!(running, Some(m.source_host.clone()), "{m:#?}");
 }
 
 /// Patience ends, and only then the guest obeys: it has to run again.

@@ -1336,6 +1336,38 @@ async fn a_put_off_tidying_leaves_a_guest_that_was_brought_back_by_hand() {
     assert_eq!(again.status, S::Completed, "{again:#?}");
 }
 
+/// The same, and it is off by then; whoever brought it back left a definition behind.
+#[tokio::test(start_paused = true)]
+async fn a_put_off_tidying_leaves_a_guest_that_was_brought_back_and_is_off() {
+    let mut cloud = Cloud::start(6).await;
+    let id = guest(&cloud, web()).await;
+    let m = cloud
+        .migrate(id, Some("kvm2"), LiveOptions::default())
+        .await;
+    let m = m.expect("it is accepted");
+    cloud
+        .until(m.uuid, "settling", |m| m.step == "settle")
+        .await;
+    cloud.kill_agent("kvm1");
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    let (kvm1, kvm2) = (cloud.fabric.driver("kvm1"), cloud.fabric.driver("kvm2"));
+    let was = kvm2.definition(id).await.unwrap().expect("it is there");
+    cloud.fabric.kill_guest(id);
+    for path in [DISK, DATA] {
+        cloud.fabric.copy_file("kvm2", "kvm1", path);
+    }
+    kvm1.define(&was, None).await.unwrap();
+    kvm1.start(id).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    cloud.fabric.kill_guest(id);
+    let newest = disk(&cloud, "kvm1");
+    cloud.start_agent("kvm1").await;
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(at(&cloud, "kvm1", id), OFF);
+    assert_eq!(disk(&cloud, "kvm1"), newest);
+}
+
 // ---- cold moves
 
 /// A guest that ran on the destination, if only for a moment, has moved.
@@ -1378,6 +1410,93 @@ async fn a_cold_move_whose_guest_does_not_start_is_taken_back() {
     assert!(disk(&cloud, "kvm1").is_some());
     assert_eq!(cloud.fabric.leftovers(), Vec::<String>::new());
     cloud.fabric.check_invariants().unwrap();
+}
+
+/// Started by hand where its move had failed, it ran there: what it wrote is the newest.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_started_by_hand_where_it_had_come_keeps_its_disks() {
+    let mut cloud = Cloud::start(8).await;
+    let id = guest(&cloud, web()).await;
+    let no = Effect::Refuse(HypervisorError::Failed("no bridge".to_owned()));
+    cloud.fabric.on_call("kvm2", Call::Start, 1, no);
+    let slow = Effect::SlowBefore(Duration::from_secs(10));
+    cloud.fabric.on_call("kvm2", Call::Define, 1, slow);
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    cloud.until(m.uuid, "coming", |m| m.step == "finish").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    cloud.kill_agent("kvm1");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let kvm2 = cloud.fabric.driver("kvm2");
+    kvm2.start(id).await.expect("the bridge is there now");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    cloud.fabric.kill_guest(id);
+    let newest = disk(&cloud, "kvm2");
+    assert!(newest.is_some());
+    cloud.start_agent("kvm1").await;
+    tokio::time::sleep(Duration::from_secs(400)).await;
+    assert_eq!(disk(&cloud, "kvm2"), newest);
+    assert_eq!(at(&cloud, "kvm2", id), OFF);
+    assert_eq!(runs_on(&cloud, id), None);
+}
+
+/// What one guest brought along lies under another that lies aside by now.
+#[tokio::test(start_paused = true)]
+async fn an_image_under_a_guest_that_lies_aside_stays() {
+    const BASE: &str = "/var/lib/libvirt/images/base.qcow2";
+    let mut cloud = Cloud::start(8).await;
+    cloud.add_node("kvm3", NodeSpec::default()).await;
+    let on_base = |name: &str| {
+        let disk = format!("{IMAGES}/{name}.qcow2");
+        GuestBuilder::new(name)
+            .disk(&disk, 64)
+            .backing_mib(BASE, 64)
+    };
+    let brings = guest(&cloud, on_base("brings")).await;
+    let uses = guest(&cloud, on_base("uses")).await;
+    let brought = moved(&cloud, brings, "kvm2").await;
+    let first = moved(&cloud, uses, "kvm2").await;
+    end_with(&cloud, &first, method::CONFIRM_MIGRATION).await;
+    assert_eq!(rest(&cloud, &first).await.status, S::Confirmed);
+    let second = moved(&cloud, uses, "kvm3").await;
+    goes_home(&cloud, &brought).await;
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert!(cloud.fabric.file("kvm2", BASE).is_some(), "it is needed");
+    end_with(&cloud, &second, method::REVERT_MIGRATION).await;
+    assert_eq!(rest(&cloud, &second).await.status, S::Reverted);
+    assert_eq!(runs_on(&cloud, uses).as_deref(), Some("kvm2"));
+}
+
+/// A file that somebody puts where a place was not reserved yet is not the migration's.
+#[tokio::test(start_paused = true)]
+async fn a_file_that_came_before_its_place_was_reserved_stays() {
+    let mut cloud = Cloud::start(8).await;
+    let id = guest(&cloud, web()).await;
+    let slow = Effect::SlowBefore(Duration::from_secs(10));
+    cloud.fabric.on_call("kvm2", Call::ReserveFile, 1, slow);
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    cloud
+        .until(m.uuid, "preparing", |m| m.step == "prepare")
+        .await;
+    let journal = cloud.journal("kvm2", m.uuid);
+    eventually("it is to be reserved", async || {
+        journal.exists().then_some(())
+    })
+    .await;
+    cloud.kill_agent("kvm2");
+    let put = cloud.fabric.write_file("kvm2", DATA, "somebody's");
+    put.expect("there is room");
+    cloud.start_agent("kvm2").await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    assert!(said(&m, DATA), "{m:#?}");
+    let there = cloud.fabric.file("kvm2", DATA).expect("it stays");
+    assert_eq!(there.content, Content::Text("somebody's".to_owned()));
+    assert!(cloud.fabric.file("kvm2", DISK).is_none());
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
 }
 
 /// What is done by hand to a guest that was sent, and not set aside yet.

@@ -296,3 +296,27 @@ impl Drop for Pass {
         self.expected.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// What was acknowledged in an epoch counts as long as it lasts.
+    #[test]
+    fn who_connects_after_a_flush_that_failed_asks_about_everything() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, run) = (Arc::new(stream), nonce());
+        let expected = Arc::new(Expected::new(Uuid::new_v4(), Token::generate(), Vec::new()));
+        let epoch = || {
+            let entered = expected.enter(&stream, run, || Ok(()));
+            entered.unwrap().expect("nobody is newer").epoch
+        };
+        let first = epoch();
+        assert_eq!(epoch(), first);
+        expected.distrust();
+        assert_ne!(epoch(), first);
+    }
+}

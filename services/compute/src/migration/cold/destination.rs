@@ -43,6 +43,13 @@ impl Actor {
             Stage::Idle => (self.begin_coming(&step).await?, true),
             _ => return Err(Fault::refused("this node is the migration's source")),
         };
+        let is_own = |path: &String| record.files.iter().any(|file| file.path == *path);
+        if let Some(other) = step.files.iter().find(|file| !is_own(&file.path)) {
+            return Err(Fault::refused(format!(
+                "somebody has put another file at {}",
+                other.path
+            )));
+        }
         if !record.prepared {
             self.reserve(&mut record, first).await?;
         }

@@ -768,6 +768,9 @@ pub struct FinishRevertResize {
     /// For a source that knows nothing of the migration any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<ColdMemory>,
+    /// Somebody has brought the guest to another node: here it is left off.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_elsewhere: bool,
 }
 
 /// Stop the guest on its destination and take its definition away.

@@ -337,7 +337,9 @@ impl ColdMigrate {
         let chosen = data.chosen()?.clone();
         let start = was_running(&chosen);
         self.is_gone_from_source(&chosen.host).await?;
-        self.job.is_on_no_third_node(&chosen.host).await?;
+        if let Some(message) = self.job.on_third_node(&chosen.host).await? {
+            return Err(ended(EndReason::Failed { message }));
+        }
         let ask = FinishResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
@@ -514,9 +516,9 @@ impl ColdMigrate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        let third = self.job.on_third_node(&chosen.host).await?;
+        let is_elsewhere = self.job.on_third_node(&chosen.host).await?.is_some();
         let runs_nowhere_else = match data.handed_over {
-            _ if third.is_some() => false,
+            _ if is_elsewhere => false,
             false => true,
             true => {
                 let dest = self.job.locate(&chosen.host).await?.presence;
@@ -530,17 +532,14 @@ impl ColdMigrate {
             runs_nowhere_else,
             ran: was_stopped && was_running(chosen),
             memory: self.memory(&here, data, DestMay::LackIt).await?,
+            is_elsewhere,
         };
         let restored = self
             .job
             .agents()
             .finish_revert_resize(self.job.source(), &ask)
             .await;
-        let there = match (restored, third) {
-            (Ok(location), _) => location.presence,
-            (Err(_), Some(third)) => return Err(lost(third)),
-            (Err(error), None) => return Err(agent_error(error)),
-        };
+        let there = restored.map_err(agent_error)?.presence;
         match data.handed_over && !matches!(there, Presence::Present(_)) {
             false => Ok(()),
             true => Err(lost(format!(

@@ -327,7 +327,9 @@ impl Evacuate {
         let mut answer = Ok(());
         if !there.is_active() {
             self.still_dead().await?;
-            self.job.is_on_no_third_node(&host).await?;
+            if let Some(why) = self.job.on_third_node(&host).await? {
+                return Err(failed(why));
+            }
             match self.job.agents().rebuild(&host, self.job.step()).await {
                 Ok(location) => there = location.presence,
                 Err(error) => {

@@ -305,17 +305,6 @@ impl Job {
         Ok(None)
     }
 
-    /// Makes sure of that before the guest is started.
-    ///
-    /// # Errors
-    /// `Lost`, naming the node that has it or does not say.
-    pub(super) async fn is_on_no_third_node(&self, dest: &HostName) -> Result<(), StepError> {
-        match self.on_third_node(dest).await? {
-            None => Ok(()),
-            Some(why) => Err(lost(why)),
-        }
-    }
-
     /// What was left for good goes on the record.
     pub(super) async fn note_kept(&self, kept: Vec<String>) -> Result<(), StepError> {
         if kept.is_empty() {

@@ -93,8 +93,10 @@ impl Revert {
         if !there.is_present() {
             return self.job.is_on_no_other_node(dest).await;
         }
-        let third = self.job.is_on_no_third_node(dest).await;
-        third.map_err(|error| error.message)?;
+        let third = self.job.on_third_node(dest).await;
+        if let Some(why) = third.map_err(|error| error.message)? {
+            return Err(why);
+        }
         match self.job.elsewhere(dest).await {
             Ok(Some((host, presence))) => Err(format!("{host} has it ({presence})")),
             Err(why) if self.job.migration.downtime_ms.is_some() => Err(why),
@@ -162,7 +164,9 @@ impl Revert {
         // destination says nothing of that.
         let dest = self.job.locate(self.dest()?).await;
         let dest = dest.map_err(|error| lost(error.message))?;
-        self.job.is_on_no_third_node(self.dest()?).await?;
+        if let Some(why) = self.job.on_third_node(self.dest()?).await? {
+            return Err(lost(why));
+        }
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
@@ -171,6 +175,7 @@ impl Revert {
             // has a downtime on its record.
             ran: self.job.migration.downtime_ms.is_some(),
             memory: None,
+            is_elsewhere: false,
         };
         let source = self.job.source();
         let restored = self.job.agents().finish_revert_resize(source, &ask).await;

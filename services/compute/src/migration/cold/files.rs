@@ -70,6 +70,12 @@ pub(super) fn is_used(overlay: &Overlay, guests: &[Guest]) -> bool {
     disks.any(|disk| disk.local_path() == Some(&*overlay.path))
 }
 
+/// Whether a guest has its disk on the image under an overlay.
+pub(super) fn is_below(overlay: &Overlay, guests: &[Guest]) -> bool {
+    let mut disks = guests.iter().flat_map(|guest| &guest.disks);
+    disks.any(|disk| disk.local_path() == Some(&*overlay.image))
+}
+
 /// Whether a file is the guest's alone, and so removed where the guest leaves.
 pub(super) fn is_own(role: FileRole) -> bool {
     role != FileRole::Backing

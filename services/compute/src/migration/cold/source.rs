@@ -505,7 +505,7 @@ impl Actor {
         // One that was set aside has been counted as moved.
         let counts = !record.aside;
         self.put_back(&mut record).await?;
-        if record.was_running || step.ran {
+        if (record.was_running || step.ran) && !step.is_elsewhere {
             self.start_again(&record, step.runs_nowhere_else).await?;
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
@@ -620,7 +620,8 @@ impl Actor {
         for overlay in record.overlays.clone() {
             let is_used = presence == Presence::Absent || files::is_used(&overlay, &guests);
             let is_first = record.thaw == Thaw::NotBegun;
-            if is_used || (is_first && self.is_as_frozen(record, &overlay).await?) {
+            let is_below = files::is_below(&overlay, &guests);
+            if is_used || (is_first && is_below && self.is_as_frozen(record, &overlay).await?) {
                 hypervisor.merge_overlay(&overlay).await.map_err(fault)?;
                 merged = true;
             } else if is_first {

@@ -93,8 +93,8 @@ fn judge(
     let is_restart = ask.held.is_none() && ask.identity.succeeds(&row.identity);
     let is_silent = silent_since == Some(row.life());
     let is_freed = row.gone && ask.identity.is_akin(&row.identity);
-    let is_new = row.incarnation == 0 || row.identity == Identity::default();
-    if is_new || is_freed || is_restart || is_silent {
+    let is_forgotten = row.gone && row.identity == Identity::default();
+    if row.incarnation == 0 || is_forgotten || is_freed || is_restart || is_silent {
         return Ok(row.incarnation.max(ask.held.unwrap_or(0)) + 1);
     }
     let which = |i: &Identity| format!("machine {}, state {}", named(&i.machine), named(&i.state));
@@ -276,9 +276,9 @@ impl Store {
             .execute(&mut *tx)
             .await?;
         }
-        let rows = sqlx::query("SELECT * FROM agents ORDER BY host")
-            .fetch_all(&mut *tx)
-            .await?;
+        // Of those that were forgotten with their nodes nothing is heard.
+        let known = "SELECT * FROM agents WHERE NOT (gone = 1 AND identity = '{}') ORDER BY host";
+        let rows = sqlx::query(known).fetch_all(&mut *tx).await?;
         tx.commit().await?;
         rows.iter().map(agent).collect()
     }

@@ -566,6 +566,19 @@ pub(crate) async fn leave(tx: &mut Tx, host: &HostName, now_ms: u64) -> Result<V
     Ok(left)
 }
 
+/// Second copies that were seen on a node which will not come back are no more.
+pub(crate) async fn lose_sight(tx: &mut Tx, host: &HostName) -> Result<()> {
+    let rows = sqlx::query("SELECT * FROM instances WHERE other_copy IS NOT NULL")
+        .fetch_all(&mut **tx)
+        .await?;
+    for (mut row, serial) in rows.iter().map(with_serial).collect::<Result<Vec<_>>>()? {
+        if row.other.take_if(|other| other.host == *host).is_some() {
+            replace(tx, &row, serial).await?;
+        }
+    }
+    Ok(())
+}
+
 /// What other nodes listed last, by guest; of several an active one counts, or the
 /// newest.
 async fn listed_elsewhere(

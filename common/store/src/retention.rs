@@ -69,7 +69,7 @@ impl Retention {
 /// Which operations are over and nothing needs. `$1` is when the old ones ended,
 /// `$2` and `$3` the newest number of an operation, and of a migration, that is one
 /// too many. The drains of a node that is still closed are what a restore goes by; by
-/// the last evacuation of a node it is known that this was tried, and what proved it dead.
+/// the last evacuation of a node it is known that this was tried.
 const OPERATIONS: &str = "SELECT o.uuid FROM operations o WHERE o.active = 0 \
      AND (o.ended_at_ms < $1 OR o.id <= $2 OR (EXISTS \
      (SELECT 1 FROM migrations m WHERE m.operation_uuid = o.uuid) AND NOT EXISTS \
@@ -165,25 +165,33 @@ impl Store {
                     Err(error) => return Err(error),
                 }
             }
-            self.execute(|| {
-                sqlx::query("DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2")
-                    .bind(uuid.clone())
-                    .bind(step.clone())
-            })
-            .await?;
-            // What it was to give back is given back now.
-            self.execute(|| {
-                sqlx::query(
-                    "DELETE FROM claims WHERE migration_uuid = $1 AND NOT EXISTS \
-                     (SELECT 1 FROM cleanups c WHERE c.migration_uuid = $1) AND NOT EXISTS \
-                     (SELECT 1 FROM migrations m WHERE m.uuid = $1 AND m.active = 1)",
-                )
-                .bind(uuid.clone())
-            })
-            .await?;
+            self.give_up(&uuid, &step).await?;
             given_up += 1;
         }
         Ok(given_up)
+    }
+
+    /// Forgets a step that was put off; with the last one, what it was to give back.
+    async fn give_up(&self, migration: &str, step: &str) -> Result<()> {
+        let work = || async {
+            let mut tx = self.begin().await?;
+            sqlx::query("DELETE FROM cleanups WHERE migration_uuid = $1 AND step = $2")
+                .bind(migration.to_owned())
+                .bind(step.to_owned())
+                .execute(&mut *tx)
+                .await?;
+            sqlx::query(
+                "DELETE FROM claims WHERE migration_uuid = $1 AND NOT EXISTS \
+                 (SELECT 1 FROM cleanups c WHERE c.migration_uuid = $1) AND NOT EXISTS \
+                 (SELECT 1 FROM migrations m WHERE m.uuid = $1 AND m.active = 1)",
+            )
+            .bind(migration.to_owned())
+            .execute(&mut *tx)
+            .await?;
+            tx.commit().await?;
+            Ok(())
+        };
+        self.attempt(work).await
     }
 
     async fn prune_offers(&self, keep: Retention, now_ms: u64) -> Result<u64> {
@@ -317,6 +325,7 @@ async fn forget_node(tx: &mut Tx, host: &HostName, how: &Forgetting) -> Result<(
     let held = held.bind(host.as_str()).fetch_optional(&mut **tx).await?;
     let held = held.ok_or_else(|| StoreError::NotFound(format!("node {host}")))?;
     let lost = instances::leave(tx, host, how.now_ms).await?;
+    instances::lose_sight(tx, host).await?;
     let mut against = Vec::new();
     match how.despite_lost_guests {
         true => instances::forget(tx, &lost).await?,

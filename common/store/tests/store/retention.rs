@@ -343,8 +343,15 @@ async fn guests_of_a_scrapped_node_follow_their_other_copy_or_are_named(store: S
     // Started on kvm2 by hand, defined there, on shared disks, and with disks of its own.
     let told = report("kvm1", 1, vec![listed(1), off(2), listed(3), off(4)]);
     store.record_report(&told, 1000).await.unwrap();
-    let there = report("kvm2", 1, vec![listed(1), off(2)]);
+    let there = report("kvm2", 1, vec![listed(1), off(2), listed(5)]);
     store.record_report(&there, 2000).await.unwrap();
+    // At home on kvm2, and seen on kvm1 as well.
+    let told = report(
+        "kvm1",
+        2,
+        vec![listed(1), off(2), listed(3), off(4), listed(5)],
+    );
+    store.record_report(&told, 2500).await.unwrap();
     let how = Forgetting {
         now_ms: 3000,
         silent_since_ms: 3000,
@@ -367,6 +374,7 @@ async fn guests_of_a_scrapped_node_follow_their_other_copy_or_are_named(store: S
         "{words}"
     );
     let home = async |n| store.find_instance(&listed(n).id.to_string()).await;
+    assert!(home(5).await.unwrap().other.is_some());
     assert_eq!(home(1).await.unwrap().host, kvm1, "nothing was done");
     let despite = Forgetting {
         despite_lost_guests: true,
@@ -375,8 +383,9 @@ async fn guests_of_a_scrapped_node_follow_their_other_copy_or_are_named(store: S
     store.may_forget_node(&kvm1, &despite).await.unwrap();
     assert_eq!(home(4).await.unwrap().host, kvm1, "nothing was done");
     store.forget_node(&kvm1, &despite).await.unwrap();
-    for n in [1, 2] {
-        assert_eq!(home(n).await.unwrap().host, host("kvm2"));
+    for n in [1, 2, 5] {
+        let guest = home(n).await.unwrap();
+        assert_eq!((guest.host, guest.other), (host("kvm2"), None));
     }
     for n in [3, 4] {
         let gone = home(n).await;

@@ -35,7 +35,10 @@ const MOST_ASKED: usize = 16;
 /// Questions under way at once.
 const AT_ONCE: usize = 8;
 /// Nodes that try to reach the one in question at once; all that are up do.
-const TRYING_AT_ONCE: usize = 512;
+const TRYING_AT_ONCE: usize = 2048;
+/// Of those, so many try to reach third nodes too: that they do not reach it counts. Of
+/// the others it counts that they do.
+const MOST_WITNESSES: usize = 16;
 /// Of what they say, so much is kept, the most telling first.
 const MOST_KEPT: usize = 16;
 /// Third nodes that one who tries has to reach, one of them at least.
@@ -204,10 +207,10 @@ async fn signs(
 ) -> (Vec<Reach>, Result<(), String>) {
     let host = &node.report.host;
     let live = context.liveness();
-    let others = nodes
+    let others: Vec<_> = nodes
         .iter()
-        .filter(|n| n.report.host != *host && live.is_up(n));
-    let others: Vec<_> = others.collect();
+        .filter(|n| n.report.host != *host && live.is_up(n))
+        .collect();
     let witnesses: Vec<_> = (0..others.len())
         .map(|at| witness(context, &others, at, node, limit).boxed())
         .collect();
@@ -225,7 +228,7 @@ fn most_telling(mut reach: Vec<Reach>) -> Vec<Reach> {
     reach
 }
 
-/// What one of the others sees of a node. The next ones in the list are what it
+/// What one of the others sees of a node. The next ones in the list are what a witness
 /// has to reach for its word to count.
 async fn witness(
     context: &Context,
@@ -235,7 +238,12 @@ async fn witness(
     limit: Duration,
 ) -> Reach {
     let from = &others[at].report.host;
-    let thirds = (1..others.len()).take(MOST_CONTROLS);
+    let most = if at < MOST_WITNESSES {
+        MOST_CONTROLS
+    } else {
+        0
+    };
+    let thirds = (1..others.len()).take(most);
     let thirds = thirds.map(|next| others[(at + next) % others.len()]);
     let controls: Vec<_> = thirds
         .map(|third| control(context, from, third, limit).boxed())

@@ -234,7 +234,7 @@ impl Job {
 
     /// Which node but the source and that one has the guest: somebody may have moved it
     /// on, which the record need not know yet. None if every one says that it is not
-    /// there.
+    /// there, or is proven dead.
     ///
     /// # Errors
     /// In words, who does not say.
@@ -253,6 +253,7 @@ impl Job {
             match answer {
                 Ok(found) if found.presence == Presence::Absent => {}
                 Ok(found) => return Ok(Some((host, found.presence))),
+                Err(_) if self.is_dead(&host).await.is_ok_and(|dead| dead.is_some()) => {}
                 Err(error) => silent = Some((host, error)),
             }
         }
@@ -276,7 +277,7 @@ impl Job {
     }
 
     /// Which third node somebody has brought the guest to, as far as the record knows, in
-    /// words.
+    /// words. On one that is proven dead, or was forgotten, it does not run.
     ///
     /// # Errors
     /// `Lost`: the node on which it was seen does not say.
@@ -290,16 +291,21 @@ impl Job {
         let other = row.other.as_ref().map(|other| &other.host);
         let named = std::iter::once(&row.host).chain(other);
         for third in named.filter(|host| *host != dest && *host != self.source()) {
-            let found = self.locate(third).await.map_err(|error| {
-                lost(format!(
-                    "the guest was seen on {third}, which does not say now: {error}"
-                ))
-            })?;
-            if found.presence != Presence::Absent {
-                return Ok(Some(format!(
-                    "somebody has brought the guest to {third} ({}): it is started nowhere else",
-                    found.presence
-                )));
+            match self.locate(third).await {
+                Ok(found) if found.presence == Presence::Absent => {}
+                Ok(found) => {
+                    return Ok(Some(format!(
+                        "somebody has brought the guest to {third} ({}): it is started nowhere \
+                         else",
+                        found.presence
+                    )));
+                }
+                Err(error) if !self.is_gone(third).await? => {
+                    return Err(lost(format!(
+                        "the guest was seen on {third}, which does not say now: {error}"
+                    )));
+                }
+                Err(_) => {}
             }
         }
         Ok(None)
@@ -371,6 +377,13 @@ impl Job {
             ProofOfDeath::Fence { agent, .. } => format!("{host} is off, says {agent}"),
             ProofOfDeath::Operator { .. } => format!("{host} is off, by an operator's word"),
         }))
+    }
+
+    /// Whether a node is proven dead, or on the record no more.
+    async fn is_gone(&self, host: &HostName) -> Result<bool, StepError> {
+        let known = self.store().known_node(host).await;
+        let is_known = known.map_err(|e| store_error(&e))?.is_some();
+        Ok(!is_known || self.is_dead(host).await?.is_some())
     }
 
     /// How a destination was taken back. One that died has nothing running: what was

@@ -639,11 +639,11 @@ impl LiveMigrate {
                 ran_there: false,
             };
         }
-        // Nothing but an arrival defines it where it was absent when it was to come; an
-        // agent that died with its node has not seen it run.
+        // In post-copy it runs there before all of it has come: one that is defined where
+        // it was absent ran, though an agent that died with its node has not seen it.
         let arrived = |seen: proof::Seen| {
             let known = seen.copy().known;
-            known.ran_here || (known.under_way && seen.is_present())
+            known.ran_here || (self.options.post_copy && known.under_way && seen.is_present())
         };
         let seen = self.job.look_at(&chosen.host).await;
         ToldBy {

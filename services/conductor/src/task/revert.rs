@@ -99,7 +99,10 @@ impl Revert {
         }
         match self.job.elsewhere(dest).await {
             Ok(Some((host, presence))) => Err(format!("{host} has it ({presence})")),
-            Err(why) if self.job.migration.downtime_ms.is_some() => Err(why),
+            Err(why) if self.job.migration.downtime_ms.is_some() => Err(format!(
+                "it is off on {dest}, and {why}: start it on {dest}, if it is there alone, and ask \
+                 again"
+            )),
             Ok(None) | Err(_) => Ok(()),
         }
     }
@@ -165,7 +168,7 @@ impl Revert {
         let dest = self.job.locate(self.dest()?).await;
         let dest = dest.map_err(|error| lost(error.message))?;
         if let Some(why) = self.job.on_third_node(self.dest()?).await? {
-            return Err(lost(why));
+            return Err(cannot_go_back(why));
         }
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,

@@ -630,9 +630,12 @@ impl Actor {
         }
         if !left.is_empty() {
             warn!(migration = %self.migration, instance = %record.instance, ?left,
-                "the guest was taken off these overlays, and has written since: they stay as they are");
+                "the guest is no longer on these overlays, and may have written since: they stay \
+                 as they are");
             record.overlays.retain(|o| !left.contains(&o.path));
             record.kept.retain(|file| !left.contains(&file.path));
+            self.write_leaving(record).await?;
+            self.keep(record.clone());
         }
         if merged {
             self.note_thaw(record, Thaw::Merged).await?;

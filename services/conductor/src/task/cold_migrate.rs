@@ -337,12 +337,12 @@ impl ColdMigrate {
         let chosen = data.chosen()?.clone();
         let start = was_running(&chosen);
         self.is_gone_from_source(&chosen.host).await?;
-        // One that an earlier try has started is there.
-        let there = self.job.locate(&chosen.host).await.map_err(in_doubt)?;
-        if !there.presence.is_active()
-            && let Some(message) = self.job.on_third_node(&chosen.host).await?
-        {
-            return Err(ended(EndReason::Failed { message }));
+        if let Some(message) = self.job.on_third_node(&chosen.host).await? {
+            let there = self.job.locate(&chosen.host).await.map_err(in_doubt)?;
+            // An earlier try may have started it.
+            if !there.presence.is_active() {
+                return Err(ended(EndReason::Failed { message }));
+            }
         }
         let ask = FinishResize {
             migration: self.job.migration.uuid,

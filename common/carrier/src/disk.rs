@@ -33,7 +33,7 @@ use crate::{
 const WRITE: usize = 256 * 1024;
 /// After so many bytes a file is flushed while more of it arrives: little is left to
 /// flush at its end, whatever its size.
-const FLUSH_EACH: u64 = 256 << 20;
+const FLUSH_EACH: u64 = 32 << 20;
 
 /// A file to be read.
 pub(crate) struct Source {

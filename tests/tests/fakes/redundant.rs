@@ -1299,9 +1299,8 @@ async fn a_put_off_take_back_leaves_a_guest_that_was_started_there_by_hand() {
     assert_eq!(back.status, S::Completed, "{back:#?}");
 }
 
-/// The source was to give up its disks, and was dead; then the guest comes back.
-#[tokio::test(start_paused = true)]
-async fn a_put_off_tidying_leaves_a_guest_that_was_brought_back_by_hand() {
+/// A guest has moved live from kvm1 to kvm2, and kvm1's agent dies before it tidies up.
+async fn moved_while_its_source_went_away() -> (Cloud, InstanceId) {
     let mut cloud = Cloud::start(6).await;
     let id = guest(&cloud, web()).await;
     let m = cloud
@@ -1314,6 +1313,13 @@ async fn a_put_off_tidying_leaves_a_guest_that_was_brought_back_by_hand() {
     cloud.kill_agent("kvm1");
     let m = rest(&cloud, &m).await;
     assert_eq!(m.status, S::Completed, "{m:#?}");
+    (cloud, id)
+}
+
+/// The source was to give up its disks, and was dead; then the guest comes back.
+#[tokio::test(start_paused = true)]
+async fn a_put_off_tidying_leaves_a_guest_that_was_brought_back_by_hand() {
+    let (mut cloud, id) = moved_while_its_source_went_away().await;
     tokio::time::sleep(Duration::from_secs(120)).await;
     by_hand(&cloud, id, Hand::MovesBack).await;
     cloud.start_agent("kvm1").await;
@@ -1336,18 +1342,7 @@ async fn a_put_off_tidying_leaves_a_guest_that_was_brought_back_by_hand() {
 /// The same, and it is off by then; whoever brought it back left a definition behind.
 #[tokio::test(start_paused = true)]
 async fn a_put_off_tidying_leaves_a_guest_that_was_brought_back_and_is_off() {
-    let mut cloud = Cloud::start(6).await;
-    let id = guest(&cloud, web()).await;
-    let m = cloud
-        .migrate(id, Some("kvm2"), LiveOptions::default())
-        .await;
-    let m = m.expect("it is accepted");
-    cloud
-        .until(m.uuid, "settling", |m| m.step == "settle")
-        .await;
-    cloud.kill_agent("kvm1");
-    let m = rest(&cloud, &m).await;
-    assert_eq!(m.status, S::Completed, "{m:#?}");
+    let (mut cloud, id) = moved_while_its_source_went_away().await;
     let (kvm1, kvm2) = (cloud.fabric.driver("kvm1"), cloud.fabric.driver("kvm2"));
     let was = kvm2.definition(id).await.unwrap().expect("it is there");
     cloud.fabric.kill_guest(id);

@@ -60,20 +60,14 @@ pub(super) fn overlays(files: &[CarriedFile]) -> Vec<Overlay> {
 /// Those of the overlays that a guest uses, now or after its next start.
 pub(super) fn used_overlays(files: &[CarriedFile], guests: &[Guest]) -> Vec<Overlay> {
     let mut overlays = overlays(files);
-    overlays.retain(|overlay| is_used(overlay, guests));
+    overlays.retain(|overlay| is_used(&overlay.path, guests));
     overlays
 }
 
-/// Whether a guest has its disk on it, now or by its lasting definition.
-pub(super) fn is_used(overlay: &Overlay, guests: &[Guest]) -> bool {
+/// Whether a guest has a disk on that file, now or by its lasting definition.
+pub(super) fn is_used(path: &str, guests: &[Guest]) -> bool {
     let mut disks = guests.iter().flat_map(|guest| &guest.disks);
-    disks.any(|disk| disk.local_path() == Some(&*overlay.path))
-}
-
-/// Whether a guest has its disk on the image under an overlay.
-pub(super) fn is_below(overlay: &Overlay, guests: &[Guest]) -> bool {
-    let mut disks = guests.iter().flat_map(|guest| &guest.disks);
-    disks.any(|disk| disk.local_path() == Some(&*overlay.image))
+    disks.any(|disk| disk.local_path() == Some(path))
 }
 
 /// Whether a file is the guest's alone, and so removed where the guest leaves.

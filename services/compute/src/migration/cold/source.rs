@@ -618,9 +618,9 @@ impl Actor {
         let guests = self.both(record.instance).await?;
         let (mut merged, mut left) = (false, Vec::new());
         for overlay in record.overlays.clone() {
-            let is_used = presence == Presence::Absent || files::is_used(&overlay, &guests);
+            let is_used = presence == Presence::Absent || files::is_used(&overlay.path, &guests);
             let is_first = record.thaw == Thaw::NotBegun;
-            let is_below = files::is_below(&overlay, &guests);
+            let is_below = files::is_used(&overlay.image, &guests);
             if is_used || (is_first && is_below && self.is_as_frozen(record, &overlay).await?) {
                 hypervisor.merge_overlay(&overlay).await.map_err(fault)?;
                 merged = true;

@@ -607,6 +607,12 @@ impl Migration {
             )
     }
 
+    /// Whether the guest, set aside on its source, stays off should its destination die
+    /// now: asked for, it goes back all the same.
+    pub fn may_be_lost_with_dest(&self) -> bool {
+        matches!(self.way, Way::Cold(_)) && self.ending.is_none() && self.step == "finish"
+    }
+
     /// Time from acceptance to the end (or to the last change), ms.
     pub fn total_time_ms(&self) -> u64 {
         let end = self.finished_at_ms.unwrap_or(self.updated_at_ms);

@@ -153,15 +153,70 @@ impl Store {
             let evacuated = Evacuated {
                 instance: migration.instance_uuid,
                 migration: migration.uuid,
-                // Until it is over the row has what the old copy has.
-                generation: generation + u64::from(!over),
+                // Until it is given its own the row has what the old copy has.
+                generation: generation + u64::from(since.is_none() && !over),
                 host: migration.dest_host.clone().filter(|_| over),
                 seen: None,
                 confirmed: false,
             };
             found.push((migration, evacuated));
         }
+        found.extend(self.left_on(host).await?);
         Ok(found)
+    }
+
+    /// What evacuations to a node may have left there that went elsewhere since: it died
+    /// before it was heard that the guest runs.
+    async fn left_on(&self, host: &HostName) -> Result<Vec<(Migration, Evacuated)>> {
+        let query = sqlx::query(
+            "SELECT m.version, m.record, m.generation AS since, i.host AS home FROM migrations m \
+             JOIN instances i ON i.uuid = m.instance_uuid AND i.generation > m.generation \
+             WHERE m.dest_host = $1 AND i.host <> $1 AND m.migration_type = $2 AND m.status = $3 \
+             ORDER BY m.id",
+        )
+        .bind(host.as_str())
+        .bind(MigrationType::Evacuation.to_string())
+        .bind(MigrationStatus::Failed.as_str());
+        let rows = self.steady(query.fetch_all(&self.database)).await?;
+        let left = |row: &AnyRow| {
+            let (migration, home) = (migrations::record(row)?, row.try_get::<String, _>("home")?);
+            let home = home.parse();
+            let evacuated = Evacuated {
+                instance: migration.instance_uuid,
+                migration: migration.uuid,
+                generation: unsigned(row.try_get("since")?) + 1,
+                host: Some(home.map_err(|e| crate::corrupt("an instance", &e))?),
+                seen: None,
+                confirmed: false,
+            };
+            Ok((migration, evacuated))
+        };
+        rows.iter().map(left).collect()
+    }
+
+    /// The generation that an evacuation gives its guest: above that of the guest and of
+    /// every evacuation of it, as one that failed may have left a copy with its own.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`], or the database failed.
+    pub async fn give_generation(&self, lease: Lease, instance: InstanceId) -> Result<u64> {
+        self.attempt(|| async {
+            let mut tx = self.begin_under(lease).await?;
+            let highest: Option<i64> = sqlx::query_scalar(
+                "SELECT MAX(given.generation) FROM (SELECT generation FROM instances \
+                 WHERE uuid = $1 UNION ALL SELECT generation FROM migrations \
+                 WHERE instance_uuid = $1 AND uuid <> $2) AS given",
+            )
+            .bind(instance.to_string())
+            .bind(lease.migration.to_string())
+            .fetch_one(&mut *tx)
+            .await?;
+            let generation = highest.map_or(0, unsigned) + 1;
+            give(&mut tx, lease.migration, generation).await?;
+            tx.commit().await?;
+            Ok(generation)
+        })
+        .await
     }
 
     /// Records that a guest was seen to run on a node after its own had died,
@@ -218,13 +273,17 @@ impl Store {
     /// # Errors
     /// The database failed.
     pub async fn old_copy_removed(&self, host: &HostName, migration: MigrationId) -> Result<()> {
-        let statement = "UPDATE migrations SET old_copy = 0 WHERE uuid = $1 AND source_host = $2";
-        self.execute(|| {
-            sqlx::query(statement)
-                .bind(migration.to_string())
-                .bind(host.to_string())
-        })
-        .await?;
+        let of_source = "UPDATE migrations SET old_copy = 0 WHERE uuid = $1 AND source_host = $2";
+        let of_dest = "UPDATE migrations SET generation = NULL WHERE uuid = $1 AND dest_host = $2 \
+                       AND status = 'failed'";
+        for statement in [of_source, of_dest] {
+            self.execute(|| {
+                sqlx::query(statement)
+                    .bind(migration.to_string())
+                    .bind(host.to_string())
+            })
+            .await?;
+        }
         Ok(())
     }
 }
@@ -243,10 +302,15 @@ async fn rebuilt(
         .bind(signed(generation))
         .execute(&mut **tx)
         .await?;
+    give(tx, migration, generation).await?;
+    claims::release(tx, migration).await
+}
+
+async fn give(tx: &mut Tx, migration: MigrationId, generation: u64) -> Result<()> {
     sqlx::query("UPDATE migrations SET generation = $2 WHERE uuid = $1")
         .bind(migration.to_string())
         .bind(signed(generation))
         .execute(&mut **tx)
         .await?;
-    claims::release(tx, migration).await
+    Ok(())
 }

@@ -75,10 +75,16 @@ async fn check_evacuated(cloud: &Cloud, ended: &Operation, id: InstanceId) {
     assert_eq!(moved[0].instance_uuid, id);
 }
 
-/// Three nodes that share their images.
-async fn cloud(seed: u64) -> Cloud {
+/// Three nodes, each with its own images.
+async fn unshared(seed: u64) -> Cloud {
     let mut cloud = Cloud::start(seed).await;
     cloud.add_node("kvm3", NodeSpec::default()).await;
+    cloud
+}
+
+/// Three nodes that share their images.
+async fn cloud(seed: u64) -> Cloud {
+    let cloud = unshared(seed).await;
     let nodes = ["kvm1", "kvm2", "kvm3"];
     cloud.fabric.share_directory(IMAGES, &nodes, 1000 * GIB);
     cloud
@@ -259,12 +265,15 @@ async fn an_agent_that_dies_at_any_moment_starts_it_once() {
 
 /// The new home dies for good at a moment of the evacuation: before it can have
 /// been asked to start the guest another takes its place; after that nobody
-/// decides on a guess, until it is back.
+/// decides on a guess, until it is back, or an operator says that it is off.
 #[tokio::test(start_paused = true)]
 async fn a_destination_that_dies_at_any_moment_costs_no_guest() {
-    let (mut others, mut waited) = (0, 0);
-    let mut turn = 0;
-    while let Some((mut cloud, id, m)) = midway(turn).await {
+    let mut came_back = [0, 0];
+    let mut others = 0;
+    for (turn, comes_back) in (0..).flat_map(|turn| [(turn, true), (turn, false)]) {
+        let Some((mut cloud, id, m)) = midway(turn).await else {
+            break;
+        };
         dies(&mut cloud, "kvm2");
         let stands = |m: &Migration| m.status.is_final() || m.status == S::Stuck;
         let m = cloud.until(m.uuid, "ended or stuck", stands).await;
@@ -272,24 +281,44 @@ async fn a_destination_that_dies_at_any_moment_costs_no_guest() {
             // What was seen to run has moved; then its new home died.
             S::Completed => check(&cloud, &m, None),
             S::Stuck => {
-                waited += 1;
+                came_back[usize::from(comes_back)] += 1;
                 check(&cloud, &m, None);
-                returns(&mut cloud, "kvm2").await;
+                match comes_back {
+                    true => returns(&mut cloud, "kvm2").await,
+                    false => is_said_off(&cloud, "kvm2").await,
+                }
                 let m = cloud.end(m.uuid).await;
-                assert_eq!(m.status, S::Completed, "turn {turn}: {m:#?}");
-                check(&cloud, &m, Some("kvm2"));
+                if comes_back {
+                    assert_eq!(m.status, S::Completed, "turn {turn}: {m:#?}");
+                    check(&cloud, &m, Some("kvm2"));
+                } else {
+                    assert_eq!(m.status, S::Failed, "turn {turn}: {m:#?}");
+                    another_takes_its_place(&mut cloud, id).await;
+                }
             }
             _ => {
                 others += 1;
                 another_takes_its_place(&mut cloud, id).await;
             }
         }
-        turn += 1;
     }
     assert!(
-        others > 0 && waited > 0,
-        "{others} went elsewhere, {waited} waited"
+        others > 0 && came_back[0] > 0,
+        "{others} went elsewhere, {came_back:?} waited"
     );
+    assert_eq!(came_back[0], came_back[1]);
+}
+
+/// An operator says that a node is off, and evacuates it.
+async fn is_said_off(cloud: &Cloud, host: &str) {
+    silence().await;
+    let asked = EvacuateOptions {
+        confirmed_off: true,
+        despite_many_lost: true,
+        ..EvacuateOptions::new(name(host))
+    };
+    let begun = cloud.operate(&Task::Evacuate(asked)).await;
+    cloud.operation_end(begun.expect("it is taken").uuid).await;
 }
 
 async fn another_takes_its_place(cloud: &mut Cloud, id: InstanceId) {

@@ -208,11 +208,13 @@ impl Actor {
         };
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
-        let proof = NeverRan::of(&record, presence)?;
         let here = hypervisor.guest(step.instance).await.map_err(fault)?;
         match here.map(|guest| guest.generation) {
-            None => {}
+            // Nothing is taken back of what is not there, though it ran.
+            None if presence == Presence::Absent => {}
+            None => drop(NeverRan::of(&record, presence)?),
             Some(generation) if generation == record.generation => {
+                let proof = NeverRan::of(&record, presence)?;
                 let withdrawn = destroy::withdraw(&self.node, step.instance, &proof).await;
                 withdrawn.map_err(fault)?;
                 info!(migration = %self.migration, instance = %step.instance,

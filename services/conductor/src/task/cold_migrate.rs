@@ -118,7 +118,7 @@ impl Saga for ColdMigrate {
         match step {
             Step::Place => self.job.release_claim().await,
             Step::Prepare => self.undo_prepare(data).await,
-            Step::Finish => self.take_back_or_lose(&data.chosen()?.host, data).await,
+            Step::Finish => self.undo_finish(data).await,
             Step::PreCopy => self.restore(data, false).await,
             Step::Stop => self.restore(data, true).await,
             Step::Copy => {
@@ -316,10 +316,11 @@ impl ColdMigrate {
     }
 
     async fn is_elsewhere(&self, chosen: &Chosen, dest_may: DestMay) -> Result<bool, StepError> {
-        let dest = self.job.locate(&chosen.host).await.map_err(in_doubt)?;
+        let dest = self.job.presence_unless_dead(&chosen.host).await;
+        let dest = dest.map_err(in_doubt)?;
         let has_it = match dest_may {
-            DestMay::LackIt => dest.presence != Presence::Absent,
-            DestMay::HaveItOff => dest.presence.is_active() || dest.presence == Presence::Incoming,
+            DestMay::LackIt => dest != Presence::Absent,
+            DestMay::HaveItOff => dest.is_active() || dest == Presence::Incoming,
         };
         if has_it {
             return Ok(true);
@@ -336,6 +337,9 @@ impl ColdMigrate {
     async fn finish(&self, data: &mut Data) -> Result<(), StepError> {
         let chosen = data.chosen()?.clone();
         let start = was_running(&chosen);
+        if let Some(dead) = self.job.is_dead(&chosen.host).await? {
+            return Err(self.died_with_it(dead).await?);
+        }
         self.is_gone_from_source(&chosen.host).await?;
         if let Some(message) = self.job.on_third_node(&chosen.host).await? {
             let there = self.job.locate(&chosen.host).await.map_err(in_doubt)?;
@@ -381,6 +385,23 @@ impl ColdMigrate {
         let now_ms = self.job.context.clock.now_ms();
         data.downtime_ms = data.stopped_at_ms.map(|at| now_ms.saturating_sub(at));
         Ok(())
+    }
+
+    /// A destination that died may have started the guest, which may have written what
+    /// its source has not: only people can say that it goes back without that.
+    async fn died_with_it(&self, dead: String) -> Result<StepError, StepError> {
+        let record = self.job.record().await;
+        if record
+            .map_err(|e| super::job::store_error(&e))?
+            .abort_requested
+        {
+            return Ok(ended(EndReason::Aborted));
+        }
+        let (source, id) = (self.job.source(), self.job.migration.id);
+        Ok(lost(format!(
+            "{dead}: what the guest has written there, if it was started, is there alone; 'drover \
+             migration abort {id}' has it back on {source} without that"
+        )))
     }
 
     /// Proof that it runs nowhere else: the source says so now, or has been proven dead
@@ -438,29 +459,38 @@ impl ColdMigrate {
 
     // ---- undoing
 
+    /// The destination has no definition of it any more. One that is proven dead runs
+    /// nothing, and is tidied when it is up again.
+    async fn undo_finish(&self, data: &Data) -> Result<(), StepError> {
+        let dest = &data.chosen()?.host;
+        match self.job.is_dead(dest).await? {
+            Some(_) => Ok(()),
+            None => self.take_back_or_lose(dest, data).await,
+        }
+    }
+
     async fn undo_prepare(&self, data: &Data) -> Result<(), StepError> {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        if data.handed_over {
-            return self.take_back_or_lose(&chosen.host, data).await;
-        }
         let step = Self::name(Step::Prepare);
+        if data.handed_over {
+            return match self.job.is_dead(&chosen.host).await? {
+                Some(dead) => self.job.put_off(&chosen.host, step, &dead).await,
+                None => self.take_back_or_lose(&chosen.host, data).await,
+            };
+        }
         match self.take_back(&chosen.host, data).await {
-            Ok(None) => Ok(()),
-            Ok(Some(unproven)) => self.job.put_off(&chosen.host, step, &unproven).await,
+            Ok(Taken::All) => Ok(()),
+            Ok(Taken::Nothing { why, .. }) => self.job.put_off(&chosen.host, step, &why).await,
             Err(error) => self.job.or_put_off(&chosen.host, step, Err(error)).await,
         }
     }
 
     /// Takes back what was made on the destination, if the nodes' answers prove that
     /// another copy stays (invariant 11): on the source, aside there, or where the
-    /// guest has moved since. Says what is not proven.
-    async fn take_back(
-        &self,
-        dest_host: &HostName,
-        data: &Data,
-    ) -> Result<Option<String>, StepError> {
+    /// guest has moved since.
+    async fn take_back(&self, dest_host: &HostName, data: &Data) -> Result<Taken, StepError> {
         if data.handed_over {
             self.remind(data).await?;
         }
@@ -472,9 +502,10 @@ impl ColdMigrate {
                 let (agents, step) = (self.job.agents(), self.job.step());
                 let undone = agents.rollback_resize(dest_host, step, &proof).await;
                 self.job.cleaned(undone).await?;
-                Ok(None)
+                Ok(Taken::All)
             }
-            TakeBack::Stays(why) | TakeBack::Unproven(why) => Ok(Some(why)),
+            TakeBack::Stays(why) => Ok(Taken::Nothing { why, ever: true }),
+            TakeBack::Unproven(why) => Ok(Taken::Nothing { why, ever: false }),
         }
     }
 
@@ -492,8 +523,23 @@ impl ColdMigrate {
 
     async fn take_back_or_lose(&self, dest_host: &HostName, data: &Data) -> Result<(), StepError> {
         match self.take_back(dest_host, data).await? {
-            None => Ok(()),
-            Some(unproven) => Err(lost(unproven)),
+            Taken::All => Ok(()),
+            Taken::Nothing { why, .. } => Err(lost(why)),
+        }
+    }
+
+    /// The same, long after. What came is the guest's for good where it is, or ran.
+    async fn take_back_late(&self, dest_host: &HostName, data: &Data) -> Result<(), StepError> {
+        match self.take_back(dest_host, data).await? {
+            Taken::All => Ok(()),
+            Taken::Nothing { why, ever: false } => Err(lost(why)),
+            Taken::Nothing { why, ever: true } => {
+                let (agents, step) = (self.job.agents(), self.job.step());
+                let left = agents.confirm_at_destination(dest_host, step).await;
+                let mut kept = left.map_err(agent_error)?.kept;
+                kept.push(format!("{why}: what came there is not removed"));
+                self.job.note_kept(kept).await
+            }
         }
     }
 
@@ -506,7 +552,7 @@ impl ColdMigrate {
         data: &Data,
     ) -> Result<(), StepError> {
         if step == Self::name(Step::Prepare) {
-            return self.take_back_or_lose(dest, data).await;
+            return self.take_back_late(dest, data).await;
         }
         let keep = Some((self.job.source(), kept_for_a_way_back(data.chosen()?)));
         let settled = self
@@ -525,7 +571,7 @@ impl ColdMigrate {
             _ if is_elsewhere => false,
             false => true,
             true => {
-                let dest = self.job.locate(&chosen.host).await?.presence;
+                let dest = self.job.presence_unless_dead(&chosen.host).await?;
                 !dest.is_active() && dest != Presence::Incoming
             }
         };
@@ -552,6 +598,16 @@ impl ColdMigrate {
             ))),
         }
     }
+}
+
+/// What was taken back of what was made on a destination.
+enum Taken {
+    All,
+    /// Nothing: `ever` if it is the guest's there for good.
+    Nothing {
+        why: String,
+        ever: bool,
+    },
 }
 
 /// What the destination may have of a guest that is to lie aside on its source.

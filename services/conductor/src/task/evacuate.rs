@@ -190,7 +190,8 @@ impl Evacuate {
             "place",
             format!("defined as {} told it {age_s} s ago", kept.host),
         );
-        data.generation = instance.generation + 1;
+        let generation = store.give_generation(self.job.lease, id).await;
+        data.generation = generation.map_err(|e| store_error(&e))?;
         data.stopped_at_ms = Some(node.heard_at_ms);
         data.chosen = Some(chosen);
         Ok(())
@@ -374,11 +375,17 @@ impl Evacuate {
         Ok(())
     }
 
-    /// Where the guest is; not to be told is to have lost it.
+    /// Where the guest is; not to be told is to have lost it, unless its new home is
+    /// proven dead: then it runs there no more, and lost nothing but its memory.
     async fn look(&self, host: &HostName) -> Result<Presence, StepError> {
-        let located = self.job.locate(host).await;
-        let located = located.map_err(|e| lost(format!("whether it runs on {host}: {e}")))?;
-        Ok(located.presence)
+        let error = match self.job.locate(host).await {
+            Ok(located) => return Ok(located.presence),
+            Err(error) => error,
+        };
+        Err(match self.job.is_dead(host).await? {
+            Some(dead) => failed(format!("{dead}: it does not run there")),
+            None => lost(format!("whether it runs on {host}: {error}")),
+        })
     }
 
     async fn still_dead(&self) -> Result<(), StepError> {

@@ -191,6 +191,18 @@ impl Job {
         located.map_err(agent_error)
     }
 
+    /// Whether a node has the guest: on one that is proven dead it does not run.
+    pub(super) async fn presence_unless_dead(
+        &self,
+        host: &HostName,
+    ) -> Result<Presence, StepError> {
+        match self.locate(host).await {
+            Ok(there) => Ok(there.presence),
+            Err(_) if self.is_dead(host).await?.is_some() => Ok(Presence::Absent),
+            Err(error) => Err(error),
+        }
+    }
+
     // ---- proving
 
     /// What a node sees of its copy now.

@@ -272,10 +272,15 @@ impl NeverRan {
     /// In words, why that is not so.
     pub fn there(home: &Seen) -> Result<Self, String> {
         let copy = &home.copy;
-        let touched = home.is_active() || copy.presence == Presence::Incoming;
-        match touched || copy.known.ran_here {
-            false => Ok(Self(())),
-            true => Err(format!("the guest was started on {}", home.host)),
+        let may_go = match copy.presence {
+            // Nothing is there that could be taken back.
+            Presence::Absent => true,
+            Presence::Incoming => false,
+            Presence::Present(state) => !state.is_active() && !copy.known.ran_here,
+        };
+        match may_go {
+            true => Ok(Self(())),
+            false => Err(format!("the guest was started on {}", home.host)),
         }
     }
 }

@@ -75,14 +75,34 @@ impl Revert {
         }
         let proof = proof::way_back(&source).map_err(cannot_go_back)?;
         let (dest, step) = (self.dest()?, self.job.step());
-        // One that is away is waited for, as it is when it is told to stop the guest.
-        let there = self.job.look_at(dest).await;
-        let there = there.map_err(|error| lost(error.to_string()))?;
+        // One that is away is waited for, as it is when it is told to stop the guest, unless
+        // it is proven dead.
+        let there = match self.job.look_at(dest).await {
+            Ok(there) => there,
+            Err(error) => {
+                let dead = self.job.is_dead(dest).await?;
+                let dead = dead.ok_or_else(|| lost(error.to_string()))?;
+                return self.is_off_with(dest, dead, data).await;
+            }
+        };
         if !there.is_active() {
             self.is_nowhere_else(&there).await.map_err(cannot_go_back)?;
         }
         let reverted = self.job.agents().revert_resize(dest, step, &proof).await;
         reverted.map(drop).map_err(patient)
+    }
+
+    /// A destination that is proven dead runs the guest no more, and is not asked.
+    async fn is_off_with(
+        &self,
+        dest: &HostName,
+        dead: String,
+        data: &mut Data,
+    ) -> Result<(), StepError> {
+        let alone = self.job.is_on_no_other_node(dest).await;
+        alone.map_err(cannot_go_back)?;
+        data.decide(Self::name(Step::RevertDestination), dead);
+        Ok(())
     }
 
     /// Makes sure that a guest which does not run on the destination was not moved on from
@@ -152,7 +172,13 @@ impl Revert {
             return Ok(());
         };
         // An agent that knows nothing of it stopped nothing that it could start again.
-        let there = self.job.look_at(self.dest()?).await?;
+        let dest = self.dest()?;
+        let there = match self.job.look_at(dest).await {
+            Ok(there) => there,
+            // It is off with its node, as it was.
+            Err(_) if self.job.is_dead(dest).await?.is_some() => return Ok(()),
+            Err(error) => return Err(error),
+        };
         match there.copy().known.under_way {
             false => Ok(()),
             true => Err(agent_error(error)),
@@ -165,7 +191,7 @@ impl Revert {
         }
         // It may have been asked for before, by a try that heard no answer: trouble with the
         // destination says nothing of that.
-        let dest = self.job.locate(self.dest()?).await;
+        let dest = self.job.presence_unless_dead(self.dest()?).await;
         let dest = dest.map_err(|error| lost(error.message))?;
         if let Some(why) = self.job.on_third_node(self.dest()?).await? {
             return Err(cannot_go_back(why));
@@ -173,7 +199,7 @@ impl Revert {
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
-            runs_nowhere_else: dest.presence == Presence::Absent,
+            runs_nowhere_else: dest == Presence::Absent,
             // The source may have forgotten that it had it shut down; only a guest that ran
             // has a downtime on its record.
             ran: self.job.migration.downtime_ms.is_some(),

@@ -473,8 +473,14 @@ impl Runner {
     /// The record cannot be read or written.
     pub async fn abort(&self, id: MigrationId) -> Result<Aborting, StoreError> {
         let (mut too_late, mut before) = (false, false);
+        let m = self.context.store.migration(id).await?;
+        let dest_is_off = match &m.dest_host {
+            Some(dest) if m.may_be_lost_with_dest() => self.is_off(dest).await?,
+            _ => false,
+        };
         let change = |m: &mut Migration| {
-            too_late = m.status.is_final() || m.past_return();
+            let may_go_back = dest_is_off && m.may_be_lost_with_dest();
+            too_late = m.status.is_final() || (m.past_return() && !may_go_back);
             before = m.abort_requested;
             m.abort_requested |= !too_late;
             !too_late && !before
@@ -599,14 +605,10 @@ impl Runner {
     }
 
     async fn both_up(&self, m: &Migration) -> Result<bool, StoreError> {
-        // The proof that a node is off stands for its answer.
-        let is_off = async |host| -> Result<bool, StoreError> {
-            Ok(proven_dead(&self.context, host).await?.is_some())
-        };
         let is_source_off = match m.way {
             // Of an evacuation the source is dead.
             Way::Evacuation(_) => true,
-            Way::Live(_) | Way::Cold(_) => is_off(&m.source_host).await?,
+            Way::Live(_) | Way::Cold(_) => self.is_off(&m.source_host).await?,
             Way::Transfer(_) => false,
         };
         if !is_source_off && !self.is_up(&m.source_host).await? {
@@ -615,8 +617,13 @@ impl Runner {
         let Some(dest) = &m.dest_host else {
             return Ok(true);
         };
-        let may_be_off = matches!(m.way, Way::Live(_));
-        Ok(self.is_up(dest).await? || (may_be_off && is_off(dest).await?))
+        let may_be_off = !matches!(m.way, Way::Transfer(_));
+        Ok(self.is_up(dest).await? || (may_be_off && self.is_off(dest).await?))
+    }
+
+    /// Whether a node is proven dead, which stands for its answer.
+    async fn is_off(&self, host: &HostName) -> Result<bool, StoreError> {
+        Ok(proven_dead(&self.context, host).await?.is_some())
     }
 
     /// Whether a node can be asked to do something.

@@ -2,7 +2,10 @@
 //! runs once: where it has arrived, or where it is evacuated to.
 
 use drover_compute::hypervisor::ColdDriver;
-use drover_model::migration::{ColdOptions, LiveOptions};
+use drover_model::{
+    api::conductor::{MigrationRef, method},
+    migration::{ColdOptions, LiveOptions},
+};
 
 use super::*;
 
@@ -143,6 +146,113 @@ async fn a_guest_that_runs_where_it_went_needs_no_word_of_its_source() {
     let m = cloud.until(m.uuid, "at rest", rests).await;
     assert_eq!(m.status, S::Finished, "{m:#?}");
     check(&cloud, &m, Some("kvm2"));
+}
+
+/// A guest that was moved to `kvm2` and started there, which nobody has heard when that
+/// node dies.
+async fn started_unheard(cloud: &mut Cloud, id: InstanceId) -> Migration {
+    let late = Effect::SlowAfter(Duration::from_secs(5));
+    cloud.fabric.on_call("kvm2", Call::Start, 1, late);
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    let fabric = cloud.fabric.clone();
+    eventually("it runs there", async || {
+        fabric.running_on(id).filter(|host| *host == name("kvm2"))
+    })
+    .await;
+    dies(cloud, "kvm2");
+    let stuck = |m: &Migration| m.status == S::Stuck;
+    cloud.until(m.uuid, "stuck", stuck).await
+}
+
+/// Its destination died when it may have run there: asked for, it goes back, once that
+/// node is proven dead. What came there stays, as the guest may have written to it.
+#[tokio::test(start_paused = true)]
+async fn a_guest_goes_back_whose_dead_destination_may_have_run_it() {
+    for is_shared in [true, false] {
+        let mut cloud = match is_shared {
+            true => cloud(1).await,
+            false => unshared(1).await,
+        };
+        let id = guest(&cloud).await;
+        let m = started_unheard(&mut cloud, id).await;
+        cloud.abort(m.uuid).await.expect_err("it may run there");
+        is_said_off(&cloud, "kvm2").await;
+        let proven = |m: &Migration| m.end_reason.is_none() && m.status == S::Stuck;
+        cloud.until(m.uuid, "waits for a word", proven).await;
+        check(&cloud, &m, None);
+        cloud.fabric.accept_older_disks(id);
+        cloud.abort(m.uuid).await.expect("it is taken");
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Cancelled, "{m:#?}");
+        check(&cloud, &m, Some("kvm1"));
+        assert!(cloud.store.claims().await.expect("readable").is_empty());
+        returns(&mut cloud, "kvm2").await;
+        eventually("nothing is put off any more", async || {
+            let m = cloud.store.migration(m.uuid).await.expect("on the record");
+            let done = "prepare was put off, and is done now";
+            m.warnings.iter().any(|w| w == done).then_some(())
+        })
+        .await;
+        check(&cloud, &m, Some("kvm1"));
+        let again = cloud.migrate(id, Some("kvm3"), LiveOptions::default());
+        let again = cloud.end(again.await.expect("it is accepted").uuid).await;
+        assert_eq!(again.status, S::Completed, "{again:#?}");
+        check(&cloud, &again, Some("kvm3"));
+    }
+}
+
+/// Nobody goes back on a guess, nor without being asked: the destination comes back.
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_destination_comes_back_has_moved() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let m = started_unheard(&mut cloud, id).await;
+    is_said_off(&cloud, "kvm2").await;
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    check(&cloud, &m, None);
+    returns(&mut cloud, "kvm2").await;
+    let m = cloud.until(m.uuid, "at rest", |m| m.status.rests()).await;
+    assert_eq!(m.status, S::Finished, "{m:#?}");
+    check(&cloud, &m, Some("kvm2"));
+}
+
+/// Its destination died after all had gone well: it is reverted without that node, which
+/// keeps what came there.
+#[tokio::test(start_paused = true)]
+async fn a_guest_is_reverted_without_its_dead_destination() {
+    for is_shared in [true, false] {
+        let mut cloud = match is_shared {
+            true => cloud(1).await,
+            false => unshared(1).await,
+        };
+        let id = guest(&cloud).await;
+        let way = Way::Cold(ColdOptions::default());
+        let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+        let m = m.expect("it is accepted");
+        let m = cloud.until(m.uuid, "at rest", |m| m.status.rests()).await;
+        assert_eq!(m.status, S::Finished, "{m:#?}");
+        dies(&mut cloud, "kvm2");
+        is_said_off(&cloud, "kvm2").await;
+        cloud.fabric.accept_older_disks(id);
+        let asked = MigrationRef {
+            migration: m.uuid.to_string(),
+        };
+        let answer = cloud.call(method::REVERT_MIGRATION, &asked).await;
+        let _: Migration = answer.expect("it is taken");
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Reverted, "{m:#?}");
+        check(&cloud, &m, Some("kvm1"));
+        returns(&mut cloud, "kvm2").await;
+        eventually("nothing is put off any more", async || {
+            let m = cloud.store.migration(m.uuid).await.expect("on the record");
+            let done = "revert_tidy was put off, and is done now";
+            m.warnings.iter().any(|w| w == done).then_some(())
+        })
+        .await;
+        check(&cloud, &m, Some("kvm1"));
+    }
 }
 
 /// Both of its nodes die, and stay away: when both are proven off the migration ends, and

@@ -208,19 +208,21 @@ impl Actor {
         };
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
-        let here = hypervisor.guest(step.instance).await.map_err(fault)?;
-        match here.map(|guest| guest.generation) {
+        let proof = match presence {
             // Nothing is taken back of what is not there, though it ran.
-            None if presence == Presence::Absent => {}
-            None => drop(NeverRan::of(&record, presence)?),
-            Some(generation) if generation == record.generation => {
-                let proof = NeverRan::of(&record, presence)?;
-                let withdrawn = destroy::withdraw(&self.node, step.instance, &proof).await;
+            Presence::Absent => None,
+            _ => Some(NeverRan::of(&record, presence)?),
+        };
+        let here = hypervisor.guest(step.instance).await.map_err(fault)?;
+        match (here.map(|guest| guest.generation), &proof) {
+            (None, _) => {}
+            (Some(generation), Some(proof)) if generation == record.generation => {
+                let withdrawn = destroy::withdraw(&self.node, step.instance, proof).await;
                 withdrawn.map_err(fault)?;
                 info!(migration = %self.migration, instance = %step.instance,
                     "took back the definition that was made for the guest");
             }
-            Some(generation) => warn!(migration = %self.migration, instance = %step.instance,
+            (Some(generation), _) => warn!(migration = %self.migration, instance = %step.instance,
                 generation, "a domain of the instance is here that this migration did not \
                  define: left alone"),
         }

@@ -15,6 +15,11 @@ use super::{
     plan::{Ask, Event, Fence, Plan},
 };
 
+/// What a migration says whose source lost its journal.
+const LEFT_AT_SOURCE: &str = "knows nothing of it any more";
+/// What one says that went back from a destination which may have run the guest.
+const LEFT_AT_DEST: &str = "what came there is not removed";
+
 /// Whoever checks.
 pub(super) struct Ledger {
     /// The truth.
@@ -54,7 +59,7 @@ impl Ledger {
             let number = self.number(*id);
             left.extend(self.record_of(*id, plan, number).await);
         }
-        if !plan.may_leave_things() {
+        if !plan.may_leave_things() && !self.says(None, LEFT_AT_DEST).await {
             left.extend(self.left_behind().await);
         }
         left
@@ -144,17 +149,16 @@ impl Ledger {
         })
     }
 
-    /// Whether a migration says that its source has the guest's definition still.
+    /// Whether a migration says that a node has the guest's definition still.
     async fn says_what_is_left(&self, id: InstanceId) -> bool {
-        let all = ListMigrations::default();
-        let migrations = self.store.migrations(&all, None).await;
+        self.says(Some(id), LEFT_AT_SOURCE).await || self.says(Some(id), LEFT_AT_DEST).await
+    }
+
+    async fn says(&self, of: Option<InstanceId>, words: &str) -> bool {
+        let migrations = self.store.migrations(&ListMigrations::default(), of).await;
         let migrations = migrations.expect("readable");
-        let mut of_it = migrations.iter().filter(|m| m.instance_uuid == id);
-        of_it.any(|m| {
-            m.warnings
-                .iter()
-                .any(|w| w.contains("knows nothing of it any more"))
-        })
+        let mut warnings = migrations.iter().flat_map(|m| &m.warnings);
+        warnings.any(|warning| warning.contains(words))
     }
 
     /// What must hold when all has come to rest: each guest is whole somewhere, and

@@ -59,8 +59,10 @@ impl Operator {
         self.client.call(&target, &context, method, args).await
     }
 
-    async fn tell<A: Serialize + Sync>(&self, method: &str, args: &A) {
+    /// Says whether it is taken.
+    async fn tell<A: Serialize + Sync>(&self, method: &str, args: &A) -> bool {
         let answer = self.call::<A, Value>(method, args).await;
+        let is_taken = answer.is_ok();
         match answer {
             Ok(_) => self.trace.note("operator", format_args!("{method}: taken")),
             Err(error) => {
@@ -69,6 +71,7 @@ impl Operator {
                     .note("operator", format_args!("{method}: {text}"));
             }
         }
+        is_taken
     }
 
     /// The newest migration of a guest.
@@ -87,6 +90,20 @@ impl Operator {
         if let Some(m) = self.newest(id).await {
             let migration = m.uuid.to_string();
             self.tell(what, &MigrationRef { migration }).await;
+        }
+    }
+
+    /// Taken of a guest that its dead destination may have run, it goes back without what
+    /// it wrote there.
+    async fn abort(&self, id: InstanceId) {
+        let Some(m) = self.newest(id).await else {
+            return;
+        };
+        let migration = m.uuid.to_string();
+        let which = MigrationRef { migration };
+        let is_taken = self.tell(method::ABORT_MIGRATION, &which).await;
+        if is_taken && m.may_be_lost_with_dest() {
+            self.fabric.accept_older_disks(id);
         }
     }
 
@@ -169,11 +186,7 @@ pub(super) async fn asked(
             };
             operator.tell(method::TRANSFER_INSTANCE, &ask).await;
         }
-        Ask::Abort { guest } => {
-            operator
-                .of_newest(guests[guest], method::ABORT_MIGRATION)
-                .await
-        }
+        Ask::Abort { guest } => operator.abort(guests[guest]).await,
         Ask::ForceComplete { guest } => {
             let what = method::FORCE_COMPLETE_MIGRATION;
             operator.of_newest(guests[guest], what).await;

@@ -167,7 +167,8 @@ impl Redundant {
     }
 }
 
-/// A revert was asked for, and what it goes back to was seen whole, aside.
+/// A revert was asked for, and what it goes back to was seen whole: aside, or in its
+/// place again, if the guest is off here.
 pub(crate) struct Reverting(());
 
 impl Reverting {
@@ -179,11 +180,13 @@ impl Reverting {
         survivor: Option<&Survivor>,
         own: &HostName,
         record: &ComingRecord,
+        here: Presence,
     ) -> std::result::Result<Self, Fault> {
         let files = lasting_files(record);
         let proof = Redundant::by(survivor, own, 0, files)?;
         let kept = survivor.is_some_and(|survivor| survivor.copy.is_kept_aside());
-        match kept {
+        let is_off = matches!(here, Presence::Present(state) if !state.is_active());
+        match kept || is_off {
             true => Ok(Self(())),
             false => Err(Fault::refused(format!(
                 "{} keeps nothing aside to go back to: the guest is not stopped",

@@ -9,6 +9,7 @@ use drover_model::{
         },
         fault::Fault,
     },
+    error::ErrorClass,
     guest::{Disk, Guest, PowerState, Presence},
 };
 use tracing::{info, warn};
@@ -296,7 +297,7 @@ impl Actor {
     ) -> Result<CleanUp, Fault> {
         let step = self.step(ask.instance);
         let Some(record) = self.ended(step).await? else {
-            return self.remembered().await;
+            return self.post_unknown(&ask).await;
         };
         let presence = self.node.hypervisor.presence(step.instance).await;
         let presence = presence.map_err(fault)?;
@@ -332,6 +333,32 @@ impl Actor {
         }
         self.remove_marks().await;
         self.finish_source(step, how, &record, clean_up).await
+    }
+
+    /// Nothing is known here of the migration any more, or it was done with before. What
+    /// libvirt left of a guest that runs where it moved to, it says itself.
+    async fn post_unknown(&self, ask: &PostLiveMigration) -> Result<CleanUp, Fault> {
+        let remembered = self.remembered().await?;
+        let hypervisor = &self.node.hypervisor;
+        let here = hypervisor.guest(ask.instance).await.map_err(fault)?;
+        let Some(here) = here.filter(|guest| guest.power_state == PowerState::Paused) else {
+            return Ok(remembered);
+        };
+        let (survivor, own) = (ask.survivor.as_ref(), &self.node.settings.host);
+        let Ok(proof) = Redundant::by(survivor, own, here.generation, []) else {
+            return Ok(remembered);
+        };
+        if proof.runs() {
+            match destroy::discard_outgoing(&self.node, ask.instance, &proof).await {
+                Ok(()) => {}
+                Err(error) if error.class() == ErrorClass::Refused => {
+                    warn!(migration = %self.migration, instance = %ask.instance, %error,
+                        "a guest that runs elsewhere is paused here: left alone");
+                }
+                Err(error) => return Err(fault(error)),
+            }
+        }
+        Ok(remembered)
     }
 
     /// What libvirt left of the domain.

@@ -61,6 +61,8 @@ pub struct Data {
     pub handed_over: bool,
     /// Whether somebody has brought it back by hand, so that nothing is done to it (revert).
     pub taken_back: bool,
+    /// Whether its destination was dead, so that it has the guest still (revert).
+    pub without_dest: bool,
     /// What changes about a guest that changes hands.
     pub transfer: Option<TransferPlan>,
     /// Generation that it has from now on (evacuation).

@@ -428,6 +428,9 @@ impl LiveMigrate {
         if let Some(outcome) = self.outcome().await? {
             return Ok(outcome);
         }
+        if let Some(outcome) = self.handed_over(chosen).await? {
+            return Ok(outcome);
+        }
         let mut ask = LiveMigration {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
@@ -480,6 +483,16 @@ impl LiveMigrate {
                 }
             }
         }
+    }
+
+    /// A destination that has the guest got it by an earlier try, which its source may
+    /// have forgotten: nothing is sent over it.
+    async fn handed_over(&self, chosen: &Chosen) -> Result<Option<Outcome>, StepError> {
+        let there = self.job.locate(&chosen.host).await;
+        let there = there.map_err(|error| lost(error.to_string()))?;
+        let message = format!("{} has the guest: {}", chosen.host, there.presence);
+        let has_it = matches!(there.presence, Presence::Present(_));
+        Ok(has_it.then_some(Outcome::Failed { message }))
     }
 
     /// libvirt sends the guest and it is arriving, and the source's agent knows nothing
@@ -639,11 +652,11 @@ impl LiveMigrate {
                 ran_there: false,
             };
         }
-        // In post-copy it runs there before all of it has come: one that is defined where
-        // it was absent ran, though an agent that died with its node has not seen it.
+        // libvirt defines it where it was absent only when it hands it over: it ran there,
+        // though an agent that died with its node has not seen it.
         let arrived = |seen: proof::Seen| {
             let known = seen.copy().known;
-            known.ran_here || (self.options.post_copy && known.under_way && seen.is_present())
+            known.ran_here || (known.under_way && seen.is_present())
         };
         let seen = self.job.look_at(&chosen.host).await;
         ToldBy {

@@ -8,6 +8,7 @@
 //! | what a cold migration made at its destination | the guest never ran there; it is whole on its source, or kept aside there whole |
 //! | a guest that is reverted | all that it goes back to lies aside on the source, and nothing is in its place there |
 //! | the files of a guest that was reverted | it is whole on the source, defined or active |
+//! | a guest that was reverted while its destination was dead | the same, and it is off there as it died |
 //! | what a source keeps aside | it is whole on the destination, or where it has moved since |
 //! | what an evacuation defined | it was never started there |
 //!
@@ -224,6 +225,14 @@ pub fn reverted(stays: &Seen, dest: &Seen) -> TakeBack {
         true => TakeBack::Redundant(Box::new(Redundant::by(stays, false))),
         false => TakeBack::Unproven(unproven(stays, dest)),
     }
+}
+
+/// A guest that was reverted while its destination was dead, and is off there as it
+/// died; none if it is anything else.
+pub fn reverted_before(stays: &Seen, dest: &Seen) -> Option<Redundant> {
+    let is_off = dest.is_present() && !dest.is_active() && dest.copy.known.under_way;
+    let may_go = is_other(stays, dest) && stays.copy.is_whole() && !stays.copy.migrating;
+    (is_off && may_go).then(|| Redundant::by(stays, false))
 }
 
 /// What a source keeps aside; `moved_on` if the guest has been moved since.

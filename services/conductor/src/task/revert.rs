@@ -101,6 +101,7 @@ impl Revert {
     ) -> Result<(), StepError> {
         let alone = self.job.is_on_no_other_node(dest).await;
         alone.map_err(cannot_go_back)?;
+        data.without_dest = true;
         data.decide(Self::name(Step::RevertDestination), dead);
         Ok(())
     }
@@ -345,8 +346,15 @@ impl Revert {
             return self.job.note_kept(kept).await;
         }
         let stays = self.job.look_for_it(self.job.source(), dest_host).await?;
-        let dest = self.job.look_at(dest_host).await?;
+        let mut dest = self.job.look_at(dest_host).await?;
         let agents = self.job.agents();
+        if data.without_dest
+            && let Some(proof) = proof::reverted_before(&stays, &dest)
+        {
+            let reverted = agents.revert_resize(dest_host, step, &proof).await;
+            reverted.map_err(agent_error)?;
+            dest = self.job.look_at(dest_host).await?;
+        }
         match proof::reverted(&stays, &dest) {
             TakeBack::Redundant(proof) => {
                 let tidied = agents.rollback_resize(dest_host, step, &proof).await;

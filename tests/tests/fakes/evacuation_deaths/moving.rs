@@ -219,7 +219,7 @@ async fn a_guest_whose_destination_comes_back_has_moved() {
 }
 
 /// Its destination died after all had gone well: it is reverted without that node, which
-/// keeps what came there.
+/// is tidied when it is back.
 #[tokio::test(start_paused = true)]
 async fn a_guest_is_reverted_without_its_dead_destination() {
     for is_shared in [true, false] {
@@ -251,6 +251,8 @@ async fn a_guest_is_reverted_without_its_dead_destination() {
             m.warnings.iter().any(|w| w == done).then_some(())
         })
         .await;
+        assert!(cloud.fabric.guest("kvm2", id).is_none());
+        assert_eq!(cloud.fabric.leftovers(), Vec::<String>::new());
         check(&cloud, &m, Some("kvm1"));
     }
 }

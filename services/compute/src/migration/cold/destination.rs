@@ -497,9 +497,9 @@ impl Actor {
     ) -> Result<GuestLocation, Fault> {
         let mut record = self.coming(ask.instance)?.clone();
         let own = &self.node.settings.host;
-        let proof = Reverting::to(ask.survivor.as_ref(), own, &record)?;
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(ask.instance).await.map_err(fault)?;
+        let proof = Reverting::to(ask.survivor.as_ref(), own, &record, presence)?;
         if record.reverted.is_none() {
             record.reverted = Some(presence.is_active());
             record.ran_here |= presence.is_active();

@@ -1,9 +1,13 @@
 //! A node that dies while a guest leaves it live. The migration ends, and the guest
 //! runs once: where it has arrived, or where it is evacuated to.
 
-use drover_compute::hypervisor::ColdDriver;
+use drover_compute::hypervisor::{
+    ColdDriver,
+    fake::script::{At, End, Fault},
+};
 use drover_model::{
     api::conductor::{MigrationRef, method},
+    guest::{PowerState, Presence},
     migration::{ColdOptions, LiveOptions},
 };
 
@@ -51,6 +55,63 @@ async fn a_guest_that_arrived_unheard_has_moved() {
     check(&cloud, &m, Some("kvm2"));
     let row = cloud.store.find_instance(&id.to_string()).await;
     assert_eq!(row.expect("on the record").host, name("kvm2"));
+}
+
+/// Its destination loses its power right when it has taken the guest: the guest has moved,
+/// and is off there. A source whose agent has lost its journal sends its old copy over
+/// nothing.
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_destination_died_at_the_hand_over_has_moved() {
+    for journal_is_lost in [false, true] {
+        let mut cloud = cloud(1).await;
+        let (id, m) = leaving(&cloud).await;
+        let power_off = Fault::PowerOff(End::Destination);
+        cloud.fabric.on_migration(id, At::Finish, power_off);
+        let fabric = cloud.fabric.clone();
+        eventually("the hand-over", async || {
+            let paused = (name("kvm1"), Presence::Present(PowerState::Paused));
+            let stands = fabric.whereabouts(id).contains(&paused);
+            (stands && fabric.running_on(id).is_none()).then_some(())
+        })
+        .await;
+        cloud.kill_agent("kvm2");
+        if journal_is_lost {
+            cloud.kill_agent("kvm1");
+            cloud.lose_state("kvm1");
+            cloud.start_agent("kvm1").await;
+        }
+        silence().await;
+        returns(&mut cloud, "kvm2").await;
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Completed, "{m:#?}");
+        check(&cloud, &m, None);
+        assert_eq!(cloud.fabric.lost_bytes(), Vec::<String>::new());
+        let row = cloud.store.find_instance(&id.to_string()).await;
+        assert_eq!(row.expect("on the record").host, name("kvm2"));
+    }
+}
+
+/// libvirt left a paused copy of the guest where it was, and the agent there has lost its
+/// journal: the copy goes by libvirt's own word, as the guest runs where it moved to.
+#[tokio::test(start_paused = true)]
+async fn an_old_copy_goes_without_its_journal() {
+    let mut cloud = cloud(1).await;
+    let (id, m) = leaving(&cloud).await;
+    cloud
+        .fabric
+        .on_migration(id, At::SwitchOver, Fault::LeaveStaleCopy);
+    let fabric = cloud.fabric.clone();
+    eventually("the hand-over", async || {
+        fabric.running_on(id).filter(|host| *host == name("kvm2"))
+    })
+    .await;
+    cloud.kill_agent("kvm1");
+    cloud.lose_state("kvm1");
+    cloud.start_agent("kvm1").await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Completed, "{m:#?}");
+    check(&cloud, &m, Some("kvm2"));
+    assert!(cloud.fabric.guest("kvm1", id).is_none());
 }
 
 /// It has not arrived, and its node will never say so: the migration ends, and the

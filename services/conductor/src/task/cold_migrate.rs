@@ -460,13 +460,23 @@ impl ColdMigrate {
     // ---- undoing
 
     /// The destination has no definition of it any more. One that is proven dead runs
-    /// nothing, and is tidied when it is up again.
+    /// nothing, and is tidied when it is up again. If it is up again by now, and had
+    /// started the guest before it died, the word that was given holds.
     async fn undo_finish(&self, data: &Data) -> Result<(), StepError> {
         let dest = &data.chosen()?.host;
-        match self.job.is_dead(dest).await? {
-            Some(_) => Ok(()),
-            None => self.take_back_or_lose(dest, data).await,
+        if self.job.is_dead(dest).await?.is_some() {
+            return Ok(());
         }
+        match self.take_back(dest, data).await? {
+            Taken::All => Ok(()),
+            Taken::Nothing { ever: true, .. } if self.is_off_there(dest).await? => Ok(()),
+            Taken::Nothing { why, .. } => Err(lost(why)),
+        }
+    }
+
+    async fn is_off_there(&self, dest: &HostName) -> Result<bool, StepError> {
+        let there = self.job.locate(dest).await?.presence;
+        Ok(!there.is_active() && there != Presence::Incoming)
     }
 
     async fn undo_prepare(&self, data: &Data) -> Result<(), StepError> {
@@ -477,7 +487,7 @@ impl ColdMigrate {
         if data.handed_over {
             return match self.job.is_dead(&chosen.host).await? {
                 Some(dead) => self.job.put_off(&chosen.host, step, &dead).await,
-                None => self.take_back_or_lose(&chosen.host, data).await,
+                None => self.take_back_late(&chosen.host, data).await,
             };
         }
         match self.take_back(&chosen.host, data).await {
@@ -521,14 +531,8 @@ impl ColdMigrate {
         }
     }
 
-    async fn take_back_or_lose(&self, dest_host: &HostName, data: &Data) -> Result<(), StepError> {
-        match self.take_back(dest_host, data).await? {
-            Taken::All => Ok(()),
-            Taken::Nothing { why, .. } => Err(lost(why)),
-        }
-    }
-
-    /// The same, long after. What came is the guest's for good where it is, or ran.
+    /// Takes it back once the guest is where it stays. What came is the guest's for good
+    /// where it is too, or ran.
     async fn take_back_late(&self, dest_host: &HostName, data: &Data) -> Result<(), StepError> {
         match self.take_back(dest_host, data).await? {
             Taken::All => Ok(()),
@@ -571,8 +575,8 @@ impl ColdMigrate {
             _ if is_elsewhere => false,
             false => true,
             true => {
-                let dest = self.job.presence_unless_dead(&chosen.host).await?;
-                !dest.is_active() && dest != Presence::Incoming
+                let dest = &chosen.host;
+                self.job.is_dead(dest).await?.is_some() || self.is_off_there(dest).await?
             }
         };
         let here = self.job.look_at(self.job.source()).await?;

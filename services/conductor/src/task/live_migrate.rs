@@ -489,10 +489,21 @@ impl LiveMigrate {
     /// have forgotten: nothing is sent over it.
     async fn handed_over(&self, chosen: &Chosen) -> Result<Option<Outcome>, StepError> {
         let there = self.job.locate(&chosen.host).await;
-        let there = there.map_err(|error| lost(error.to_string()))?;
-        let message = format!("{} has the guest: {}", chosen.host, there.presence);
-        let has_it = matches!(there.presence, Presence::Present(_));
-        Ok(has_it.then_some(Outcome::Failed { message }))
+        let has_it = |there: &GuestLocation| matches!(there.presence, Presence::Present(_));
+        if there.as_ref().is_ok_and(|there| !has_it(there)) {
+            return Ok(None);
+        }
+        let job = self.job.agents().job(self.job.source(), self.job.step());
+        match (job.await, there) {
+            (Ok(JobState::Ended { outcome, .. }), _) => Ok(Some(outcome)),
+            (Ok(JobState::Running { .. }), _) => Ok(None),
+            (Ok(JobState::Unknown), Ok(there)) => {
+                let message = format!("{} has the guest: {}", chosen.host, there.presence);
+                Ok(Some(Outcome::Failed { message }))
+            }
+            (Ok(JobState::Unknown), Err(error)) => Err(lost(error.message)),
+            (Err(error), _) => Err(lost(error.message)),
+        }
     }
 
     /// libvirt sends the guest and it is arriving, and the source's agent knows nothing
@@ -653,10 +664,12 @@ impl LiveMigrate {
             };
         }
         // libvirt defines it where it was absent only when it hands it over: it ran there,
-        // though an agent that died with its node has not seen it.
+        // though an agent that died with its node has not seen it. One that was paused
+        // before does not run there, and is paused where it failed.
+        let ran = chosen.guest.power_state == PowerState::Running;
         let arrived = |seen: proof::Seen| {
             let known = seen.copy().known;
-            known.ran_here || (known.under_way && seen.is_present())
+            known.ran_here || (ran && known.under_way && seen.is_present())
         };
         let seen = self.job.look_at(&chosen.host).await;
         ToldBy {

@@ -34,13 +34,14 @@ use drover_model::{
     ids::HostName,
     migration::{ColdOptions, EndReason, Migration, MigrationStatus as S, Phase},
 };
-use drover_saga::{Saga, StepError};
+use drover_saga::{Event, Saga, StepError};
 use drover_store::claims::Resources;
 
 use super::{
     job::{ASK_AFTER, Data, Job, agent_error, ended, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
+    runner::key_of,
 };
 use crate::survey::Chosen;
 
@@ -469,9 +470,27 @@ impl ColdMigrate {
         }
         match self.take_back(dest, data).await? {
             Taken::All => Ok(()),
-            Taken::Nothing { ever: true, .. } if self.is_off_there(dest).await? => Ok(()),
-            Taken::Nothing { why, .. } => Err(lost(why)),
+            Taken::Nothing { why, .. } => {
+                match self.was_given_up().await? && self.is_off_there(dest).await? {
+                    true => Ok(()),
+                    false => Err(lost(why)),
+                }
+            }
         }
+    }
+
+    /// Whether the last step ended by [`Self::died_with_it`]: nothing else aborts it.
+    async fn was_given_up(&self) -> Result<bool, StepError> {
+        let key = key_of(&self.job.migration);
+        let events = self.job.store().saga_events(&key).await;
+        let events = events.map_err(|e| super::job::store_error(&e))?;
+        let aborted = ended(EndReason::Aborted);
+        Ok(events.iter().any(|event| match event {
+            Event::Failed { step, error } => {
+                *step == Self::name(Step::Finish) && error.detail == aborted.detail
+            }
+            _ => false,
+        }))
     }
 
     async fn is_off_there(&self, dest: &HostName) -> Result<bool, StepError> {

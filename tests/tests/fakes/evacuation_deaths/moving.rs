@@ -264,6 +264,28 @@ async fn a_guest_goes_back_whose_dead_destination_may_have_run_it() {
     }
 }
 
+/// It is back before all is undone: the word that was given holds.
+#[tokio::test(start_paused = true)]
+async fn a_guest_goes_back_though_its_destination_returns_midway() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let m = started_unheard(&mut cloud, id).await;
+    is_said_off(&cloud, "kvm2").await;
+    cloud.kill_agent("kvm1");
+    cloud.abort(m.uuid).await.expect("it is taken");
+    silence().await;
+    returns(&mut cloud, "kvm2").await;
+    silence().await;
+    check(&cloud, &m, None);
+    cloud.start_agent("kvm1").await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Cancelled, "{m:#?}");
+    check(&cloud, &m, Some("kvm1"));
+    let stays = |w: &String| w.contains("what came there is not removed");
+    assert!(m.warnings.iter().any(stays), "{m:#?}");
+    assert!(cloud.store.claims().await.expect("readable").is_empty());
+}
+
 /// Nobody goes back on a guess, nor without being asked: the destination comes back.
 #[tokio::test(start_paused = true)]
 async fn a_guest_whose_destination_comes_back_has_moved() {

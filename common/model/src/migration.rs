@@ -496,6 +496,10 @@ pub struct Migration {
     pub operation: Option<OperationId>,
     /// Whether an abort was asked for.
     pub abort_requested: bool,
+    /// Whether that was a person's word that the guest goes back although its dead
+    /// destination may have run it (cold).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub given_up: bool,
     /// Whether a force-complete was asked for.
     pub force_complete_requested: bool,
     /// What was decided on after it had finished (cold only).
@@ -565,6 +569,7 @@ impl Migration {
             consent: None,
             operation: None,
             abort_requested: false,
+            given_up: false,
             force_complete_requested: false,
             ending: None,
             ending_attempt: 0,

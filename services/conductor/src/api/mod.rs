@@ -239,7 +239,7 @@ impl DroverEndpoint {
     /// twice it is one abort.
     pub(crate) async fn abort(&self, ask: &MigrationRef) -> Result<Migration, RemoteFailure> {
         let found = self.find(ask).await?;
-        let aborted = self.runner.abort(found.uuid).await;
+        let aborted = self.runner.abort_by_word(found.uuid).await;
         match aborted.map_err(|e| store_failure(&e))? {
             Aborting::Asked(migration) => {
                 self.tell(&migration, abort_event(&migration.way)).await;

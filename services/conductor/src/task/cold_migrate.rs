@@ -34,14 +34,13 @@ use drover_model::{
     ids::HostName,
     migration::{ColdOptions, EndReason, Migration, MigrationStatus as S, Phase},
 };
-use drover_saga::{Event, Saga, StepError};
+use drover_saga::{Saga, StepError};
 use drover_store::claims::Resources;
 
 use super::{
     job::{ASK_AFTER, Data, Job, agent_error, ended, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
-    runner::key_of,
 };
 use crate::survey::Chosen;
 
@@ -110,7 +109,8 @@ impl Saga for ColdMigrate {
             Step::Stop => self.stop(data).await,
             Step::Copy => self.work(ColdPart::Copy, data).await,
             Step::SetAside => self.set_aside(data).await,
-            Step::Finish => self.finish(data).await,
+            // Trouble with the record says nothing of the guest.
+            Step::Finish => self.finish(data).await.map_err(in_doubt),
             Step::Settle => self.settle(data).await,
         }
     }
@@ -338,7 +338,8 @@ impl ColdMigrate {
     async fn finish(&self, data: &mut Data) -> Result<(), StepError> {
         let chosen = data.chosen()?.clone();
         let start = was_running(&chosen);
-        if let Some(dead) = self.job.is_dead(&chosen.host).await? {
+        let dead = self.job.is_dead(&chosen.host).await;
+        if let Some(dead) = dead.map_err(|error| lost(error.message))? {
             return Err(self.died_with_it(dead).await?);
         }
         self.is_gone_from_source(&chosen.host).await?;
@@ -391,11 +392,7 @@ impl ColdMigrate {
     /// A destination that died may have started the guest, which may have written what
     /// its source has not: only people can say that it goes back without that.
     async fn died_with_it(&self, dead: String) -> Result<StepError, StepError> {
-        let record = self.job.record().await;
-        if record
-            .map_err(|e| super::job::store_error(&e))?
-            .abort_requested
-        {
+        if self.was_given_up().await? {
             return Ok(ended(EndReason::Aborted));
         }
         let (source, id) = (self.job.source(), self.job.migration.id);
@@ -479,18 +476,9 @@ impl ColdMigrate {
         }
     }
 
-    /// Whether the last step ended by [`Self::died_with_it`]: nothing else aborts it.
     async fn was_given_up(&self) -> Result<bool, StepError> {
-        let key = key_of(&self.job.migration);
-        let events = self.job.store().saga_events(&key).await;
-        let events = events.map_err(|e| super::job::store_error(&e))?;
-        let aborted = ended(EndReason::Aborted);
-        Ok(events.iter().any(|event| match event {
-            Event::Failed { step, error } => {
-                *step == Self::name(Step::Finish) && error.detail == aborted.detail
-            }
-            _ => false,
-        }))
+        let record = self.job.record().await;
+        Ok(record.map_err(|e| super::job::store_error(&e))?.given_up)
     }
 
     async fn is_off_there(&self, dest: &HostName) -> Result<bool, StepError> {
@@ -504,9 +492,12 @@ impl ColdMigrate {
         };
         let step = Self::name(Step::Prepare);
         if data.handed_over {
-            return match self.job.is_dead(&chosen.host).await? {
-                Some(dead) => self.job.put_off(&chosen.host, step, &dead).await,
-                None => self.take_back_late(&chosen.host, data).await,
+            // The guest is on its source by now, and waits for nothing that is left here.
+            return match self.take_back_late(&chosen.host, data).await {
+                Err(error) if error.class != ErrorClass::Fenced => {
+                    self.job.put_off(&chosen.host, step, &error.message).await
+                }
+                taken_back => taken_back,
             };
         }
         match self.take_back(&chosen.host, data).await {
@@ -598,13 +589,17 @@ impl ColdMigrate {
                 self.job.is_dead(dest).await?.is_some() || self.is_off_there(dest).await?
             }
         };
+        let dest_may = match data.handed_over {
+            true => DestMay::HaveItOff,
+            false => DestMay::LackIt,
+        };
         let here = self.job.look_at(self.job.source()).await?;
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
             runs_nowhere_else,
             ran: was_stopped && was_running(chosen),
-            memory: self.memory(&here, data, DestMay::LackIt).await?,
+            memory: self.memory(&here, data, dest_may).await?,
             is_elsewhere,
         };
         let restored = self

@@ -91,7 +91,8 @@ impl Saga for Evacuate {
         match step {
             Step::Place => self.place(data).await,
             Step::Prepare => self.prepare(data).await,
-            Step::Start => self.start(data).await,
+            // Trouble with the record says nothing of the guest.
+            Step::Start => self.start(data).await.map_err(in_doubt),
             Step::Settle => self.settle(data).await,
         }
     }
@@ -304,9 +305,24 @@ impl Evacuate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        let taken_back = self.take_back(&chosen.host).await;
+        let taken_back = self.take_back_or_leave(&chosen.host).await;
         let step = Self::name(Step::Prepare);
         self.job.or_put_off(&chosen.host, step, taken_back).await
+    }
+
+    /// A guest that was started there, and is off again, stays: nothing of it is lost by
+    /// that, and the next generation is above its own.
+    async fn take_back_or_leave(&self, host: &HostName) -> Result<(), StepError> {
+        let Err(error) = self.take_back(host).await else {
+            return Ok(());
+        };
+        let there = self.job.look_at(host).await?;
+        if !there.is_present() || there.is_active() || !there.copy().known.ran_here {
+            return Err(error);
+        }
+        let mut left = self.forget(host).await?;
+        left.push(error.message);
+        self.job.note_kept(left).await
     }
 
     /// Takes the definition back where the guest was never started.
@@ -382,7 +398,8 @@ impl Evacuate {
             Ok(located) => return Ok(located.presence),
             Err(error) => error,
         };
-        Err(match self.job.is_dead(host).await? {
+        let dead = self.job.is_dead(host).await;
+        Err(match dead.map_err(|error| lost(error.message))? {
             Some(dead) => failed(format!("{dead}: it does not run there")),
             None => lost(format!("whether it runs on {host}: {error}")),
         })
@@ -433,13 +450,20 @@ impl Evacuate {
         data: &Data,
     ) -> Result<(), StepError> {
         if step == Self::name(Step::Prepare) {
-            return self.take_back(host).await;
+            return self.take_back_or_leave(host).await;
         }
         let (m, now_ms) = (&self.job.migration, self.now_ms());
         let store = self.job.store();
         let settled = store.rebuilt_late(m, host, data.generation, now_ms).await;
         settled.map_err(|e| store_error(&e))?;
         self.forget(host).await.map(drop)
+    }
+}
+
+fn in_doubt(error: StepError) -> StepError {
+    match error.class {
+        ErrorClass::Retryable => lost(error.message),
+        _ => error,
     }
 }
 

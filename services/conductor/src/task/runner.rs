@@ -472,17 +472,31 @@ impl Runner {
     /// # Errors
     /// The record cannot be read or written.
     pub async fn abort(&self, id: MigrationId) -> Result<Aborting, StoreError> {
-        let (mut too_late, mut before) = (false, false);
+        self.abort_at(id, false).await
+    }
+
+    /// The same by a person's word, who may have a guest back that its dead destination
+    /// may have run.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    pub async fn abort_by_word(&self, id: MigrationId) -> Result<Aborting, StoreError> {
         let m = self.context.store.migration(id).await?;
         let dest_is_off = match &m.dest_host {
             Some(dest) if m.may_be_lost_with_dest() => self.is_off(dest).await?,
             _ => false,
         };
+        self.abort_at(id, dest_is_off).await
+    }
+
+    async fn abort_at(&self, id: MigrationId, dest_is_off: bool) -> Result<Aborting, StoreError> {
+        let (mut too_late, mut before) = (false, false);
         let change = |m: &mut Migration| {
-            let may_go_back = dest_is_off && m.may_be_lost_with_dest();
-            too_late = m.status.is_final() || (m.past_return() && !may_go_back);
-            before = m.abort_requested;
+            let gives_up = dest_is_off && m.may_be_lost_with_dest();
+            too_late = m.status.is_final() || (m.past_return() && !gives_up);
+            before = m.abort_requested && m.given_up >= gives_up;
             m.abort_requested |= !too_late;
+            m.given_up |= gives_up && !too_late;
             !too_late && !before
         };
         let migration = self.context.store.update_migration(id, change).await?;
@@ -617,7 +631,9 @@ impl Runner {
         let Some(dest) = &m.dest_host else {
             return Ok(true);
         };
-        let may_be_off = !matches!(m.way, Way::Transfer(_));
+        // Of a guest that it may have run people have to say what becomes of it.
+        let waits_for_word = m.may_be_lost_with_dest() && !m.given_up;
+        let may_be_off = !matches!(m.way, Way::Transfer(_)) && !waits_for_word;
         Ok(self.is_up(dest).await? || (may_be_off && self.is_off(dest).await?))
     }
 

@@ -467,7 +467,7 @@ impl Actor {
             return self.remembered().await;
         }
         let has_left = presence == Presence::Absent
-            && matches!(&self.stage, Stage::Coming(record) if record.arrived);
+            && matches!(&self.stage, Stage::Coming(record) if record.arrived || record.ran_here);
         if !matches!(presence, Presence::Present(_)) && !has_left {
             let message = format!("the guest is not on this node ({presence})");
             return Err(Fault::refused(message));

@@ -342,6 +342,7 @@ impl ColdMigrate {
         if let Some(dead) = dead.map_err(|error| lost(error.message))? {
             return Err(self.died_with_it(dead).await?);
         }
+        self.take_back_word().await?;
         self.is_gone_from_source(&chosen.host).await?;
         if let Some(message) = self.job.on_third_node(&chosen.host).await? {
             let there = self.job.locate(&chosen.host).await.map_err(in_doubt)?;
@@ -387,6 +388,17 @@ impl ColdMigrate {
         let now_ms = self.job.context.clock.now_ms();
         data.downtime_ms = data.stopped_at_ms.map(|at| now_ms.saturating_sub(at));
         Ok(())
+    }
+
+    /// A word that was given while the destination was dead holds for that death alone.
+    async fn take_back_word(&self) -> Result<(), StepError> {
+        let change = |m: &mut Migration| std::mem::take(&mut m.given_up);
+        let taken = self
+            .job
+            .store()
+            .update_migration(self.job.lease.migration, change);
+        let taken = taken.await;
+        taken.map(drop).map_err(|e| super::job::store_error(&e))
     }
 
     /// A destination that died may have started the guest, which may have written what
@@ -465,7 +477,10 @@ impl ColdMigrate {
         if self.job.is_dead(dest).await?.is_some() {
             return Ok(());
         }
-        match self.take_back(dest, data).await? {
+        if data.handed_over {
+            self.remind(data).await?;
+        }
+        match self.take_back(dest).await? {
             Taken::All => Ok(()),
             Taken::Nothing { why, .. } => {
                 match self.was_given_up().await? && self.is_off_there(dest).await? {
@@ -493,14 +508,14 @@ impl ColdMigrate {
         let step = Self::name(Step::Prepare);
         if data.handed_over {
             // The guest is on its source by now, and waits for nothing that is left here.
-            return match self.take_back_late(&chosen.host, data).await {
+            return match self.take_back_late(&chosen.host).await {
                 Err(error) if error.class != ErrorClass::Fenced => {
                     self.job.put_off(&chosen.host, step, &error.message).await
                 }
                 taken_back => taken_back,
             };
         }
-        match self.take_back(&chosen.host, data).await {
+        match self.take_back(&chosen.host).await {
             Ok(Taken::All) => Ok(()),
             Ok(Taken::Nothing { why, .. }) => self.job.put_off(&chosen.host, step, &why).await,
             Err(error) => self.job.or_put_off(&chosen.host, step, Err(error)).await,
@@ -510,10 +525,7 @@ impl ColdMigrate {
     /// Takes back what was made on the destination, if the nodes' answers prove that
     /// another copy stays (invariant 11): on the source, aside there, or where the
     /// guest has moved since.
-    async fn take_back(&self, dest_host: &HostName, data: &Data) -> Result<Taken, StepError> {
-        if data.handed_over {
-            self.remind(data).await?;
-        }
+    async fn take_back(&self, dest_host: &HostName) -> Result<Taken, StepError> {
         let stays = self.job.look_for_it(self.job.source(), dest_host).await?;
         let dest = self.job.look_at(dest_host).await?;
         let moved_on = self.job.has_moved_on().await?;
@@ -543,8 +555,8 @@ impl ColdMigrate {
 
     /// Takes it back once the guest is where it stays. What came is the guest's for good
     /// where it is too, or ran.
-    async fn take_back_late(&self, dest_host: &HostName, data: &Data) -> Result<(), StepError> {
-        match self.take_back(dest_host, data).await? {
+    async fn take_back_late(&self, dest_host: &HostName) -> Result<(), StepError> {
+        match self.take_back(dest_host).await? {
             Taken::All => Ok(()),
             Taken::Nothing { why, ever: false } => Err(lost(why)),
             Taken::Nothing { why, ever: true } => {
@@ -566,7 +578,7 @@ impl ColdMigrate {
         data: &Data,
     ) -> Result<(), StepError> {
         if step == Self::name(Step::Prepare) {
-            return self.take_back_late(dest, data).await;
+            return self.take_back_late(dest).await;
         }
         let keep = Some((self.job.source(), kept_for_a_way_back(data.chosen()?)));
         let settled = self

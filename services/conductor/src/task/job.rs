@@ -393,6 +393,13 @@ impl Job {
         }))
     }
 
+    /// Whether a node's agent was heard of lately.
+    pub(super) async fn is_up(&self, host: &HostName) -> Result<bool, StepError> {
+        let node = self.store().node(host).await;
+        let node = node.map_err(|e| store_error(&e))?;
+        Ok(self.context.liveness().is_up(&node))
+    }
+
     /// Whether a node is proven dead, or on the record no more.
     async fn is_gone(&self, host: &HostName) -> Result<bool, StepError> {
         let known = self.store().known_node(host).await;
@@ -411,9 +418,7 @@ impl Job {
         let Err(error) = taken_back else {
             return Ok(());
         };
-        let node = self.store().node(host).await;
-        let node = node.map_err(|e| store_error(&e))?;
-        if self.context.liveness().is_up(&node) {
+        if self.is_up(host).await? {
             return Err(error);
         }
         let why = format!("taken back when its node is up again: {error}");

@@ -501,7 +501,15 @@ impl LiveMigrate {
                 let message = format!("{} has the guest: {}", chosen.host, there.presence);
                 Ok(Some(Outcome::Failed { message }))
             }
-            (Ok(JobState::Unknown), Err(error)) => Err(lost(error.message)),
+            (Ok(JobState::Unknown), Err(error)) => match self.job.is_up(&chosen.host).await {
+                // It is asked again soon.
+                Ok(true) | Err(_) => Err(lost(error.message)),
+                // Nothing is sent to one that is silent, and where the guest is decides.
+                Ok(false) => {
+                    let message = error.message;
+                    Ok(Some(Outcome::Failed { message }))
+                }
+            },
             (Err(error), _) => Err(lost(error.message)),
         }
     }

@@ -91,6 +91,26 @@ async fn a_guest_whose_destination_died_at_the_hand_over_has_moved() {
     }
 }
 
+/// It dies when nothing was sent yet, with the conductor: the guest stays, and its
+/// migration ends, though nobody proves that node dead.
+#[tokio::test(start_paused = true)]
+async fn a_destination_that_died_before_anything_was_sent_holds_nobody_up() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let m = cloud.migrate(id, Some("kvm2"), LiveOptions::default());
+    let m = m.await.expect("it is accepted");
+    cloud
+        .until(m.uuid, "prepared", |m| m.step == "transfer")
+        .await;
+    cloud.kill_conductor();
+    dies(&mut cloud, "kvm2");
+    silence().await;
+    cloud.start_conductor().await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    check(&cloud, &m, Some("kvm1"));
+}
+
 /// libvirt left a paused copy of the guest where it was, and the agent there has lost its
 /// journal: the copy goes by libvirt's own word, as the guest runs where it moved to.
 #[tokio::test(start_paused = true)]

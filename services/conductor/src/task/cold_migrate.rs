@@ -534,6 +534,13 @@ impl ColdMigrate {
                 let (agents, step) = (self.job.agents(), self.job.step());
                 let undone = agents.rollback_resize(dest_host, step, &proof).await;
                 self.job.cleaned(undone).await?;
+                if dest.is_present() && !dest.copy().known.under_way {
+                    let left = format!(
+                        "{dest_host} knows nothing of it any more (did its agent lose its \
+                         state?): its definition is left there"
+                    );
+                    self.job.note_kept(vec![left]).await?;
+                }
                 Ok(Taken::All)
             }
             TakeBack::Stays(why) => Ok(Taken::Nothing { why, ever: true }),

@@ -15,8 +15,8 @@ use super::{
     plan::{Ask, Event, Fence, Plan},
 };
 
-/// What a migration says whose source lost its journal.
-const LEFT_AT_SOURCE: &str = "knows nothing of it any more";
+/// What a migration says one of whose nodes lost its journal.
+const LEFT_UNKNOWN: &str = "knows nothing of it any more";
 /// What one says that went back from a destination which may have run the guest.
 const LEFT_AT_DEST: &str = "what came there is not removed";
 
@@ -151,7 +151,7 @@ impl Ledger {
 
     /// Whether a migration says that a node has the guest's definition still.
     async fn says_what_is_left(&self, id: InstanceId) -> bool {
-        self.says(Some(id), LEFT_AT_SOURCE).await || self.says(Some(id), LEFT_AT_DEST).await
+        self.says(Some(id), LEFT_UNKNOWN).await || self.says(Some(id), LEFT_AT_DEST).await
     }
 
     async fn says(&self, of: Option<InstanceId>, words: &str) -> bool {

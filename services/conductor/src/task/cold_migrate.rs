@@ -38,7 +38,7 @@ use drover_saga::{Saga, StepError};
 use drover_store::claims::Resources;
 
 use super::{
-    job::{ASK_AFTER, Data, Job, agent_error, ended, lost, moved, patient, repeatable},
+    job::{ASK_AFTER, Data, Job, agent_error, ended, in_doubt, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
 };
@@ -663,14 +663,6 @@ fn kept_for_a_way_back(chosen: &Chosen) -> Resources {
         vcpus: u64::from(chosen.guest.vcpus) * active,
         memory_mib: chosen.guest.memory_mib * active,
         disk_bytes: 0,
-    }
-}
-
-/// A question that was not answered.
-fn in_doubt(error: StepError) -> StepError {
-    match error.class {
-        ErrorClass::Retryable => lost(error.message),
-        _ => error,
     }
 }
 

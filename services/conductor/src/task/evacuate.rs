@@ -34,7 +34,7 @@ use drover_store::{definitions::DefinitionRow, instances::InstanceRow, nodes::No
 use tokio::time::Instant;
 
 use super::{
-    job::{Data, Job, agent_error, all_clean, ended, lost, repeatable, store_error},
+    job::{Data, Job, agent_error, all_clean, ended, in_doubt, lost, repeatable, store_error},
     journal::{Recorded, Told},
     proof::NeverRan,
 };
@@ -457,13 +457,6 @@ impl Evacuate {
         let settled = store.rebuilt_late(m, host, data.generation, now_ms).await;
         settled.map_err(|e| store_error(&e))?;
         self.forget(host).await.map(drop)
-    }
-}
-
-fn in_doubt(error: StepError) -> StepError {
-    match error.class {
-        ErrorClass::Retryable => lost(error.message),
-        _ => error,
     }
 }
 

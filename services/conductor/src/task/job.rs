@@ -394,7 +394,7 @@ impl Job {
     }
 
     /// Whether a node's agent was heard of lately.
-    pub(super) async fn is_up(&self, host: &HostName) -> Result<bool, StepError> {
+    pub(super) async fn agent_is_up(&self, host: &HostName) -> Result<bool, StepError> {
         let node = self.store().node(host).await;
         let node = node.map_err(|e| store_error(&e))?;
         Ok(self.context.liveness().is_up(&node))
@@ -418,7 +418,7 @@ impl Job {
         let Err(error) = taken_back else {
             return Ok(());
         };
-        if self.is_up(host).await? {
+        if self.agent_is_up(host).await? {
             return Err(error);
         }
         let why = format!("taken back when its node is up again: {error}");
@@ -586,6 +586,14 @@ pub(super) fn patient(error: AgentError) -> StepError {
     match error.class {
         ErrorClass::Retryable => lost(error.message),
         _ => agent_error(error),
+    }
+}
+
+/// A question that was not answered.
+pub(super) fn in_doubt(error: StepError) -> StepError {
+    match error.class {
+        ErrorClass::Retryable => lost(error.message),
+        _ => error,
     }
 }
 

@@ -501,7 +501,7 @@ impl LiveMigrate {
                 let message = format!("{} has the guest: {}", chosen.host, there.presence);
                 Ok(Some(Outcome::Failed { message }))
             }
-            (Ok(JobState::Unknown), Err(error)) => match self.job.is_up(&chosen.host).await {
+            (Ok(JobState::Unknown), Err(error)) => match self.job.agent_is_up(&chosen.host).await {
                 // It is asked again soon.
                 Ok(true) | Err(_) => Err(lost(error.message)),
                 // Nothing is sent to one that is silent, and where the guest is decides.

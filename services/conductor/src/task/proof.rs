@@ -133,7 +133,7 @@ pub fn live_destination(source: &Seen, stays: &Seen, dest: &Seen, moved_on: bool
     if dest.is_present() || dest.copy.known.ran_here || source.copy.known.moved_away {
         return TakeBack::Stays(format!("the guest was on {}", dest.host));
     }
-    match is_other(stays, dest) && stays.copy.is_whole() && !stays.copy.migrating {
+    match is_whole_elsewhere(stays, dest) {
         true => TakeBack::Redundant(Box::new(Redundant::by(stays, moved_on))),
         false => TakeBack::Unproven(unproven(stays, dest)),
     }
@@ -221,7 +221,7 @@ pub fn reverted(stays: &Seen, dest: &Seen) -> TakeBack {
     if dest.is_present() || dest.copy.presence == Presence::Incoming {
         return TakeBack::Stays(format!("the guest is on {} again", dest.host));
     }
-    match is_other(stays, dest) && stays.copy.is_whole() && !stays.copy.migrating {
+    match is_whole_elsewhere(stays, dest) {
         true => TakeBack::Redundant(Box::new(Redundant::by(stays, false))),
         false => TakeBack::Unproven(unproven(stays, dest)),
     }
@@ -231,8 +231,7 @@ pub fn reverted(stays: &Seen, dest: &Seen) -> TakeBack {
 /// died; none if it is anything else.
 pub fn reverted_before(stays: &Seen, dest: &Seen) -> Option<Redundant> {
     let is_off = dest.is_present() && !dest.is_active() && dest.copy.known.under_way;
-    let may_go = is_other(stays, dest) && stays.copy.is_whole() && !stays.copy.migrating;
-    (is_off && may_go).then(|| Redundant::by(stays, false))
+    (is_off && is_whole_elsewhere(stays, dest)).then(|| Redundant::by(stays, false))
 }
 
 /// What a source keeps aside; `moved_on` if the guest has been moved since.
@@ -318,6 +317,10 @@ fn on_both(source: &Seen, dest: &Seen) -> String {
         is_back(source),
         dest.copy.presence
     )
+}
+
+fn is_whole_elsewhere(stays: &Seen, goes: &Seen) -> bool {
+    is_other(stays, goes) && stays.copy.is_whole() && !stays.copy.migrating
 }
 
 fn is_other(stays: &Seen, goes: &Seen) -> bool {

@@ -31,6 +31,35 @@ async fn leaving_by(cloud: &Cloud, options: LiveOptions) -> (InstanceId, Migrati
     (id, m)
 }
 
+async fn runs_on_kvm2(cloud: &Cloud, id: InstanceId) {
+    let fabric = cloud.fabric.clone();
+    eventually("it runs there", async || {
+        fabric.running_on(id).filter(|host| *host == name("kvm2"))
+    })
+    .await;
+}
+
+/// A guest that is moved to `kvm2` cold and runs there, which nobody has heard yet.
+async fn starting(cloud: &Cloud, id: InstanceId) -> Migration {
+    let late = Effect::SlowAfter(Duration::from_secs(5));
+    cloud.fabric.on_call("kvm2", Call::Start, 1, late);
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    runs_on_kvm2(cloud, id).await;
+    m
+}
+
+/// A step that was put off is done.
+async fn was_done_late(cloud: &Cloud, m: &Migration, step: &str) {
+    let done = format!("{step} was put off, and is done now");
+    eventually("nothing is put off any more", async || {
+        let m = cloud.store.migration(m.uuid).await.expect("on the record");
+        m.warnings.contains(&done).then_some(())
+    })
+    .await;
+}
+
 /// Its agent is gone before the guest arrives, and its power after that: nobody is
 /// left there who says so.
 #[tokio::test(start_paused = true)]
@@ -38,11 +67,7 @@ async fn a_guest_that_arrived_unheard_has_moved() {
     let mut cloud = cloud(1).await;
     let (id, m) = leaving(&cloud).await;
     cloud.kill_agent("kvm1");
-    let fabric = cloud.fabric.clone();
-    eventually("the hand-over", async || {
-        fabric.running_on(id).filter(|host| *host == name("kvm2"))
-    })
-    .await;
+    runs_on_kvm2(&cloud, id).await;
     dies(&mut cloud, "kvm1");
     let stands = |m: &Migration| m.status.is_final() || m.status == S::Stuck;
     let mut m = cloud.until(m.uuid, "ended or stuck", stands).await;
@@ -120,11 +145,7 @@ async fn an_old_copy_goes_without_its_journal() {
     cloud
         .fabric
         .on_migration(id, At::SwitchOver, Fault::LeaveStaleCopy);
-    let fabric = cloud.fabric.clone();
-    eventually("the hand-over", async || {
-        fabric.running_on(id).filter(|host| *host == name("kvm2"))
-    })
-    .await;
+    runs_on_kvm2(&cloud, id).await;
     cloud.kill_agent("kvm1");
     cloud.lose_state("kvm1");
     cloud.start_agent("kvm1").await;
@@ -161,12 +182,7 @@ async fn a_guest_whose_node_died_while_it_was_leaving_is_evacuated() {
         cloud.fabric.guest("kvm1", id).is_none().then_some(())
     })
     .await;
-    eventually("nothing is put off any more", async || {
-        let m = cloud.store.migration(m.uuid).await.expect("on the record");
-        let done = "transfer was put off, and is done now";
-        m.warnings.iter().any(|w| w == done).then_some(())
-    })
-    .await;
+    was_done_late(&cloud, &m, "transfer").await;
 }
 
 /// It was off, and set aside at its source, which died: the proof of that stands for its
@@ -210,16 +226,7 @@ async fn a_guest_that_its_dead_source_had_set_aside_starts_where_it_went() {
 async fn a_guest_that_runs_where_it_went_needs_no_word_of_its_source() {
     let mut cloud = cloud(1).await;
     let id = guest(&cloud).await;
-    let late = Effect::SlowAfter(Duration::from_secs(5));
-    cloud.fabric.on_call("kvm2", Call::Start, 1, late);
-    let way = Way::Cold(ColdOptions::default());
-    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
-    let m = m.expect("it is accepted");
-    let fabric = cloud.fabric.clone();
-    eventually("it runs there", async || {
-        fabric.running_on(id).filter(|host| *host == name("kvm2"))
-    })
-    .await;
+    let m = starting(&cloud, id).await;
     cloud.kill_conductor();
     dies(&mut cloud, "kvm1");
     cloud.start_conductor().await;
@@ -232,16 +239,7 @@ async fn a_guest_that_runs_where_it_went_needs_no_word_of_its_source() {
 /// A guest that was moved to `kvm2` and started there, which nobody has heard when that
 /// node dies.
 async fn started_unheard(cloud: &mut Cloud, id: InstanceId) -> Migration {
-    let late = Effect::SlowAfter(Duration::from_secs(5));
-    cloud.fabric.on_call("kvm2", Call::Start, 1, late);
-    let way = Way::Cold(ColdOptions::default());
-    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
-    let m = m.expect("it is accepted");
-    let fabric = cloud.fabric.clone();
-    eventually("it runs there", async || {
-        fabric.running_on(id).filter(|host| *host == name("kvm2"))
-    })
-    .await;
+    let m = starting(cloud, id).await;
     dies(cloud, "kvm2");
     let stuck = |m: &Migration| m.status == S::Stuck;
     cloud.until(m.uuid, "stuck", stuck).await
@@ -270,12 +268,7 @@ async fn a_guest_goes_back_whose_dead_destination_may_have_run_it() {
         check(&cloud, &m, Some("kvm1"));
         assert!(cloud.store.claims().await.expect("readable").is_empty());
         returns(&mut cloud, "kvm2").await;
-        eventually("nothing is put off any more", async || {
-            let m = cloud.store.migration(m.uuid).await.expect("on the record");
-            let done = "prepare was put off, and is done now";
-            m.warnings.iter().any(|w| w == done).then_some(())
-        })
-        .await;
+        was_done_late(&cloud, &m, "prepare").await;
         check(&cloud, &m, Some("kvm1"));
         let again = cloud.migrate(id, Some("kvm3"), LiveOptions::default());
         let again = cloud.end(again.await.expect("it is accepted").uuid).await;
@@ -348,12 +341,7 @@ async fn a_guest_is_reverted_without_its_dead_destination() {
         assert_eq!(m.status, S::Reverted, "{m:#?}");
         check(&cloud, &m, Some("kvm1"));
         returns(&mut cloud, "kvm2").await;
-        eventually("nothing is put off any more", async || {
-            let m = cloud.store.migration(m.uuid).await.expect("on the record");
-            let done = "revert_tidy was put off, and is done now";
-            m.warnings.iter().any(|w| w == done).then_some(())
-        })
-        .await;
+        was_done_late(&cloud, &m, "revert_tidy").await;
         assert!(cloud.fabric.guest("kvm2", id).is_none());
         assert_eq!(cloud.fabric.leftovers(), Vec::<String>::new());
         check(&cloud, &m, Some("kvm1"));

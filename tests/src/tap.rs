@@ -1,4 +1,5 @@
-//! Listens to what is said in a cloud, and keeps one sample of each kind.
+//! Listens to what is said in a cloud: keeps one sample of each kind, and the names of
+//! the events.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -25,6 +26,7 @@ pub struct Tap(Arc<Mutex<Heard>>);
 struct Heard {
     samples: Samples,
     asked: HashMap<String, String>,
+    notified: Vec<String>,
 }
 
 impl Tap {
@@ -35,6 +37,12 @@ impl Tap {
             .expect("nobody panics with it")
             .samples
             .clone()
+    }
+
+    /// The notifications that were sent, in order.
+    pub fn notified(&self) -> Vec<String> {
+        let heard = self.0.lock().expect("nobody panics with it");
+        heard.notified.clone()
     }
 
     /// A transport that is listened to.
@@ -53,6 +61,10 @@ impl Tap {
             return;
         };
         let mut heard = self.0.lock().expect("nobody panics with it");
+        if let Some(event) = message.get("event_type").and_then(Value::as_str) {
+            heard.notified.push(event.to_owned());
+            return;
+        }
         let id = message.get("_msg_id").and_then(Value::as_str);
         if let Some(method) = message.get("method").and_then(Value::as_str) {
             if message.get("namespace").and_then(Value::as_str) != Some(NAMESPACE) {

@@ -230,18 +230,13 @@ impl Admission<'_> {
         mut migration: Migration,
         failures: Vec<CheckFailure>,
     ) -> drover_store::Result<Answer> {
-        let mut checks = failures;
         // Asking the nodes about a guest that is just being moved would disturb;
         // an operation has asked them for its plan, and tries another.
-        let busy = checks.iter().any(|f| f.code == CheckCode::InstanceBusy);
-        if !busy && wanted.operation.is_none() {
-            let found = self.plan(wanted).await?.failures;
-            // What stood against it may have passed meanwhile. It is refused for that
-            // all the same: nobody is refused without a reason.
-            if !found.is_empty() {
-                checks = found;
-            }
-        }
+        let busy = failures.iter().any(|f| f.code == CheckCode::InstanceBusy);
+        let checks = match busy || wanted.operation.is_some() {
+            true => failures,
+            false => reasons(failures, self.plan(wanted).await?.failures),
+        };
         migration.status = MigrationStatus::Failed;
         migration.finished_at_ms = Some(migration.created_at_ms);
         migration.end_reason = Some(EndReason::Refused {
@@ -416,6 +411,15 @@ fn carried(chosen: &Chosen) -> Vec<PlannedDisk> {
     planned.collect()
 }
 
+/// Why it is refused: what is found when everything is asked. What stood against it
+/// first may have passed meanwhile; nobody is refused without a reason.
+fn reasons(first: Vec<CheckFailure>, found: Vec<CheckFailure>) -> Vec<CheckFailure> {
+    match found.is_empty() {
+        true => first,
+        false => found,
+    }
+}
+
 fn new_record(wanted: &Wanted, requester: Requester, owner: &str, now_ms: u64) -> Migration {
     let instance = &wanted.instance;
     Migration {
@@ -433,5 +437,28 @@ fn new_record(wanted: &Wanted, requester: Requester, owner: &str, now_ms: u64) -
             wanted.way.clone(),
             now_ms,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_passed_since_is_still_the_reason() {
+        let why = |code, message: &str| {
+            vec![CheckFailure {
+                code,
+                side: Side::Destination,
+                message: message.to_owned(),
+                remedy: String::new(),
+            }]
+        };
+        let (down, full) = (
+            why(CheckCode::HostDown, "kvm2 is down"),
+            why(CheckCode::HostDisabled, "kvm2 is disabled"),
+        );
+        assert_eq!(reasons(down.clone(), Vec::new()), down);
+        assert_eq!(reasons(down, full.clone()), full);
     }
 }

@@ -13,7 +13,10 @@ use drover_model::{
     ids::InstanceId,
     migration::{ColdOptions, Migration, MigrationStatus as S, Way},
 };
-use drover_tests::cloud::{Cloud, eventually};
+use drover_tests::{
+    cloud::{Cloud, eventually},
+    tap::Tap,
+};
 
 const BASE: &str = "/var/lib/libvirt/images/base.qcow2";
 const LOCAL: &str = "/var/lib/libvirt/images/web.qcow2";
@@ -326,6 +329,29 @@ async fn it_is_aborted_at_every_turn() {
             }
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_told_of_an_abort_is_told_of_a_resize() {
+    let tap = Tap::default();
+    let mut cloud = Cloud::start(1).await;
+    cloud.listen_to(tap.clone());
+    cloud
+        .kill_and_start("conductor", Duration::from_secs(1))
+        .await;
+    let id = guest(&cloud, web()).await;
+    let m = started(&cloud, id, &cold(false)).await;
+    cloud.abort(m.uuid).await.unwrap();
+    assert_eq!(rest(&cloud, &m).await.status, S::Cancelled);
+    let told = tap.notified();
+    assert!(
+        told.iter().any(|e| e == "instance.resize_abort.start"),
+        "{told:?}"
+    );
+    assert!(
+        !told.iter().any(|e| e.contains("live_migration")),
+        "{told:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]

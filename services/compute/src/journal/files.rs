@@ -125,7 +125,7 @@ fn write_new(path: &Path, text: &[u8], flush: Flush, disk: &StateDisk) -> io::Re
     disk.check()?;
     file.write_all(text)?;
     match flush {
-        Flush::ToDisk => file.sync_all(),
+        Flush::ToDisk => sync(&file, path),
         Flush::Never => Ok(()),
     }
 }
@@ -172,9 +172,16 @@ pub(super) fn remove(path: &Path, flush: Flush) -> Result<(), JournalError> {
 
 fn sync_directory_of(path: &Path) -> io::Result<()> {
     match path.parent() {
-        Some(directory) => File::open(directory)?.sync_all(),
+        Some(directory) => sync(&File::open(directory)?, directory),
         None => Ok(()),
     }
+}
+
+fn sync(file: &File, _path: &Path) -> io::Result<()> {
+    file.sync_all()?;
+    #[cfg(test)]
+    tests::SYNCED.with_borrow_mut(|synced| synced.push(_path.to_owned()));
+    Ok(())
 }
 
 /// The bytes of a file; none if it is not there.
@@ -238,4 +245,30 @@ pub(super) async fn off_the_runtime<R: Send + 'static>(
 ) -> Result<R, JournalError> {
     let reached = drover_runtime::blocking::blocking(work).await;
     reached.map_err(|e| failed("reach", Path::new("the journal"))(io::Error::other(e)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    thread_local! {
+        /// What was brought to stable storage, in order.
+        pub(super) static SYNCED: RefCell<Vec<PathBuf>> = const { RefCell::new(Vec::new()) };
+    }
+
+    #[test]
+    fn what_is_written_or_removed_is_so_after_a_power_cut() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.json");
+        replace(&path, b"1", Flush::ToDisk, &StateDisk::default()).unwrap();
+        // Its bytes, and only then its name.
+        let order = SYNCED.take();
+        assert_eq!(order.len(), 2, "{order:?}");
+        assert_eq!(order[0].extension(), Some("new".as_ref()), "{order:?}");
+        assert_eq!(order[1], directory.path());
+        remove(&path, Flush::ToDisk).unwrap();
+        assert_eq!(SYNCED.take(), [directory.path()]);
+    }
 }

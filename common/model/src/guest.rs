@@ -140,6 +140,10 @@ pub struct Guest {
     /// Those of them that are not all inside the disks' images.
     #[serde(default)]
     pub external_snapshots: Vec<String>,
+    /// Its images that hold snapshots, whether libvirt knows of those or not: who copies
+    /// what the guest sees leaves them behind.
+    #[serde(default)]
+    pub images_with_snapshots: Vec<String>,
     /// A job that libvirt is running on it (backup, migration, …), in words.
     pub active_job: Option<String>,
 }

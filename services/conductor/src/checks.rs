@@ -682,6 +682,10 @@ fn disks(
         failures.extend(unmovable_kind(disk));
         let fact = facts.iter().find(|f| f.target == disk.target);
         if let (Some(path), Some(fact)) = (disk.local_path(), fact) {
+            let holds_snapshots = guest.images_with_snapshots.iter().any(|p| p == path);
+            if holds_snapshots && !fact.shared && disk.is_copied_when_local() {
+                failures.push(snapshots_inside(&disk.target, path));
+            }
             failures.extend(local_disk(disk, path, fact, options, host));
         }
     }
@@ -738,6 +742,18 @@ fn device(disk: &Disk, path: &str, fact: &DiskFact, host: &HostName) -> Option<C
             "make a device of that path and at least its size there",
         )
     })
+}
+
+/// What a guest sees of its disk is copied, and no more.
+fn snapshots_inside(target: &str, path: &str) -> CheckFailure {
+    fail(
+        CheckCode::Snapshots,
+        Side::Instance,
+        format!(
+            "disk {target} ({path}) holds snapshots inside, which would be left behind and removed"
+        ),
+        "migrate it cold, or delete them ('qemu-img snapshot -l' lists them)",
+    )
 }
 
 /// Where a disk is to be copied to there has to be a directory, and no file.

@@ -81,6 +81,7 @@ pub(super) fn guest() -> Guest {
         reads: vec![],
         bound: vec![],
         external_snapshots: vec![],
+        images_with_snapshots: vec![],
         snapshots: vec![],
         active_job: None,
     }

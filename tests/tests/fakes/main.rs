@@ -9,6 +9,7 @@ mod content;
 mod evacuation_deaths;
 mod fuzz;
 mod leases;
+mod mounts;
 mod nodes;
 mod operations;
 mod redundant;

@@ -1656,3 +1656,31 @@ async fn disks_that_their_agent_has_forgotten_to_have_frozen_are_thawed() {
     assert_eq!(runs_on, m.dest_host);
     cloud.fabric.check_invariants().expect("they hold");
 }
+
+/// Its source forgot that the guest was sent, and somebody let it run since: what was sent
+/// is old, and the guest stays.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_ran_since_its_source_forgot_is_not_set_aside() {
+    let mut cloud = Cloud::start(1).await;
+    let id = guest(&cloud, web().state(PowerState::Shutdown)).await;
+    let slow = Effect::SlowBefore(Duration::from_secs(60));
+    cloud.fabric.on_call("kvm1", Call::Withdraw, 1, slow);
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await.unwrap();
+    cloud.until(m.uuid, "sent", |m| m.step == "set_aside").await;
+    cloud.kill_conductor();
+    cloud.kill_agent("kvm1");
+    cloud.lose_state("kvm1");
+    assert_eq!(at(&cloud, "kvm1", id), OFF);
+    cloud.fabric.start_guest("kvm1", id);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    cloud.fabric.shut_down_guest(id);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    cloud.start_agent("kvm1").await;
+    cloud.start_conductor().await;
+    let m = rest(&cloud, &m).await;
+    let found = cloud.fabric.check_invariants();
+    found.unwrap_or_else(|found| panic!("{found:?}\n{m:#?}"));
+    assert_eq!(cloud.fabric.lost_bytes(), Vec::<String>::new(), "{m:#?}");
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+}

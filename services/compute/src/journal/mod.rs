@@ -40,9 +40,9 @@ use files::Flush;
 pub use files::StateDisk;
 pub(crate) use files::{Unread, read_whole, set_aside, write_whole};
 pub use record::{
-    ComingFile, ComingRecord, CopiedDisk, DestinationRecord, Ended, KeptFile, LeavingRecord,
-    MarksRecord, NewDisk, Over, RebuildRecord, Record, Seen, SeenRecord, SentFile, SourceRecord,
-    Thaw, TransferRecord,
+    ComingFile, ComingRecord, CopiedDisk, DestinationRecord, Ended, Inodes, KeptFile,
+    LeavingRecord, MarksRecord, NewDisk, Over, RebuildRecord, Record, Seen, SeenRecord, SentFile,
+    SourceRecord, Thaw, TransferRecord,
 };
 pub use shelf::{Loaded, Shelf, Shelved, UnreadFile};
 

@@ -1,5 +1,7 @@
 //! What the journal's files say.
 
+use std::collections::BTreeMap;
+
 use drover_model::{
     api::compute::{
         CarriedFile, CleanUp, ColdPart, Doing, Ended as How, FileRole, Frozen, JobState,
@@ -139,7 +141,13 @@ pub struct DestinationRecord {
     /// The guest was seen to be active here: nothing of it is taken back any more.
     #[serde(default)]
     pub ran_here: bool,
+    /// By path: the numbers of the disks as they were made.
+    #[serde(default)]
+    pub inodes: Inodes,
 }
+
+/// By path: the number that a file has on its storage.
+pub type Inodes = BTreeMap<String, u64>;
 
 /// A disk that a migration creates on its destination. Nothing was at its path
 /// when the intent was written, so what is there now is the migration's own.
@@ -280,6 +288,9 @@ pub struct ComingRecord {
     /// It is to be reverted; whether it was active when that was asked for.
     #[serde(default)]
     pub reverted: Option<bool>,
+    /// By path: the numbers of its images as they were made.
+    #[serde(default)]
+    pub inodes: Inodes,
 }
 
 impl DestinationRecord {

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     faults::hypervisor as fault,
     hypervisor::{DestinationQuestion, HypervisorError},
-    journal::{DestinationRecord, NewDisk, Record},
+    journal::{DestinationRecord, Inodes, NewDisk, Record},
 };
 
 /// Disks of one guest. A virtual machine has far fewer slots.
@@ -122,6 +122,7 @@ impl Actor {
             disks,
             prepared: false,
             ran_here: false,
+            inodes: Inodes::new(),
         };
         let begun = async {
             self.registry.claim(self.migration, &record.places())?;
@@ -208,6 +209,12 @@ impl Actor {
                 }
                 Err(died) => failure = Some(Fault::bug(format!("creating a disk died: {died}"))),
             }
+        }
+        let made = record.disks.iter().filter(|disk| disk.created);
+        let made = made.map(|disk| disk.path.clone()).collect();
+        match self.inodes(made).await {
+            Ok(inodes) => record.inodes = inodes,
+            Err(fault) => failure = failure.or(Some(fault)),
         }
         record.prepared = failure.is_none();
         self.write(&record).await?;
@@ -318,8 +325,9 @@ impl Actor {
         if presence == Presence::Incoming || !record.disks.is_empty() {
             let survivor = ask.survivor.as_ref();
             let places = record.places().into_iter();
-            let (twice, alone): (Vec<String>, Vec<String>) =
-                places.partition(|path| destroy::has_its_own(survivor, path));
+            let replaced = self.replaced(&record.inodes).await?;
+            let (twice, alone): (Vec<String>, Vec<String>) = places
+                .partition(|path| destroy::has_its_own(survivor, path) && !replaced.contains(path));
             let proof = self.source_stays(&ask, &twice)?;
             clean_up.kept = self.left_of(alone).await?;
             if presence == Presence::Incoming {

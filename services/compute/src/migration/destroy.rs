@@ -239,9 +239,13 @@ pub(crate) struct Remaining {
 }
 
 impl Remaining {
-    /// What is no longer as it was when it was sent, in words. Of a record that does
-    /// not say how it was, nothing.
+    /// What is no longer as it was when it was sent, in words.
     fn change(&self, record: &LeavingRecord) -> Option<String> {
+        // The journal is lost, or older: what is defined now may have run meanwhile.
+        let is_unknown = record.sent_as.is_none() && !record.defines;
+        if self.definition.is_some() && is_unknown {
+            return Some("it may have changed (the journal does not say how it was)".to_owned());
+        }
         let differs = |sent: &&SentFile| {
             let mut here = self.files.iter().filter(|file| file.path == sent.path);
             here.any(|file| file.stamp() != Some(sent.stamp.as_str()))

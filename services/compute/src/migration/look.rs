@@ -1,13 +1,14 @@
 //! What this node sees of its copy of a guest, for whoever has to prove that
 //! another may go.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use drover_model::{
     api::{
         compute::{AsideSeen, CopyHistory, CopySeen, Ended, FileSeen, StepRef},
         fault::Fault,
     },
+    content::Seen,
     guest::{Disk, Guest, PowerState, Presence},
     ids::InstanceId,
 };
@@ -22,7 +23,7 @@ use super::{
 use crate::{
     faults::hypervisor as fault,
     hypervisor::{self, Hypervisor, HypervisorError, Job},
-    journal::{LeavingRecord, Record},
+    journal::{Inodes, LeavingRecord, Record},
 };
 
 /// A QEMU that is told to go is gone by then.
@@ -132,6 +133,35 @@ impl Actor {
         let words =
             |path| format!("{path} is left on {host}: remove it by hand if it is not wanted");
         Ok(seen.iter().map(|file| words(&file.path)).collect())
+    }
+
+    /// The numbers of those of these files that are here.
+    pub(super) async fn inodes(&self, paths: Vec<String>) -> Result<Inodes, Fault> {
+        let found = self.node.hypervisor.contents(&paths, &[]).await;
+        let found = found.map_err(fault)?.into_iter();
+        let numbered = found.filter_map(|file| match file.seen {
+            Seen::File { inode, .. } => Some((file.path, inode)),
+            Seen::Missing | Seen::Unreadable { .. } | Seen::Unknown => None,
+        });
+        Ok(numbered.collect())
+    }
+
+    /// Those of what was made here in whose place is another file by now: storage that was
+    /// mounted since may have the survivor itself there.
+    pub(super) async fn replaced(&self, made: &Inodes) -> Result<BTreeSet<String>, Fault> {
+        let now = self.inodes(made.keys().cloned().collect()).await?;
+        let other = |(path, inode): &(&String, &u64)| now.get(*path).is_some_and(|n| n != *inode);
+        let replaced: BTreeSet<String> = made
+            .iter()
+            .filter(other)
+            .map(|(path, _)| path.clone())
+            .collect();
+        if !replaced.is_empty() {
+            warn!(migration = %self.migration, ?replaced,
+                "these are not the files that this migration made (was storage mounted over \
+                 them?): they stay");
+        }
+        Ok(replaced)
     }
 
     /// What the journal knows of the migration.

@@ -505,6 +505,13 @@ impl Planner<'_> {
             let moved = self.disk(disk, giver, receiver.as_deref(), &moves);
             moves.extend(moved);
         }
+        for disk in &moves {
+            if lasting.images_with_snapshots.contains(&disk.from) {
+                let message = format!("{}: {} holds snapshots inside", disk.target, disk.from);
+                let remedy = "delete them ('qemu-img snapshot -l' lists them), or --keep-disk";
+                self.fail(CheckCode::Snapshots, Side::Instance, message, remedy);
+            }
+        }
         moves
     }
 

@@ -132,6 +132,15 @@ impl Fabric {
         });
     }
 
+    /// Has a node see a directory that others share, or see it no more.
+    pub fn set_mounted(&self, node: &str, directory: &str, mounted: bool) {
+        let node = host(node);
+        self.with(|world, _| {
+            let name = format!("shared:{directory}");
+            world.storage.set_mounted(&name, directory, &node, mounted);
+        });
+    }
+
     /// Puts a guest on a node, with its disks; returns its UUID.
     pub fn add_guest(&self, node: &str, guest: GuestBuilder) -> InstanceId {
         let node = host(node);

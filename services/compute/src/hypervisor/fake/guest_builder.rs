@@ -389,6 +389,7 @@ fn plain_guest(name: &str) -> Guest {
         bound: Vec::new(),
         snapshots: Vec::new(),
         external_snapshots: Vec::new(),
+        images_with_snapshots: Vec::new(),
         active_job: None,
     }
 }

@@ -140,6 +140,24 @@ impl Storage {
         }
     }
 
+    /// Has one more node, or one less, see a volume there.
+    pub(super) fn set_mounted(
+        &mut self,
+        name: &str,
+        directory: &str,
+        node: &HostName,
+        mounted: bool,
+    ) {
+        let mounts = self.mounts.entry(node.clone()).or_default();
+        mounts.retain(|(at, _)| at != directory);
+        let volume = self.volumes.iter().position(|v| v.name == name);
+        mounts.extend(
+            volume
+                .filter(|_| mounted)
+                .map(|v| (directory.to_owned(), v)),
+        );
+    }
+
     /// Which volume a path of a node lies on: that of the longest mount over it.
     fn index_at(&self, node: &HostName, path: &str) -> Option<usize> {
         self.mounts

@@ -63,6 +63,14 @@ pub(super) fn give(
         if domain.is_active()? {
             return Err(HypervisorError::WrongState("the guest is active here".to_owned()).into());
         }
+        // It would come back with the definition, and on the disks, that it was saved with.
+        if domain.has_managed_save(0)? {
+            let words = format!(
+                "{}: start the guest, or discard that ('virsh managedsave-remove')",
+                guests::SAVED
+            );
+            return Err(HypervisorError::WrongState(words).into());
+        }
         // libvirt takes a definition of another name for another domain's.
         let name = xml::domain_name(&text).map_err(HypervisorError::from)?;
         if domain.name()? != name {

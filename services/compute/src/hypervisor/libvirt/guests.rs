@@ -169,6 +169,9 @@ pub(super) fn with_own_files(current: Current) -> Guest {
     guest
 }
 
+/// What libvirt restores at the next start, whatever the definition says by then.
+pub(super) const SAVED: &str = "a state saved with 'virsh managedsave' waits for it";
+
 /// One domain by its running definition.
 pub(super) fn current(connect: &Connect, id: InstanceId) -> CallResult<Option<Current>> {
     let Some(domain) = find(connect, id)? else {
@@ -180,7 +183,7 @@ pub(super) fn current(connect: &Connect, id: InstanceId) -> CallResult<Option<Cu
     let (mut guest, presence) = found?;
     note_snapshots(&domain, &mut guest)?;
     if domain.has_managed_save(0)? {
-        guest.active_job = Some("a state saved with 'virsh managedsave' waits for it".to_owned());
+        guest.active_job = Some(SAVED.to_owned());
     }
     if presence.is_active() || presence == Presence::Incoming {
         let job = jobs::words(&domain)?;
@@ -284,7 +287,7 @@ pub(super) fn lasting(connect: &Connect, id: InstanceId) -> CallResult<Option<La
     let mut guest = xml::guest(&text, outside).map_err(HypervisorError::from)?;
     note_snapshots(&domain, &mut guest)?;
     if domain.has_managed_save(0)? {
-        guest.active_job = Some("a state saved with 'virsh managedsave' waits for it".to_owned());
+        guest.active_job = Some(SAVED.to_owned());
     }
     if presence.is_active() || presence == Presence::Incoming {
         guest.active_job = jobs::words(&domain)?.or(now.active_job.take());

@@ -11,6 +11,7 @@ use super::{
     errors::{self, CallResult},
     ffi, guests, jobs,
     standing::{self, presence},
+    xml,
 };
 use crate::hypervisor::{HypervisorError, Job};
 
@@ -168,8 +169,19 @@ pub(super) fn remove_definition(
 ) -> CallResult<()> {
     let keep = sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM | also;
     let removed = match domain.undefine_flags(keep | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM) {
-        // libvirt before 8.9 does not know the second flag, nor removes the TPM's state.
-        Err(error) if errors::is(&error, ErrorNumber::InvalidArg) => domain.undefine_flags(keep),
+        // libvirt before 8.9 does not know the second flag, and removes the TPM's state.
+        Err(error) if errors::is(&error, ErrorNumber::InvalidArg) => {
+            let text = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?;
+            if xml::loses_its_tpm(&text).map_err(HypervisorError::from)? {
+                return Err(wrong(
+                    "this libvirt would remove the state of its emulated TPM with its \
+                     definition: use libvirt 8.9 or later, or set persistent_state='yes' on its \
+                     backend"
+                        .to_owned(),
+                ));
+            }
+            domain.undefine_flags(keep)
+        }
         other => other,
     };
     errors::absent_is_none(removed)?;

@@ -2,7 +2,7 @@
 //! snapshot, which libvirt is not to remember, and its way back. Everything here
 //! but [`merge`] blocks.
 
-use std::{ffi::CString, process::Stdio, time::Duration};
+use std::{ffi::CString, path::Path, process::Stdio, time::Duration};
 
 use drover_model::ids::InstanceId;
 use tokio::process::Command;
@@ -98,6 +98,7 @@ pub(super) fn thaw(connect: &Connect, id: InstanceId, overlays: &[Overlay]) -> C
         if !on_overlay {
             continue;
         }
+        holds_no_snapshots(overlay)?;
         let disk = text(&overlay.target)?;
         match ffi::block_job(&domain, &disk)? {
             // libvirt gives 0 of 0 until QEMU has told it anything.
@@ -116,6 +117,21 @@ pub(super) fn thaw(connect: &Connect, id: InstanceId, overlays: &[Overlay]) -> C
     Ok(Thaw::Done)
 }
 
+/// A merge takes along what the guest sees, and no snapshot that somebody made of it
+/// meanwhile.
+fn holds_no_snapshots(overlay: &Overlay) -> Result<()> {
+    let sizes = storage::sizes::measure(Path::new(&overlay.path), "qcow2");
+    let sizes = sizes.map_err(|e| HypervisorError::Failed(format!("{}: {e}", overlay.path)))?;
+    match sizes.snapshots {
+        0 => Ok(()),
+        number => Err(HypervisorError::WrongState(format!(
+            "{} holds {number} snapshot(s), made since the disk was made to stand still: they \
+             would be lost; delete them ('virsh snapshot-delete', 'qemu-img snapshot -d')",
+            overlay.path
+        ))),
+    }
+}
+
 /// A disk's name or path as C takes it.
 pub(super) fn text(text: &str) -> std::result::Result<CString, HypervisorError> {
     CString::new(text).map_err(|e| HypervisorError::Failed(format!("a disk's name: {e}")))
@@ -127,6 +143,7 @@ pub(super) async fn merge(overlay: &Overlay, qemu_img: &str, limit: Duration) ->
     if storage::files::is_absent(&path) {
         return Ok(());
     }
+    holds_no_snapshots(overlay)?;
     // It came from another node: it may lead to its own image and nowhere else.
     let below = chain::below(&overlay.path, "qcow2", &chain::Places(vec!["/".into()]));
     let below = below.map_err(HypervisorError::Failed)?;

@@ -16,6 +16,7 @@ fn instance(n: u128) -> InstanceId {
 
 fn record_of(n: u128) -> Record {
     Record::Destination(DestinationRecord {
+        inodes: Default::default(),
         instance: instance(n),
         disks: Vec::new(),
         prepared: false,

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     faults::hypervisor as fault,
     hypervisor::{HypervisorError, Incoming},
-    journal::{ComingFile, ComingRecord, Record, definition, token},
+    journal::{ComingFile, ComingRecord, Inodes, Record, definition, token},
 };
 
 impl Actor {
@@ -71,6 +71,7 @@ impl Actor {
                 ran_here: false,
                 arrived: false,
                 reverted: None,
+                inodes: Inodes::new(),
             };
             self.registry.claim(self.migration, &record.places())?;
             self.nothing_is_here_yet(&record).await?;
@@ -146,6 +147,11 @@ impl Actor {
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);
         definition::reserve(&path).await?;
+        // The others may be replaced by who uses them.
+        let images = record.files.iter().filter(|file| file.is_made());
+        let images = images.filter(|file| !matches!(file.role, FileRole::Nvram | FileRole::Tpm));
+        let images = images.map(|file| file.path.clone()).collect();
+        record.inodes = self.inodes(images).await?;
         record.prepared = true;
         self.write_coming(record).await?;
         self.stage = Stage::Coming(Box::new(record.clone()));
@@ -374,9 +380,10 @@ impl Actor {
         }
         // Of what came alone the other copy has none: its owner took the disk from the guest.
         let made = self.made_here(&record).await?;
+        let replaced = self.replaced(&record.inodes).await?;
         let (twice, alone): (Vec<&ComingFile>, Vec<&ComingFile>) = made.iter().partition(|f| {
             let image = f.over.as_ref().map_or(&f.path, |over| &over.image);
-            destroy::has_its_own(ask.survivor.as_ref(), image)
+            destroy::has_its_own(ask.survivor.as_ref(), image) && !replaced.contains(&f.path)
         });
         let lasting = twice.iter().filter(|f| f.role != FileRole::Delta);
         let lasting = lasting.map(|file| &*file.path).collect();

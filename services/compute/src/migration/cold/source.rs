@@ -591,6 +591,13 @@ impl Actor {
             let is_overlay = |path: &String| overlays.iter().any(|o| o.path == *path);
             record.kept.retain(|file| !is_overlay(&file.path));
             record.thaw = Thaw::NotBegun;
+            // Whoever sets it aside again has to find it like this.
+            let own = record.kept.iter().map(|file| file.path.clone());
+            record.sent = self.stamps_of(own.collect()).await?;
+            record.sent_as = hypervisor
+                .definition(record.instance)
+                .await
+                .map_err(fault)?;
             self.write_leaving(record).await?;
             self.keep(record.clone());
         }
@@ -622,6 +629,7 @@ impl Actor {
             let is_first = record.thaw == Thaw::NotBegun;
             let is_below = files::is_used(&overlay.image, &guests);
             if is_used || (is_first && is_below && self.is_as_frozen(record, &overlay).await?) {
+                self.is_here_to_merge(&overlay).await?;
                 hypervisor.merge_overlay(&overlay).await.map_err(fault)?;
                 merged = true;
             } else if is_first {
@@ -641,6 +649,20 @@ impl Actor {
             self.note_thaw(record, Thaw::Merged).await?;
         }
         Ok(merged)
+    }
+
+    /// Nothing has removed an overlay before its guest is defined without it: one that
+    /// is not seen lies on a file system that is not mounted.
+    async fn is_here_to_merge(&self, overlay: &Overlay) -> Result<(), Fault> {
+        let seen = self.see_files([(&overlay.path, &overlay.path)].into_iter());
+        match seen.await?.iter().all(|file| file.exists) {
+            true => Ok(()),
+            false => Err(Fault::not_now(format!(
+                "{} holds what the guest wrote since its disks were made to stand still, and is \
+                 not here: mount its file system",
+                overlay.path
+            ))),
+        }
     }
 
     /// Whether nobody has written to the image under an overlay since it stands still.

@@ -14,7 +14,10 @@ use drover_model::{
     ids::InstanceId,
 };
 
-use super::{checked, directory, failed, image, sizes};
+use super::{
+    beneath, checked, directory, failed, image,
+    sizes::{self, Sizes},
+};
 use crate::hypervisor::{HypervisorError, Result, libvirt::ffi};
 
 /// Where libvirt keeps the state of emulated TPMs.
@@ -30,7 +33,11 @@ pub(in super::super) fn fact(path: &str, used: &[String]) -> Result<FileFact> {
     let made = wanted.starts_with(TPM_STATE);
     let place = nearest(wanted, made);
     let room = place.as_ref().and_then(|p| ffi::room(p).ok());
-    let sizes = sizes::measure(&checked_path, "raw").unwrap_or_default();
+    let sizes = match sizes::measure(&checked_path, "raw") {
+        // Nothing that could have a length is there.
+        Err(error) if beneath::is_nothing(&error) => Sizes::default(),
+        measured => measured.map_err(|e| failed("measuring", &checked_path, &e))?,
+    };
     Ok(FileFact {
         path: path.to_owned(),
         exists: !is_absent(&checked_path),

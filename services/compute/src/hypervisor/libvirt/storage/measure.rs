@@ -141,8 +141,8 @@ impl Measurer {
             .filter_map(|(path, answer)| Some((path, answer.err()?.0)))
             .collect();
         let words = |guest: &mut &mut Guest| {
-            let places = guest.disks.iter_mut().filter_map(|disk| {
-                self.know(disk);
+            sizes::fill_by(guest, |disk| self.known(disk));
+            let places = guest.disks.iter().filter_map(|disk| {
                 let place = silent.get(disk.local_path()?)?;
                 Some(self.silence(disk, place))
             });
@@ -348,14 +348,9 @@ impl Measurer {
         }
     }
 
-    fn know(&self, disk: &mut Disk) {
-        let known = disk
-            .local_path()
-            .and_then(|path| self.with(|known| known.disks.get(path).copied()));
-        if let Some((sizes, _)) = known {
-            disk.virtual_bytes = sizes.virtual_bytes;
-            disk.allocated_bytes = sizes.allocated_bytes;
-        }
+    fn known(&self, disk: &Disk) -> Option<Sizes> {
+        let path = disk.local_path()?;
+        self.with(|known| known.disks.get(path).map(|(sizes, _)| *sizes))
     }
 
     fn silence(&self, disk: &Disk, place: &str) -> String {

@@ -15,6 +15,8 @@ use drover_model::guest::{Disk, Guest};
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Where in it the size stands, as eight bytes, most significant first.
 const QCOW2_SIZE: std::ops::Range<usize> = 24..32;
+/// And how many snapshots it holds, as four.
+const QCOW2_SNAPSHOTS: std::ops::Range<usize> = 60..64;
 
 /// Said of a directory, a pipe, …
 const NO_IMAGE: &str = "neither a file nor a block device";
@@ -26,14 +28,25 @@ pub(in super::super) struct Sizes {
     pub(in super::super) virtual_bytes: u64,
     /// What it takes on this node, bytes.
     pub(in super::super) allocated_bytes: u64,
+    /// Snapshots inside.
+    pub(in super::super) snapshots: u32,
 }
 
-/// Fills in the sizes of a guest's local disks; one that cannot be read keeps 0.
+/// Fills in what a guest's local disks take; one that cannot be read keeps 0.
 pub(in super::super) fn fill(guest: &mut Guest) {
+    fill_by(guest, of_disk);
+}
+
+/// The same, by what is known of each disk.
+pub(super) fn fill_by(guest: &mut Guest, known: impl Fn(&Disk) -> Option<Sizes>) {
+    guest.images_with_snapshots.clear();
     for disk in &mut guest.disks {
-        if let Some(sizes) = of_disk(disk) {
-            disk.virtual_bytes = sizes.virtual_bytes;
-            disk.allocated_bytes = sizes.allocated_bytes;
+        let Some(sizes) = known(disk) else { continue };
+        disk.virtual_bytes = sizes.virtual_bytes;
+        disk.allocated_bytes = sizes.allocated_bytes;
+        if sizes.snapshots > 0 {
+            let path = disk.local_path().map(str::to_owned);
+            guest.images_with_snapshots.extend(path);
         }
     }
 }
@@ -81,19 +94,21 @@ pub(in super::super) fn measure(path: &Path, format: &str) -> std::io::Result<Si
     } else {
         length
     };
-    let virtual_bytes = match format {
-        "raw" => length,
-        "qcow2" => qcow2_size(&mut file)?,
+    let (virtual_bytes, snapshots) = match format {
+        "raw" => (length, 0),
+        "qcow2" => qcow2_header(&mut file)?,
         other => return Err(std::io::Error::other(format!("format {other}"))),
     };
     Ok(Sizes {
         virtual_bytes,
         allocated_bytes,
+        snapshots,
     })
 }
 
-fn qcow2_size(file: &mut File) -> std::io::Result<u64> {
-    let mut header = [0_u8; QCOW2_SIZE.end];
+/// Size, and number of snapshots.
+fn qcow2_header(file: &mut File) -> std::io::Result<(u64, u32)> {
+    let mut header = [0_u8; QCOW2_SNAPSHOTS.end];
     file.seek(SeekFrom::Start(0))?;
     file.read_exact(&mut header)?;
     if header[..4] != QCOW2_MAGIC {
@@ -101,9 +116,10 @@ fn qcow2_size(file: &mut File) -> std::io::Result<u64> {
             "no qcow2 image, as the definition says",
         ));
     }
-    let mut size = [0_u8; 8];
+    let (mut size, mut snapshots) = ([0_u8; 8], [0_u8; 4]);
     size.copy_from_slice(&header[QCOW2_SIZE]);
-    Ok(u64::from_be_bytes(size))
+    snapshots.copy_from_slice(&header[QCOW2_SNAPSHOTS]);
+    Ok((u64::from_be_bytes(size), u32::from_be_bytes(snapshots)))
 }
 
 #[cfg(test)]
@@ -138,9 +154,11 @@ mod tests {
         let mut header = vec![0_u8; 512];
         header[..4].copy_from_slice(&QCOW2_MAGIC);
         header[QCOW2_SIZE].copy_from_slice(&(5_u64 << 30).to_be_bytes());
+        header[QCOW2_SNAPSHOTS].copy_from_slice(&2_u32.to_be_bytes());
         let qcow2 = place.path().join("qcow2");
         std::fs::write(&qcow2, header).unwrap();
-        assert_eq!(measure(&qcow2, "qcow2").unwrap().virtual_bytes, 5 << 30);
+        let sizes = measure(&qcow2, "qcow2").unwrap();
+        assert_eq!((sizes.virtual_bytes, sizes.snapshots), (5 << 30, 2));
         assert!(measure(&raw, "qcow2").is_err());
         assert!(measure(&raw, "vmdk").is_err());
     }

@@ -103,6 +103,7 @@ pub(super) fn guest(xml: &str, outside: Outside) -> Result<Guest> {
         bound: bound::read(devices),
         snapshots: Vec::new(),
         external_snapshots: Vec::new(),
+        images_with_snapshots: Vec::new(),
         active_job: disks.block_job,
     })
 }
@@ -127,6 +128,20 @@ pub(super) fn nvram(xml: &str) -> Result<Option<String>> {
         .map(|t| t.trim().to_owned());
     let from_source = || nvram?.get_child("source").and_then(|s| owned(s, "file"));
     Ok(written.filter(|path| !path.is_empty()).or_else(from_source))
+}
+
+/// Whether the state of an emulated TPM lasts no longer than the definition, as libvirt
+/// has it up to 8.8.
+pub(super) fn loses_its_tpm(xml: &str) -> Result<bool> {
+    let domain = parse(xml, "domain")?;
+    let is_lost = |tpm: &Element| {
+        tpm.get_child("backend").is_some_and(|backend| {
+            attribute(backend, "type") == Some("emulator")
+                && attribute(backend, "persistent_state") != Some("yes")
+        })
+    };
+    let devices = domain.get_child("devices");
+    Ok(devices.is_some_and(|devices| children(devices, "tpm").any(is_lost)))
 }
 
 /// Whether a snapshot's description names files beside the disks' own images.

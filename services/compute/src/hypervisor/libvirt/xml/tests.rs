@@ -593,3 +593,17 @@ fn an_input_device_of_the_host_stays() {
     }
     assert_eq!(immovable("<input type='tablet' bus='usb'/>"), []);
 }
+
+#[test]
+fn a_tpm_whose_state_an_older_libvirt_removes_is_known() {
+    let with = |backend: &str| {
+        loses_its_tpm(&format!(
+            "<domain><devices><tpm model='tpm-crb'>{backend}</tpm></devices></domain>"
+        ))
+    };
+    assert!(with("<backend type='emulator' version='2.0'/>").unwrap());
+    assert!(with("<backend type='emulator' persistent_state='no'/>").unwrap());
+    assert!(!with("<backend type='emulator' persistent_state='yes'/>").unwrap());
+    assert!(!with("<backend type='passthrough'><device path='/dev/tpm0'/></backend>").unwrap());
+    assert!(!loses_its_tpm("<domain/>").unwrap());
+}

@@ -74,6 +74,11 @@ pub struct Reach {
 }
 
 impl Reach {
+    /// Whether the machine was seen to run.
+    pub fn shows_life(&self) -> bool {
+        self.libvirt.is_ok() || self.refused
+    }
+
     /// Whether that this witness does not reach the node says anything: it
     /// answered, and reaches others.
     pub fn counts(&self) -> bool {

@@ -54,6 +54,16 @@ impl Here {
         Ok(Self(Arc::new(Mutex::new(connection))))
     }
 
+    /// Another one in that file, as this one is now.
+    pub(crate) fn copied(&self, file: &str) -> Result<Self, sqlx::Error> {
+        self.lock()
+            .execute("VACUUM INTO ?1", [file])
+            .map_err(told)?;
+        let connection = Connection::open(file).map_err(told)?;
+        connection.execute_batch(PRAGMAS).map_err(told)?;
+        Ok(Self(Arc::new(Mutex::new(connection))))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Connection> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -218,6 +218,19 @@ impl Store {
         Ok(Self::of(Database::Here(here), Kind::Sqlite))
     }
 
+    /// Another record, in that file, as this one is now, for simulation.
+    ///
+    /// # Errors
+    /// It is no record in memory, or the file cannot be written.
+    pub fn copied(&self, file: &str) -> Result<Self> {
+        match &self.database {
+            Database::Here(here) => Ok(Self::of(Database::Here(here.copied(file)?), Kind::Sqlite)),
+            _ => Err(StoreError::Conflict(
+                "a record that is not in memory".to_owned(),
+            )),
+        }
+    }
+
     /// The same record as another process has it, for simulation: what changes
     /// through this one is not heard there. While `still` is true that process
     /// stands still, and its calls wait.

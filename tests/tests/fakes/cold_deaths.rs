@@ -14,7 +14,7 @@ use drover_model::{
     migration::{ColdOptions, Migration, MigrationStatus as S, Way},
 };
 use drover_tests::{
-    cloud::{Cloud, eventually},
+    cloud::{CTL, Cloud, eventually},
     tap::Tap,
 };
 
@@ -473,5 +473,32 @@ async fn a_guest_that_is_long_in_shutdown_is_started_again() {
         check(&cloud, &m, true).await;
         tokio::time::sleep(Duration::from_secs(late_s)).await;
         check(&cloud, &m, true).await;
+    }
+}
+
+/// The database has lost the last of what it was told (a standby took over, a backup was
+/// restored): the source says that the guest lies aside, and the destination is asked.
+#[tokio::test(start_paused = true)]
+async fn a_record_that_went_back_in_time_starts_nothing_twice() {
+    for step in ["stop", "copy", "set_aside"] {
+        let place = tempfile::tempdir().unwrap();
+        let mut cloud = Cloud::start(1).await;
+        let id = guest(&cloud, web()).await;
+        let m = started(&cloud, id, &cold(false)).await;
+        cloud.until(m.uuid, "midway", |m| m.step == step).await;
+        cloud.kill_conductor();
+        let file = place.path().join("before").display().to_string();
+        let before = cloud.store.copied(&file).unwrap();
+        cloud.start_conductor().await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{step}: {m:#?}");
+        cloud.kill_conductor();
+        assert_eq!(before.migration(m.uuid).await.unwrap().step, step);
+        cloud.start_conductor_on(CTL, before).await;
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        let found = cloud.fabric.check_invariants();
+        found.unwrap_or_else(|found| panic!("{step}: {found:?}"));
+        let running = cloud.fabric.running_on(id).expect("it runs");
+        assert_eq!(running.as_str(), "kvm2", "{step}");
     }
 }

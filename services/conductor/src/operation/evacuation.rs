@@ -47,6 +47,8 @@ const MOST_CONTROLS: usize = 2;
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// The same of a node that showed no life before.
 const BRIEFLY: Duration = Duration::from_secs(1);
+/// Nodes asked about one that was proven dead before.
+const LATE_WITNESSES: usize = 3;
 /// How long a fencing agent may take to say whether a node has power, as a piece
 /// of evidence.
 const STATUS_LIMIT: Duration = Duration::from_secs(10);
@@ -222,8 +224,7 @@ async fn signs(
 /// One sign of life outweighs whoever saw none, and one whose word counts whoever
 /// cannot tell.
 fn most_telling(mut reach: Vec<Reach>) -> Vec<Reach> {
-    let shows_life = |r: &Reach| r.libvirt.is_ok() || r.refused;
-    reach.sort_by_key(|r| std::cmp::Reverse((shows_life(r), r.counts(), r.answered)));
+    reach.sort_by_key(|r| std::cmp::Reverse((r.shows_life(), r.counts(), r.answered)));
     reach.truncate(MOST_KEPT);
     reach
 }
@@ -453,9 +454,9 @@ pub async fn proven_dead(
     host: &HostName,
 ) -> drover_store::Result<Option<ProofOfDeath>> {
     let node = context.store.known_node(host).await?;
-    if node.is_none_or(|node| context.liveness().is_up(&node)) {
+    let Some(node) = node.filter(|node| !context.liveness().is_up(node)) else {
         return Ok(None);
-    }
+    };
     let evacuations = ListOperations {
         host: Some(host.clone()),
         kind: Some("evacuate".to_owned()),
@@ -463,11 +464,33 @@ pub async fn proven_dead(
     };
     let evacuations = context.store.operations(&evacuations).await?;
     // Newest first: what makes it void makes the older ones void.
-    let Some(proof) = evacuations.into_iter().find_map(|o| o.proof) else {
+    let proven = evacuations
+        .into_iter()
+        .find_map(|o| Some((o.proof?, o.evidence)));
+    let Some((proof, evidence)) = proven else {
         return Ok(None);
     };
     let (_, alive) = still_dead(context, host, &proof).await?;
-    Ok(alive.is_none().then_some(proof))
+    let is_dead = alive.is_none() && !shows_life(context, &node, evidence.as_ref()).await?;
+    Ok(is_dead.then_some(proof))
+}
+
+/// Whether some of the other nodes see life in one that showed them none when it was
+/// proven dead: it may have been switched on since, with its agent off.
+async fn shows_life(
+    context: &Context,
+    node: &NodeRow,
+    then: Option<&Evidence>,
+) -> drover_store::Result<bool> {
+    if then.is_none_or(|evidence| evidence.reach.iter().any(Reach::shows_life)) {
+        return Ok(false);
+    }
+    let live = context.liveness();
+    let nodes = context.store.nodes().await?.into_iter();
+    let others = nodes.filter(|other| live.is_up(other) && other.report.host != node.report.host);
+    let few: Vec<NodeRow> = others.take(LATE_WITNESSES).collect();
+    let (reach, _) = signs(context, node, &few, BRIEFLY).await;
+    Ok(reach.iter().any(Reach::shows_life))
 }
 
 /// Whether the node of an evacuated guest is still dead, by the record and by

@@ -600,23 +600,28 @@ impl ColdMigrate {
             return Ok(());
         };
         let is_elsewhere = self.job.on_third_node(&chosen.host).await?.is_some();
-        let runs_nowhere_else = match data.handed_over {
-            _ if is_elsewhere => false,
-            false => true,
-            true => {
-                let dest = &chosen.host;
-                self.job.is_dead(dest).await?.is_some() || self.is_off_there(dest).await?
-            }
-        };
-        let dest_may = match data.handed_over {
+        let here = self.job.look_at(self.job.source()).await?;
+        // A record that a database has lost the end of says less than the source.
+        let handed_over = data.handed_over || here.was_set_aside();
+        let dest = &chosen.host;
+        if handed_over
+            && !is_elsewhere
+            && self.job.is_dead(dest).await?.is_none()
+            && !self.is_off_there(dest).await?
+        {
+            return Err(lost(format!(
+                "{dest} has the guest: it is not brought back to {}",
+                self.job.source()
+            )));
+        }
+        let dest_may = match handed_over {
             true => DestMay::HaveItOff,
             false => DestMay::LackIt,
         };
-        let here = self.job.look_at(self.job.source()).await?;
         let ask = FinishRevertResize {
             migration: self.job.migration.uuid,
             instance: self.job.migration.instance_uuid,
-            runs_nowhere_else,
+            runs_nowhere_else: !is_elsewhere,
             ran: was_stopped && was_running(chosen),
             memory: self.memory(&here, data, dest_may).await?,
             is_elsewhere,
@@ -627,7 +632,7 @@ impl ColdMigrate {
             .finish_revert_resize(self.job.source(), &ask)
             .await;
         let there = restored.map_err(agent_error)?.presence;
-        match data.handed_over && !matches!(there, Presence::Present(_)) {
+        match handed_over && !matches!(there, Presence::Present(_)) {
             false => Ok(()),
             true => Err(lost(format!(
                 "{} no longer has the guest that it had set aside ({there})",

@@ -347,6 +347,11 @@ impl Evacuate {
             if let Some(why) = self.job.on_third_node(&host).await? {
                 return Err(failed(why));
             }
+            if let Some((third, there)) = self.job.active_on_any(&host).await? {
+                return Err(failed(format!(
+                    "{third} has the guest ({there}): it is started nowhere else"
+                )));
+            }
             match self.job.agents().rebuild(&host, self.job.step()).await {
                 Ok(location) => there = location.presence,
                 Err(error) => {

@@ -56,6 +56,11 @@ impl Seen {
         matches!(self.copy.presence, Presence::Present(_))
     }
 
+    /// Whether the guest lies aside there: another node may have been told to start it.
+    pub(super) fn was_set_aside(&self) -> bool {
+        self.copy.aside.is_some()
+    }
+
     /// In words, for people.
     pub(super) fn words(&self) -> String {
         let (host, presence) = (&self.host, self.copy.presence);

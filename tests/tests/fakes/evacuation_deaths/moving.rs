@@ -348,6 +348,57 @@ async fn a_guest_is_reverted_without_its_dead_destination() {
     }
 }
 
+/// That node was said to be off, and is switched on again with its agent disabled, and
+/// somebody starts the guest there: it is not started where it came from.
+#[tokio::test(start_paused = true)]
+async fn a_node_that_is_on_again_without_its_agent_is_not_dead() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    let m = cloud.until(m.uuid, "at rest", |m| m.status.rests()).await;
+    dies(&mut cloud, "kvm2");
+    is_said_off(&cloud, "kvm2").await;
+    cloud.fabric.power_on("kvm2");
+    cloud.fabric.start_guest("kvm2", id);
+    let asked = MigrationRef {
+        migration: m.uuid.to_string(),
+    };
+    let _ = cloud
+        .call::<_, Migration>(method::REVERT_MIGRATION, &asked)
+        .await;
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    check(&cloud, &m, Some("kvm2"));
+}
+
+/// Somebody has just started the guest of a dead node by hand, and no report says so yet:
+/// the nodes themselves are asked before it is started on another.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_started_by_hand_is_not_evacuated() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let was = cloud.fabric.driver("kvm1").definition(id).await;
+    let was = was.expect("it answers").expect("it is there");
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let unheard = Effect::SlowBefore(Duration::from_secs(900));
+    cloud
+        .fabric
+        .on_call("kvm2", Call::Inventory, 100, unheard.clone());
+    cloud.fabric.on_call("kvm2", Call::Guests, 100, unheard);
+    cloud.fabric.accept_older_disks(id);
+    let kvm2 = cloud.fabric.driver("kvm2");
+    kvm2.define(&was, None).await.expect("nobody else has it");
+    cloud.fabric.start_guest("kvm2", id);
+    let m = begin(&cloud, id, &["kvm3"]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    check(&cloud, &m, Some("kvm2"));
+    let why = m.end_reason.as_ref().expect("a reason").to_string();
+    assert!(why.contains("kvm2 has the guest"), "{why}");
+}
+
 /// Both of its nodes die, and stay away: when both are proven off the migration ends, and
 /// the guest is evacuated to a third.
 #[tokio::test(start_paused = true)]

@@ -22,14 +22,15 @@ use std::{
 };
 
 use drover_model::{ids::HostName, operation::FenceAnswer};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
-    process::Command,
+    process::{Child, Command},
     sync::Mutex as TurnMutex,
     time::timeout,
 };
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::clock::Clock;
 
@@ -314,8 +315,34 @@ fn confirmed(status: FenceAnswer) -> FenceAnswer {
     }
 }
 
+/// The processes of an agent: itself, and what it has started. Given up, all of them
+/// are killed: what cuts the power may be a child that its agent waits for.
+struct Group(Option<Pid>);
+
+impl Group {
+    /// That of an agent that leads one.
+    fn of(agent: &Child) -> Self {
+        let id = agent.id().and_then(|id| i32::try_from(id).ok());
+        Self(id.and_then(Pid::from_raw))
+    }
+
+    /// It has come to its end by itself. Its number may be another's from now on.
+    fn has_ended(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let killed = self.0.map(|group| kill_process_group(group, Signal::KILL));
+        if let Some(Err(error)) = killed {
+            warn!(%error, "a fencing agent that is given up may go on");
+        }
+    }
+}
+
 /// Runs an agent; gives its exit code and the end of what it said. Dropped, it
-/// is killed.
+/// is killed, with all that it has started.
 async fn run(settings: &FenceSettings, action: Action) -> Result<(Option<i32>, String), String> {
     let path = settings.path();
     let mut child = Command::new(&path)
@@ -326,9 +353,11 @@ async fn run(settings: &FenceSettings, action: Action) -> Result<(Option<i32>, S
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        .process_group(0)
         .kill_on_drop(true)
         .spawn()
         .map_err(|e| format!("{} cannot be run: {e}", path.display()))?;
+    let group = Group::of(&child);
     let (input, output, errors) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let lines = input_lines(settings, action);
     let telling = async {
@@ -337,8 +366,10 @@ async fn run(settings: &FenceSettings, action: Action) -> Result<(Option<i32>, S
             let _ = input.write_all(lines.as_bytes()).await;
         }
     };
-    let ((), output, errors, ended) =
-        tokio::join!(telling, end_of(output), end_of(errors), child.wait());
+    let ((), output, errors) = tokio::join!(telling, end_of(output), end_of(errors));
+    // Last of all: until it is waited for, its number is the group's and nobody else's.
+    let ended = child.wait().await;
+    group.has_ended();
     let ended = ended.map_err(|e| format!("its end was not seen: {e}"))?;
     let said = match errors.is_empty() {
         true => output,

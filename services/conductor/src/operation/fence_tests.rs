@@ -59,6 +59,21 @@ impl Rig {
     async fn status(&self) -> FenceAnswer {
         self.fences.status(&kvm1(), &self.clock).await
     }
+
+    /// Waits for the end of a process whose number is in that file.
+    async fn is_killed(&self, file: &str) {
+        let began = Instant::now();
+        let pid = fs::read_to_string(self.directory.path().join(file)).unwrap();
+        let process = std::path::PathBuf::from(format!("/proc/{}/stat", pid.trim()));
+        let lives = || fs::read_to_string(&process).is_ok_and(|s| !s.contains(") Z "));
+        while lives() {
+            assert!(
+                began.elapsed() < Duration::from_secs(20),
+                "it was not killed"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
 }
 
 fn message(answer: &FenceAnswer) -> &str {
@@ -146,15 +161,24 @@ async fn an_agent_that_hangs_is_ended() {
         "{answer:?}"
     );
     assert!(began.elapsed() < Duration::from_secs(8));
-    let pid = fs::read_to_string(rig.directory.path().join("pid")).unwrap();
-    let process = std::path::PathBuf::from(format!("/proc/{}/stat", pid.trim()));
-    let lives = || fs::read_to_string(&process).is_ok_and(|s| !s.contains(") Z "));
-    while lives() {
-        assert!(
-            began.elapsed() < Duration::from_secs(20),
-            "it was not killed"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    rig.is_killed("pid").await;
+}
+
+#[tokio::test]
+async fn what_an_agent_has_started_ends_with_it() {
+    let starts = "sleep 1000 & echo $! > started; wait";
+    // Also of one that holds no pipe to its end.
+    for body in [starts, &format!("exec > /dev/null 2>&1; {starts}")] {
+        let mut rig = rig(body);
+        rig.fences.limit = Duration::from_secs(2);
+        let answer = rig.off().await;
+        assert!(message(&answer).contains("did not end within 2 s"));
+        rig.is_killed("started").await;
+        // Whoever asked goes away.
+        rig.fences.limit = Duration::from_secs(1000);
+        let gone = timeout(Duration::from_secs(2), rig.off()).await;
+        assert!(gone.is_err());
+        rig.is_killed("started").await;
     }
 }
 

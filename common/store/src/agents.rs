@@ -16,7 +16,7 @@ use drover_model::{
 use serde::{Deserialize, Serialize};
 use sqlx::{Row, any::AnyRow};
 
-use crate::{Result, Store, corrupt, database::Tx, signed, to_json, unsigned};
+use crate::{Result, Store, corrupt, database::Tx, instances, signed, to_json, unsigned};
 
 /// An agent as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,6 +111,11 @@ fn judge(
     ))
 }
 
+/// Whether a node is another than it was: with another system disk, or another machine.
+fn is_new_node(before: &Identity, now: &Identity) -> bool {
+    *before != Identity::default() && !now.succeeds(before)
+}
+
 /// Enough of an id to tell it from another.
 fn named(id: &str) -> &str {
     match id.get(..8) {
@@ -161,6 +166,9 @@ impl Store {
                 speaks: Spoken::Unsaid,
             },
             Ok(incarnation) => {
+                if is_new_node(&row.identity, &ask.identity) {
+                    instances::node_is_new(&mut tx, &ask.host).await?;
+                }
                 sqlx::query(
                     "UPDATE agents SET incarnation = $2, identity = $3, agent_version = $4, \
                      gone = 0, beat = 0, silent_ms = 0, speaks = $5 WHERE host = $1",

@@ -75,7 +75,7 @@ impl Store {
         sqlx::query(
             "INSERT INTO definitions (instance_uuid, host, digest, taken_at_ms, record) \
              VALUES ($1, $2, $3, $4, $5) ON CONFLICT (instance_uuid) DO UPDATE SET \
-             host = excluded.host, digest = excluded.digest, \
+             host = excluded.host, digest = excluded.digest, gone_at_ms = NULL, \
              taken_at_ms = excluded.taken_at_ms, record = excluded.record",
         )
         .bind(kept.instance.to_string())
@@ -109,17 +109,6 @@ impl Store {
         };
         // One that only a newer Drover understands is as good as none, for this guest.
         Ok(readable(row.as_slice(), read).pop())
-    }
-
-    /// Forgets definitions of instances that are no longer on the record.
-    ///
-    /// # Errors
-    /// The database failed.
-    pub async fn prune_definitions(&self) -> Result<()> {
-        let statement =
-            "DELETE FROM definitions WHERE instance_uuid NOT IN (SELECT uuid FROM instances)";
-        self.execute(|| sqlx::query(statement)).await?;
-        Ok(())
     }
 
     /// Instances that were evacuated from a node, or are being so, and whose old

@@ -42,6 +42,9 @@ use crate::{
 /// For how long an instance that its node no longer lists stays on the record
 /// (it may be about to turn up elsewhere), ms.
 pub const FORGET_AFTER_MS: u64 = 60_000;
+/// And in how many reports in a row: two conductors' clocks are not one, and one may
+/// jump.
+pub const FORGET_AFTER_REPORTS: u32 = 6;
 
 /// An instance as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +71,10 @@ pub struct InstanceRow {
     pub changed_at_ms: u64,
     /// Since when its node no longer does, milliseconds since 1970.
     pub missing_since_ms: Option<u64>,
+    /// In how many reports in a row.
+    pub missing_reports: u32,
+    /// Nothing was seen of it since its node was installed anew.
+    pub node_is_new: bool,
     /// What of it cannot be read, and why.
     pub unreadable: Option<String>,
     /// A copy of it that is active elsewhere.
@@ -86,6 +93,11 @@ impl InstanceRow {
             since_ms: other.since_ms,
             both_run: other.is_alarm(),
         })
+    }
+
+    /// Whether its node lacks it since it was installed anew.
+    pub fn is_lost(&self) -> bool {
+        self.node_is_new && self.missing_since_ms.is_some()
     }
 }
 
@@ -135,7 +147,7 @@ impl InstanceRow {
 enum Change {
     /// Put this row in place of any of its id.
     Keep(Box<InstanceRow>),
-    /// Its node no longer lists it, since now.
+    /// Its node does not list it, since now or in one more report.
     Missing(InstanceId),
     /// Gone for long enough.
     Forget(InstanceId),
@@ -229,7 +241,7 @@ fn at_home(
         return vec![Change::Keep(Box::new(followed)), Change::Note(words)];
     }
     let Some(seen) = seen else {
-        return gone(row, moving, now_ms).into_iter().collect();
+        return gone(row, moving, now_ms);
     };
     let mut next = known(row, row_of(&row.host, seen, row.changed_at_ms));
     next.other.clone_from(&row.other);
@@ -250,17 +262,38 @@ fn at_home(
 }
 
 /// Its node does not list it.
-fn gone(row: &InstanceRow, moving: Option<&Moving>, now_ms: u64) -> Option<Change> {
+fn gone(row: &InstanceRow, moving: Option<&Moving>, now_ms: u64) -> Vec<Change> {
+    let missing = Change::Missing(row.id);
     match row.missing_since_ms {
-        _ if moving.is_some_and(|m| !m.has_arrived()) => None,
-        None => Some(Change::Missing(row.id)),
+        _ if moving.is_some_and(|m| !m.has_arrived()) => Vec::new(),
+        None if row.node_is_new => vec![missing, Change::Note(lost(row))],
+        None => vec![missing],
         // Whoever confirms or reverts has to find it.
-        Some(_) if moving.is_some() => None,
+        Some(_) if moving.is_some() => Vec::new(),
+        // What its node had on a disk that is no more, nobody has removed.
+        Some(_) if row.node_is_new => Vec::new(),
+        Some(_) if row.missing_reports < FORGET_AFTER_REPORTS => vec![missing],
         Some(since) if now_ms.saturating_sub(since) > FORGET_AFTER_MS => {
-            Some(Change::Forget(row.id))
+            vec![Change::Forget(row.id), Change::Note(forgotten(row))]
         }
-        Some(_) => None,
+        Some(_) => Vec::new(),
     }
+}
+
+fn lost(row: &InstanceRow) -> String {
+    format!(
+        "instance {} ({}) is not on {}, which was installed anew since it was seen there: it \
+         stays on the record; 'drover instance definition {}' prints how it was defined last",
+        row.id, row.name, row.host, row.id
+    )
+}
+
+fn forgotten(row: &InstanceRow) -> String {
+    format!(
+        "instance {} ({}) is off the record: {} does not list it any more; how it was defined \
+         last is kept, and printed by 'drover instance definition {}'",
+        row.id, row.name, row.host, row.id
+    )
 }
 
 /// Another node than the record's reports.
@@ -353,6 +386,8 @@ fn row_of(host: &HostName, seen: &InstanceReport, now_ms: u64) -> InstanceRow {
         generation: seen.generation,
         changed_at_ms: now_ms,
         missing_since_ms: None,
+        missing_reports: 0,
+        node_is_new: false,
         unreadable: seen.unreadable.clone(),
         other: None,
         awaited: Vec::new(),
@@ -397,7 +432,9 @@ pub(crate) async fn take_in(tx: &mut Tx, report: &NodeReport, now_ms: u64) -> Re
             },
             Change::Missing(id) => {
                 let missing = sqlx::query(
-                    "UPDATE instances SET missing_since_ms = $3, serial = serial + 1 \
+                    "UPDATE instances SET serial = serial + 1, missing_reports = \
+                     CASE WHEN missing_since_ms IS NULL THEN 1 ELSE missing_reports + 1 END, \
+                     missing_since_ms = COALESCE(missing_since_ms, $3) \
                      WHERE uuid = $1 AND serial = $2",
                 );
                 let missing = missing.bind(id.to_string()).bind(serials[&id]);
@@ -407,6 +444,7 @@ pub(crate) async fn take_in(tx: &mut Tx, report: &NodeReport, now_ms: u64) -> Re
                 let forget = sqlx::query("DELETE FROM instances WHERE uuid = $1 AND serial = $2");
                 let forget = forget.bind(id.to_string()).bind(serials[&id]);
                 as_it_was(tx, id, forget).await?;
+                outbox::put(tx, &farewell(&rows[&id])).await?;
             }
             Change::Note(note) => notes.push(note),
             Change::Alarm(row) => {
@@ -448,6 +486,14 @@ fn notification(row: &InstanceRow) -> outbox::Notification {
     outbox::Notification::new("instance.two_copies", "ERROR", payload)
 }
 
+fn farewell(row: &InstanceRow) -> outbox::Notification {
+    let payload = serde_json::json!({
+        "instance_uuid": row.id, "display_name": row.name, "tenant_id": row.project,
+        "host": row.host, "message": forgotten(row),
+    });
+    outbox::Notification::new("instance.forgotten", "WARN", payload)
+}
+
 async fn under_way(tx: &mut Tx) -> Result<UnderWay> {
     let rows = sqlx::query(
         "SELECT instance_uuid, migration_type, status, source_host, dest_host FROM migrations \
@@ -481,8 +527,8 @@ async fn add(tx: &mut Tx, row: &InstanceRow) -> Result<()> {
     let add = sqlx::query(
         "INSERT INTO instances (uuid, serial, name, project_id, host, power_state, vcpus, \
          memory_mib, disk_bytes, generation, changed_at_ms, missing_since_ms, unreadable, \
-         other_copy, awaited) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+         other_copy, awaited, missing_reports, node_is_new) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)",
     );
     let add = add.bind(row.id.to_string()).bind(0_i64);
     as_it_was(tx, row.id, values(add, row)?).await
@@ -494,7 +540,8 @@ async fn replace(tx: &mut Tx, row: &InstanceRow, serial: i64) -> Result<()> {
         "UPDATE instances SET serial = serial + 1, name = $3, project_id = $4, host = $5, \
          power_state = $6, vcpus = $7, memory_mib = $8, disk_bytes = $9, generation = $10, \
          changed_at_ms = $11, missing_since_ms = $12, unreadable = $13, other_copy = $14, \
-         awaited = $15 WHERE uuid = $1 AND serial = $2",
+         awaited = $15, missing_reports = $16, node_is_new = $17 \
+         WHERE uuid = $1 AND serial = $2",
     );
     let replace = replace.bind(row.id.to_string()).bind(serial);
     as_it_was(tx, row.id, values(replace, row)?).await
@@ -514,7 +561,9 @@ fn values<'q>(statement: Statement<'q>, row: &InstanceRow) -> Result<Statement<'
         .bind(row.missing_since_ms.map(signed))
         .bind(row.unreadable.clone())
         .bind(other_copy(row)?)
-        .bind(awaited(&row.awaited)?))
+        .bind(awaited(&row.awaited)?)
+        .bind(i64::from(row.missing_reports))
+        .bind(i64::from(row.node_is_new)))
 }
 
 fn other_copy(row: &InstanceRow) -> Result<Option<String>> {
@@ -538,6 +587,16 @@ pub(crate) async fn lock(tx: &mut Tx, id: InstanceId) -> Result<Option<InstanceR
         .fetch_optional(&mut **tx)
         .await?;
     row.as_ref().map(instance).transpose()
+}
+
+/// A node was installed anew: what of its guests it does not list from now on, nobody
+/// has removed.
+pub(crate) async fn node_is_new(tx: &mut Tx, host: &HostName) -> Result<()> {
+    sqlx::query("UPDATE instances SET serial = serial + 1, node_is_new = 1 WHERE host = $1")
+        .bind(host.as_str())
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
 }
 
 /// Guests of a node that will not come back: those with a copy elsewhere are on the
@@ -634,7 +693,8 @@ pub(crate) async fn moved(tx: &mut Tx, id: InstanceId, host: &HostName, now_ms: 
     }
     sqlx::query(
         "UPDATE instances SET serial = serial + 1, host = $2, changed_at_ms = $3, \
-         missing_since_ms = NULL, other_copy = NULL, awaited = $4 WHERE uuid = $1",
+         missing_since_ms = NULL, missing_reports = 0, node_is_new = 0, other_copy = NULL, \
+         awaited = $4 WHERE uuid = $1",
     )
     .bind(id.to_string())
     .bind(host.as_str())
@@ -767,6 +827,8 @@ pub(crate) fn instance(row: &AnyRow) -> Result<InstanceRow> {
         missing_since_ms: row
             .try_get::<Option<i64>, _>("missing_since_ms")?
             .map(unsigned),
+        missing_reports: u32::try_from(row.try_get::<i64, _>("missing_reports")?).unwrap_or(0),
+        node_is_new: row.try_get::<i64, _>("node_is_new")? != 0,
         unreadable: row.try_get("unreadable")?,
         other: json(row, "other_copy")?,
         awaited: json(row, "awaited")?.unwrap_or_default(),

@@ -112,16 +112,21 @@ impl Store {
         self.note_ends(now_ms).await?;
         Ok(self.give_up_tidying(keep, now_ms).await?
             + self.prune_offers(keep, now_ms).await?
+            + self.prune_definitions(keep, now_ms).await?
             + self.prune_operations(keep, now_ms).await?
             + self.prune_migrations(keep, now_ms).await?
             + self.prune_journals(keep, now_ms).await?)
     }
 
-    /// What an older build has ended has its end now.
+    /// What an older build has ended has its end now; and so have definitions of
+    /// instances that are no longer on the record, until those are on it again.
     async fn note_ends(&self, now_ms: u64) -> Result<()> {
         for statement in [
             "UPDATE migrations SET ended_at_ms = $1 WHERE active = 0 AND ended_at_ms IS NULL",
             "UPDATE operations SET ended_at_ms = $1 WHERE active = 0 AND ended_at_ms IS NULL",
+            "UPDATE definitions SET gone_at_ms = \
+             CASE WHEN gone_at_ms IS NULL THEN CAST($1 AS BIGINT) END \
+             WHERE (gone_at_ms IS NULL) = (instance_uuid NOT IN (SELECT uuid FROM instances))",
         ] {
             self.execute(|| sqlx::query(statement).bind(signed(now_ms)))
                 .await?;
@@ -200,6 +205,16 @@ impl Store {
         let too_many = self.too_many(newest, keep).await?;
         let made_before = keep.before(now_ms).max(too_many + 1);
         self.execute(|| offers::forget_closed(made_before, now_ms, BATCH))
+            .await
+    }
+
+    /// Definitions outlive their instances: of one that its node has lost they are all
+    /// that is left.
+    async fn prune_definitions(&self, keep: Retention, now_ms: u64) -> Result<u64> {
+        let statement = "DELETE FROM definitions WHERE instance_uuid IN \
+             (SELECT d.instance_uuid FROM definitions d WHERE d.gone_at_ms < $1 \
+             AND d.instance_uuid NOT IN (SELECT uuid FROM instances) LIMIT $2)";
+        self.execute(|| sqlx::query(statement).bind(keep.before(now_ms)).bind(BATCH))
             .await
     }
 

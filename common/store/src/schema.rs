@@ -87,6 +87,12 @@ const CHANGES: &[Change] = &[
         kind: Kind::Expands,
         sql: include_str!("../migrations/0008_versions.sql"),
     },
+    Change {
+        version: 9,
+        name: "missing",
+        kind: Kind::Expands,
+        sql: include_str!("../migrations/0009_missing.sql"),
+    },
 ];
 
 fn newest() -> i64 {

@@ -154,6 +154,12 @@ pub enum InstanceVerb {
         #[arg(value_parser = some_text)]
         id: String,
     },
+    /// Print how an instance was defined last, also of one that is gone
+    Definition {
+        /// UUID; of one that is not gone also a prefix or its name.
+        #[arg(value_parser = some_text)]
+        id: String,
+    },
     /// Move an instance to another node
     Migrate(Box<Migrate>),
     /// Keep an instance where a cold migration brought it: the node it left removes its copy

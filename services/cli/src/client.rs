@@ -11,10 +11,10 @@ use drover_model::{
         COMPUTE_TOPIC, CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         compute::{self, AgentStatus},
         conductor::{
-            AcceptTransfer, ConductorStatus, Instance, InstanceRef, ListInstances, ListMigrations,
-            ListOffers, MigrateAnswer, MigrateInstance, MigrationRef, Node, NodeRef, Offer,
-            OfferMade, OfferRef, OfferTransfer, ProjectRef, ProjectView, RevertMigration, SetNode,
-            SetProject, TransferInstance, WaitMigration, method,
+            AcceptTransfer, ConductorStatus, Definition, Instance, InstanceRef, ListInstances,
+            ListMigrations, ListOffers, MigrateAnswer, MigrateInstance, MigrationRef, Node,
+            NodeRef, Offer, OfferMade, OfferRef, OfferTransfer, ProjectRef, ProjectView,
+            RevertMigration, SetNode, SetProject, TransferInstance, WaitMigration, method,
         },
     },
     ids::HostName,
@@ -130,6 +130,13 @@ impl Client {
     pub async fn get_instance(&self, id: &str) -> Result<Instance, Trouble> {
         let instance = id.to_owned();
         self.ask(method::GET_INSTANCE, &InstanceRef { instance })
+            .await
+    }
+
+    /// How an instance was defined last.
+    pub async fn get_kept_definition(&self, id: &str) -> Result<Definition, Trouble> {
+        let instance = id.to_owned();
+        self.ask(method::GET_KEPT_DEFINITION, &InstanceRef { instance })
             .await
     }
 

@@ -119,6 +119,7 @@ pub(crate) fn instance(name: &str) -> Instance {
         seen_at_ms: T0,
         unreadable: None,
         other_copy: None,
+        lost: None,
     }
 }
 

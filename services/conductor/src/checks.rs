@@ -130,12 +130,35 @@ pub fn recorded(instance: &InstanceRow, way: &Way) -> Option<CheckFailure> {
     let Some(since) = instance.missing_since_ms else {
         return state(instance.power_state, way);
     };
+    if instance.is_lost() {
+        let (message, remedy) = lost(instance);
+        return Some(fail(
+            CheckCode::InstanceMissing,
+            Side::Instance,
+            message,
+            remedy,
+        ));
+    }
     Some(fail(
         CheckCode::InstanceMissing,
         Side::Instance,
         format!("{} no longer lists it (since {since} ms)", instance.host),
         "look with 'virsh list --all' whether it was undefined or moved by hand",
     ))
+}
+
+/// What became of an instance whose node was installed anew, and what to do.
+pub fn lost(instance: &InstanceRow) -> (String, String) {
+    let (host, id) = (&instance.host, instance.id);
+    (
+        format!("{host} was installed anew, and does not have it"),
+        format!(
+            "define it on a node that has its disks, with what 'drover instance definition {id}' \
+             prints; if it is gone for good, stop the agent of {host} and have the node forgotten \
+             with 'drover node forget {host} --despite-lost-guests': it is known again with \
+             what it has when its agent is started"
+        ),
+    )
 }
 
 fn busy(m: &Migration) -> CheckFailure {

@@ -5,11 +5,11 @@
 use std::time::Duration;
 
 use drover_compute::hypervisor::{
-    Hypervisor,
+    ColdDriver, Hypervisor,
     fake::{Call, GuestBuilder, script::Effect},
 };
 use drover_model::{
-    api::conductor::Node,
+    api::conductor::{Definition, Instance, InstanceRef, Node, method},
     ids::{HostName, InstanceId},
     migration::{ColdOptions, LiveOptions, MigrationStatus, Way},
     node::HypervisorReport,
@@ -313,4 +313,50 @@ async fn a_guest_is_judged_by_what_its_node_says_now() {
         .until(moved.uuid, "at rest", |m| m.status.rests())
         .await;
     assert_eq!(moved.status, MigrationStatus::Finished, "{moved:#?}");
+}
+
+/// Somebody takes a guest off its node (`virsh destroy`, `virsh undefine`).
+async fn is_undefined(cloud: &Cloud, id: InstanceId) {
+    cloud.fabric.kill_guest(id);
+    let driver = cloud.fabric.driver("kvm1");
+    driver.withdraw(id).await.expect("it is off");
+}
+
+async fn look_up(cloud: &Cloud, id: InstanceId) -> Option<Instance> {
+    let instance = id.to_string();
+    let ask = InstanceRef { instance };
+    cloud.call(method::GET_INSTANCE, &ask).await.ok()
+}
+
+async fn how_it_was_defined(cloud: &Cloud, id: InstanceId) -> Definition {
+    let instance = id.to_string();
+    let ask = InstanceRef { instance };
+    eventually("its definition", async || {
+        cloud.call(method::GET_KEPT_DEFINITION, &ask).await.ok()
+    })
+    .await
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_node_lost_when_it_was_installed_anew_is_not_forgotten() {
+    let mut cloud = Cloud::start(31).await;
+    let (lost, removed) = (guest(&cloud, "lost"), guest(&cloud, "removed"));
+    cloud.adopted(lost).await;
+    let before = how_it_was_defined(&cloud, lost).await;
+    how_it_was_defined(&cloud, removed).await;
+    cloud.stop_agent("kvm1").await;
+    cloud.lose_state("kvm1");
+    is_undefined(&cloud, lost).await;
+    cloud.start_agent("kvm1").await;
+    sleep(60 * SECOND).await;
+    is_undefined(&cloud, removed).await;
+    sleep(120 * SECOND).await;
+    let found = look_up(&cloud, lost).await.expect("it is on the record");
+    let words = found.lost.unwrap_or_default();
+    assert!(words.contains("installed anew"), "{words}");
+    assert_eq!(look_up(&cloud, removed).await, None, "as of any node");
+    // Of both it is known how they were.
+    assert_eq!(how_it_was_defined(&cloud, lost).await, before);
+    let of_removed = how_it_was_defined(&cloud, removed).await;
+    assert!(of_removed.domain.contains("removed"), "{of_removed:?}");
 }

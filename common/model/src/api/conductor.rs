@@ -73,6 +73,8 @@ pub mod method {
     pub const LIST_MIGRATIONS: &str = "list_migrations";
     /// [`super::InstanceRef`] → [`super::Instance`]
     pub const GET_INSTANCE: &str = "get_instance";
+    /// [`super::InstanceRef`] → [`super::Definition`]
+    pub const GET_KEPT_DEFINITION: &str = "get_kept_definition";
     /// [`super::ListInstances`] → `Vec<`[`super::Instance`]`>`
     pub const LIST_INSTANCES: &str = "list_instances";
     /// [`super::NodeRef`] → [`super::Node`]
@@ -584,6 +586,24 @@ pub struct Instance {
     /// A copy of it that is active on another node.
     #[serde(default)]
     pub other_copy: Option<OtherCopy>,
+    /// Why its node does not list it, and what to do, if that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
+}
+
+/// How an instance was defined when its node told it last. It may be gone since.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Definition {
+    /// Which.
+    pub instance: InstanceId,
+    /// The node that told it.
+    pub host: HostName,
+    /// When, milliseconds since 1970.
+    pub taken_at_ms: u64,
+    /// Whether there are secrets, which no node tells.
+    pub has_secrets: bool,
+    /// As libvirt writes it.
+    pub domain: String,
 }
 
 /// A copy of an instance that is active on another node than the record's.

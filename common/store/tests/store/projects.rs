@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // all of it is test
 
-use crate::common::{HELD, host, listed, migration, postgresql_url, report, term};
+use crate::common::{HELD, host, listed, lists_nothing, migration, postgresql_url, report, term};
 use drover_model::{
     api::conductor::{ListOffers, Offer, OfferState, ProjectChange},
     error::ErrorClass,
@@ -633,10 +633,7 @@ async fn an_offer_is_void_when_the_instance_is_not_the_givers(store: Store) {
     store.record_report(&told("demo", 3), 1002).await.unwrap();
     assert_eq!(state(&store, &offer, 2000).await, OfferState::Open);
     // Gone for good.
-    for (sequence, now_ms) in [(4, 1003), (5, 99_000)] {
-        let empty = report("kvm1", sequence, vec![]);
-        store.record_report(&empty, now_ms).await.unwrap();
-    }
+    lists_nothing(&store, "kvm1", 4, 1003).await;
     assert_eq!(state(&store, &offer, 2000).await, OfferState::Void);
 }
 

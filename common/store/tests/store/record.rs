@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use crate::common::{HELD, host, listed, migration, passed, report, term};
+use crate::common::{HELD, host, listed, lists_nothing, migration, passed, report, term};
 use drover_model::{
     api::{
         compute::Outcome,
@@ -20,7 +20,7 @@ use drover_saga::{Event, JournalError};
 use drover_store::{
     Store, StoreError,
     claims::Resources,
-    instances::InstanceRow,
+    instances::{FORGET_AFTER_REPORTS, InstanceRow},
     migrations::{Admitted, Lease},
     nodes::Reported,
     retention::Forgetting,
@@ -33,6 +33,9 @@ promises! {
     what_is_final_stays,
     migrations_are_found_by_number_uuid_and_prefix,
     instances_are_adopted_found_and_forgotten_late,
+    a_clock_that_jumps_makes_nothing_forgotten,
+    a_guest_that_is_forgotten_is_told_of,
+    what_a_node_that_was_installed_anew_does_not_list_stays,
     silence_and_old_news_change_nothing,
     two_nodes_that_list_one_instance_are_told_of_and_nothing_flips,
     the_record_follows_the_copy_that_runs,
@@ -49,6 +52,8 @@ promises! {
     put_off_tidying_is_done_by_one_and_ever_more_seldom,
     an_outcome_is_kept_for_whoever_drives,
 }
+
+const HOUR_MS: u64 = 3_600_000;
 
 fn life(incarnation: u64, beat: u64) -> Life {
     Life { incarnation, beat }
@@ -185,18 +190,109 @@ async fn instances_are_adopted_found_and_forgotten_late(store: Store) {
     let row = store.find_instance("vm1").await.unwrap();
     assert_eq!((row.host.as_str(), row.missing_since_ms), ("kvm2", None));
     // Missing for long: forgotten.
-    store
-        .record_report(&report("kvm2", 2, vec![]), 4000)
-        .await
-        .unwrap();
-    store
-        .record_report(&report("kvm2", 3, vec![]), 70_000)
-        .await
-        .unwrap();
+    lists_nothing(&store, "kvm2", 2, 4000).await;
     assert!(matches!(
         store.find_instance("vm1").await,
         Err(StoreError::NotFound(_))
     ));
+}
+
+async fn a_clock_that_jumps_makes_nothing_forgotten(store: Store) {
+    says(&store, "kvm1", 1, ON).await;
+    says(&store, "kvm1", 2, None).await;
+    // Another conductor takes the next ones in: its clock is an hour ahead.
+    let later = |sequence| report("kvm1", sequence, vec![]);
+    for sequence in 3..=FORGET_AFTER_REPORTS + 1 {
+        let sequence = sequence.into();
+        store
+            .record_report(&later(sequence), HOUR_MS)
+            .await
+            .unwrap();
+        let row = store.find_instance("vm1").await.unwrap();
+        assert_eq!(row.missing_since_ms, Some(2), "in report {sequence}");
+    }
+    // One that comes back is missing anew.
+    says(&store, "kvm1", 20, ON).await;
+    says(&store, "kvm1", 21, None).await;
+    store.record_report(&later(22), HOUR_MS).await.unwrap();
+    assert_eq!(store.find_instance("vm1").await.unwrap().missing_reports, 2);
+    // Nor is it for many reports in no time.
+    for sequence in 23..100 {
+        store.record_report(&later(sequence), 99).await.unwrap();
+    }
+    assert!(store.find_instance("vm1").await.is_ok());
+    store.record_report(&later(100), HOUR_MS).await.unwrap();
+    assert!(store.find_instance("vm1").await.is_err());
+}
+
+async fn a_guest_that_is_forgotten_is_told_of(store: Store) {
+    says(&store, "kvm1", 1, ON).await;
+    let noticed = lists_nothing(&store, "kvm1", 2, 2).await;
+    let [note] = noticed.as_slice() else {
+        panic!("{noticed:?}");
+    };
+    let id = listed(1).id;
+    assert!(
+        note.contains("(vm1)") && note.contains(&id.to_string()),
+        "{note}"
+    );
+    let told = store.unpublished(10, u64::MAX).await.unwrap();
+    let told: Vec<_> = told.iter().map(|n| n.event_type.as_str()).collect();
+    assert_eq!(told, ["instance.forgotten"]);
+}
+
+async fn what_a_node_that_was_installed_anew_does_not_list_stays(store: Store) {
+    let installed = |state: &str| RegisterAgent {
+        speaks: Spoken::Unsaid,
+        host: host("kvm1"),
+        identity: Identity {
+            state: state.into(),
+            machine: "m".into(),
+            boot: "b".into(),
+            process: format!("process of {state}"),
+        },
+        agent_version: "1".into(),
+        held: None,
+    };
+    let of = |incarnation, sequence, instances| NodeReport {
+        incarnation,
+        ..report("kvm1", sequence, instances)
+    };
+    store.register_agent(&installed("old"), None).await.unwrap();
+    let before = of(1, 1, vec![listed(1), listed(2), listed(3)]);
+    store.record_report(&before, 1).await.unwrap();
+    let dead = Some(life(1, 0));
+    store.register_agent(&installed("new"), dead).await.unwrap();
+    let mut noticed = Vec::new();
+    for n in 1..=20 {
+        // Of those that are there one is undefined later, as ever.
+        let there = match n {
+            1..=3 => vec![listed(2)],
+            _ => vec![],
+        };
+        let kept = store.record_report(&of(2, n, there), n * 10_000).await;
+        match kept.unwrap() {
+            Reported::Kept { notes } => noticed.extend(notes),
+            other => panic!("{other:?}"),
+        }
+    }
+    for lost in ["vm1", "vm3"] {
+        assert!(store.find_instance(lost).await.unwrap().is_lost());
+        let told = noticed
+            .iter()
+            .filter(|note| note.contains(&format!("({lost})")));
+        assert_eq!(told.count(), 1, "{noticed:?}");
+    }
+    assert!(store.find_instance("vm2").await.is_err(), "nobody wants it");
+    // Somebody defines one elsewhere, and one here.
+    let elsewhere = report("kvm2", 1, vec![listed(1)]);
+    store.record_report(&elsewhere, 300_000).await.unwrap();
+    let row = store.find_instance("vm1").await.unwrap();
+    assert_eq!((row.host.as_str(), row.is_lost()), ("kvm2", false));
+    let here = of(2, 21, vec![listed(3)]);
+    store.record_report(&here, 300_000).await.unwrap();
+    let row = store.find_instance("vm3").await.unwrap();
+    assert!(!row.node_is_new && row.missing_since_ms.is_none());
 }
 
 async fn silence_and_old_news_change_nothing(store: Store) {

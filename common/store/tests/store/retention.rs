@@ -2,11 +2,14 @@
 
 #![allow(clippy::unwrap_used)] // all of it is test
 
-use crate::common::{HELD, host, listed, migration, report, term};
+use crate::common::{HELD, host, listed, lists_nothing, migration, report, term};
 use drover_model::{
-    api::conductor::{ListMigrations, ListOperations},
+    api::{
+        compute::KeptDefinition,
+        conductor::{ListMigrations, ListOperations},
+    },
     guest::PowerState,
-    ids::OperationId,
+    ids::{InstanceId, OperationId},
     migration::{Evacuation, Migration, MigrationStatus, ProofOfDeath, Requester, Way},
     operation::{DrainOptions, EvacuateOptions, Operation, OperationStatus, Task},
 };
@@ -29,6 +32,7 @@ promises! {
     the_last_evacuation_of_a_node_stays_as_long_as_the_node,
     what_could_not_be_tidied_is_given_up,
     what_cannot_be_read_holds_up_no_retention,
+    a_definition_outlives_its_guest_for_a_while,
     a_scrapped_node_is_forgotten_when_nothing_needs_it,
     guests_of_a_scrapped_node_follow_their_other_copy_or_are_named,
     a_notification_that_is_refused_steps_aside,
@@ -101,6 +105,55 @@ async fn what_is_over_goes_by_age_and_by_number_and_numbers_go_on(store: Store) 
     assert!(numbers(&store).await.is_empty());
     let next = admitted(&store, &migration(7, 7)).await;
     assert_eq!(next.id, 7, "no number is given twice");
+}
+
+fn definition(id: InstanceId) -> KeptDefinition {
+    let guest = serde_json::json!({
+        "id": id, "name": "vm1", "project": "demo", "generation": 0, "power_state": "running",
+        "persistent": true, "vcpus": 1, "memory_mib": 1024, "virt_type": "kvm",
+        "arch": "x86_64", "machine": "q35", "emulator": "/usr/bin/qemu-system-x86_64",
+        "cpu_xml": null, "disks": [], "nics": [], "immovable": [], "files": [], "reads": [],
+        "bound": [], "snapshots": [], "external_snapshots": [], "active_job": null,
+    });
+    KeptDefinition {
+        instance: id,
+        digest: "d".into(),
+        domain: "<domain/>".into(),
+        has_secrets: false,
+        guest: serde_json::from_value(guest).unwrap(),
+        identities: vec![],
+        contents: vec![],
+    }
+}
+
+async fn a_definition_outlives_its_guest_for_a_while(store: Store) {
+    let kvm1 = host("kvm1");
+    let id = listed(1).id;
+    let is_there = async |sequence, at_ms| {
+        let report = report("kvm1", sequence, vec![listed(1)]);
+        store.record_report(&report, at_ms).await.unwrap();
+    };
+    let goes = async |first, at_ms| {
+        lists_nothing(&store, "kvm1", first, at_ms).await;
+        assert!(store.find_instance("vm1").await.is_err());
+    };
+    let is_kept = async || store.kept_definition(id).await.unwrap().is_some();
+    is_there(1, 1).await;
+    let kept = definition(id);
+    assert!(store.keep_definition(&kvm1, &kept, 1).await.unwrap());
+    goes(2, 100 * DAY_MS).await;
+    prune(&store, KEEP, 101 * DAY_MS).await;
+    prune(&store, KEEP, 180 * DAY_MS).await;
+    assert!(is_kept().await, "however old it is");
+    // It is back: then it is no more gone than one that never was.
+    is_there(20, 190 * DAY_MS).await;
+    prune(&store, KEEP, 300 * DAY_MS).await;
+    goes(21, 300 * DAY_MS).await;
+    prune(&store, KEEP, 301 * DAY_MS).await;
+    prune(&store, KEEP, 390 * DAY_MS).await;
+    assert!(is_kept().await);
+    prune(&store, KEEP, 392 * DAY_MS).await;
+    assert!(!is_kept().await);
 }
 
 async fn what_is_unfinished_or_needed_stays(store: Store) {
@@ -318,10 +371,7 @@ async fn a_scrapped_node_is_forgotten_when_nothing_needs_it(store: Store) {
     ended.await.unwrap();
     finish(&store, &store.find_operation("1").await.unwrap()).await;
     assert!(refused(heard_ms).await.contains("vm7"));
-    for (sequence, at_ms) in [(2, 2000), (3, 100_000)] {
-        let none = report("kvm1", sequence, vec![]);
-        store.record_report(&none, at_ms).await.unwrap();
-    }
+    lists_nothing(&store, "kvm1", 2, 2000).await;
     store.may_forget_node(&kvm1, &how(100_000)).await.unwrap();
     store.node(&kvm1).await.unwrap();
     store.forget_node(&kvm1, &how(100_000)).await.unwrap();

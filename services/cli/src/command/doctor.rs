@@ -95,7 +95,10 @@ async fn examine(setup: Result<Setup, Trouble>, timeout: Duration) -> Vec<Findin
         Err(trouble) => findings.push(Finding::trouble("migrations", "list", &trouble)),
     }
     match client.list_instances(&ListInstances::default()).await {
-        Ok(instances) => findings.extend(judge::copies(&instances)),
+        Ok(instances) => {
+            findings.extend(judge::copies(&instances));
+            findings.extend(judge::lost(&instances));
+        }
         Err(trouble) => findings.push(Finding::trouble("instances", "list", &trouble)),
     }
     findings.extend(operations(&client, conductor.said.clock_ms).await);

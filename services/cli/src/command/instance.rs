@@ -35,6 +35,15 @@ pub async fn run(session: &mut Session, verb: InstanceVerb) -> Result<Exit, Trou
             session.screen.value(&instance, describe::instance)?;
             Ok(Exit::Done)
         }
+        InstanceVerb::Definition { id } => {
+            let kept = session.client.get_kept_definition(&id).await?;
+            session.screen.value(&kept, |kept| kept.domain.clone())?;
+            if kept.has_secrets {
+                let words = "it has secrets, which are not told: put them in before it is used";
+                session.screen.notice(words);
+            }
+            Ok(Exit::Done)
+        }
         InstanceVerb::Migrate(order) => migrate(session, *order).await,
         InstanceVerb::Confirm(order) => settle::confirm(session, order).await,
         InstanceVerb::Revert(order) => settle::revert(session, order).await,

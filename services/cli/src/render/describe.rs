@@ -177,6 +177,7 @@ pub fn instance(i: &Instance) -> String {
         ("seen", moment(i.seen_at_ms)),
     ];
     pairs.extend(i.unreadable.clone().map(|reason| ("unreadable", reason)));
+    pairs.extend(i.lost.clone().map(|reason| ("lost", reason)));
     pairs.extend(i.other_copy.as_ref().map(|other| {
         let both = if other.both_run {
             "TWO COPIES RUN: "

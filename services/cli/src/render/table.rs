@@ -140,7 +140,10 @@ pub fn instances(instances: &[Instance]) -> String {
             i.name.clone(),
             i.uuid.to_string(),
             i.host.to_string(),
-            power(i.power_state),
+            match i.lost {
+                Some(_) => "lost".to_owned(),
+                None => power(i.power_state),
+            },
             i.task_state.clone().unwrap_or_else(nothing),
             i.vcpus.to_string(),
             mib(i.memory_mb),

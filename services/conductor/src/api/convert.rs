@@ -9,7 +9,7 @@ use drover_model::{
 };
 use drover_store::{claims::Usage, instances::InstanceRow, nodes::NodeRow};
 
-use crate::checks::Liveness;
+use crate::checks::{self, Liveness};
 
 /// An instance, given the unfinished migrations.
 pub(crate) fn instance(row: &InstanceRow, active: &[Migration]) -> Instance {
@@ -30,6 +30,10 @@ pub(crate) fn instance(row: &InstanceRow, active: &[Migration]) -> Instance {
         seen_at_ms: row.missing_since_ms.unwrap_or(row.changed_at_ms),
         unreadable: row.unreadable.clone(),
         other_copy: row.other_copy(),
+        lost: row
+            .is_lost()
+            .then(|| checks::lost(row))
+            .map(|(found, remedy)| format!("{found}: {remedy}")),
     }
 }
 

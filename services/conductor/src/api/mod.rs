@@ -23,9 +23,9 @@ use drover_model::{
     api::{
         NAMESPACE,
         conductor::{
-            AgentLeaves, ConductorStatus, Heartbeat, InstanceRef, ListInstances, ListMigrations,
-            MigrateInstance, MigrationRef, MigrationReport, NodeRef, RegisterAgent, SetNode,
-            WaitMigration, Word, method,
+            AgentLeaves, ConductorStatus, Definition, Heartbeat, InstanceRef, ListInstances,
+            ListMigrations, MigrateInstance, MigrationRef, MigrationReport, NodeRef, RegisterAgent,
+            SetNode, WaitMigration, Word, method,
         },
     },
     ids::{InstanceId, MigrationId},
@@ -98,6 +98,7 @@ impl Endpoint for DroverEndpoint {
             method::WAIT_MIGRATION,
             method::LIST_MIGRATIONS,
             method::GET_INSTANCE,
+            method::GET_KEPT_DEFINITION,
             method::LIST_INSTANCES,
             method::GET_NODE,
             method::LIST_NODES,
@@ -148,6 +149,7 @@ impl Endpoint for DroverEndpoint {
             }
             method::LIST_MIGRATIONS => self.list_migrations(&request.args()?).await,
             method::GET_INSTANCE => self.get_instance(&request.args()?).await,
+            method::GET_KEPT_DEFINITION => self.kept_definition(&request.args()?).await,
             method::LIST_INSTANCES => self.list_instances(&request.args()?).await,
             method::GET_NODE => self.get_node(&request.args()?).await,
             method::LIST_NODES => self.list_nodes().await,
@@ -326,6 +328,26 @@ impl DroverEndpoint {
             moving => moving.map_err(|e| store_failure(&e))?,
         };
         to_value(&convert::instance(&row, moving.as_slice()))
+    }
+
+    /// Also of one that is no longer on the record, by its UUID.
+    async fn kept_definition(&self, ask: &InstanceRef) -> Answer {
+        let id = match ask.instance.parse() {
+            Ok(id) => id,
+            Err(_) => self.instance(&ask.instance).await?.id,
+        };
+        let kept = self.context.store.kept_definition(id).await;
+        let kept = kept.and_then(|kept| {
+            kept.ok_or_else(|| StoreError::NotFound(format!("instance '{id}' with a definition")))
+        });
+        let row = kept.map_err(|e| store_failure(&e))?;
+        to_value(&Definition {
+            instance: id,
+            host: row.host,
+            taken_at_ms: row.taken_at_ms,
+            has_secrets: row.kept.has_secrets,
+            domain: row.kept.domain,
+        })
     }
 
     async fn list_instances(&self, ask: &ListInstances) -> Answer {

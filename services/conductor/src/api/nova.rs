@@ -272,6 +272,8 @@ mod tests {
             generation: 0,
             changed_at_ms: 0,
             missing_since_ms: None,
+            missing_reports: 0,
+            node_is_new: false,
             unreadable: None,
             other: None,
             awaited: Vec::new(),

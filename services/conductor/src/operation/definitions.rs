@@ -134,7 +134,7 @@ pub async fn keep(context: Context, stop: CancellationToken) {
         if pruned.elapsed() >= PRUNE_AFTER {
             pruned = Instant::now();
             if let Err(error) = prune(&context).await {
-                warn!(%error, "definitions of instances that are gone are still kept");
+                warn!(%error, "instances that are gone are still remembered");
             }
         }
         loop {
@@ -197,9 +197,8 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
     Ok(())
 }
 
-/// Forgets definitions of instances that are gone.
+/// Forgets instances that are gone. Their definitions outlive them for a while.
 async fn prune(context: &Context) -> Result<(), StoreError> {
-    context.store.prune_definitions().await?;
     let rows = context.store.instances(None, None).await?;
     let ids: std::collections::HashSet<_> = rows.into_iter().map(|row| row.id).collect();
     context.definitions.prune(|id| ids.contains(id));

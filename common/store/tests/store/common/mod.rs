@@ -9,7 +9,7 @@ use drover_model::{
     node::{AllocationPolicy, Endpoint, HypervisorReport, InstanceReport, Inventory, NodeReport},
 };
 pub(crate) use drover_store::scratch::postgresql_url;
-use drover_store::{Kind, Store, Term};
+use drover_store::{Kind, Store, Term, nodes::Reported};
 use uuid::Uuid;
 
 /// Holds an empty record in a file of SQLite to a promise.
@@ -120,6 +120,26 @@ pub(crate) fn report(name: &str, sequence: u64, instances: Vec<InstanceReport>) 
             instances,
         },
     }
+}
+
+/// A node's reports from that number on, every 10 s, that list nothing: as many as it
+/// takes to forget a guest, and no more. Gives what was noticed.
+pub(crate) async fn lists_nothing(
+    store: &Store,
+    node: &str,
+    first: u64,
+    at_ms: u64,
+) -> Vec<String> {
+    let mut noticed = Vec::new();
+    for n in 0..=7 {
+        let report = report(node, first + n, vec![]);
+        let kept = store.record_report(&report, at_ms + n * 10_000).await;
+        match kept.unwrap() {
+            Reported::Kept { notes } => noticed.extend(notes),
+            other => panic!("{other:?}"),
+        }
+    }
+    noticed
 }
 
 pub(crate) fn migration(n: u128, instance: u128) -> Migration {

@@ -232,6 +232,16 @@ fn unreadable(node: &Node) -> Vec<Finding> {
     broken.take(SHOWN_GUESTS).collect()
 }
 
+/// Instances that nodes which were installed anew do not have any more.
+pub fn lost(instances: &[Instance]) -> Vec<Finding> {
+    let lost = instances.iter().filter_map(|i| {
+        let (found, remedy) = i.lost.as_ref()?.split_once(": ")?;
+        let message = format!("{} ({}): {found}", i.name, i.uuid);
+        Some(Finding::fail("instances", "lost", message).remedy(remedy))
+    });
+    lost.take(SHOWN_GUESTS).collect()
+}
+
 /// Instances of which two copies are, or may be, running.
 pub fn copies(instances: &[Instance]) -> Vec<Finding> {
     let doubled = instances.iter().filter_map(|i| {

@@ -527,3 +527,48 @@ async fn the_next_node_is_tried_when_one_refuses() {
         panic!("{found:?}\n{ended:#?}");
     }
 }
+
+/// From now on the node's libvirt fails like this.
+fn fails(cloud: &Cloud, call: Call) {
+    let words = HypervisorError::Failed("its storage does not answer".to_owned());
+    let refusal = Effect::Refuse(words);
+    cloud.fabric.on_call("kvm1", call, 1000, refusal);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_changed_since_its_definition_was_told_is_not_started_from_that() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    fails(&cloud, Call::KeptDefinition);
+    cloud.fabric.redefine("kvm1", id, |guest| guest.vcpus = 4);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let planned = cloud.dry_run(&Task::Evacuate(options(true))).await;
+    let planned = planned.expect("it is answered");
+    let Verdict::Stays { reasons, .. } = &planned.moves[0].verdict else {
+        panic!("{planned:#?}");
+    };
+    assert_eq!(reasons[0].code, CheckCode::NoDefinition, "{reasons:?}");
+    let m = begin(&cloud, id, &[]).await;
+    let m = cloud.end(m.uuid).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    check(&cloud, &m, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn that_a_guest_may_have_been_changed_since_is_said() {
+    let mut cloud = cloud(1).await;
+    let id = guest(&cloud).await;
+    let evacuate = Task::Evacuate(options(true));
+    fails(&cloud, Call::Guests);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    dies(&mut cloud, "kvm1");
+    silence().await;
+    let planned = cloud.dry_run(&evacuate).await.expect("it is answered");
+    let doubt = |note: &String| note.contains("web") && note.contains("is not known");
+    assert!(planned.notes.iter().any(doubt), "{planned:#?}");
+    let begun = cloud.operate(&evacuate).await.expect("it is taken");
+    let ended = cloud.operation_end(begun.uuid).await;
+    check_evacuated(&cloud, &ended, id).await;
+}

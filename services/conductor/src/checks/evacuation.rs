@@ -8,9 +8,10 @@ use drover_model::{
     guest::{Disk, Immovable},
     ids::HostName,
     migration::ProofOfDeath,
+    node::HypervisorReport,
     operation::FenceAnswer,
 };
-use drover_store::{definitions::DefinitionRow, nodes::NodeRow};
+use drover_store::{definitions::DefinitionRow, instances::InstanceRow, nodes::NodeRow};
 
 use super::{
     Liveness, cold, content, fail, immovable_code, machine, names, network, unmovable_kind,
@@ -63,8 +64,37 @@ pub fn has_power(host: &HostName, status: &FenceAnswer) -> Option<CheckFailure> 
     ))
 }
 
-/// What stands in the way of starting a guest from what its node told of it.
-pub fn definition(host: &HostName, kept: Option<&DefinitionRow>) -> Vec<CheckFailure> {
+/// The digest of a guest's definition in its node's last report, if that has one: the
+/// report may be older than the move that brought the guest there.
+pub fn last_digest<'a>(node: &'a NodeRow, instance: &InstanceRow) -> Option<&'a str> {
+    let HypervisorReport::Up { instances, .. } = &node.report.hypervisor else {
+        return None;
+    };
+    let host = &node.report.host;
+    if *host != instance.host || instance.awaited.contains(host) {
+        return None;
+    }
+    let mut listed = instances.iter().filter(|seen| !seen.incoming);
+    let seen = listed.find(|seen| seen.id == instance.id)?;
+    seen.definition_digest.as_deref()
+}
+
+/// Whether a guest may have been changed since what is kept of it was told, in words.
+pub fn doubt(kept: &DefinitionRow, last_digest: Option<&str>) -> Option<String> {
+    let is_compared = last_digest.is_some() && !kept.kept.digest.is_empty();
+    (!is_compared).then(|| {
+        let host = &kept.host;
+        format!("whether its definition was changed since {host} told it is not known")
+    })
+}
+
+/// What stands in the way of starting a guest from what its node told of it, given the
+/// digest in its node's last report.
+pub fn definition(
+    host: &HostName,
+    kept: Option<&DefinitionRow>,
+    last_digest: Option<&str>,
+) -> Vec<CheckFailure> {
     let Some(row) = kept else {
         return vec![fail(
             CheckCode::NoDefinition,
@@ -73,15 +103,7 @@ pub fn definition(host: &HostName, kept: Option<&DefinitionRow>) -> Vec<CheckFai
             "define it by hand on a node that has its disks, once its own is off for good",
         )];
     };
-    let mut failures = Vec::new();
-    if row.host != *host {
-        failures.push(fail(
-            CheckCode::NoDefinition,
-            Side::Instance,
-            format!("its definition is from {}, where it was before", row.host),
-            "define it by hand on a node that has its disks, once its own is off for good",
-        ));
-    }
+    let mut failures: Vec<_> = outdated(host, row, last_digest).into_iter().collect();
     if row.kept.has_secrets {
         failures.push(fail(
             CheckCode::DefinitionSecret,
@@ -102,6 +124,40 @@ pub fn definition(host: &HostName, kept: Option<&DefinitionRow>) -> Vec<CheckFai
     }));
     failures.extend(guest.disks.iter().filter_map(unmovable_kind));
     failures
+}
+
+/// What is kept of a guest is not how it was in the end. One that is kept with files
+/// still unread has no digest, and is not known to be.
+fn outdated(
+    host: &HostName,
+    row: &DefinitionRow,
+    last_digest: Option<&str>,
+) -> Option<CheckFailure> {
+    let told = row.kept.digest.as_str();
+    let is_another = !told.is_empty() && last_digest.is_some_and(|last| last != told);
+    let (message, remedy) = match (row.host == *host, is_another) {
+        (false, _) => (
+            format!("its definition is from {}, where it was before", row.host),
+            "define it by hand on a node that has its disks, once its own is off for good"
+                .to_owned(),
+        ),
+        (true, true) => (
+            format!("it, or a file that it uses, was changed on {host} after it was told how"),
+            format!(
+                "once {host} is off for good, define it by hand on a node that has its disks: as it \
+                 is in /etc/libvirt/qemu on {host}'s disk, or as 'drover instance definition {}' \
+                 prints it, if what was changed does not matter",
+                row.kept.instance
+            ),
+        ),
+        (true, false) => return None,
+    };
+    Some(fail(
+        CheckCode::NoDefinition,
+        Side::Instance,
+        message,
+        remedy,
+    ))
 }
 
 /// What a node that may be a guest's new home stands in the way with. Files that are

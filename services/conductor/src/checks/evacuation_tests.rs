@@ -100,11 +100,13 @@ fn a_guest_starts_from_what_its_own_node_told() {
             kept: kept(),
         };
         change(&mut row);
-        codes(&definition(&kvm1, Some(&row)))
+        codes(&definition(&kvm1, Some(&row), Some("d")))
     };
     assert_eq!(row(|_| {}), []);
-    assert_eq!(codes(&definition(&kvm1, None)), [C::NoDefinition]);
+    assert_eq!(codes(&definition(&kvm1, None, None)), [C::NoDefinition]);
     assert_eq!(row(|r| r.host = host("kvm2")), [C::NoDefinition]);
+    assert_eq!(row(|r| r.kept.digest = "older".into()), [C::NoDefinition]);
+    assert_eq!(row(|r| r.kept.digest.clear()), [], "nobody can tell");
     assert_eq!(row(|r| r.kept.has_secrets = true), [C::DefinitionSecret]);
     let of_host = row(|r| {
         r.kept.guest.immovable = vec![Immovable {

@@ -21,7 +21,7 @@ use drover_model::{
 use drover_store::StoreError;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use crate::app::Context;
 
@@ -48,6 +48,8 @@ struct Book {
     kept: HashMap<InstanceId, (HostName, String)>,
     wanted: BTreeMap<HostName, Digests>,
     waiting: usize,
+    /// Why those were not told that were asked for in vain: said once each.
+    untold: HashMap<InstanceId, String>,
 }
 
 impl Book {
@@ -115,9 +117,22 @@ impl Definitions {
         self.lock().kept.insert(id, (host.clone(), digest));
     }
 
+    /// It was told.
+    fn told(&self, id: InstanceId) {
+        self.lock().untold.remove(&id);
+    }
+
+    /// It was not told; says whether that is news.
+    fn untold(&self, id: InstanceId, why: &str) -> bool {
+        let before = self.lock().untold.insert(id, why.to_owned());
+        before.as_deref() != Some(why)
+    }
+
     /// Forgets instances that are no longer on the record.
     fn prune(&self, known: impl Fn(&InstanceId) -> bool) {
-        self.lock().kept.retain(|id, _| known(id));
+        let mut book = self.lock();
+        book.kept.retain(|id, _| known(id));
+        book.untold.retain(|id, _| known(id));
     }
 }
 
@@ -175,6 +190,7 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
         }
         match context.agents.definition(host, id).await {
             Ok(mut kept) => {
+                definitions.told(id);
                 let is_whole = !kept.contents.iter().any(FileContent::is_working);
                 if !is_whole {
                     // No definition has this digest: it is asked for again.
@@ -186,7 +202,9 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
                 }
             }
             Err(error) => {
-                debug!(%host, instance = %id, %error, "its definition was not told");
+                if definitions.untold(id, &error.message) {
+                    warn!(%host, instance = %id, %error, "its definition was not told: what is kept of it may be old");
+                }
                 if error.class == ErrorClass::Retryable {
                     // The others would wait for the same silence.
                     return Ok(());
@@ -278,5 +296,15 @@ mod tests {
         }
         assert_eq!(wanted(&mut book), [2], "it was moved to where it is");
         assert_eq!(book.waiting, 0);
+    }
+
+    #[test]
+    fn what_is_not_told_is_said_once_for_each_reason() {
+        let (definitions, id) = (Definitions::default(), InstanceId(Uuid::from_u128(1)));
+        assert!(definitions.untold(id, "its storage hangs"));
+        assert!(!definitions.untold(id, "its storage hangs"));
+        assert!(definitions.untold(id, "no such guest"));
+        definitions.told(id);
+        assert!(definitions.untold(id, "no such guest"));
     }
 }

@@ -304,10 +304,11 @@ pub async fn examine(
         let named = options.only.is_empty() || options.only.contains(&guest.id);
         named && guest.power_state.is_active()
     });
+    let node = store.node(&options.host).await?;
     let candidates = candidates(context, options).await?;
     let mut found = Examinations::new();
     let examining: Vec<_> = wanted
-        .map(|guest| examine_guest(context, guest, &candidates).boxed())
+        .map(|guest| examine_guest(context, guest, &node, &candidates).boxed())
         .collect();
     let mut examining = stream::iter(examining).buffer_unordered(AT_ONCE);
     while let Some(examined) = examining.next().await {
@@ -336,12 +337,15 @@ async fn candidates(
 async fn examine_guest(
     context: &Context,
     guest: InstanceRow,
+    node: &NodeRow,
     candidates: &[HostName],
 ) -> drover_store::Result<(InstanceRow, Examination)> {
     let kept = context.store.kept_definition(guest.id).await?;
-    let mut at_source = checks::evacuation::definition(&guest.host, kept.as_ref());
+    let digest = checks::evacuation::last_digest(node, &guest);
+    let mut at_source = checks::evacuation::definition(&guest.host, kept.as_ref(), digest);
     let mut examination = Examination::default();
     if let Some(row) = kept {
+        examination.doubt = checks::evacuation::doubt(&row, digest);
         let migration = MigrationId::generate();
         let mut answers = Vec::new();
         for host in candidates {

@@ -48,8 +48,16 @@ pub fn plan(
     }
     let found: HashSet<InstanceId> = guests.iter().map(|g| g.id).collect();
     let missing = options.only.iter().filter(|id| !found.contains(id));
-    let notes = missing.map(|id| format!("{id} is not on {}", options.host));
-    let notes = notes.collect();
+    let mut notes: Vec<String> = missing
+        .map(|id| format!("{id} is not on {}", options.host))
+        .collect();
+    let going = moves
+        .iter()
+        .filter(|m| matches!(m.verdict, Verdict::Moves { .. }));
+    notes.extend(going.filter_map(|m| {
+        let doubt = examinations.get(&m.instance)?.doubt.as_ref()?;
+        Some(format!("{}: {doubt}", m.name))
+    }));
     OperationPlan {
         notes,
         ..verdict::plan(world, moves, Some(&options.host), options.max_parallel)

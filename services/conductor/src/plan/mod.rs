@@ -116,6 +116,8 @@ pub struct Examination {
     pub source: BTreeMap<MoveWay, Vec<CheckFailure>>,
     /// Destinations that said no to it, and why, by way.
     pub unfit: BTreeMap<MoveWay, BTreeMap<HostName, Vec<CheckFailure>>>,
+    /// What is not known of it, in words, although it may go.
+    pub doubt: Option<String>,
 }
 
 impl Examination {

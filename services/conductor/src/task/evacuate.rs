@@ -39,7 +39,10 @@ use super::{
     proof::NeverRan,
 };
 use crate::{
-    checks,
+    checks::{
+        self,
+        evacuation::{doubt, last_digest},
+    },
     comparing::Patience,
     operation::evacuation::{examine_destination, still_dead},
     survey::{Chosen, Survey},
@@ -179,6 +182,8 @@ impl Evacuate {
         let kept = store.kept_definition(id).await;
         let kept = kept.map_err(|e| store_error(&e))?;
         let (node, refused) = self.source(&instance, kept.as_ref()).await?;
+        let digest = node.as_ref().and_then(|node| last_digest(node, &instance));
+        let doubt = kept.as_ref().and_then(|kept| doubt(kept, digest));
         let (Some(node), Some(kept)) = (node, kept.filter(|_| refused.is_empty())) else {
             return Err(ended(EndReason::Refused { checks: refused }));
         };
@@ -191,6 +196,9 @@ impl Evacuate {
             "place",
             format!("defined as {} told it {age_s} s ago", kept.host),
         );
+        if let Some(text) = doubt {
+            data.decide("place", text);
+        }
         let generation = store.give_generation(self.job.lease, id).await;
         data.generation = generation.map_err(|e| store_error(&e))?;
         data.stopped_at_ms = Some(node.heard_at_ms);
@@ -214,7 +222,8 @@ impl Evacuate {
         let mut refused = checks::request(instance, &self.job.migration.way, None);
         refused.extend(checks::recorded(instance, &self.job.migration.way));
         refused.extend(alive);
-        refused.extend(checks::evacuation::definition(host, kept));
+        let digest = node.as_ref().and_then(|node| last_digest(node, instance));
+        refused.extend(checks::evacuation::definition(host, kept, digest));
         Ok((node, refused))
     }
 

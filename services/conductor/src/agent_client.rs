@@ -34,6 +34,8 @@ pub struct AgentError {
     pub class: ErrorClass,
     /// In words.
     pub message: String,
+    /// It was the agent that said so: others may fare better there.
+    pub answered: bool,
     /// Another migration has the instance on that node.
     pub busy: bool,
     /// What does not fit, if the two are of versions that do not understand each other.
@@ -45,6 +47,7 @@ impl From<Mismatch> for AgentError {
         Self {
             class: ErrorClass::Refused,
             message: mismatch.to_string(),
+            answered: true,
             busy: false,
             mismatch: Some(Box::new(mismatch)),
         }
@@ -672,12 +675,14 @@ fn agent_error(host: &HostName, error: &RpcError) -> AgentError {
         (Some(fault), _) => AgentError {
             class: fault.class,
             message: format!("{host}: {}", fault.message),
+            answered: true,
             busy: fault.code == code::INSTANCE_BUSY,
             mismatch: None,
         },
         (None, Some(failure)) => AgentError {
             class: ErrorClass::Refused,
             message: format!("{host}: {}: {}", failure.class, failure.message),
+            answered: true,
             busy: false,
             mismatch: None,
         },
@@ -687,6 +692,7 @@ fn agent_error(host: &HostName, error: &RpcError) -> AgentError {
                 _ => ErrorClass::Retryable,
             },
             message: Chain(error).to_string(),
+            answered: false,
             busy: false,
             mismatch: None,
         },

@@ -33,7 +33,8 @@ async fn is_taken_back(cloud: &Cloud, m: &Migration) {
     let m = cloud.until(m.uuid, "at rest", |m| m.status.rests()).await;
     assert!(matches!(m.status, S::Cancelled | S::Failed), "{m:#?}");
     assert!(cloud.fabric.file("kvm1", DISK).is_some(), "{m:#?}");
-    let stays = |w: &String| w.contains(DISK) && w.contains("is left");
+    let stays =
+        |w: &String| w.contains(DISK) && w.contains("is not the file that this migration made");
     assert!(m.warnings.iter().any(stays), "{m:#?}");
     let found = cloud.fabric.check_invariants();
     found.unwrap_or_else(|found| panic!("{found:?}\n{m:#?}"));

@@ -329,7 +329,7 @@ impl Actor {
             let (twice, alone): (Vec<String>, Vec<String>) = places
                 .partition(|path| destroy::has_its_own(survivor, path) && !replaced.contains(path));
             let proof = self.source_stays(&ask, &twice)?;
-            clean_up.kept = self.left_of(alone).await?;
+            clean_up.kept = self.left_here(alone, &replaced).await?;
             if presence == Presence::Incoming {
                 let discarded = destroy::discard_incoming(&self.node, step.instance, &proof);
                 discarded.await.map_err(fault)?;

@@ -164,6 +164,25 @@ impl Actor {
         Ok(replaced)
     }
 
+    /// What is left of what was made here and has no other copy; another file that has
+    /// the name of one may be the guest's own.
+    pub(super) async fn left_here(
+        &self,
+        alone: Vec<String>,
+        replaced: &BTreeSet<String>,
+    ) -> Result<Vec<String>, Fault> {
+        let own = alone.into_iter().filter(|path| !replaced.contains(path));
+        let mut left = self.left_of(own.collect()).await?;
+        let host = &self.node.settings.host;
+        left.extend(replaced.iter().map(|path| {
+            format!(
+                "{path} on {host} is not the file that this migration made (was storage mounted \
+                 over it?): it stays"
+            )
+        }));
+        Ok(left)
+    }
+
     /// What the journal knows of the migration.
     async fn history(&self) -> Result<CopyHistory, Fault> {
         let finished = self.registry.finished(self.migration).await?;

@@ -14,7 +14,6 @@ use std::{
 
 use drover_model::{
     content::FileContent,
-    error::ErrorClass,
     ids::{HostName, InstanceId},
     node::{HypervisorReport, NodeReport},
 };
@@ -205,7 +204,7 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
                 if definitions.untold(id, &error.message) {
                     warn!(%host, instance = %id, %error, "its definition was not told: what is kept of it may be old");
                 }
-                if error.class == ErrorClass::Retryable {
+                if !error.answered {
                     // The others would wait for the same silence.
                     return Ok(());
                 }

@@ -393,7 +393,7 @@ impl Actor {
         withdrawn.map_err(fault)?;
         let alone = alone.iter().map(|file| file.path.clone()).collect();
         let mut clean_up = CleanUp {
-            kept: self.left_of(alone).await?,
+            kept: self.left_here(alone, &replaced).await?,
             ..CleanUp::default()
         };
         // Disks before what lies under them.

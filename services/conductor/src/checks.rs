@@ -705,8 +705,10 @@ fn disks(
         failures.extend(unmovable_kind(disk));
         let fact = facts.iter().find(|f| f.target == disk.target);
         if let (Some(path), Some(fact)) = (disk.local_path(), fact) {
-            let holds_snapshots = guest.images_with_snapshots.iter().any(|p| p == path);
-            if holds_snapshots && !fact.shared && disk.is_copied_when_local() {
+            // Those of which libvirt knows are named already.
+            let holds_others =
+                guest.snapshots.is_empty() && guest.images_with_snapshots.iter().any(|p| p == path);
+            if holds_others && !fact.shared && disk.is_copied_when_local() {
                 failures.push(snapshots_inside(&disk.target, path));
             }
             failures.extend(local_disk(disk, path, fact, options, host));

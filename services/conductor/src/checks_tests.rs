@@ -459,6 +459,16 @@ fn disks_refuse() {
         g.disks[0].cache = Some("writeback".into());
     };
     assert_eq!(at_destination(cached), [C::DiskCache]);
+    // Of which libvirt knows nothing: made by qemu-img.
+    let holding = |shared: bool| {
+        at_destination(|g, f, _| {
+            let path = g.disks[0].local_path().map(str::to_owned);
+            g.images_with_snapshots = path.into_iter().collect();
+            f.disks[0].shared = shared;
+        })
+    };
+    assert_eq!(holding(false), [C::Snapshots]);
+    assert_eq!(holding(true), [], "nothing of it is left behind");
     let odd = |g: &mut Guest, _: &mut DestinationFacts, _: &mut LiveOptions| {
         g.disks[0].source = DiskSource::Other {
             kind: "vhostuser".into(),

@@ -4,7 +4,9 @@
 
 use std::path::PathBuf;
 
-use crate::common::{HELD, host, listed, lists_nothing, migration, passed, report, term};
+use crate::common::{
+    HELD, host, in_memory, listed, lists_nothing, migration, passed, report, term,
+};
 use drover_model::{
     api::{
         compute::Outcome,
@@ -54,6 +56,21 @@ promises! {
 }
 
 const HOUR_MS: u64 = 3_600_000;
+
+#[tokio::test]
+async fn a_thousand_moves_hide_none() {
+    in_memory(async |store: Store| {
+        for n in 1..=1_001 {
+            let m = migration(n, n);
+            let admitted = store.admit(&m, None, None, term(1, 60_000)).await.unwrap();
+            assert!(matches!(admitted, Admitted::New(_)));
+        }
+        assert_eq!(store.active_migrations().await.unwrap().len(), 1_001);
+        let last = migration(1_001, 1_001).instance_uuid;
+        assert!(store.active_migration(last).await.unwrap().is_some());
+    })
+    .await;
+}
 
 fn life(incarnation: u64, beat: u64) -> Life {
     Life { incarnation, beat }

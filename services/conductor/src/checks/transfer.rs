@@ -506,7 +506,8 @@ impl Planner<'_> {
             moves.extend(moved);
         }
         for disk in &moves {
-            if lasting.images_with_snapshots.contains(&disk.from) {
+            let holds_any = lasting.images_with_snapshots.contains(&disk.from);
+            if holds_any && lasting.snapshots.is_empty() {
                 let message = format!("{}: {} holds snapshots inside", disk.target, disk.from);
                 let remedy = "delete them ('qemu-img snapshot -l' lists them), or --keep-disk";
                 self.fail(CheckCode::Snapshots, Side::Instance, message, remedy);

@@ -149,6 +149,12 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// Whether an image holds snapshots while libvirt lists none of the guest: those that
+    /// it lists are named already.
+    pub fn has_unlisted_snapshots(&self, path: &str) -> bool {
+        self.snapshots.is_empty() && self.images_with_snapshots.iter().any(|p| p == path)
+    }
+
     /// Whether it has a TPM whose state is in files.
     pub fn has_emulated_tpm(&self) -> bool {
         let mut kinds = self.immovable.iter().map(|i| i.kind);

@@ -131,13 +131,7 @@ pub fn recorded(instance: &InstanceRow, way: &Way) -> Option<CheckFailure> {
         return state(instance.power_state, way);
     };
     if instance.is_lost() {
-        let (message, remedy) = lost(instance);
-        return Some(fail(
-            CheckCode::InstanceMissing,
-            Side::Instance,
-            message,
-            remedy,
-        ));
+        return Some(lost(instance));
     }
     Some(fail(
         CheckCode::InstanceMissing,
@@ -148,9 +142,11 @@ pub fn recorded(instance: &InstanceRow, way: &Way) -> Option<CheckFailure> {
 }
 
 /// What became of an instance whose node was installed anew, and what to do.
-pub fn lost(instance: &InstanceRow) -> (String, String) {
+pub fn lost(instance: &InstanceRow) -> CheckFailure {
     let (host, id) = (&instance.host, instance.id);
-    (
+    fail(
+        CheckCode::InstanceMissing,
+        Side::Instance,
         format!("{host} was installed anew, and does not have it"),
         format!(
             "define it on a node that has its disks, with what 'drover instance definition {id}' \

@@ -29,6 +29,23 @@ async fn guest(cloud: &Cloud, state: PowerState) -> InstanceId {
     id
 }
 
+/// A cold move whose bytes begin to go only after a while.
+async fn leaving(cloud: &Cloud, id: InstanceId, pre_copy: bool) -> Migration {
+    let slow = Effect::SlowBefore(Duration::from_secs(20));
+    cloud.fabric.on_call("kvm1", Call::Send, 1, slow);
+    let way = Way::Cold(ColdOptions {
+        pre_copy,
+        ..ColdOptions::default()
+    });
+    let accepted = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    accepted.expect("it is accepted")
+}
+
+fn nothing_is_lost(cloud: &Cloud, m: &Migration) {
+    let found = cloud.fabric.check_invariants();
+    found.unwrap_or_else(|found| panic!("{found:?}\n{m:#?}"));
+}
+
 async fn is_taken_back(cloud: &Cloud, m: &Migration) {
     let m = cloud.until(m.uuid, "at rest", |m| m.status.rests()).await;
     assert!(matches!(m.status, S::Cancelled | S::Failed), "{m:#?}");
@@ -36,8 +53,7 @@ async fn is_taken_back(cloud: &Cloud, m: &Migration) {
     let stays =
         |w: &String| w.contains(DISK) && w.contains("is not the file that this migration made");
     assert!(m.warnings.iter().any(stays), "{m:#?}");
-    let found = cloud.fabric.check_invariants();
-    found.unwrap_or_else(|found| panic!("{found:?}\n{m:#?}"));
+    nothing_is_lost(cloud, &m);
 }
 
 /// The destination sees the guest's own disk where it had made one, and takes that back.
@@ -45,11 +61,7 @@ async fn is_taken_back(cloud: &Cloud, m: &Migration) {
 async fn a_share_that_is_mounted_late_keeps_the_only_disk() {
     let cloud = cloud().await;
     let id = guest(&cloud, PowerState::Shutdown).await;
-    let slow = Effect::SlowBefore(Duration::from_secs(20));
-    cloud.fabric.on_call("kvm1", Call::Send, 1, slow);
-    let way = Way::Cold(ColdOptions::default());
-    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
-    let m = m.expect("it is accepted");
+    let m = leaving(&cloud, id, false).await;
     cloud.until(m.uuid, "prepared", |m| m.step == "copy").await;
     cloud.fabric.set_mounted("kvm2", DATA, true);
     cloud.abort(m.uuid).await.expect("it is taken");
@@ -79,14 +91,7 @@ async fn a_share_that_is_mounted_late_keeps_the_disk_of_a_guest_that_runs() {
 async fn an_overlay_that_is_not_mounted_is_waited_for() {
     let mut cloud = cloud().await;
     let id = guest(&cloud, PowerState::Running).await;
-    let slow = Effect::SlowBefore(Duration::from_secs(20));
-    cloud.fabric.on_call("kvm1", Call::Send, 1, slow);
-    let way = Way::Cold(ColdOptions {
-        pre_copy: true,
-        ..ColdOptions::default()
-    });
-    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
-    let m = m.expect("it is accepted");
+    let m = leaving(&cloud, id, true).await;
     cloud
         .until(m.uuid, "frozen", |m| m.step == "pre_copy")
         .await;
@@ -104,7 +109,6 @@ async fn an_overlay_that_is_not_mounted_is_waited_for() {
     let _ = cloud.resume(m.uuid).await;
     let m = cloud.until(m.uuid, "at rest", |m| m.status.rests()).await;
     assert_eq!(m.status, S::Cancelled, "{m:#?}");
-    let found = cloud.fabric.check_invariants();
-    found.unwrap_or_else(|found| panic!("{found:?}\n{m:#?}"));
+    nothing_is_lost(&cloud, &m);
     assert_eq!(cloud.fabric.lost_bytes(), Vec::<String>::new(), "{m:#?}");
 }

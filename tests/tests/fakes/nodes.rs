@@ -352,7 +352,7 @@ async fn what_a_node_lost_when_it_was_installed_anew_is_not_forgotten() {
     is_undefined(&cloud, removed).await;
     sleep(120 * SECOND).await;
     let found = look_up(&cloud, lost).await.expect("it is on the record");
-    let words = found.lost.unwrap_or_default();
+    let words = found.lost.expect("it says so").message;
     assert!(words.contains("installed anew"), "{words}");
     assert_eq!(look_up(&cloud, removed).await, None, "as of any node");
     // Of both it is known how they were.

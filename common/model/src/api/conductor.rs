@@ -588,7 +588,7 @@ pub struct Instance {
     pub other_copy: Option<OtherCopy>,
     /// Why its node does not list it, and what to do, if that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lost: Option<String>,
+    pub lost: Option<CheckFailure>,
 }
 
 /// How an instance was defined when its node told it last. It may be gone since.

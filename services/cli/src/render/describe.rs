@@ -177,7 +177,8 @@ pub fn instance(i: &Instance) -> String {
         ("seen", moment(i.seen_at_ms)),
     ];
     pairs.extend(i.unreadable.clone().map(|reason| ("unreadable", reason)));
-    pairs.extend(i.lost.clone().map(|reason| ("lost", reason)));
+    let lost = i.lost.as_ref();
+    pairs.extend(lost.map(|why| ("lost", format!("{}: {}", why.message, why.remedy))));
     pairs.extend(i.other_copy.as_ref().map(|other| {
         let both = if other.both_run {
             "TWO COPIES RUN: "

@@ -30,10 +30,7 @@ pub(crate) fn instance(row: &InstanceRow, active: &[Migration]) -> Instance {
         seen_at_ms: row.missing_since_ms.unwrap_or(row.changed_at_ms),
         unreadable: row.unreadable.clone(),
         other_copy: row.other_copy(),
-        lost: row
-            .is_lost()
-            .then(|| checks::lost(row))
-            .map(|(found, remedy)| format!("{found}: {remedy}")),
+        lost: row.is_lost().then(|| checks::lost(row)),
     }
 }
 

@@ -506,8 +506,7 @@ impl Planner<'_> {
             moves.extend(moved);
         }
         for disk in &moves {
-            let holds_any = lasting.images_with_snapshots.contains(&disk.from);
-            if holds_any && lasting.snapshots.is_empty() {
+            if lasting.has_unlisted_snapshots(&disk.from) {
                 let message = format!("{}: {} holds snapshots inside", disk.target, disk.from);
                 let remedy = "delete them ('qemu-img snapshot -l' lists them), or --keep-disk";
                 self.fail(CheckCode::Snapshots, Side::Instance, message, remedy);

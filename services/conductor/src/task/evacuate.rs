@@ -181,9 +181,7 @@ impl Evacuate {
         let instance = instance.map_err(|e| store_error(&e))?;
         let kept = store.kept_definition(id).await;
         let kept = kept.map_err(|e| store_error(&e))?;
-        let (node, refused) = self.source(&instance, kept.as_ref()).await?;
-        let digest = node.as_ref().and_then(|node| last_digest(node, &instance));
-        let doubt = kept.as_ref().and_then(|kept| doubt(kept, digest));
+        let (node, refused, doubt) = self.source(&instance, kept.as_ref()).await?;
         let (Some(node), Some(kept)) = (node, kept.filter(|_| refused.is_empty())) else {
             return Err(ended(EndReason::Refused { checks: refused }));
         };
@@ -210,12 +208,12 @@ impl Evacuate {
         self.job.context.clock.now_ms()
     }
 
-    /// Every check on the dead node and the instance.
+    /// Every check on the dead node and the instance, and what is in doubt.
     async fn source(
         &self,
         instance: &InstanceRow,
         kept: Option<&DefinitionRow>,
-    ) -> Result<(Option<NodeRow>, Vec<CheckFailure>), StepError> {
+    ) -> Result<(Option<NodeRow>, Vec<CheckFailure>, Option<String>), StepError> {
         let host = self.job.source();
         let dead = still_dead(&self.job.context, host, &self.wanted.proof).await;
         let (node, alive) = dead.map_err(|e| store_error(&e))?;
@@ -224,7 +222,8 @@ impl Evacuate {
         refused.extend(alive);
         let digest = node.as_ref().and_then(|node| last_digest(node, instance));
         refused.extend(checks::evacuation::definition(host, kept, digest));
-        Ok((node, refused))
+        let doubt = kept.and_then(|kept| doubt(kept, digest));
+        Ok((node, refused, doubt))
     }
 
     /// The first node that can have the guest, and has room for it.

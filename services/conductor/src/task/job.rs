@@ -22,7 +22,7 @@ use drover_model::{
     unknown::Unknown,
 };
 use drover_saga::StepError;
-use drover_store::{Store, StoreError, claims::Resources, migrations::Lease};
+use drover_store::{Store, StoreError, claims::Resources, migrations::Lease, nodes::NodeRow};
 use futures_util::{FutureExt, StreamExt, future::join_all, stream};
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -261,11 +261,8 @@ impl Job {
         &self,
         than: &HostName,
     ) -> Result<Option<(HostName, Presence)>, String> {
-        let nodes = self.store().nodes().await.map_err(|e| e.to_string())?;
-        let hosts = nodes.into_iter().map(|node| node.report.host);
-        let others: Vec<_> = hosts
-            .filter(|host| host != than && host != self.source())
-            .collect();
+        let nodes = self.others(than).await.map_err(|e| e.to_string())?;
+        let others: Vec<_> = nodes.into_iter().map(|node| node.report.host).collect();
         let asked = join_all(others.iter().map(|host| self.locate(host))).await;
         let mut silent = None;
         for (host, answer) in others.into_iter().zip(asked) {
@@ -282,6 +279,13 @@ impl Job {
         }
     }
 
+    /// The nodes but the source and that one.
+    async fn others(&self, than: &HostName) -> drover_store::Result<Vec<NodeRow>> {
+        let mut nodes = self.store().nodes().await?;
+        nodes.retain(|node| node.report.host != *than && node.report.host != *self.source());
+        Ok(nodes)
+    }
+
     /// Which of the other nodes that are up has the guest active, whatever the record
     /// knows: it may be younger than what somebody did, or older than itself. Whoever does
     /// not say at once holds nobody up.
@@ -289,12 +293,11 @@ impl Job {
         &self,
         than: &HostName,
     ) -> Result<Option<(HostName, Presence)>, StepError> {
-        let nodes = self.store().nodes().await.map_err(|e| store_error(&e))?;
+        let nodes = self.others(than).await.map_err(|e| store_error(&e))?;
         let live = self.context.liveness();
         let up = nodes.into_iter().filter(|node| live.is_up(node));
         let hosts = up.map(|node| node.report.host);
-        let others = hosts.filter(|host| host != than && host != self.source());
-        let asking = others.map(|host| async move {
+        let asking = hosts.map(|host| async move {
             let located = timeout(AT_ONCE, self.locate(&host)).await;
             let presence = located.ok()?.ok()?.presence;
             let has_it = presence.is_active() || presence == Presence::Incoming;

@@ -235,9 +235,9 @@ fn unreadable(node: &Node) -> Vec<Finding> {
 /// Instances that nodes which were installed anew do not have any more.
 pub fn lost(instances: &[Instance]) -> Vec<Finding> {
     let lost = instances.iter().filter_map(|i| {
-        let (found, remedy) = i.lost.as_ref()?.split_once(": ")?;
-        let message = format!("{} ({}): {found}", i.name, i.uuid);
-        Some(Finding::fail("instances", "lost", message).remedy(remedy))
+        let why = i.lost.as_ref()?;
+        let message = format!("{} ({}): {}", i.name, i.uuid, why.message);
+        Some(Finding::fail("instances", "lost", message).remedy(&why.remedy))
     });
     lost.take(SHOWN_GUESTS).collect()
 }

@@ -13,6 +13,7 @@ use sqlx::{
     Any, AnyConnection, Row,
     migrate::{MigrateError, Migration as SchemaChange, MigrationType, Migrator},
 };
+use tracing::warn;
 
 /// First half of the key of the lock that every program holds while it uses a
 /// record on PostgreSQL; the second is the schema's.
@@ -195,6 +196,21 @@ async fn is_alone(connection: &mut AnyConnection, standing: Standing) -> Result<
     Ok(row.try_get::<i64, _>(0)? == 0)
 }
 
+/// Ends the connections of those who worked with the record while it was changed: on
+/// PostgreSQL a statement that was prepared before fails from then on, as its rows have
+/// other columns, and their new connections prepare theirs anew.
+async fn reconnect_others(connection: &mut AnyConnection) {
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' \
+         AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+         AND CAST(classid AS BIGINT) = $1 \
+         AND CAST(objid AS BIGINT) = (CAST(hashtext(current_schema()) AS BIGINT) & 4294967295) \
+         AND pid <> pg_backend_pid()";
+    let end = sqlx::query(end).bind(i64::from(LOCK));
+    if let Err(error) = end.execute(connection).await {
+        warn!(%error, "the schema is changed: restart the conductors that were at work meanwhile");
+    }
+}
+
 /// Why a record cannot be used as it is.
 #[derive(Debug)]
 pub(crate) enum Unusable {
@@ -256,8 +272,12 @@ pub(crate) async fn bring_up(
             Plan::Use => return Ok(()),
             Plan::TooNew => return Err(Unusable::TooNew),
             Plan::Change => {
-                let changed = changes().run_direct(None, connection, false).await;
-                return changed.map_err(Unusable::Change);
+                let changed = changes().run_direct(None, &mut *connection, false).await;
+                changed.map_err(Unusable::Change)?;
+                if !alone {
+                    reconnect_others(connection).await;
+                }
+                return Ok(());
             }
             Plan::Wait => {}
         }

@@ -22,7 +22,7 @@ use drover_store::{
     operations::Begun,
     sagas::{PutOff, SagaKey},
 };
-use sqlx::{AnyPool, Row};
+use sqlx::{AnyPool, Row, any::AnyPoolOptions};
 use uuid::Uuid;
 
 /// As many as two drains admit at once, and more than there are connections.
@@ -348,6 +348,38 @@ async fn a_schema_is_not_changed_under_those_who_use_it_unless_somebody_says_so(
         "{error}"
     );
     drop(at_work);
+}
+
+#[tokio::test]
+async fn those_who_are_at_work_while_the_schema_is_changed_go_on() {
+    let Some(url) = postgresql_url().await else {
+        return;
+    };
+    let newer = Store::open(&url).await.unwrap();
+    let work = "SELECT * FROM instances WHERE uuid = 'x'";
+    // As an older conductor does: by the schema before the last change, under the lock
+    // that all hold.
+    let older = AnyPoolOptions::new()
+        .max_connections(1)
+        .after_connect(|connection, _| {
+            Box::pin(async move {
+                let hold = "SELECT pg_advisory_lock_shared(3335, hashtext(current_schema()))";
+                sqlx::query(hold).execute(connection).await.map(drop)
+            })
+        })
+        .connect(&url)
+        .await
+        .unwrap();
+    let without = "ALTER TABLE instances DROP COLUMN missing_reports, DROP COLUMN node_is_new; \
+         ALTER TABLE definitions DROP COLUMN gone_at_ms; \
+         DELETE FROM _sqlx_migrations WHERE version = 9";
+    sqlx::raw_sql(without).execute(&older).await.unwrap();
+    drop(newer);
+    for _ in 0..2 {
+        sqlx::query(work).fetch_all(&older).await.unwrap();
+    }
+    Store::migrate(&url).await.unwrap();
+    sqlx::query(work).fetch_all(&older).await.unwrap();
 }
 
 /// Waits until somebody waits for a backend, and says who.

@@ -7,6 +7,7 @@ use drover_model::{
     ids::{HostName, InstanceId, MigrationId},
     migration::{Migration, MigrationStatus, MigrationType},
 };
+use serde::{Deserialize, Serialize};
 use sqlx::{Row, any::AnyRow};
 
 use crate::{
@@ -14,6 +15,7 @@ use crate::{
     database::Tx,
     from_json, instances,
     migrations::{self, Lease},
+    nodes::ReportPlace,
     readable, signed, to_json, unsigned,
 };
 
@@ -26,6 +28,17 @@ pub struct DefinitionRow {
     pub taken_at_ms: u64,
     /// What it told.
     pub kept: KeptDefinition,
+    /// The last report of the node when it was asked, if that is known.
+    pub after: Option<ReportPlace>,
+}
+
+/// A definition as it is on the record.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    #[serde(flatten)]
+    kept: KeptDefinition,
+    #[serde(default)]
+    after: Option<ReportPlace>,
 }
 
 impl Store {
@@ -47,7 +60,8 @@ impl Store {
     }
 
     /// Keeps a definition in place of any older one of the instance, if that is on
-    /// the record on the node that tells it; says whether.
+    /// the record on the node that tells it; says whether. It was asked for `after` a
+    /// report of the node.
     ///
     /// # Errors
     /// The database failed.
@@ -55,18 +69,24 @@ impl Store {
         &self,
         host: &HostName,
         kept: &KeptDefinition,
+        after: Option<ReportPlace>,
         now_ms: u64,
     ) -> Result<bool> {
-        self.attempt(|| self.try_keep_definition(host, kept, now_ms))
+        let record = Kept {
+            kept: kept.clone(),
+            after,
+        };
+        self.attempt(|| self.try_keep_definition(host, &record, now_ms))
             .await
     }
 
     async fn try_keep_definition(
         &self,
         host: &HostName,
-        kept: &KeptDefinition,
+        record: &Kept,
         now_ms: u64,
     ) -> Result<bool> {
+        let kept = &record.kept;
         let mut tx = self.begin().await?;
         let row = instances::lock(&mut tx, kept.instance).await?;
         if row.is_none_or(|row| row.host != *host) {
@@ -82,7 +102,7 @@ impl Store {
         .bind(host.as_str())
         .bind(&kept.digest)
         .bind(signed(now_ms))
-        .bind(to_json("a definition", kept)?)
+        .bind(to_json("a definition", record)?)
         .execute(&mut *tx)
         .await?;
         tx.commit().await?;
@@ -99,12 +119,14 @@ impl Store {
         let row = self.steady(query.fetch_optional(&self.database)).await?;
         let read = |row: &AnyRow| {
             let host: String = row.try_get("host")?;
+            let record: Kept = from_json("a definition", row.try_get("record")?)?;
             Ok(DefinitionRow {
                 host: host
                     .parse()
                     .map_err(|e| crate::corrupt("a definition", &e))?,
                 taken_at_ms: unsigned(row.try_get("taken_at_ms")?),
-                kept: from_json("a definition", row.try_get("record")?)?,
+                kept: record.kept,
+                after: record.after,
             })
         };
         // One that only a newer Drover understands is as good as none, for this guest.

@@ -4,7 +4,7 @@ use drover_model::{
     ids::HostName,
     node::{AllocationPolicy, Endpoint, HypervisorReport, NodeReport},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use sqlx::{Row, any::AnyRow};
 
 use crate::{
@@ -30,6 +30,22 @@ pub struct NodeRow {
     pub disabled_reason: Option<String>,
     /// Whether an operator declared it down, whatever it says.
     pub forced_down: bool,
+}
+
+/// Which of a node's reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportPlace {
+    incarnation: u64,
+    sequence: u64,
+}
+
+impl From<&NodeReport> for ReportPlace {
+    fn from(report: &NodeReport) -> Self {
+        Self {
+            incarnation: report.incarnation,
+            sequence: report.sequence,
+        }
+    }
 }
 
 /// What of a report puts it in order, whoever wrote it.

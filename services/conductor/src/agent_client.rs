@@ -609,6 +609,17 @@ impl AgentClient {
             .await
     }
 
+    /// Which of a dead node's guests a node has active.
+    pub async fn find_active(
+        &self,
+        host: &HostName,
+        ask: &c::FindActive,
+        limit: Duration,
+    ) -> Result<c::Active> {
+        self.ask_briefly(host, c::method::FIND_ACTIVE, ask, limit)
+            .await
+    }
+
     /// Consumers of a node's queue by the broker's word, or why it says nothing.
     pub async fn consumers(
         &self,

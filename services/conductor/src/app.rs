@@ -20,6 +20,7 @@ use crate::{
     left_alone::Left,
     notify,
     operation::{
+        active::Rounds,
         auto_evacuate::{self, AutoEvacuate},
         balancer,
         definitions::{self, Definitions},
@@ -69,6 +70,8 @@ pub struct Context {
     pub balance: BalanceSettings,
     /// What guests use.
     pub loads: Loads,
+    /// Which nodes have a dead one's guests.
+    pub active: Rounds,
     /// What a newer Drover wrote.
     pub left_alone: Left,
 }
@@ -152,6 +155,7 @@ impl Conductor {
             costs: Costs::default(),
             balance: settings.balance(),
             loads: Loads::new(settings.balance_duration_s * 1000),
+            active: Rounds::default(),
             left_alone: Left::default(),
         };
         ear::begin(&context, settings.speaks).await?;

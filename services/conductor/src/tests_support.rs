@@ -15,7 +15,7 @@ use crate::{
     clock::Clock,
     config::ConductorSettings,
     left_alone::Left,
-    operation::{definitions::Definitions, fence::Fences, load::Loads},
+    operation::{active::Rounds, definitions::Definitions, fence::Fences, load::Loads},
     plan::Costs,
 };
 
@@ -39,6 +39,7 @@ pub(crate) async fn context() -> Context {
         costs: Costs::default(),
         balance: settings.balance(),
         loads: Loads::new(1000),
+        active: Rounds::default(),
         left_alone: Left::default(),
     }
 }

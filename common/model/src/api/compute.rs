@@ -123,6 +123,8 @@ pub mod method {
     pub const MEASURE_DIRTY_RATE: &str = "measure_dirty_rate";
     /// [`super::ProbeAddress`] → [`super::ProbeAnswer`]
     pub const PROBE_ADDRESS: &str = "probe_address";
+    /// [`super::FindActive`] → [`super::Active`], of the guests of a dead node.
+    pub const FIND_ACTIVE: &str = "find_active_instances";
     /// [`super::GetContents`] → [`super::Contents`], on either node.
     pub const GET_CONTENTS: &str = "get_file_contents";
     /// [`super::CheckEvacuation`] → [`super::EvacuationFacts`], on the new home.
@@ -255,6 +257,20 @@ pub struct SourceFacts {
     /// The files that it uses, as seen there; of an agent too old to say, none.
     #[serde(default)]
     pub contents: Vec<FileContent>,
+}
+
+/// Ask a node which of these guests it has active.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FindActive {
+    /// Guests.
+    pub instances: Vec<InstanceId>,
+}
+
+/// Those that are active there, or on their way in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Active {
+    /// Guests.
+    pub active: Vec<InstanceId>,
 }
 
 /// Ask a node what is in files.

@@ -140,7 +140,7 @@ async fn a_definition_outlives_its_guest_for_a_while(store: Store) {
     let is_kept = async || store.kept_definition(id).await.unwrap().is_some();
     is_there(1, 1).await;
     let kept = definition(id);
-    assert!(store.keep_definition(&kvm1, &kept, 1).await.unwrap());
+    assert!(store.keep_definition(&kvm1, &kept, None, 1).await.unwrap());
     goes(2, 100 * DAY_MS).await;
     prune(&store, KEEP, 101 * DAY_MS).await;
     prune(&store, KEEP, 180 * DAY_MS).await;

@@ -1,10 +1,14 @@
 //! What is asked of a node about dead ones, and about its own death to come.
 
-use drover_model::api::{
-    compute::{
-        Contents, DirtyRate, GetContents, InstanceOnNode, ProbeAddress, ProbeAnswer, method,
+use drover_model::{
+    api::{
+        compute::{
+            Active, Contents, DirtyRate, FindActive, GetContents, InstanceOnNode, ProbeAddress,
+            ProbeAnswer, method,
+        },
+        fault::Fault,
     },
-    fault::Fault,
+    guest::Presence,
 };
 use drover_rpc::{RemoteFailure, Request};
 use serde_json::Value;
@@ -25,6 +29,18 @@ impl Steps {
         let files = self.node.hypervisor.digests(&which.paths).await;
         let files = files.map_err(faults::hypervisor)?;
         Ok(Contents { files })
+    }
+
+    async fn active_of(&self, which: &FindActive) -> Result<Active, Fault> {
+        let mut active = Vec::new();
+        for guest in &which.instances {
+            let presence = self.node.hypervisor.presence(*guest).await;
+            let presence = presence.map_err(faults::hypervisor)?;
+            if presence.is_active() || presence == Presence::Incoming {
+                active.push(*guest);
+            }
+        }
+        Ok(Active { active })
     }
 
     /// Questions that are of no migration.
@@ -49,6 +65,7 @@ impl Steps {
                 let reached = reached.map_err(|e| e.message);
                 answer(Ok(ProbeAnswer { reached, refused }))
             }
+            method::FIND_ACTIVE => answer(self.active_of(&request.args()?).await),
             method::GET_CONTENTS => {
                 let which: GetContents = request.args()?;
                 answer(self.contents(&which).await)

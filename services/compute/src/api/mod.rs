@@ -62,6 +62,7 @@ const METHODS: &[&str] = &[
     method::GET_DEFINITION,
     method::MEASURE_DIRTY_RATE,
     method::PROBE_ADDRESS,
+    method::FIND_ACTIVE,
     method::GET_CONTENTS,
     method::CHECK_EVACUATION,
     method::PREP_REBUILD,

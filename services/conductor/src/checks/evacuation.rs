@@ -11,7 +11,11 @@ use drover_model::{
     node::HypervisorReport,
     operation::FenceAnswer,
 };
-use drover_store::{definitions::DefinitionRow, instances::InstanceRow, nodes::NodeRow};
+use drover_store::{
+    definitions::DefinitionRow,
+    instances::InstanceRow,
+    nodes::{NodeRow, ReportPlace},
+};
 
 use super::{
     Liveness, cold, content, fail, immovable_code, machine, names, network, unmovable_kind,
@@ -64,9 +68,17 @@ pub fn has_power(host: &HostName, status: &FenceAnswer) -> Option<CheckFailure> 
     ))
 }
 
-/// The digest of a guest's definition in its node's last report, if that has one: the
-/// report may be older than the move that brought the guest there.
-pub fn last_digest<'a>(node: &'a NodeRow, instance: &InstanceRow) -> Option<&'a str> {
+/// The digest of a guest's definition as its node told it last, if it did: its last report
+/// may be older than what is kept, and than the move that brought the guest there.
+pub fn last_digest<'a>(
+    node: &'a NodeRow,
+    instance: &InstanceRow,
+    kept: Option<&'a DefinitionRow>,
+) -> Option<&'a str> {
+    let last = ReportPlace::from(&node.report);
+    if let Some(kept) = kept.filter(|kept| kept.after == Some(last)) {
+        return Some(kept.kept.digest.as_str()).filter(|digest| !digest.is_empty());
+    }
     let HypervisorReport::Up { instances, .. } = &node.report.hypervisor else {
         return None;
     };

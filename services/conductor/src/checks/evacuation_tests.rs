@@ -7,11 +7,11 @@ use drover_model::{
     migration::ProofOfDeath,
     operation::FenceAnswer,
 };
-use drover_store::definitions::DefinitionRow;
+use drover_store::{definitions::DefinitionRow, nodes::ReportPlace};
 
 use super::{
-    evacuation::{alone, definition, destination, evacuated_node, has_power},
-    tests::{codes, destination_facts, disk_fact, guest, host},
+    evacuation::{alone, definition, destination, evacuated_node, has_power, last_digest},
+    tests::{codes, destination_facts, disk_fact, guest, host, instance},
     *,
 };
 use crate::tests_support::node_row;
@@ -98,6 +98,7 @@ fn a_guest_starts_from_what_its_own_node_told() {
             host: host("kvm1"),
             taken_at_ms: 1,
             kept: kept(),
+            after: None,
         };
         change(&mut row);
         codes(&definition(&kvm1, Some(&row), Some("d")))
@@ -213,4 +214,21 @@ fn a_node_that_has_power_again_is_noticed() {
     for says_nothing in [off, silent, FenceAnswer::NotConfigured] {
         assert_eq!(has_power(&kvm1, &says_nothing), None);
     }
+}
+
+#[test]
+fn what_was_told_after_the_last_report_is_not_old() {
+    let mut node = node_row("kvm1", 1);
+    let kept = |after| DefinitionRow {
+        host: host("kvm1"),
+        taken_at_ms: 1,
+        kept: kept(),
+        after,
+    };
+    let (unknown, after_this) = (kept(None), kept(Some(ReportPlace::from(&node.report))));
+    let row = instance();
+    assert_eq!(last_digest(&node, &row, Some(&unknown)), None);
+    assert_eq!(last_digest(&node, &row, Some(&after_this)), Some("d"));
+    node.report.sequence += 1;
+    assert_eq!(last_digest(&node, &row, Some(&after_this)), None);
 }

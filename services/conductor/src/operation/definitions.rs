@@ -17,7 +17,7 @@ use drover_model::{
     ids::{HostName, InstanceId},
     node::{HypervisorReport, NodeReport},
 };
-use drover_store::StoreError;
+use drover_store::{StoreError, nodes::ReportPlace};
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -187,6 +187,8 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
         if row.host != *host {
             continue;
         }
+        let node = store.known_node(host).await?;
+        let after = node.as_ref().map(|node| ReportPlace::from(&node.report));
         match context.agents.definition(host, id).await {
             Ok(mut kept) => {
                 definitions.told(id);
@@ -196,7 +198,7 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
                     kept.digest.clear();
                 }
                 let now_ms = context.clock.now_ms();
-                if store.keep_definition(host, &kept, now_ms).await? && is_whole {
+                if store.keep_definition(host, &kept, after, now_ms).await? && is_whole {
                     definitions.kept(id, host, kept.digest);
                 }
             }

@@ -341,11 +341,11 @@ async fn examine_guest(
     candidates: &[HostName],
 ) -> drover_store::Result<(InstanceRow, Examination)> {
     let kept = context.store.kept_definition(guest.id).await?;
-    let digest = checks::evacuation::last_digest(node, &guest);
+    let digest = checks::evacuation::last_digest(node, &guest, kept.as_ref());
     let mut at_source = checks::evacuation::definition(&guest.host, kept.as_ref(), digest);
     let mut examination = Examination::default();
-    if let Some(row) = kept {
-        examination.doubt = checks::evacuation::doubt(&row, digest);
+    if let Some(row) = &kept {
+        examination.doubt = checks::evacuation::doubt(row, digest);
         let migration = MigrationId::generate();
         let mut answers = Vec::new();
         for host in candidates {

@@ -14,10 +14,7 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -27,11 +24,11 @@ use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     process::{Child, Command},
-    sync::Mutex as TurnMutex,
     time::timeout,
 };
 use tracing::{error, info, warn};
 
+use super::joined::Joined;
 use crate::clock::Clock;
 
 /// Where an agent is that is given by its name alone.
@@ -149,16 +146,7 @@ enum Means {
 pub struct Fences {
     means: Means,
     limit: Duration,
-    shared: Arc<Mutex<BTreeMap<HostName, Arc<Shared>>>>,
-}
-
-/// One node's status, asked once for all who wait for it.
-#[derive(Default)]
-struct Shared {
-    /// How often the agent has begun to be asked.
-    begun: AtomicU64,
-    /// What it said last, and to which asking; held while it is asked.
-    last: TurnMutex<Option<(u64, FenceAnswer)>>,
+    shared: Joined<FenceAnswer>,
 }
 
 impl Default for Fences {
@@ -174,7 +162,7 @@ impl Fences {
         Self {
             means: Means::Programs(Arc::new(of)),
             limit,
-            shared: Arc::default(),
+            shared: Joined::default(),
         }
     }
 
@@ -186,7 +174,7 @@ impl Fences {
         Self {
             means: Means::Script(Arc::new(answer)),
             limit: Duration::ZERO,
-            shared: Arc::default(),
+            shared: Joined::default(),
         }
     }
 
@@ -220,20 +208,8 @@ impl Fences {
     /// Whether a node has power: one answer serves all who start its guests and
     /// waited when it was asked for, and nobody who came later.
     pub async fn status_shared(&self, host: &HostName, clock: &Clock) -> FenceAnswer {
-        let shared = {
-            let mut all = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-            all.entry(host.clone()).or_default().clone()
-        };
-        let before = shared.begun.load(Ordering::SeqCst);
-        let mut last = shared.last.lock().await;
-        match &*last {
-            Some((asking, answer)) if *asking > before => return answer.clone(),
-            _ => {}
-        }
-        let asking = shared.begun.fetch_add(1, Ordering::SeqCst) + 1;
-        let answer = self.status_within(host, clock, SHARED_LIMIT).await;
-        *last = Some((asking, answer.clone()));
-        answer
+        let asking = self.status_within(host, clock, SHARED_LIMIT);
+        self.shared.ask(host, asking).await
     }
 
     /// How long one use may take, its status with it.

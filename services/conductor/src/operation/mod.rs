@@ -8,6 +8,7 @@
 //! [`evidence`]); [`origin`] knows what a restored node gets back; [`load`] and [`balancer`] see
 //! to balance without being asked.
 
+pub mod active;
 pub mod auto_evacuate;
 pub mod balancer;
 pub mod begin;
@@ -16,6 +17,7 @@ mod drive;
 pub mod evacuation;
 pub mod evidence;
 pub mod fence;
+mod joined;
 pub mod load;
 pub mod look;
 pub mod origin;

@@ -606,7 +606,7 @@ impl ColdMigrate {
         let dest = &chosen.host;
         if handed_over
             && !is_elsewhere
-            && self.job.is_dead(dest).await?.is_none()
+            && !self.job.is_gone(dest).await?
             && !self.is_off_there(dest).await?
         {
             return Err(lost(format!(

@@ -220,7 +220,9 @@ impl Evacuate {
         let mut refused = checks::request(instance, &self.job.migration.way, None);
         refused.extend(checks::recorded(instance, &self.job.migration.way));
         refused.extend(alive);
-        let digest = node.as_ref().and_then(|node| last_digest(node, instance));
+        let digest = node
+            .as_ref()
+            .and_then(|node| last_digest(node, instance, kept));
         refused.extend(checks::evacuation::definition(host, kept, digest));
         let doubt = kept.and_then(|kept| doubt(kept, digest));
         Ok((node, refused, doubt))
@@ -355,9 +357,9 @@ impl Evacuate {
             if let Some(why) = self.job.on_third_node(&host).await? {
                 return Err(failed(why));
             }
-            if let Some((third, there)) = self.job.active_on_any(&host).await? {
+            if let Some(third) = self.job.active_on_any(&host).await? {
                 return Err(failed(format!(
-                    "{third} has the guest ({there}): it is started nowhere else"
+                    "{third} has the guest active: it is started nowhere else"
                 )));
             }
             match self.job.agents().rebuild(&host, self.job.step()).await {

@@ -23,7 +23,7 @@ use drover_model::{
 };
 use drover_saga::StepError;
 use drover_store::{Store, StoreError, claims::Resources, migrations::Lease, nodes::NodeRow};
-use futures_util::{FutureExt, StreamExt, future::join_all, stream};
+use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{OwnedSemaphorePermit, broadcast},
@@ -44,11 +44,6 @@ use crate::{
 
 /// How long an agent may be silent about its work before it is asked.
 pub(super) const ASK_AFTER: Duration = Duration::from_secs(3);
-
-/// How long a node is asked that is not known to have the guest.
-const AT_ONCE: Duration = Duration::from_secs(2);
-/// Nodes asked at a time.
-const MOST_ASKED: usize = 256;
 
 /// What steps learn and later ones need; journalled with each success.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -286,31 +281,15 @@ impl Job {
         Ok(nodes)
     }
 
-    /// Which of the other nodes that are up has the guest active, whatever the record
-    /// knows: it may be younger than what somebody did, or older than itself. Whoever does
-    /// not say at once holds nobody up.
+    /// Which of the other nodes that are up has the guest of a dead source active.
     pub(super) async fn active_on_any(
         &self,
         than: &HostName,
-    ) -> Result<Option<(HostName, Presence)>, StepError> {
-        let nodes = self.others(than).await.map_err(|e| store_error(&e))?;
-        let live = self.context.liveness();
-        let up = nodes.into_iter().filter(|node| live.is_up(node));
-        let hosts = up.map(|node| node.report.host);
-        let asking = hosts.map(|host| async move {
-            let located = timeout(AT_ONCE, self.locate(&host)).await;
-            let presence = located.ok()?.ok()?.presence;
-            let has_it = presence.is_active() || presence == Presence::Incoming;
-            has_it.then_some((host, presence))
-        });
-        let asking: Vec<_> = asking.map(FutureExt::boxed).collect();
-        let mut answers = stream::iter(asking).buffer_unordered(MOST_ASKED);
-        while let Some(answer) = answers.next().await {
-            if answer.is_some() {
-                return Ok(answer);
-            }
-        }
-        Ok(None)
+    ) -> Result<Option<HostName>, StepError> {
+        let (context, guest) = (&self.context, self.migration.instance_uuid);
+        let found = context.active.active(context, self.source(), guest).await;
+        let found = found.map_err(|e| store_error(&e))?;
+        Ok(found.into_iter().find(|host| host != than))
     }
 
     /// Makes sure that no node but the source and that one has the guest.
@@ -437,7 +416,7 @@ impl Job {
     }
 
     /// Whether a node is proven dead, or on the record no more.
-    async fn is_gone(&self, host: &HostName) -> Result<bool, StepError> {
+    pub(super) async fn is_gone(&self, host: &HostName) -> Result<bool, StepError> {
         let known = self.store().known_node(host).await;
         let is_known = known.map_err(|e| store_error(&e))?.is_some();
         Ok(!is_known || self.is_dead(host).await?.is_some())

@@ -17,8 +17,9 @@ use crate::{
 };
 
 /// Instances that use what they were given: one that is shut off holds neither
-/// memory nor CPU time.
-const RUNS: &str = "power_state NOT IN ('\"shutdown\"', '\"crashed\"')";
+/// memory nor CPU time, and one that was lost with its node is not there.
+const RUNS: &str = "power_state NOT IN ('\"shutdown\"', '\"crashed\"') \
+     AND NOT (node_is_new = 1 AND missing_since_ms IS NOT NULL)";
 
 /// Sums of amounts.
 const SUMS: &str = "CAST(COALESCE(SUM(vcpus), 0) AS BIGINT) AS vcpus, \

@@ -301,10 +301,10 @@ impl Store {
         })
     }
 
-    /// Ends a node that was scrapped: its row, its guests' definitions, what was to be
-    /// tidied there and what was promised there. It must not have been heard of since
-    /// a moment, and nothing may need it. Guests that are elsewhere by now are on the
-    /// record there.
+    /// Ends a node that was scrapped: its row, what was to be tidied there and what was
+    /// promised there. It must not have been heard of since a moment, and nothing may
+    /// need it. Guests that are elsewhere by now are on the record there; how the others
+    /// were defined is kept like that of any guest that is gone.
     ///
     /// # Errors
     /// [`StoreError::Invalid`] with every reason against it, [`StoreError::NotFound`],
@@ -314,6 +314,24 @@ impl Store {
             let mut tx = self.begin().await?;
             forget_node(&mut tx, host, how).await?;
             tx.commit().await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Takes a guest that was lost with its node from the record, or, if not `for_good`,
+    /// says whether that could be done. How it was defined is kept for a while.
+    ///
+    /// # Errors
+    /// [`StoreError::Invalid`] with the reason against it, [`StoreError::NotFound`], or
+    /// the database failed.
+    pub async fn forget_instance(&self, id: InstanceId, for_good: bool) -> Result<()> {
+        self.attempt(|| async {
+            let mut tx = self.begin().await?;
+            forget_instance(&mut tx, id).await?;
+            if for_good {
+                tx.commit().await?;
+            }
             Ok(())
         })
         .await
@@ -330,6 +348,32 @@ impl Store {
         })
         .await
     }
+}
+
+async fn forget_instance(tx: &mut Tx, id: InstanceId) -> Result<()> {
+    let named = || format!("instance {id}");
+    let row = instances::lock(tx, id).await?;
+    let row = row.ok_or_else(|| StoreError::NotFound(named()))?;
+    let why = match (row.is_lost(), is_moved(tx, id).await?) {
+        (true, false) => return instances::forget(tx, &[row]).await,
+        (true, true) => "a migration of it is under way: end that first".to_owned(),
+        (false, _) => format!(
+            "only what was lost with its node can be; one that {} no longer lists is \
+             forgotten by itself",
+            row.host
+        ),
+    };
+    Err(StoreError::Invalid(format!(
+        "{} cannot be forgotten: {why}",
+        named()
+    )))
+}
+
+/// Whether a migration of an instance is under way, whoever understands it.
+async fn is_moved(tx: &mut Tx, id: InstanceId) -> Result<bool> {
+    let moved = sqlx::query("SELECT id FROM migrations WHERE instance_uuid = $1 AND active = 1");
+    let moved = moved.bind(id.to_string()).fetch_optional(&mut **tx).await?;
+    Ok(moved.is_some())
 }
 
 async fn forget_node(tx: &mut Tx, host: &HostName, how: &Forgetting) -> Result<()> {
@@ -361,7 +405,6 @@ async fn forget_node(tx: &mut Tx, host: &HostName, how: &Forgetting) -> Result<(
     }
     for statement in [
         "DELETE FROM nodes WHERE host = $1",
-        "DELETE FROM definitions WHERE host = $1",
         "DELETE FROM claims WHERE host = $1",
         // Who has its name next is counted on: what was known of this one's life says
         // nothing of that one's.

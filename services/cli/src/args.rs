@@ -160,6 +160,15 @@ pub enum InstanceVerb {
         #[arg(value_parser = some_text)]
         id: String,
     },
+    /// Take an instance that was lost with its node from the record
+    Forget {
+        /// UUID, prefix or name.
+        #[arg(value_parser = some_text)]
+        id: String,
+        /// How to do it.
+        #[command(flatten)]
+        change: Change,
+    },
     /// Move an instance to another node
     Migrate(Box<Migrate>),
     /// Keep an instance where a cold migration brought it: the node it left removes its copy

@@ -11,10 +11,11 @@ use drover_model::{
         COMPUTE_TOPIC, CONDUCTOR_TOPIC, NAMESPACE, VERSION,
         compute::{self, AgentStatus},
         conductor::{
-            AcceptTransfer, ConductorStatus, Definition, Instance, InstanceRef, ListInstances,
-            ListMigrations, ListOffers, MigrateAnswer, MigrateInstance, MigrationRef, Node,
-            NodeRef, Offer, OfferMade, OfferRef, OfferTransfer, ProjectRef, ProjectView,
-            RevertMigration, SetNode, SetProject, TransferInstance, WaitMigration, method,
+            AcceptTransfer, ConductorStatus, Definition, ForgetInstance, Instance, InstanceRef,
+            ListInstances, ListMigrations, ListOffers, MigrateAnswer, MigrateInstance,
+            MigrationRef, Node, NodeRef, Offer, OfferMade, OfferRef, OfferTransfer, ProjectRef,
+            ProjectView, RevertMigration, SetNode, SetProject, TransferInstance, WaitMigration,
+            method,
         },
     },
     ids::HostName,
@@ -138,6 +139,12 @@ impl Client {
         let instance = id.to_owned();
         self.ask(method::GET_KEPT_DEFINITION, &InstanceRef { instance })
             .await
+    }
+
+    /// Takes an instance that was lost with its node from the record.
+    pub async fn forget_instance(&self, request: &ForgetInstance) -> Result<(), Trouble> {
+        let _: Option<()> = self.ask(method::FORGET_INSTANCE, request).await?;
+        Ok(())
     }
 
     /// Asks for a migration, or for its plan.

@@ -513,6 +513,28 @@ async fn a_scrapped_node_is_forgotten() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_lost_instance_is_forgotten() {
+    let instance = samples::instance("vm1");
+    let stage = Stage::with([
+        ("get_instance", answer(&instance)),
+        ("forget_instance", answer(&())),
+        ("get_instance", answer(&instance)),
+        ("forget_instance", answer(&())),
+    ])
+    .await;
+    let mut said = Vec::new();
+    for (line, told) in [
+        ("instance forget vm1 --dry-run", "vm1 would be forgotten"),
+        ("instance forget vm1", "vm1 is forgotten"),
+    ] {
+        assert_eq!(stage.run(line).await, Exit::Done);
+        assert_eq!(stage.last_line(), told);
+        said.push(json!({"instance": instance.uuid, "dry_run": line.ends_with("run")}));
+    }
+    assert_eq!(stage.asked("forget_instance"), said);
+}
+
+#[tokio::test(start_paused = true)]
 async fn automation_is_shown_and_switched() {
     let stage = Stage::with([
         ("set_automation", answer(&automation("on", "shadow"))),

@@ -82,6 +82,7 @@ impl Endpoint for Script {
             "wait_migration",
             "list_migrations",
             "get_instance",
+            "forget_instance",
             "list_instances",
             "get_node",
             "list_nodes",

@@ -127,16 +127,16 @@ pub fn two_copies(instance: &InstanceRow) -> Option<CheckFailure> {
 /// What its node's last report says against it. It may be old: where the node can
 /// be asked now, what it says then counts.
 pub fn recorded(instance: &InstanceRow, way: &Way) -> Option<CheckFailure> {
-    let Some(since) = instance.missing_since_ms else {
+    if instance.missing_since_ms.is_none() {
         return state(instance.power_state, way);
-    };
+    }
     if instance.is_lost() {
         return Some(lost(instance));
     }
     Some(fail(
         CheckCode::InstanceMissing,
         Side::Instance,
-        format!("{} no longer lists it (since {since} ms)", instance.host),
+        format!("{} no longer lists it", instance.host),
         "look with 'virsh list --all' whether it was undefined or moved by hand",
     ))
 }
@@ -150,9 +150,7 @@ pub fn lost(instance: &InstanceRow) -> CheckFailure {
         format!("{host} was installed anew, and does not have it"),
         format!(
             "define it on a node that has its disks, with what 'drover instance definition {id}' \
-             prints; if it is gone for good, stop the agent of {host} and have the node forgotten \
-             with 'drover node forget {host} --despite-lost-guests': it is known again with \
-             what it has when its agent is started"
+             prints; if it is gone for good: 'drover instance forget {id}'"
         ),
     )
 }

@@ -75,6 +75,8 @@ pub mod method {
     pub const GET_INSTANCE: &str = "get_instance";
     /// [`super::InstanceRef`] → [`super::Definition`]
     pub const GET_KEPT_DEFINITION: &str = "get_kept_definition";
+    /// [`super::ForgetInstance`] → `null`
+    pub const FORGET_INSTANCE: &str = "forget_instance";
     /// [`super::ListInstances`] → `Vec<`[`super::Instance`]`>`
     pub const LIST_INSTANCES: &str = "list_instances";
     /// [`super::NodeRef`] → [`super::Node`]
@@ -589,6 +591,17 @@ pub struct Instance {
     /// Why its node does not list it, and what to do, if that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<CheckFailure>,
+}
+
+/// Take an instance that was lost with its node from the record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForgetInstance {
+    /// UUID, prefix or name.
+    pub instance: String,
+    /// Check everything, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 /// How an instance was defined when its node told it last. It may be gone since.

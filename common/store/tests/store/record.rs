@@ -38,6 +38,7 @@ promises! {
     a_clock_that_jumps_makes_nothing_forgotten,
     a_guest_that_is_forgotten_is_told_of,
     what_a_node_that_was_installed_anew_does_not_list_stays,
+    a_lost_guest_is_forgotten_when_somebody_says_so,
     silence_and_old_news_change_nothing,
     two_nodes_that_list_one_instance_are_told_of_and_nothing_flips,
     the_record_follows_the_copy_that_runs,
@@ -258,8 +259,8 @@ async fn a_guest_that_is_forgotten_is_told_of(store: Store) {
     assert_eq!(told, ["instance.forgotten"]);
 }
 
-async fn what_a_node_that_was_installed_anew_does_not_list_stays(store: Store) {
-    let installed = |state: &str| RegisterAgent {
+fn installed(state: &str) -> RegisterAgent {
+    RegisterAgent {
         speaks: Spoken::Unsaid,
         host: host("kvm1"),
         identity: Identity {
@@ -270,11 +271,17 @@ async fn what_a_node_that_was_installed_anew_does_not_list_stays(store: Store) {
         },
         agent_version: "1".into(),
         held: None,
-    };
-    let of = |incarnation, sequence, instances| NodeReport {
+    }
+}
+
+fn of(incarnation: u64, sequence: u64, instances: Vec<InstanceReport>) -> NodeReport {
+    NodeReport {
         incarnation,
         ..report("kvm1", sequence, instances)
-    };
+    }
+}
+
+async fn what_a_node_that_was_installed_anew_does_not_list_stays(store: Store) {
     store.register_agent(&installed("old"), None).await.unwrap();
     let before = of(1, 1, vec![listed(1), listed(2), listed(3)]);
     store.record_report(&before, 1).await.unwrap();
@@ -301,8 +308,20 @@ async fn what_a_node_that_was_installed_anew_does_not_list_stays(store: Store) {
         assert_eq!(told.count(), 1, "{noticed:?}");
     }
     assert!(store.find_instance("vm2").await.is_err(), "nobody wants it");
+    // What is not there uses nothing.
+    let empty = of(2, 20, vec![]);
+    let usages = store.usages(&[&empty]).await.unwrap();
+    assert_eq!(usages[0].used.vcpus, 0);
+    // Of those that are lost one can be forgotten, and of the others none.
+    let vm4 = report("kvm2", 1, vec![listed(4)]);
+    store.record_report(&vm4, 250_000).await.unwrap();
+    for (n, is_lost) in [(1, true), (4, false)] {
+        let asked = store.forget_instance(listed(n).id, false).await;
+        assert_eq!(asked.is_ok(), is_lost, "{asked:?}");
+    }
+    assert!(store.find_instance("vm1").await.is_ok(), "only asked");
     // Somebody defines one elsewhere, and one here.
-    let elsewhere = report("kvm2", 1, vec![listed(1)]);
+    let elsewhere = report("kvm2", 2, vec![listed(1), listed(4)]);
     store.record_report(&elsewhere, 300_000).await.unwrap();
     let row = store.find_instance("vm1").await.unwrap();
     assert_eq!((row.host.as_str(), row.is_lost()), ("kvm2", false));
@@ -310,6 +329,31 @@ async fn what_a_node_that_was_installed_anew_does_not_list_stays(store: Store) {
     store.record_report(&here, 300_000).await.unwrap();
     let row = store.find_instance("vm3").await.unwrap();
     assert!(!row.node_is_new && row.missing_since_ms.is_none());
+}
+
+async fn a_lost_guest_is_forgotten_when_somebody_says_so(store: Store) {
+    store.register_agent(&installed("old"), None).await.unwrap();
+    let before = of(1, 1, vec![listed(1)]);
+    store.record_report(&before, 1).await.unwrap();
+    let dead = Some(life(1, 0));
+    store.register_agent(&installed("new"), dead).await.unwrap();
+    for n in 1..=20 {
+        let report = of(2, n, vec![]);
+        store.record_report(&report, n * 10_000).await.unwrap();
+    }
+    let id = listed(1).id;
+    let mut m = migration(1, 1);
+    m.instance_uuid = id;
+    store.admit(&m, None, None, term(1, HELD)).await.unwrap();
+    let refused = store.forget_instance(id, true).await.unwrap_err();
+    assert!(refused.to_string().contains("a migration"), "{refused}");
+    let over = |m: &mut Migration| {
+        m.status = MigrationStatus::Failed;
+        true
+    };
+    store.update_migration(m.uuid, over).await.unwrap();
+    store.forget_instance(id, true).await.unwrap();
+    assert!(store.find_instance("vm1").await.is_err());
 }
 
 async fn silence_and_old_news_change_nothing(store: Store) {

@@ -154,6 +154,20 @@ async fn a_definition_outlives_its_guest_for_a_while(store: Store) {
     assert!(is_kept().await);
     prune(&store, KEEP, 392 * DAY_MS).await;
     assert!(!is_kept().await);
+    // Nor does it go with its guest's node.
+    is_there(40, 400 * DAY_MS).await;
+    assert!(store.keep_definition(&kvm1, &kept, None, 1).await.unwrap());
+    let despite = Forgetting {
+        now_ms: 401 * DAY_MS,
+        silent_since_ms: 401 * DAY_MS,
+        despite_lost_guests: true,
+        ..Forgetting::default()
+    };
+    store.forget_node(&kvm1, &despite).await.unwrap();
+    prune(&store, KEEP, 401 * DAY_MS).await;
+    assert!(is_kept().await);
+    prune(&store, KEEP, 492 * DAY_MS).await;
+    assert!(!is_kept().await);
 }
 
 async fn what_is_unfinished_or_needed_stays(store: Store) {

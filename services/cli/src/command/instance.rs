@@ -2,7 +2,7 @@
 //! a cold move left open is in [`settle`].
 
 use drover_model::{
-    api::conductor::{ListInstances, MigrateAnswer, MigrateInstance},
+    api::conductor::{ForgetInstance, ListInstances, MigrateAnswer, MigrateInstance},
     migration::Flavor,
 };
 use tokio::time::Instant;
@@ -44,11 +44,26 @@ pub async fn run(session: &mut Session, verb: InstanceVerb) -> Result<Exit, Trou
             }
             Ok(Exit::Done)
         }
+        InstanceVerb::Forget { id, change } => forget(session, id, change.dry_run).await,
         InstanceVerb::Migrate(order) => migrate(session, *order).await,
         InstanceVerb::Confirm(order) => settle::confirm(session, order).await,
         InstanceVerb::Revert(order) => settle::revert(session, order).await,
         InstanceVerb::Transfer(order) => transfer::instance(session, *order).await,
     }
+}
+
+async fn forget(session: &mut Session, id: String, dry_run: bool) -> Result<Exit, Trouble> {
+    let instance = session.client.get_instance(&id).await?;
+    let request = ForgetInstance {
+        instance: instance.uuid.to_string(),
+        dry_run,
+    };
+    session.client.forget_instance(&request).await?;
+    session.screen.value(&instance, |instance| match dry_run {
+        true => format!("{} would be forgotten", instance.name),
+        false => format!("{} is forgotten", instance.name),
+    })?;
+    Ok(Exit::Done)
 }
 
 async fn migrate(session: &mut Session, order: Migrate) -> Result<Exit, Trouble> {

@@ -23,9 +23,9 @@ use drover_model::{
     api::{
         NAMESPACE,
         conductor::{
-            AgentLeaves, ConductorStatus, Definition, Heartbeat, InstanceRef, ListInstances,
-            ListMigrations, MigrateInstance, MigrationRef, MigrationReport, NodeRef, RegisterAgent,
-            SetNode, WaitMigration, Word, method,
+            AgentLeaves, ConductorStatus, Definition, ForgetInstance, Heartbeat, InstanceRef,
+            ListInstances, ListMigrations, MigrateInstance, MigrationRef, MigrationReport, NodeRef,
+            RegisterAgent, SetNode, WaitMigration, Word, method,
         },
     },
     ids::{InstanceId, MigrationId},
@@ -99,6 +99,7 @@ impl Endpoint for DroverEndpoint {
             method::LIST_MIGRATIONS,
             method::GET_INSTANCE,
             method::GET_KEPT_DEFINITION,
+            method::FORGET_INSTANCE,
             method::LIST_INSTANCES,
             method::GET_NODE,
             method::LIST_NODES,
@@ -150,6 +151,7 @@ impl Endpoint for DroverEndpoint {
             method::LIST_MIGRATIONS => self.list_migrations(&request.args()?).await,
             method::GET_INSTANCE => self.get_instance(&request.args()?).await,
             method::GET_KEPT_DEFINITION => self.kept_definition(&request.args()?).await,
+            method::FORGET_INSTANCE => self.forget_instance(&request.args()?).await,
             method::LIST_INSTANCES => self.list_instances(&request.args()?).await,
             method::GET_NODE => self.get_node(&request.args()?).await,
             method::LIST_NODES => self.list_nodes().await,
@@ -328,6 +330,16 @@ impl DroverEndpoint {
             moving => moving.map_err(|e| store_failure(&e))?,
         };
         to_value(&convert::instance(&row, moving.as_slice()))
+    }
+
+    async fn forget_instance(&self, ask: &ForgetInstance) -> Answer {
+        let row = self.instance(&ask.instance).await?;
+        let forgotten = self.context.store.forget_instance(row.id, !ask.dry_run);
+        forgotten.await.map_err(|e| store_failure(&e))?;
+        if !ask.dry_run {
+            info!(instance = %row.id, host = %row.host, "the lost instance is forgotten");
+        }
+        Ok(Value::Null)
     }
 
     /// Also of one that is no longer on the record, by its UUID.

@@ -266,11 +266,14 @@ pub struct FindActive {
     pub instances: Vec<InstanceId>,
 }
 
-/// Those that are active there, or on their way in.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Which of them are there.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Active {
-    /// Guests.
+    /// Those that are active, or on their way in.
     pub active: Vec<InstanceId>,
+    /// Those of which it could not be seen at once.
+    #[serde(default)]
+    pub unseen: Vec<InstanceId>,
 }
 
 /// Ask a node what is in files.

@@ -1,5 +1,7 @@
 //! What is asked of a node about dead ones, and about its own death to come.
 
+use std::time::Duration;
+
 use drover_model::{
     api::{
         compute::{
@@ -11,11 +13,15 @@ use drover_model::{
     guest::Presence,
 };
 use drover_rpc::{RemoteFailure, Request};
+use futures_util::future::join_all;
 use serde_json::Value;
+use tokio::time::timeout;
 
 use super::{Steps, answer};
 use crate::faults;
 
+/// How long it is looked for a guest of which somebody waits to hear whether it is active.
+const SEEN_WITHIN: Duration = Duration::from_secs(1);
 /// Files of one guest. A virtual machine has far fewer.
 const MOST_FILES: usize = 1024;
 
@@ -31,16 +37,22 @@ impl Steps {
         Ok(Contents { files })
     }
 
-    async fn active_of(&self, which: &FindActive) -> Result<Active, Fault> {
-        let mut active = Vec::new();
-        for guest in &which.instances {
-            let presence = self.node.hypervisor.presence(*guest).await;
-            let presence = presence.map_err(faults::hypervisor)?;
-            if presence.is_active() || presence == Presence::Incoming {
-                active.push(*guest);
+    /// Of each at once, and of none for long: a guest that hangs hides no other.
+    async fn active_of(&self, which: &FindActive) -> Active {
+        let looking = which.instances.iter().map(|guest| async move {
+            let presence = self.node.hypervisor.presence(*guest);
+            (*guest, timeout(SEEN_WITHIN, presence).await)
+        });
+        let mut found = Active::default();
+        for (guest, presence) in join_all(looking).await {
+            match presence {
+                Ok(Ok(Presence::Incoming)) => found.active.push(guest),
+                Ok(Ok(presence)) if presence.is_active() => found.active.push(guest),
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) | Err(_) => found.unseen.push(guest),
             }
         }
-        Ok(Active { active })
+        found
     }
 
     /// Questions that are of no migration.
@@ -65,7 +77,7 @@ impl Steps {
                 let reached = reached.map_err(|e| e.message);
                 answer(Ok(ProbeAnswer { reached, refused }))
             }
-            method::FIND_ACTIVE => answer(self.active_of(&request.args()?).await),
+            method::FIND_ACTIVE => answer(Ok(self.active_of(&request.args()?).await)),
             method::GET_CONTENTS => {
                 let which: GetContents = request.args()?;
                 answer(self.contents(&which).await)

@@ -9,11 +9,13 @@ use std::{
 };
 
 use drover_model::{
-    api::compute::FindActive,
+    api::compute::{FindActive, StepRef},
+    guest::Presence,
     ids::{HostName, InstanceId},
 };
 use drover_store::{Result, StoreError};
 use futures_util::{FutureExt, StreamExt, stream};
+use tokio::time::timeout;
 
 use super::joined::Joined;
 use crate::app::Context;
@@ -32,10 +34,14 @@ pub struct Rounds(Joined<std::result::Result<Arc<Round>, Arc<StoreError>>>);
 struct Round {
     asked: BTreeSet<InstanceId>,
     active: BTreeMap<InstanceId, BTreeSet<HostName>>,
+    /// Nodes that are asked again about each guest: of some they could not say it at once,
+    /// or they did not answer, as one that does not know this question.
+    unsure: BTreeMap<HostName, BTreeSet<InstanceId>>,
 }
 
 impl Rounds {
-    /// Nodes that have a guest of that dead node active; where it is on its way in counts.
+    /// Nodes that have the guest of a step active; where it is on its way in counts.
+    /// `dead` is its own node.
     ///
     /// # Errors
     /// The record cannot be read.
@@ -43,16 +49,21 @@ impl Rounds {
         &self,
         context: &Context,
         dead: &HostName,
-        guest: InstanceId,
+        step: StepRef,
     ) -> std::result::Result<BTreeSet<HostName>, Arc<StoreError>> {
+        let guest = step.instance;
         loop {
             let asking = async { round(context, dead, guest).await.map(Arc::new) };
             let round = self.0.ask(dead, asking.map(|r| r.map_err(Arc::new)));
             let round = round.await?;
             // Another's round may be about others alone, if the record has it elsewhere.
-            if round.asked.contains(&guest) {
-                return Ok(round.active.get(&guest).cloned().unwrap_or_default());
+            if !round.asked.contains(&guest) {
+                continue;
             }
+            let mut active = round.active.get(&guest).cloned().unwrap_or_default();
+            let unsure = round.unsure.iter().filter(|(_, of)| of.contains(&guest));
+            active.extend(one_by_one(context, unsure.map(|(host, _)| host), step).await);
+            return Ok(active);
         }
     }
 }
@@ -70,18 +81,49 @@ async fn round(context: &Context, dead: &HostName, guest: InstanceId) -> Result<
     let asking = others.map(|host| {
         let (agents, ask) = (&context.agents, &ask);
         async move {
-            let answer = agents.find_active(&host, ask, AT_ONCE).await;
-            (host, answer)
+            let answer = timeout(AT_ONCE, agents.find_active(&host, ask, AT_ONCE)).await;
+            (host, answer.ok().and_then(std::result::Result::ok))
         }
         .boxed()
     });
     let asking: Vec<_> = asking.collect();
     let mut answers = stream::iter(asking).buffer_unordered(MOST_ASKED);
-    let mut active = BTreeMap::<_, BTreeSet<_>>::new();
+    let mut round = Round::default();
     while let Some((host, answer)) = answers.next().await {
-        for guest in answer.into_iter().flat_map(|found| found.active) {
-            active.entry(guest).or_default().insert(host.clone());
+        let Some(found) = answer else {
+            round.unsure.insert(host, asked.clone());
+            continue;
+        };
+        for guest in found.active {
+            round.active.entry(guest).or_default().insert(host.clone());
+        }
+        if !found.unseen.is_empty() {
+            round
+                .unsure
+                .insert(host, found.unseen.into_iter().collect());
         }
     }
-    Ok(Round { asked, active })
+    round.asked = asked;
+    Ok(round)
+}
+
+/// Which of these nodes say of the one guest, when they are asked about it alone, that
+/// they have it active.
+async fn one_by_one(
+    context: &Context,
+    hosts: impl Iterator<Item = &HostName>,
+    step: StepRef,
+) -> Vec<HostName> {
+    let asking = hosts.map(|host| {
+        async move {
+            let located = timeout(AT_ONCE, context.agents.locate(host, step)).await;
+            let presence = located.ok()?.ok()?.presence;
+            let has_it = presence.is_active() || presence == Presence::Incoming;
+            has_it.then(|| host.clone())
+        }
+        .boxed()
+    });
+    let asking: Vec<_> = asking.collect();
+    let answers = stream::iter(asking).buffer_unordered(MOST_ASKED);
+    answers.filter_map(std::future::ready).collect().await
 }

@@ -286,8 +286,8 @@ impl Job {
         &self,
         than: &HostName,
     ) -> Result<Option<HostName>, StepError> {
-        let (context, guest) = (&self.context, self.migration.instance_uuid);
-        let found = context.active.active(context, self.source(), guest).await;
+        let (context, step) = (&self.context, self.step());
+        let found = context.active.active(context, self.source(), step).await;
         let found = found.map_err(|e| store_error(&e))?;
         Ok(found.into_iter().find(|host| host != than))
     }

@@ -373,30 +373,40 @@ async fn a_node_that_is_on_again_without_its_agent_is_not_dead() {
 }
 
 /// Somebody has just started the guest of a dead node by hand, and no report says so yet:
-/// the nodes themselves are asked before it is started on another.
+/// the nodes themselves are asked before it is started on another, together with all
+/// others of the dead node, and alone where one of them hides the others.
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_was_started_by_hand_is_not_evacuated() {
-    let mut cloud = cloud(1).await;
-    let id = guest(&cloud).await;
-    let was = cloud.fabric.driver("kvm1").definition(id).await;
-    let was = was.expect("it answers").expect("it is there");
-    dies(&mut cloud, "kvm1");
-    silence().await;
-    let unheard = Effect::SlowBefore(Duration::from_secs(900));
-    cloud
-        .fabric
-        .on_call("kvm2", Call::Inventory, 100, unheard.clone());
-    cloud.fabric.on_call("kvm2", Call::Guests, 100, unheard);
-    cloud.fabric.accept_older_disks(id);
-    let kvm2 = cloud.fabric.driver("kvm2");
-    kvm2.define(&was, None).await.expect("nobody else has it");
-    cloud.fabric.start_guest("kvm2", id);
-    let m = begin(&cloud, id, &["kvm3"]).await;
-    let m = cloud.end(m.uuid).await;
-    assert_eq!(m.status, S::Failed, "{m:#?}");
-    check(&cloud, &m, Some("kvm2"));
-    let why = m.end_reason.as_ref().expect("a reason").to_string();
-    assert!(why.contains("kvm2 has the guest"), "{why}");
+    for is_slow in [false, true] {
+        let mut cloud = cloud(1).await;
+        let id = guest(&cloud).await;
+        let other = GuestBuilder::new("db").disk(&format!("{IMAGES}/db.qcow2"), 256);
+        let other = cloud.fabric.add_guest("kvm1", other);
+        cloud.adopted(other).await;
+        let was = cloud.fabric.driver("kvm1").definition(id).await;
+        let was = was.expect("it answers").expect("it is there");
+        dies(&mut cloud, "kvm1");
+        silence().await;
+        let slow = |call, seconds| {
+            let effect = Effect::SlowBefore(Duration::from_millis(seconds));
+            cloud.fabric.on_call("kvm2", call, 1000, effect);
+        };
+        slow(Call::Inventory, 900_000);
+        slow(Call::Guests, 900_000);
+        cloud.fabric.accept_older_disks(id);
+        let kvm2 = cloud.fabric.driver("kvm2");
+        kvm2.define(&was, None).await.expect("nobody else has it");
+        cloud.fabric.start_guest("kvm2", id);
+        if is_slow {
+            slow(Call::Presence, 1500);
+        }
+        let m = begin(&cloud, id, &["kvm3"]).await;
+        let m = cloud.end(m.uuid).await;
+        assert_eq!(m.status, S::Failed, "{m:#?}");
+        check(&cloud, &m, Some("kvm2"));
+        let why = m.end_reason.as_ref().expect("a reason").to_string();
+        assert!(why.contains("kvm2 has the guest"), "{why}");
+    }
 }
 
 /// Both of its nodes die, and stay away: when both are proven off the migration ends, and

@@ -144,6 +144,10 @@ pub struct Guest {
     /// what the guest sees leaves them behind.
     #[serde(default)]
     pub images_with_snapshots: Vec<String>,
+    /// It has an emulated TPM whose state is removed with the definition by a libvirt that
+    /// cannot keep it; of an agent too old to say, no.
+    #[serde(default)]
+    pub tpm_goes_with_definition: bool,
     /// A job that libvirt is running on it (backup, migration, …), in words.
     pub active_job: Option<String>,
 }

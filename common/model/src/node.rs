@@ -33,6 +33,17 @@ pub struct Inventory {
     pub disk_free_bytes: u64,
 }
 
+/// The first libvirt that can keep the state of an emulated TPM without its definition.
+const KEEPS_TPM_STATE: u64 = 8_009_000;
+
+impl Inventory {
+    /// Whether its libvirt can remove the definition of any guest and keep the state of
+    /// an emulated TPM of that.
+    pub fn keeps_tpm_state(&self) -> bool {
+        self.libvirt_version >= KEEPS_TPM_STATE
+    }
+}
+
 /// How much of a node may be given to guests.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AllocationPolicy {

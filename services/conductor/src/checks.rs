@@ -421,6 +421,9 @@ pub fn source(facts: &SourceFacts, host: &HostName, way: &Way) -> Vec<CheckFailu
         ));
     }
     failures.extend(marks(facts, guest, is_cold));
+    if is_cold {
+        failures.extend(cold::tpm_state(guest, &facts.inventory, Side::Source, host));
+    }
     failures
 }
 

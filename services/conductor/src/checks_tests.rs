@@ -82,6 +82,7 @@ pub(super) fn guest() -> Guest {
         bound: vec![],
         external_snapshots: vec![],
         images_with_snapshots: vec![],
+        tpm_goes_with_definition: false,
         snapshots: vec![],
         active_job: None,
     }

@@ -8,6 +8,7 @@ use drover_model::{
     check::{CheckCode, CheckFailure, Side},
     guest::{Disk, DiskSource, Guest, GuestFileKind, ImmovableKind},
     ids::{HostName, MigrationId},
+    node::Inventory,
 };
 
 use super::{device, fail, place_of_copy, space, unmovable_kind};
@@ -15,6 +16,35 @@ use super::{device, fail, place_of_copy, space, unmovable_kind};
 /// Whether something that ties a running guest to its node leaves with one that is off.
 pub(super) fn can_leave(kind: ImmovableKind) -> bool {
     kind == ImmovableKind::EmulatedTpm
+}
+
+/// On either node the definition goes while the state of a TPM has to stay: from the
+/// source when the guest is set aside, from the destination when it is reverted.
+pub(super) fn tpm_state(
+    guest: &Guest,
+    inventory: &Inventory,
+    side: Side,
+    host: &HostName,
+) -> Option<CheckFailure> {
+    let is_lost = guest.tpm_goes_with_definition && !inventory.keeps_tpm_state();
+    is_lost.then(|| {
+        let goes = match side {
+            Side::Destination => "a revert",
+            _ => "the move",
+        };
+        fail(
+            CheckCode::ImmovableDevice,
+            side,
+            format!(
+                "libvirt on {host} would remove the state of its emulated TPM with its \
+                 definition, which {goes} takes away there"
+            ),
+            format!(
+                "set persistent_state='yes' on the backend of its TPM ('virsh edit'), or have \
+                 libvirt 8.9 or later on {host}"
+            ),
+        )
+    })
 }
 
 /// What the destination has to have for the guest's files.
@@ -51,6 +81,8 @@ pub(super) fn destination(
         failures.extend(place_of_copy(what, &file.path, there, host));
     }
     failures.extend(room(guest, facts, host));
+    let has = &facts.inventory;
+    failures.extend(tpm_state(guest, has, Side::Destination, host));
     if let Err(error) = &facts.disk_port {
         failures.push(fail(
             CheckCode::MigrationPortUnreachable,

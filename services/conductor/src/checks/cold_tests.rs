@@ -131,6 +131,30 @@ fn the_source_refuses() {
     assert_eq!(device(ImmovableKind::HostDevice), [CheckCode::HostDevice]);
 }
 
+/// libvirt before 8.9 removes the state with the definition.
+#[test]
+fn a_tpm_that_a_node_could_not_keep_stays() {
+    let older = |has: &mut drover_model::node::Inventory| has.libvirt_version = 8_008_000;
+    let sides = |is_lost: bool| {
+        let (mut from, mut to) = (source_facts(), facts());
+        older(&mut from.inventory);
+        older(&mut to.inventory);
+        let guest = from.guest.as_mut().unwrap();
+        guest.tpm_goes_with_definition = is_lost;
+        let there = destination(guest, &inventory(), &to, &host("kvm2"), &cold());
+        [source(&from, &host("kvm1"), &cold()), there]
+    };
+    assert_eq!(sides(false), [[], []], "its definition says that it lasts");
+    let [here, there] = sides(true);
+    for (failures, on) in [(here, "kvm1"), (there, "kvm2")] {
+        assert_eq!(codes(&failures), [CheckCode::ImmovableDevice]);
+        assert!(failures[0].message.contains(on), "{failures:?}");
+        assert!(failures[0].remedy.contains("persistent_state"));
+    }
+    let newer = at_source(|guest| guest.tpm_goes_with_definition = true);
+    assert_eq!(newer, [], "libvirt 9.0 keeps it");
+}
+
 #[test]
 fn the_destination_refuses() {
     use CheckCode as C;

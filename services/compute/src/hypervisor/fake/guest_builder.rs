@@ -246,6 +246,7 @@ impl GuestBuilder {
     /// An emulated TPM, with its state in a file.
     pub fn tpm(mut self) -> Self {
         self.has_tpm = true;
+        self.guest.tpm_goes_with_definition = true;
         self.immovable(ImmovableKind::EmulatedTpm, "TPM emulator")
     }
 
@@ -390,6 +391,7 @@ fn plain_guest(name: &str) -> Guest {
         snapshots: Vec::new(),
         external_snapshots: Vec::new(),
         images_with_snapshots: Vec::new(),
+        tpm_goes_with_definition: false,
         active_job: None,
     }
 }

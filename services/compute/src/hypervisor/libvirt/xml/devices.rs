@@ -181,6 +181,17 @@ fn filesystem(element: &Element) -> Immovable {
     is(ImmovableKind::Filesystem, format!("{tag} ({kind}, {from})"))
 }
 
+/// Whether the state of an emulated TPM is to last no longer than the definition, as it is
+/// unless that says otherwise.
+pub(super) fn has_tpm_of_its_definition(devices: &Element) -> bool {
+    children(devices, "tpm").any(|tpm| {
+        tpm.get_child("backend").is_some_and(|backend| {
+            attribute(backend, "type") == Some("emulator")
+                && attribute(backend, "persistent_state") != Some("yes")
+        })
+    })
+}
+
 fn tpm(element: &Element) -> Immovable {
     let backend = element.get_child("backend");
     let kind = backend.and_then(|b| attribute(b, "type")).unwrap_or("?");

@@ -104,6 +104,7 @@ pub(super) fn guest(xml: &str, outside: Outside) -> Result<Guest> {
         snapshots: Vec::new(),
         external_snapshots: Vec::new(),
         images_with_snapshots: Vec::new(),
+        tpm_goes_with_definition: devices::has_tpm_of_its_definition(devices),
         active_job: disks.block_job,
     })
 }
@@ -130,18 +131,12 @@ pub(super) fn nvram(xml: &str) -> Result<Option<String>> {
     Ok(written.filter(|path| !path.is_empty()).or_else(from_source))
 }
 
-/// Whether the state of an emulated TPM lasts no longer than the definition, as libvirt
-/// has it up to 8.8.
+/// Whether a libvirt that cannot keep the state of an emulated TPM removes any with the
+/// definition.
 pub(super) fn loses_its_tpm(xml: &str) -> Result<bool> {
     let domain = parse(xml, "domain")?;
-    let is_lost = |tpm: &Element| {
-        tpm.get_child("backend").is_some_and(|backend| {
-            attribute(backend, "type") == Some("emulator")
-                && attribute(backend, "persistent_state") != Some("yes")
-        })
-    };
     let devices = domain.get_child("devices");
-    Ok(devices.is_some_and(|devices| children(devices, "tpm").any(is_lost)))
+    Ok(devices.is_some_and(devices::has_tpm_of_its_definition))
 }
 
 /// Whether a snapshot's description names files beside the disks' own images.

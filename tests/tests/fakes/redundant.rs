@@ -1404,6 +1404,35 @@ async fn a_cold_move_whose_guest_does_not_start_is_taken_back() {
     cloud.fabric.check_invariants().unwrap();
 }
 
+/// There libvirt cannot keep the state of a TPM, and what came of it is on the source too.
+#[tokio::test(start_paused = true)]
+async fn a_cold_move_is_taken_back_also_where_a_tpm_is_lost_with_the_definition() {
+    let cloud = Cloud::start(8).await;
+    let id = guest(&cloud, web().tpm()).await;
+    let no = Effect::Refuse(HypervisorError::Failed("no memory".to_owned()));
+    cloud.fabric.on_call("kvm2", Call::Start, 1, no);
+    let way = Way::Cold(ColdOptions::default());
+    let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let m = m.expect("it is accepted");
+    cloud.until(m.uuid, "copying", |m| m.step == "copy").await;
+    let downgrade = |node: &mut NodeSpec| node.libvirt_version = 8_000_000;
+    cloud.fabric.edit_node("kvm2", downgrade);
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    let kvm1 = cloud.fabric.driver("kvm1");
+    let back = kvm1.lasting_guest(id).await.unwrap().expect("it is there");
+    assert_eq!(back.files.len(), 1, "{back:?}");
+    assert!(cloud.fabric.file("kvm1", &back.files[0].path).is_some());
+    assert_eq!(cloud.fabric.leftovers(), Vec::<String>::new());
+    cloud.fabric.check_invariants().unwrap();
+    // From there on it is refused beforehand.
+    let again = cloud.migrate_by(id, Some("kvm2"), &way).await;
+    let again = rest(&cloud, &again.expect("it is accepted")).await;
+    assert!(said(&again, "would remove the state"), "{again:#?}");
+    assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+}
+
 /// Started by hand where its move had failed, it ran there: what it wrote is the newest.
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_was_started_by_hand_where_it_had_come_keeps_its_disks() {

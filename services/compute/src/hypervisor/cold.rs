@@ -162,8 +162,13 @@ pub trait ColdDriver: Send + Sync + 'static {
     async fn define(&self, definition: &Definition, flavor: Option<Flavor>) -> Result<()>;
 
     /// Removes the definition of a domain that is shut off, snapshots' included;
-    /// its files stay. `WrongState` if it is active; absent is no error.
+    /// its files stay. `WrongState` if it is active, or if libvirt would remove the state
+    /// of its emulated TPM; absent is no error.
     async fn withdraw(&self, id: InstanceId) -> Result<()>;
+
+    /// The same, but the state of its emulated TPM may be removed with it if that is in
+    /// no other files than these.
+    async fn withdraw_with_tpm(&self, id: InstanceId, files: &[String]) -> Result<()>;
 
     /// Has a running guest's writes to these disks go to overlays from now on;
     /// the images under them stay as they are at this moment, for all disks the

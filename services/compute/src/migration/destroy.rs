@@ -404,11 +404,26 @@ impl Allowed {
 // ---- what evidence is good for
 
 /// Evidence that a definition may go.
-pub(crate) trait MayWithdraw: Sync {}
-impl MayWithdraw for Redundant {}
+pub(crate) trait MayWithdraw: Sync {
+    /// What of an emulated TPM's state may go with it, where libvirt cannot keep that:
+    /// these files and no others; none if all of it has to stay.
+    fn expendable(&self) -> Option<Vec<String>> {
+        None
+    }
+}
+impl MayWithdraw for Redundant {
+    fn expendable(&self) -> Option<Vec<String>> {
+        Some(self.files.iter().cloned().collect())
+    }
+}
 impl MayWithdraw for Reverting {}
 impl MayWithdraw for Aside {}
-impl MayWithdraw for NeverRan {}
+impl MayWithdraw for NeverRan {
+    /// It has written no state.
+    fn expendable(&self) -> Option<Vec<String>> {
+        Some(Vec::new())
+    }
+}
 impl MayWithdraw for Superseded {}
 
 /// Evidence that files may go.
@@ -467,8 +482,11 @@ pub(crate) async fn undefine(node: &Node, id: InstanceId, _: &Redundant) -> Resu
 }
 
 /// Removes the definition of a guest that is off, snapshots' included.
-pub(crate) async fn withdraw(node: &Node, id: InstanceId, _: &impl MayWithdraw) -> Result<()> {
-    node.hypervisor.withdraw(id).await
+pub(crate) async fn withdraw(node: &Node, id: InstanceId, proof: &impl MayWithdraw) -> Result<()> {
+    match proof.expendable() {
+        None => node.hypervisor.withdraw(id).await,
+        Some(files) => node.hypervisor.withdraw_with_tpm(id, &files).await,
+    }
 }
 
 /// Stops a guest hard.

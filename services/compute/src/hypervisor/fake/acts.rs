@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     super::{Event, HypervisorError, Job, JobSample, Result},
+    answers::TPM_STATE,
     journey::{Journey, Leg},
     node::{CpuTime, Domain, Manner, Memory, Nature},
     world::World,
@@ -221,16 +222,49 @@ impl World {
         self.node(host).emit(Event::Guest(id));
     }
 
-    pub(super) fn undefine(&mut self, host: &HostName, id: InstanceId) -> Result<()> {
+    /// Removes a definition; where libvirt cannot keep the state of an emulated TPM, that
+    /// as well, if it is in no other files than these.
+    pub(super) fn undefine(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        expendable: Option<&[String]>,
+    ) -> Result<()> {
         match self.presence(host, id) {
             Presence::Absent => Ok(()),
             Presence::Present(PowerState::Shutdown | PowerState::Crashed) => {
+                if self.loses_its_tpm(host, id) {
+                    self.remove_tpm_state(host, id, expendable)?;
+                }
                 self.node_mut(host).domains.remove(&id);
                 self.node(host).emit(Event::Guest(id));
                 Ok(())
             }
             _ => wrong_state("domain is active"),
         }
+    }
+
+    fn loses_its_tpm(&self, host: &HostName, id: InstanceId) -> bool {
+        let domain = self.domain(host, id);
+        !self.inventory(host).keeps_tpm_state()
+            && domain.is_some_and(|domain| domain.guest.tpm_goes_with_definition)
+    }
+
+    fn remove_tpm_state(
+        &mut self,
+        host: &HostName,
+        id: InstanceId,
+        expendable: Option<&[String]>,
+    ) -> Result<()> {
+        let state = self.storage.paths_under(host, &format!("{TPM_STATE}/{id}"));
+        let is_expendable = |path| expendable.is_some_and(|files| files.contains(path));
+        if expendable.is_none() || !state.iter().all(is_expendable) {
+            return wrong_state("this libvirt would remove the state of its emulated TPM");
+        }
+        for path in state {
+            self.storage.remove(host, &path);
+        }
+        Ok(())
     }
 
     /// Puts a new guest on a node, with the files of its drives.

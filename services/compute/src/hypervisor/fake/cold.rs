@@ -89,8 +89,17 @@ impl ColdDriver for FakeDriver {
     }
 
     async fn withdraw(&self, id: InstanceId) -> Result<()> {
-        self.call(Call::Withdraw, |world, host, _| world.undefine(host, id))
-            .await
+        self.call(Call::Withdraw, |world, host, _| {
+            world.undefine(host, id, None)
+        })
+        .await
+    }
+
+    async fn withdraw_with_tpm(&self, id: InstanceId, files: &[String]) -> Result<()> {
+        self.call(Call::Withdraw, |world, host, _| {
+            world.undefine(host, id, Some(files))
+        })
+        .await
     }
 
     async fn freeze_disks(&self, id: InstanceId, overlays: &[Overlay]) -> Result<()> {

@@ -461,7 +461,9 @@ impl Hypervisor for FakeDriver {
     }
 
     async fn undefine(&self, id: InstanceId) -> Result<()> {
-        self.call(Call::Undefine, |world, host, _| world.undefine(host, id))
-            .await
+        self.call(Call::Undefine, |world, host, _| {
+            world.undefine(host, id, None)
+        })
+        .await
     }
 }

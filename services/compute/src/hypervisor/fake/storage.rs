@@ -184,6 +184,14 @@ impl Storage {
         self.volume_at(node, path)?.files.get(path)
     }
 
+    /// The files that a node has below a directory.
+    pub(super) fn paths_under(&self, node: &HostName, directory: &str) -> Vec<String> {
+        let files = self.volume_at(node, directory).map(|volume| &volume.files);
+        let paths = files.into_iter().flat_map(BTreeMap::keys);
+        let below = paths.filter(|path| lies_under(path, directory));
+        below.cloned().collect()
+    }
+
     /// A file as a node sees it, to be changed.
     pub(super) fn file_mut(&mut self, node: &HostName, path: &str) -> Option<&mut File> {
         let volume = self.index_at(node, path)?;

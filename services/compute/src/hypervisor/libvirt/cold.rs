@@ -139,7 +139,13 @@ impl ColdDriver for LibvirtDriver {
     }
 
     async fn withdraw(&self, id: InstanceId) -> Result<()> {
-        let act = move |connect: &_| definitions::withdraw(connect, id);
+        let act = move |connect: &_| definitions::withdraw(connect, id, None);
+        self.calls.guest(Effect::Change, id, act).await
+    }
+
+    async fn withdraw_with_tpm(&self, id: InstanceId, files: &[String]) -> Result<()> {
+        let files = files.to_vec();
+        let act = move |connect: &_| definitions::withdraw(connect, id, Some(&files));
         self.calls.guest(Effect::Change, id, act).await
     }
 

@@ -92,11 +92,16 @@ pub(super) fn give(
     Ok(())
 }
 
-/// Removes a definition and what libvirt keeps of its snapshots.
-pub(super) fn withdraw(connect: &Connect, id: InstanceId) -> CallResult<()> {
+/// Removes a definition and what libvirt keeps of its snapshots; the state of an emulated
+/// TPM as [`lifecycle::remove_definition`] says.
+pub(super) fn withdraw(
+    connect: &Connect,
+    id: InstanceId,
+    expendable: Option<&[String]>,
+) -> CallResult<()> {
     let Some(domain) = lifecycle::shut_off(connect, id)? else {
         return Ok(());
     };
     let snapshots = sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA;
-    lifecycle::remove_definition(&domain, snapshots)
+    lifecycle::remove_definition(&domain, snapshots, expendable)
 }

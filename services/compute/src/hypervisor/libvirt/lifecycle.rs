@@ -11,6 +11,7 @@ use super::{
     errors::{self, CallResult},
     ffi, guests, jobs,
     standing::{self, presence},
+    storage::files,
     xml,
 };
 use crate::hypervisor::{HypervisorError, Job};
@@ -37,7 +38,7 @@ pub(super) fn discard_incoming(connect: &Connect, id: InstanceId) -> CallResult<
     errors::absent_is_none(domain.destroy())?;
     // The definition goes with the process, unless libvirt had made it last already.
     match guests::find(connect, id)? {
-        Some(domain) if !domain.is_active()? => remove_definition(&domain, 0),
+        Some(domain) if !domain.is_active()? => remove_definition(&domain, 0, None),
         _ => Ok(()),
     }
 }
@@ -81,7 +82,7 @@ pub(super) fn discard_half(connect: &Connect, id: InstanceId) -> CallResult<()> 
 fn kill_and_undefine(connect: &Connect, id: InstanceId, domain: &Domain) -> CallResult<()> {
     errors::absent_is_none(domain.destroy())?;
     match guests::find(connect, id)? {
-        Some(domain) if !domain.is_active()? => remove_definition(&domain, 0),
+        Some(domain) if !domain.is_active()? => remove_definition(&domain, 0, None),
         _ => Ok(()),
     }
 }
@@ -144,7 +145,7 @@ pub(super) fn start(connect: &Connect, id: InstanceId) -> CallResult<()> {
 pub(super) fn undefine(connect: &Connect, id: InstanceId) -> CallResult<()> {
     // Snapshots and saved memory make libvirt refuse, and rightly so.
     match shut_off(connect, id)? {
-        Some(domain) => remove_definition(&domain, 0),
+        Some(domain) => remove_definition(&domain, 0, None),
         None => Ok(()),
     }
 }
@@ -162,10 +163,12 @@ pub(super) fn shut_off(connect: &Connect, id: InstanceId) -> CallResult<Option<D
     }
 }
 
-/// Keeps the firmware's and TPM's state: files that nothing else could restore.
+/// Keeps the firmware's and TPM's state: files that nothing else could restore. A libvirt
+/// that cannot keep a TPM's may remove what is in no other files than these.
 pub(super) fn remove_definition(
     domain: &Domain,
     also: sys::virDomainUndefineFlagsValues,
+    expendable: Option<&[String]>,
 ) -> CallResult<()> {
     let keep = sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM | also;
     let removed = match domain.undefine_flags(keep | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM) {
@@ -173,12 +176,7 @@ pub(super) fn remove_definition(
         Err(error) if errors::is(&error, ErrorNumber::InvalidArg) => {
             let text = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?;
             if xml::loses_its_tpm(&text).map_err(HypervisorError::from)? {
-                return Err(wrong(
-                    "this libvirt would remove the state of its emulated TPM with its \
-                     definition: use libvirt 8.9 or later, or set persistent_state='yes' on its \
-                     backend"
-                        .to_owned(),
-                ));
+                may_lose_its_tpm(domain, expendable)?;
             }
             domain.undefine_flags(keep)
         }
@@ -186,4 +184,23 @@ pub(super) fn remove_definition(
     };
     errors::absent_is_none(removed)?;
     Ok(())
+}
+
+fn may_lose_its_tpm(domain: &Domain, expendable: Option<&[String]>) -> CallResult<()> {
+    let remedy = "use libvirt 8.9 or later, or set persistent_state='yes' on its backend";
+    let Some(expendable) = expendable else {
+        return Err(wrong(format!(
+            "this libvirt would remove the state of its emulated TPM with its definition: {remedy}"
+        )));
+    };
+    let state = files::tpm_state(InstanceId(domain.uuid()?));
+    let state = state.map_err(|e| HypervisorError::Failed(format!("the TPM's state: {e}")))?;
+    match state.iter().find(|file| !expendable.contains(&file.path)) {
+        None => Ok(()),
+        Some(file) => Err(wrong(format!(
+            "this libvirt would remove {}, of which no other copy is known, with its definition: \
+             {remedy}",
+            file.path
+        ))),
+    }
 }

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     fs::OpenOptions,
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -27,26 +27,40 @@ const DATA_FILE_NAME: u32 = 0x4441_5441;
 /// A file that an image names, and its format where that is said.
 pub(super) type Named = (String, Option<String>);
 
-/// The files that an image's header names: at whatever places the names may stand for,
-/// of which some have no file.
+/// An image as it is read.
+#[derive(Debug)]
+pub(super) struct Image {
+    /// The files that its header names: at whatever places the names may stand for, of
+    /// which some have no file.
+    pub(super) names: Vec<Named>,
+    /// The number of the device it is on.
+    pub(super) device: u64,
+}
+
+/// Whether an image of that format can name others. A guest writes what it likes into a
+/// raw one.
+pub(super) fn can_name_others(format: Option<&str>) -> bool {
+    format != Some("raw")
+}
+
+/// What is at a path; none if no image is there.
 ///
 /// # Errors
 /// It is there and cannot be read.
-pub(super) fn named_by(path: &str, format: Option<&str>) -> io::Result<Vec<Named>> {
-    // A guest writes what it likes into a raw image.
-    if format == Some("raw") {
-        return Ok(Vec::new());
-    }
+pub(super) fn read(path: &str) -> io::Result<Option<Image>> {
     let path = Path::new(path);
-    let names = match names(path) {
-        Err(error) if is_nothing(&error) => Vec::new(),
-        names => names?,
+    let (names, device) = match names(path) {
+        Err(error) if is_nothing(&error) => return Ok(None),
+        Ok(None) => return Ok(None),
+        Ok(Some(found)) => found,
+        Err(error) => return Err(error),
     };
     let places = names.into_iter().flat_map(|(name, format)| {
         let places = candidates(&name, path).into_iter();
         places.map(move |place| (place, format.clone()))
     });
-    Ok(places.collect())
+    let names = places.collect();
+    Ok(Some(Image { names, device }))
 }
 
 /// Whether an error says that no file is there, or none that an image could be.
@@ -68,16 +82,18 @@ pub(super) fn is_nothing(error: &io::Error) -> bool {
     }
 }
 
-/// The names that an image's header gives, with their formats where it says those.
-fn names(path: &Path) -> io::Result<Vec<Named>> {
+/// The names that an image's header gives, with their formats where it says those, and the
+/// device it is on.
+fn names(path: &Path) -> io::Result<Option<(Vec<Named>, u64)>> {
     sizes::is_image(path)?;
     let mut options = OpenOptions::new();
     let options = options.read(true).custom_flags(libc::O_NONBLOCK);
     let mut file = options.open(path)?;
     let head = read_at(&mut file, 0, SHARED_HEADER)?;
     if head[..4] != *b"QFI\xfb" {
-        return Ok(Vec::new());
+        return Ok(None);
     }
+    let device = file.metadata()?.dev();
     let version = word(&head, 4);
     let extensions_at = match version {
         1 => None,
@@ -97,7 +113,7 @@ fn names(path: &Path) -> io::Result<Vec<Named>> {
         named.push((lossy(&name), format));
     }
     named.extend(data_file.map(|name| (name, Some("raw".to_owned()))));
-    Ok(named)
+    Ok(Some((named, device)))
 }
 
 fn lossy(bytes: &[u8]) -> String {
@@ -202,7 +218,32 @@ mod tests {
             let found = place.beneath("top").await;
             assert!(found.contains(&base), "{name}: {found:?}");
         }
-        assert_eq!(named_by(&place.at("mid"), Some("raw")).unwrap(), []);
+        let raw = (place.at("mid"), "raw".to_owned());
+        let found = Measurer::default().beneath(vec![raw]).await;
+        assert_eq!(found[0].paths, BTreeSet::new(), "the guest wrote that");
+    }
+
+    #[tokio::test]
+    async fn what_is_beneath_a_middle_image_is_known_while_that_is_not_there() {
+        let place = place();
+        let (mid, base) = (place.at("mid"), place.at("base"));
+        place.overlay("mid").await;
+        let measurer = Measurer::default();
+        let look = async |measurer: &Measurer| {
+            let top = (place.at("top"), "qcow2".to_owned());
+            measurer.beneath(vec![top]).await.remove(0).paths
+        };
+        assert!(look(&measurer).await.contains(&base));
+        fs::remove_file(&mid).unwrap();
+        assert!(look(&measurer).await.contains(&base), "it is gone");
+        fs::write(&mid, "its mount point has another file of that name").unwrap();
+        assert!(look(&measurer).await.contains(&base), "it is another");
+        let restarted = Measurer::default();
+        restarted.take_up(measurer.remembered());
+        assert!(look(&restarted).await.contains(&base), "after a restart");
+        fs::remove_file(&mid).unwrap();
+        qemu_img(&["create", "-q", "-f", "qcow2", &mid, "1M"]);
+        assert!(!look(&restarted).await.contains(&base), "it needs none");
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@
 //! place of its own.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fs,
     os::unix::fs::FileTypeExt,
     path::{Component, Path, PathBuf},
@@ -21,8 +21,9 @@ use drover_model::guest::{Disk, Guest};
 use tokio::{sync::Semaphore, task::JoinSet};
 
 use super::{
-    beneath::{Named, named_by},
+    beneath::{self, Named, can_name_others},
     image::{self, Identity},
+    links::{Beneath, Links, Walk},
     memory::Remembered,
     sizes::{self, Sizes},
 };
@@ -31,8 +32,6 @@ use super::{
 const WITHIN: Duration = Duration::from_secs(2);
 /// Links from one file system to the next that are followed.
 const MOST_LINKS: usize = 40;
-/// Files beneath one image that are followed.
-const MOST_BENEATH: usize = 400;
 /// The kernel's list of mounts.
 const MOUNTS: &str = "/proc/self/mountinfo";
 
@@ -44,8 +43,7 @@ pub(in super::super) struct Measurer(Arc<Mutex<Known>>);
 struct Known {
     /// By path: what was measured last, and when.
     disks: HashMap<String, (Sizes, Instant)>,
-    /// By path: the files beneath an image when all of them were seen last.
-    beneath: HashMap<String, BTreeSet<String>>,
+    links: Links,
     /// By path: which file it was when it answered last; none if there was none.
     identities: HashMap<String, Option<Identity>>,
     /// By file system.
@@ -59,48 +57,6 @@ struct Mount {
     asked_at: Option<Instant>,
 }
 
-impl Known {
-    /// Keeps what was found beneath images, all that are of interest; of what was not
-    /// seen to its end, what was known before is part.
-    fn remember(&mut self, tops: Vec<(String, String)>, found: Vec<Beneath>) -> Vec<Beneath> {
-        let mut before = std::mem::take(&mut self.beneath);
-        let both = tops.into_iter().zip(found).map(|((top, _), mut found)| {
-            let last = self
-                .beneath
-                .get(&top)
-                .cloned()
-                .or_else(|| before.remove(&top));
-            // Nothing at all may be one whose file system is not mounted now.
-            let is_known = last.is_some() && (found.unread.is_some() || found.paths.is_empty());
-            if is_known {
-                found.paths.extend(last.unwrap_or_default());
-                found.unread = None;
-            }
-            if found.unread.is_none() {
-                self.beneath.insert(top, found.paths.clone());
-            }
-            found
-        });
-        both.collect()
-    }
-}
-
-/// What is known of the files beneath an image.
-#[derive(Debug, Clone, Default)]
-pub(in super::super) struct Beneath {
-    /// Their paths. Some may not be there.
-    pub(in super::super) paths: BTreeSet<String>,
-    /// Why they may not be all.
-    pub(in super::super) unread: Option<String>,
-}
-
-impl Beneath {
-    /// Whether a path is new, and there are not too many yet.
-    fn adds(&mut self, path: &str) -> bool {
-        self.paths.len() < MOST_BENEATH && self.paths.insert(path.to_owned())
-    }
-}
-
 impl Measurer {
     fn with<T>(&self, work: impl FnOnce(&mut Known) -> T) -> T {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
@@ -109,7 +65,7 @@ impl Measurer {
     /// Knows what was seen before, of which nothing is known yet.
     pub(super) fn take_up(&self, remembered: Remembered) {
         self.with(|known| {
-            known.beneath = remembered.beneath.into_iter().collect();
+            known.links = Links::of(remembered.links, remembered.beneath);
             known.identities = remembered.identities.into_iter().collect();
         });
     }
@@ -117,7 +73,8 @@ impl Measurer {
     /// What is to be known after a restart.
     pub(super) fn remembered(&self) -> Remembered {
         self.with(|known| Remembered {
-            beneath: known.beneath.clone().into_iter().collect(),
+            beneath: known.links.whole(),
+            links: known.links.by_path(),
             identities: known.identities.clone().into_iter().collect(),
             ..Remembered::default()
         })
@@ -175,32 +132,36 @@ impl Measurer {
     /// The files beneath images, all that are of interest, by their path and format. Of
     /// what cannot be read now, as it was last.
     pub(in super::super) async fn beneath(&self, tops: Vec<(String, String)>) -> Vec<Beneath> {
-        let mut found = vec![Beneath::default(); tops.len()];
+        let mut walks = vec![Walk::default(); tops.len()];
+        let mut met = HashSet::new();
         let named = tops.iter().cloned().enumerate();
         // Level by level, each file in the thread of its own storage.
         let mut to_see: Vec<(usize, Named)> = named
             .map(|(n, (path, format))| (n, (path, Some(format))))
             .collect();
-        while !to_see.is_empty() {
-            let wanted = to_see.iter().map(|(_, named)| named.clone()).collect();
-            let look = |path: &str, format: &Option<String>| named_by(path, format.as_deref());
-            let answers = self.ask_each(wanted, look).await;
+        loop {
+            to_see.retain(|(_, (_, format))| can_name_others(format.as_deref()));
+            if to_see.is_empty() {
+                break;
+            }
+            let wanted = to_see.iter().map(|(_, (path, _))| (path.clone(), ()));
+            let look = |path: &str, (): &()| beneath::read(path);
+            let answers = self.ask_each(wanted.collect(), look).await;
             let mut below = Vec::new();
             for ((n, (path, _)), answer) in to_see.into_iter().zip(answers) {
-                let words = match answer {
-                    Ok(Ok(named)) => {
-                        let new = named.into_iter().filter(|(path, _)| found[n].adds(path));
-                        below.extend(new.map(|named| (n, named)));
-                        continue;
-                    }
-                    Ok(Err(error)) => format!("{path} cannot be read ({error})"),
-                    Err(_) => format!("the storage of {path} does not answer"),
+                let read = match answer {
+                    Ok(Ok(image)) => Ok(image),
+                    Ok(Err(error)) => Err(format!("{path} cannot be read ({error})")),
+                    Err(_) => Err(format!("the storage of {path} does not answer")),
                 };
-                found[n].unread.get_or_insert(words);
+                let step = self.with(|known| known.links.step(&path, read));
+                let new = walks[n].go_on(step).into_iter();
+                below.extend(new.map(|named| (n, named)));
+                met.insert(path);
             }
             to_see = below;
         }
-        self.with(|known| known.remember(tops, found))
+        self.with(|known| known.links.settle(&tops, walks, &met))
     }
 
     /// Asks about each of some paths, in the thread of the file system that it is on.
@@ -499,33 +460,6 @@ mod tests {
             "/mnt/my disk"
         );
         assert_eq!(mount_of(&[], Path::new("/a")), "/");
-    }
-
-    #[test]
-    fn what_cannot_be_read_now_is_as_it_was_last() {
-        let mut known = Known::default();
-        let mut look = |paths: &[&str], unread: bool| {
-            let found = Beneath {
-                paths: paths.iter().map(|path| (*path).to_owned()).collect(),
-                unread: unread.then(|| "it broke".to_owned()),
-            };
-            let top = ("/top".to_owned(), "qcow2".to_owned());
-            let found = known.remember(vec![top], vec![found]).remove(0);
-            let paths: Vec<String> = found.paths.into_iter().collect();
-            (paths.join(" "), found.unread.is_some())
-        };
-        let seen = |paths: &str, unread| (paths.to_owned(), unread);
-        assert_eq!(look(&["/mid"], true), seen("/mid", true), "never seen");
-        assert_eq!(look(&["/mid", "/base"], false), seen("/base /mid", false));
-        assert_eq!(look(&["/new"], true), seen("/base /mid /new", false));
-        assert_eq!(
-            look(&[], false),
-            seen("/base /mid /new", false),
-            "not mounted"
-        );
-        assert_eq!(look(&["/other"], false), seen("/other", false));
-        known.remember(Vec::new(), Vec::new());
-        assert!(known.beneath.is_empty(), "of no interest any more");
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, OnceCell};
 use tracing::warn;
 
-use super::{image::Identity, measure::Measurer};
+use super::{image::Identity, links::Link, measure::Measurer};
 use crate::journal::{self, StateDisk};
 
 /// The kernel's name of its own run: numbers of devices hold for as long.
@@ -28,8 +28,12 @@ pub(in super::super) struct Memory {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Remembered {
     pub(super) boot: String,
-    /// By path and format of an image: the files beneath it.
+    /// By path of an image: all that was beneath it, of a former version.
+    #[serde(default)]
     pub(super) beneath: BTreeMap<String, BTreeSet<String>>,
+    /// By path of an image: the files that it names.
+    #[serde(default)]
+    pub(super) links: BTreeMap<String, Link>,
     /// By path: which file was there; none if there was none.
     pub(super) identities: BTreeMap<String, Option<Identity>>,
 }
@@ -51,6 +55,7 @@ impl Memory {
             Ok(Some(mut remembered)) => {
                 if remembered.boot != boot_id() {
                     remembered.identities.clear();
+                    remembered.links.values_mut().for_each(Link::forget_device);
                 }
                 measurer.take_up(remembered);
             }
@@ -96,10 +101,23 @@ mod tests {
         measurer.identities(vec![image.clone()]).await;
         measurer.beneath(vec![(image, "qcow2".to_owned())]).await;
         let known = measurer.remembered();
-        assert_eq!((known.beneath.len(), known.identities.len()), (1, 1));
+        assert_eq!((known.links.len(), known.identities.len()), (1, 1));
         Memory::new(Some(file.clone())).keep(&measurer).await;
         let restarted = Measurer::default();
         Memory::new(Some(file)).take_up(&restarted).await;
         assert_eq!(restarted.remembered(), known);
+    }
+
+    #[tokio::test]
+    async fn what_a_former_version_kept_is_known() {
+        let place = tempfile::tempdir().unwrap();
+        let file = place.path().join("storage.json");
+        let kept = r#"{"boot": "x", "beneath": {"/top": ["/base", "/mid"]}, "identities": {}}"#;
+        std::fs::write(&file, kept).unwrap();
+        let measurer = Measurer::default();
+        Memory::new(Some(file)).take_up(&measurer).await;
+        let top = ("/top".to_owned(), "qcow2".to_owned());
+        let found = measurer.beneath(vec![top]).await.remove(0);
+        assert_eq!(found.paths.len(), 2, "{found:?}");
     }
 }

@@ -13,6 +13,7 @@ pub(super) mod files;
 pub(super) mod fuzzing;
 pub(super) mod identity;
 pub(super) mod image;
+mod links;
 pub(super) mod marks;
 pub(super) mod measure;
 pub(super) mod memory;

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use drover_compute::hypervisor::{Event, Overlay};
 use drover_model::{
+    error::ErrorClass,
     guest::{
         PowerState::{self, Paused, Running, Shutdown},
         Presence,
@@ -12,8 +13,8 @@ use drover_model::{
 };
 
 use super::{
-    MEMORY_MIB, Place, REDEFINED_VCPUS, Stage, Wish, assert_no_such_guest, assert_wrong_state,
-    moving, nobody, until,
+    MEMORY_MIB, Place, REDEFINED_VCPUS, Stage, Wish, assert_class, assert_no_such_guest,
+    assert_wrong_state, moving, nobody, until,
 };
 
 /// A guest in that state, with a disk that both nodes see.
@@ -344,7 +345,8 @@ pub async fn an_overlay_is_merged_once_its_guest_is_off(stage: &dyn Stage) -> Re
     let (a, (id, overlay)) = (stage.a(), with_overlay(stage).await?);
     // Before it is defined otherwise: where its own image is its disk.
     let definition = a.definition(id).await?.context("it has no definition")?;
-    a.merge_overlay(&overlay).await.context("never frozen")?;
+    let early = a.merge_overlay(&overlay).await;
+    assert_class("merge_overlay", ErrorClass::Refused, early)?;
     a.freeze_disks(id, std::slice::from_ref(&overlay)).await?;
     a.stop(id).await?;
     for attempt in ["once", "twice"] {

@@ -181,8 +181,8 @@ pub trait ColdDriver: Send + Sync + 'static {
     async fn thaw_disks(&self, id: InstanceId, overlays: &[Overlay]) -> Result<()>;
 
     /// Merges an overlay into its image where no guest runs on them, and has that
-    /// reach stable storage. Again, it changes nothing; one that is not there is no
-    /// error.
+    /// reach stable storage. Again, it changes nothing. `Failed` if it is not there: it
+    /// may lie on a file system that is not mounted.
     async fn merge_overlay(&self, overlay: &Overlay) -> Result<()>;
 
     /// What this node says to files of these paths.

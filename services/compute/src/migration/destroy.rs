@@ -535,8 +535,14 @@ pub(crate) async fn remove_made(node: &Node, file: &CarriedFile, proof: &Redunda
     }
 }
 
-/// Merges an overlay into its image, and removes it.
+/// Merges an overlay into its image, and removes it. One that is not there was removed
+/// by a former attempt.
 pub(crate) async fn absorb(node: &Node, overlay: &Overlay) -> Result<()> {
+    let path = std::slice::from_ref(&overlay.path);
+    let seen = node.hypervisor.file_facts(path).await?;
+    if !seen.iter().any(|file| file.exists) {
+        return Ok(());
+    }
     node.hypervisor.merge_overlay(overlay).await?;
     node.hypervisor.remove_disk(&overlay.path).await
 }

@@ -75,9 +75,8 @@ impl World {
     }
 
     pub(super) fn merge_overlay(&mut self, host: &HostName, overlay: &Overlay) -> Result<()> {
-        let Some(over) = self.storage.file(host, &overlay.path).cloned() else {
-            return Ok(());
-        };
+        let over = self.storage.file(host, &overlay.path).cloned();
+        let over = over.ok_or_else(|| HypervisorError::Failed("no overlay".to_owned()))?;
         let image = self.storage.file_mut(host, &overlay.image);
         let image = image.ok_or_else(|| HypervisorError::Failed("no image".to_owned()))?;
         image.content = over.content;

@@ -141,7 +141,8 @@ pub(super) fn text(text: &str) -> std::result::Result<CString, HypervisorError> 
 pub(super) async fn merge(overlay: &Overlay, qemu_img: &str, limit: Duration) -> Result<()> {
     let path = storage::checked(&overlay.path)?;
     if storage::files::is_absent(&path) {
-        return Ok(());
+        let words = format!("{} is not here", overlay.path);
+        return Err(HypervisorError::Failed(words));
     }
     holds_no_snapshots(overlay)?;
     // It came from another node: it may lead to its own image and nowhere else.

@@ -62,7 +62,11 @@ async fn acts_fail(stage: &dyn Stage, id: InstanceId, definition: &Definition) -
     stage.write(&unused, "may be a guest's").await?;
     assert_class("remove_disk", Retryable, a.remove_disk(&unused).await)?;
     let disk = files::disk_at(&format!("{unused}-either"), "qcow2");
-    assert_class("create_disk", Retryable, a.create_disk(&disk).await)?;
+    assert_class(
+        "reserve_file",
+        Retryable,
+        files::make_disk(&*a, &disk).await,
+    )?;
     let to = format!("{unused}-kept");
     assert_class("rename_file", Retryable, a.rename_file(&unused, &to).await)?;
     let left = stage.fingerprint(&unused).await?;

@@ -10,7 +10,7 @@ use drover_compute::hypervisor::{
 };
 use drover_model::{guest::NicAttachment, ids::InstanceId, migration::LiveOptions};
 
-use super::{MEMORY_MIB, Place, REDEFINED_VCPUS, Receiver, Stage, Wish};
+use super::{MEMORY_MIB, Place, REDEFINED_VCPUS, Receiver, Stage, Wish, files};
 
 const SHARED: &str = "/srv/shared";
 const LOCAL: &str = "/var/lib/libvirt/images";
@@ -119,7 +119,7 @@ impl Stage for FakeStage {
         let b = self.fabric.endpoint("kvm2");
         if place == Some(Place::Local) {
             let guest = self.a.guest(id).await?.context("the guest is on a")?;
-            self.b.create_disk(&guest.disks[0]).await?;
+            files::make_disk(&self.b, &guest.disks[0]).await?;
         }
         Ok(MigrateSpec {
             instance: id,

@@ -33,6 +33,25 @@ pub fn disk_at(path: &str, format: &str) -> Disk {
     }
 }
 
+/// Makes a disk as a destination does, which holds its place first.
+///
+/// # Errors
+/// The driver's.
+pub async fn make_disk(driver: &dyn Hypervisor, disk: &Disk) -> hypervisor::Result<()> {
+    let path = disk.local_path().unwrap_or_default().to_owned();
+    driver.reserve_file(&path, false).await?;
+    let inode = inode_of(driver, path).await?;
+    driver.create_disk(disk, inode).await
+}
+
+async fn inode_of(driver: &dyn Hypervisor, path: String) -> hypervisor::Result<u64> {
+    let seen = driver.contents(&[path], &[]).await?;
+    match seen.first().map(|file| &file.seen) {
+        Some(Seen::File { inode, .. }) => Ok(*inode),
+        other => Err(HypervisorError::Bug(format!("it was just made: {other:?}"))),
+    }
+}
+
 fn fresh_path(stage: &dyn Stage) -> String {
     format!("{}/{}.img", stage.shared_directory(), nobody())
 }
@@ -45,7 +64,7 @@ pub async fn a_disk_is_made_and_removed(stage: &dyn Stage) -> Result<()> {
     let a = stage.a();
     for format in ["qcow2", "raw"] {
         let path = fresh_path(stage);
-        a.create_disk(&disk_at(&path, format)).await?;
+        make_disk(&*a, &disk_at(&path, format)).await?;
         ensure!(
             stage.fingerprint(&path).await?.is_some(),
             "no {format} file"
@@ -65,17 +84,22 @@ pub async fn no_disk_is_made_over_a_file(stage: &dyn Stage) -> Result<()> {
     let path = fresh_path(stage);
     stage.write(&path, "precious").await?;
     let before = stage.fingerprint(&path).await?;
-    let result = stage.a().create_disk(&disk_at(&path, "qcow2")).await;
+    let result = make_disk(&*stage.a(), &disk_at(&path, "qcow2")).await;
     assert_exists("over a file", result)?;
     ensure!(stage.fingerprint(&path).await? == before, "it was changed");
     let path = fresh_path(stage);
     let disk = disk_at(&path, "qcow2");
-    stage.a().create_disk(&disk).await?;
+    make_disk(&*stage.a(), &disk).await?;
     let before = stage.fingerprint(&path).await?;
-    let result = stage.a().create_disk(&disk).await;
+    let result = make_disk(&*stage.a(), &disk).await;
     assert_exists("over a disk", result)?;
     ensure!(stage.fingerprint(&path).await? == before, "it was changed");
-    Ok(())
+    let inode = inode_of(&*stage.a(), path.clone()).await?;
+    let result = stage.a().create_disk(&disk, inode ^ 1).await;
+    assert_exists("over a file that was not reserved", result)?;
+    ensure!(stage.fingerprint(&path).await? == before, "it was changed");
+    let again = stage.a().create_disk(&disk, inode).await;
+    again.context("in what a former attempt has left")
 }
 
 fn assert_exists(what: &str, result: hypervisor::Result<()>) -> Result<()> {
@@ -90,7 +114,7 @@ fn assert_exists(what: &str, result: hypervisor::Result<()>) -> Result<()> {
 /// The point is broken.
 pub async fn no_disk_is_made_without_a_directory(stage: &dyn Stage) -> Result<()> {
     let path = format!("{}/none/disk.qcow2", stage.shared_directory());
-    let result = stage.a().create_disk(&disk_at(&path, "qcow2")).await;
+    let result = make_disk(&*stage.a(), &disk_at(&path, "qcow2")).await;
     assert_class("create_disk", ErrorClass::Refused, result)?;
     ensure!(stage.fingerprint(&path).await?.is_none(), "it was made");
     Ok(())

@@ -1520,6 +1520,39 @@ async fn a_file_that_came_before_its_place_was_reserved_stays() {
     assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
 }
 
+/// The same of a live move.
+#[tokio::test(start_paused = true)]
+async fn a_file_that_came_before_its_disk_was_made_stays() {
+    for go_on in [true, false] {
+        let mut cloud = Cloud::start(8).await;
+        let id = guest(&cloud, web()).await;
+        for call in [Call::ReserveFile, Call::CreateDisk] {
+            let slow = Effect::SlowBefore(Duration::from_secs(10));
+            cloud.fabric.on_call("kvm2", call, 2, slow);
+        }
+        let m = cloud.migrate(id, Some("kvm2"), LiveOptions::default());
+        let m = m.await.expect("it is accepted");
+        let journal = cloud.journal("kvm2", m.uuid);
+        eventually("it is to be made", async || journal.exists().then_some(())).await;
+        cloud.kill_agent("kvm2");
+        let put = cloud.fabric.write_file("kvm2", DATA, "somebody's");
+        put.expect("there is room");
+        if !go_on {
+            cloud.abort(m.uuid).await.expect("it is taken");
+            tokio::time::sleep(Duration::from_secs(30)).await;
+        }
+        cloud.start_agent("kvm2").await;
+        let m = rest(&cloud, &m).await;
+        let ended = if go_on { S::Failed } else { S::Cancelled };
+        assert_eq!(m.status, ended, "{m:#?}");
+        let there = cloud.fabric.file("kvm2", DATA).expect("it stays");
+        assert_eq!(there.content, Content::Text("somebody's".to_owned()));
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        assert!(cloud.fabric.file("kvm2", DISK).is_none());
+        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    }
+}
+
 /// What is done by hand to a guest that was sent, and not set aside yet.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Late {

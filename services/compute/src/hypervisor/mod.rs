@@ -266,9 +266,10 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
     /// node to try; says which.
     async fn open_probe_port(&self) -> std::result::Result<u16, String>;
 
-    /// Creates an empty image of the disk's format, size and backing at the
-    /// disk's path. `Exists`, and touches nothing, if anything is there.
-    async fn create_disk(&self, disk: &Disk) -> Result<()>;
+    /// Makes the file that was reserved at the disk's path, which has this number, an
+    /// empty image of the disk's format, size and backing; whatever is in it is lost.
+    /// `Exists`, and touches nothing, if another file is there.
+    async fn create_disk(&self, disk: &Disk, inode: u64) -> Result<()>;
 
     /// Removes a disk's file. One already gone is no error. Refuses a path that
     /// a domain of this node uses.

@@ -141,7 +141,8 @@ pub struct DestinationRecord {
     /// The guest was seen to be active here: nothing of it is taken back any more.
     #[serde(default)]
     pub ran_here: bool,
-    /// By path: the numbers of the disks as they were made.
+    /// By path: the numbers of the files that hold the places of the disks, and become
+    /// these.
     #[serde(default)]
     pub inodes: Inodes,
 }
@@ -149,8 +150,9 @@ pub struct DestinationRecord {
 /// By path: the number that a file has on its storage.
 pub type Inodes = BTreeMap<String, u64>;
 
-/// A disk that a migration creates on its destination. Nothing was at its path
-/// when the intent was written, so what is there now is the migration's own.
+/// A disk that a migration creates on its destination. Nothing was at its path when the
+/// intent was written; an empty file comes first. Until that has a number in the record,
+/// what is there and is not empty is somebody else's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NewDisk {
     /// What to create.
@@ -297,6 +299,11 @@ impl DestinationRecord {
     /// The disks that the migration makes here.
     pub(crate) fn places(&self) -> Vec<String> {
         self.disks.iter().map(|disk| disk.path.clone()).collect()
+    }
+
+    /// Whether what is at a disk's place is the migration's own, whatever is in it.
+    pub(crate) fn has_made(&self, disk: &NewDisk) -> bool {
+        self.prepared || disk.created || self.inodes.contains_key(&disk.path)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The destination's steps: what it answers, what it makes ready, and what it
 //! keeps or takes back. It never touches what a migration did not make here.
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 use drover_model::{
     api::{
@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use super::{
     actor::{Actor, Stage},
     contents::{are_as_checked, used_paths},
-    destroy::{self, Redundant, Unused},
+    destroy::{self, Redundant},
     past::Finished,
 };
 use crate::{
@@ -93,6 +93,9 @@ impl Actor {
         let reference = self.step(step.guest.id);
         self.same_instance(reference)?;
         are_as_checked(&*self.node.hypervisor, &step.checked).await?;
+        if let Stage::Arriving(record) = &self.stage {
+            all_are_ours(record, &new_disks(&step.guest, &step.copied_disks)?)?;
+        }
         let (record, first) = match &self.stage {
             Stage::Arriving(record) if record.prepared => return Ok(()),
             // Begun by a former life of the agent, or broken off by a fault.
@@ -138,7 +141,7 @@ impl Actor {
         Ok(record)
     }
 
-    /// What is found later at these places is then the migration's own.
+    /// Nothing is there before the migration holds these places.
     async fn nothing_is_here(&self, record: &DestinationRecord) -> Result<(), Fault> {
         let presence = self.node.hypervisor.presence(record.instance).await;
         let presence = presence.map_err(fault)?;
@@ -176,26 +179,19 @@ impl Actor {
         mut record: DestinationRecord,
         first: bool,
     ) -> Result<(), Fault> {
-        // A former attempt may have left half a file, and it is ours.
-        let clear = match first {
-            true => None,
-            false => {
-                let presence = self.node.hypervisor.presence(record.instance).await;
-                Some(Arc::new(Unused::of(&record, presence.map_err(fault)?)?))
-            }
-        };
+        if !first {
+            self.has_not_come(&record).await?;
+        }
+        self.hold_places(&mut record, first).await?;
         let mut creating = JoinSet::new();
         for new in record.disks.iter().filter(|new| !new.created).cloned() {
-            let (node, clear) = (self.node.clone(), clear.clone());
+            let inode = record.inodes.get(&new.path).copied();
+            let inode = inode.ok_or_else(|| {
+                Fault::not_now(format!("{} holds a disk's place and is not seen", new.path))
+            })?;
+            let node = self.node.clone();
             creating.spawn(async move {
-                let cleared = match clear {
-                    None => Ok(()),
-                    Some(unused) => destroy::remove(&node, &new.path, &*unused).await,
-                };
-                let created = match cleared {
-                    Ok(()) => node.hypervisor.create_disk(&new.disk).await,
-                    Err(e) => Err(e),
-                };
+                let created = node.hypervisor.create_disk(&new.disk, inode).await;
                 (new.path, created)
             });
         }
@@ -210,16 +206,9 @@ impl Actor {
                 Err(died) => failure = Some(Fault::bug(format!("creating a disk died: {died}"))),
             }
         }
-        let made = record.disks.iter().filter(|disk| disk.created);
-        let made = made.map(|disk| disk.path.clone()).collect();
-        match self.inodes(made).await {
-            Ok(inodes) => record.inodes = inodes,
-            Err(fault) => failure = failure.or(Some(fault)),
-        }
         record.prepared = failure.is_none();
-        self.write(&record).await?;
         let instance = record.instance;
-        self.stage = Stage::Arriving(record);
+        self.keep_arriving(record).await?;
         match failure {
             Some(fault) => Err(fault),
             None => {
@@ -227,6 +216,59 @@ impl Actor {
                 Ok(())
             }
         }
+    }
+
+    /// What a former attempt has left in a disk's place is nobody's: the transfer begins
+    /// when all of them are there.
+    async fn has_not_come(&self, record: &DestinationRecord) -> Result<(), Fault> {
+        let presence = self.node.hypervisor.presence(record.instance).await;
+        let presence = presence.map_err(fault)?;
+        match presence == Presence::Absent && !record.ran_here {
+            true => Ok(()),
+            false => Err(Fault::refused(format!(
+                "the guest may have come to this node ({presence}): its disks stay"
+            ))),
+        }
+    }
+
+    /// Holds the places of the disks, and writes down by which files: whatever is in those
+    /// later is the migration's own.
+    async fn hold_places(
+        &mut self,
+        record: &mut DestinationRecord,
+        first: bool,
+    ) -> Result<(), Fault> {
+        let open = record.disks.iter().filter(|disk| !record.has_made(disk));
+        let open: Vec<String> = open.map(|disk| disk.path.clone()).collect();
+        if open.is_empty() {
+            return Ok(());
+        }
+        for path in &open {
+            if !self.hold_place(path, false, first).await? {
+                record.disks.retain(|disk| disk.path != *path);
+                self.keep_arriving(record.clone()).await?;
+                return Err(fault(HypervisorError::Exists(path.clone())));
+            }
+        }
+        record.inodes.extend(self.inodes(open).await?);
+        self.keep_arriving(record.clone()).await
+    }
+
+    async fn keep_arriving(&mut self, record: DestinationRecord) -> Result<(), Fault> {
+        self.write(&record).await?;
+        self.stage = Stage::Arriving(record);
+        Ok(())
+    }
+
+    /// The places where the migration has made something.
+    async fn made_by(&self, record: &DestinationRecord) -> Result<Vec<String>, Fault> {
+        let mut made = Vec::new();
+        for disk in &record.disks {
+            if record.has_made(disk) || self.is_empty(&disk.path).await? {
+                made.push(disk.path.clone());
+            }
+        }
+        Ok(made)
     }
 
     async fn write(&self, record: &DestinationRecord) -> Result<(), Fault> {
@@ -324,7 +366,7 @@ impl Actor {
         let mut clean_up = CleanUp::default();
         if presence == Presence::Incoming || !record.disks.is_empty() {
             let survivor = ask.survivor.as_ref();
-            let places = record.places().into_iter();
+            let places = self.made_by(&record).await?.into_iter();
             let replaced = self.replaced(&record.inodes).await?;
             let (twice, alone): (Vec<String>, Vec<String>) = places
                 .partition(|path| destroy::has_its_own(survivor, path) && !replaced.contains(path));
@@ -363,6 +405,18 @@ impl Actor {
         }
         let disks = disks.iter().map(String::as_str);
         Redundant::by(survivor, &self.node.settings.host, 0, disks)
+    }
+}
+
+/// Refuses to go on without a disk in whose place somebody else has put a file.
+fn all_are_ours(record: &DestinationRecord, disks: &[NewDisk]) -> Result<(), Fault> {
+    let is_ours = |disk: &NewDisk| record.disks.iter().any(|own| own.path == disk.path);
+    match disks.iter().find(|disk| !is_ours(disk)) {
+        None => Ok(()),
+        Some(other) => Err(Fault::refused(format!(
+            "somebody has put another file at {}",
+            other.path
+        ))),
     }
 }
 

@@ -25,10 +25,7 @@ use tokio::time::Instant;
 
 use crate::{
     hypervisor::{Definition, HypervisorError, Overlay, Result},
-    journal::{
-        ComingRecord, DestinationRecord, KeptFile, LeavingRecord, RebuildRecord, SentFile,
-        TransferRecord,
-    },
+    journal::{ComingRecord, KeptFile, LeavingRecord, RebuildRecord, SentFile, TransferRecord},
     node::Node,
 };
 
@@ -259,31 +256,12 @@ impl Remaining {
     }
 }
 
-/// Files that a live migration has begun to make here, into which nothing can have
-/// been copied: the transfer begins when all of them are there.
+/// Files that were made here, into which nothing can have been copied.
 pub(crate) struct Unused {
     files: BTreeSet<String>,
 }
 
 impl Unused {
-    /// From the journal and the hypervisor.
-    ///
-    /// # Errors
-    /// Refused if the guest may have come.
-    pub(crate) fn of(
-        record: &DestinationRecord,
-        presence: Presence,
-    ) -> std::result::Result<Self, Fault> {
-        match presence == Presence::Absent && !record.prepared && !record.ran_here {
-            true => Ok(Self {
-                files: record.disks.iter().map(|d| d.path.clone()).collect(),
-            }),
-            false => Err(Fault::refused(format!(
-                "the guest may have come to this node ({presence}): its disks stay"
-            ))),
-        }
-    }
-
     /// Empty files that hold the places of a transfer's disks.
     pub(crate) fn places(record: &TransferRecord, empty: impl IntoIterator<Item = String>) -> Self {
         let own = |path: &String| record.plan.disks.iter().any(|disk| disk.to == *path);

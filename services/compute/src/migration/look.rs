@@ -123,6 +123,21 @@ impl Actor {
         Ok(facts.iter().all(|fact| fact.length_bytes == 0))
     }
 
+    /// Holds a place with an empty file; false if somebody else has another there. One
+    /// that is empty a former attempt has made: nothing has come yet.
+    pub(super) async fn hold_place(
+        &self,
+        path: &str,
+        with_directory: bool,
+        first: bool,
+    ) -> Result<bool, Fault> {
+        let reserved = self.node.hypervisor.reserve_file(path, with_directory);
+        match reserved.await {
+            Err(HypervisorError::Exists(_)) => Ok(!first && self.is_empty(path).await?),
+            reserved => reserved.map(|()| true).map_err(fault),
+        }
+    }
+
     /// Those of these files that are here, as something that is left, in words.
     pub(super) async fn left_of(&self, paths: Vec<String>) -> Result<Vec<String>, Fault> {
         let mut seen = self

@@ -45,7 +45,7 @@ impl World {
                 let volume = volume.map_or("", |v| v.name.as_str());
                 Seen::File {
                     length_bytes: *length_bytes,
-                    inode: number(&format!("{volume}:{path}")),
+                    inode: self.inode(host, path),
                     stamp: match is_device(path) {
                         // Nothing tells that one was written.
                         true => format!("device {path}:{length_bytes}"),
@@ -62,6 +62,13 @@ impl World {
             path: path.to_owned(),
             seen,
         }
+    }
+
+    /// The number of whatever is at a path.
+    pub(super) fn inode(&self, host: &HostName, path: &str) -> u64 {
+        let volume = self.storage.volume_at(host, directory_of(path));
+        let volume = volume.map_or("", |v| v.name.as_str());
+        number(&format!("{volume}:{path}"))
     }
 
     /// The same with its digest, once it was asked for as often as the node needs.

@@ -92,23 +92,25 @@ impl World {
         }
     }
 
-    pub(super) fn create_disk(&mut self, host: &HostName, disk: &Disk) -> Result<()> {
+    pub(super) fn create_disk(&mut self, host: &HostName, disk: &Disk, inode: u64) -> Result<()> {
         let Some(path) = disk.local_path() else {
             return failed(format!("disk {} has no file", disk.target));
         };
-        if self.storage.file(host, path).is_some() {
-            return Err(HypervisorError::Exists(path.to_owned()));
-        }
         if let Some(missing) = self.missing_backing(host, disk).first() {
             return failed(format!("{missing}: No such file or directory"));
         }
-        let file = File {
+        let is_reserved = self.inode(host, path) == inode;
+        let Some(file) = self.storage.file_mut(host, path) else {
+            return failed(format!("{path}: No such file or directory"));
+        };
+        if !is_reserved {
+            return Err(HypervisorError::Exists(path.to_owned()));
+        }
+        *file = File {
             length_bytes: length_of(disk, EMPTY_IMAGE_BYTES),
             ..File::dense(Content::Empty, EMPTY_IMAGE_BYTES)
         };
-        self.storage
-            .create(host, path, file)
-            .map_err(HypervisorError::Failed)
+        Ok(())
     }
 
     pub(super) fn remove_disk(&mut self, host: &HostName, path: &str) -> Result<()> {

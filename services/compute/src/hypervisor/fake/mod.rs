@@ -368,9 +368,9 @@ impl Hypervisor for FakeDriver {
         })
     }
 
-    async fn create_disk(&self, disk: &Disk) -> Result<()> {
+    async fn create_disk(&self, disk: &Disk, inode: u64) -> Result<()> {
         self.call(Call::CreateDisk, |world, host, _| {
-            world.create_disk(host, disk)
+            world.create_disk(host, disk, inode)
         })
         .await
     }

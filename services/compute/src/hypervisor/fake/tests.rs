@@ -3,8 +3,9 @@
 //! has in common with libvirt is in the contract suite.
 
 use drover_model::{
+    content::Seen,
     error::ErrorClass,
-    guest::{PowerState, Presence},
+    guest::{Guest, PowerState, Presence},
     ids::InstanceId,
     migration::LiveOptions,
 };
@@ -49,6 +50,18 @@ fn scene_with(seed: u64, change: impl FnOnce(GuestBuilder) -> GuestBuilder) -> S
 impl Scene {
     fn spec(&self) -> MigrateSpec {
         spec_for(&self.fabric, self.id)
+    }
+
+    /// The destination makes a place for the guest's disk.
+    async fn makes_disk_for(&self, guest: &Guest) {
+        let disk = &guest.disks[0];
+        let path = disk.local_path().unwrap().to_owned();
+        self.b.reserve_file(&path, false).await.unwrap();
+        let seen = self.b.contents(&[path], &[]).await.unwrap();
+        let Seen::File { inode, .. } = seen[0].seen else {
+            panic!("it was just made: {seen:?}");
+        };
+        self.b.create_disk(disk, inode).await.unwrap();
     }
 
     fn set_off(&self, spec: MigrateSpec) -> JoinHandle<Result<()>> {
@@ -296,7 +309,7 @@ fn every_fault() -> Vec<Fault> {
 async fn play(at: At, fault: &Fault) {
     let scene = scene_with(7, |g| g.disk("/var/lib/libvirt/images/web.qcow2", 300));
     let guest = scene.a.guest(scene.id).await.unwrap().unwrap();
-    scene.b.create_disk(&guest.disks[0]).await.unwrap();
+    scene.makes_disk_for(&guest).await;
     let mut spec = scene.spec();
     spec.copied_disks = std::mem::take(&mut spec.shared_disks);
     spec.options.post_copy = true;
@@ -500,7 +513,7 @@ async fn a_node_without_power_keeps_definitions_alone() {
 async fn a_full_disk_ends_a_copy() {
     let scene = scene_with(7, |g| g.disk("/var/lib/libvirt/images/web.qcow2", 300));
     let guest = scene.a.guest(scene.id).await.unwrap().unwrap();
-    scene.b.create_disk(&guest.disks[0]).await.unwrap();
+    scene.makes_disk_for(&guest).await;
     scene.fabric.set_disk_bytes("kvm2", "/var/lib", 100 << 20);
     let mut spec = scene.spec();
     spec.copied_disks = std::mem::take(&mut spec.shared_disks);
@@ -594,7 +607,7 @@ async fn a_shared_disk_that_is_removed_is_found() {
 async fn a_disk_that_was_taken_for_shared_is_found() {
     let scene = scene_with(7, |g| g.disk("/var/lib/libvirt/images/web.qcow2", 300));
     let guest = scene.a.guest(scene.id).await.unwrap().unwrap();
-    scene.b.create_disk(&guest.disks[0]).await.unwrap();
+    scene.makes_disk_for(&guest).await;
     scene.a.migrate(scene.spec()).await.unwrap();
     let found = scene.fabric.check_invariants().unwrap_err();
     assert!(matches!(found[0], Violation::DiskLost { .. }), "{found:?}");

@@ -336,11 +336,10 @@ impl Hypervisor for LibvirtDriver {
         self.ports.open_probe().await
     }
 
-    async fn create_disk(&self, disk: &Disk) -> Result<()> {
+    async fn create_disk(&self, disk: &Disk, inode: u64) -> Result<()> {
         let recipe = image::recipe(disk)?;
-        let host = self.calls.node(capabilities::of_host).await?;
         let limit = Duration::from_secs(self.settings.qemu_img_timeout_s);
-        image::create(recipe, &self.settings.qemu_img, host.qemu_owner, limit).await
+        image::create(recipe, inode, &self.settings.qemu_img, limit).await
     }
 
     async fn remove_disk(&self, path: &str) -> Result<()> {

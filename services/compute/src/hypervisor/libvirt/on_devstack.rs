@@ -6,6 +6,7 @@
 mod transfer;
 
 use std::{
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -18,6 +19,7 @@ use drover_model::{
 use uuid::Uuid;
 
 use super::*;
+use crate::hypervisor::ColdDriver;
 
 /// These take nodes' libvirtd away, so one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -396,7 +398,9 @@ async fn an_image_over_a_base_arrives_whole_and_thin() {
         path: target.clone(),
     };
     disk.virtual_bytes = 16 << 20;
-    to.create_disk(&disk).await.unwrap();
+    to.reserve_file(&target, false).await.unwrap();
+    let inode = std::fs::metadata(&target).unwrap().ino();
+    to.create_disk(&disk, inode).await.unwrap();
     from.migrate(subject.spec(None)).await.unwrap();
 
     let running = Presence::Present(PowerState::Running);

@@ -125,24 +125,13 @@ impl Actor {
     }
 
     async fn reserve(&mut self, record: &mut ComingRecord, first: bool) -> Result<(), Fault> {
-        let hypervisor = self.node.hypervisor.clone();
         let made = record.files.iter().filter(|file| file.is_made());
         for file in made.cloned().collect::<Vec<_>>() {
             let with_directory = file.role == FileRole::Tpm;
-            let reserved = hypervisor.reserve_file(&file.path, with_directory);
-            match reserved.await {
-                Ok(()) => {}
-                // A former attempt made it, and nothing has come yet.
-                Err(HypervisorError::Exists(_)) if !first && self.is_empty(&file.path).await? => {}
-                Err(e) => {
-                    if matches!(e, HypervisorError::Exists(_)) {
-                        // Somebody else has put it there since: it is not the migration's own.
-                        record.files.retain(|other| other.path != file.path);
-                        self.write_coming(record).await?;
-                        self.stage = Stage::Coming(Box::new(record.clone()));
-                    }
-                    return Err(fault(e));
-                }
+            if !self.hold_place(&file.path, with_directory, first).await? {
+                record.files.retain(|other| other.path != file.path);
+                self.keep_coming(record.clone()).await?;
+                return Err(fault(HypervisorError::Exists(file.path)));
             }
         }
         let path = files::definition_path(&self.node.settings.state_dir, self.migration);

@@ -116,12 +116,12 @@ impl Drop for Reserved {
     }
 }
 
-/// Makes the image. Nothing is left if that fails, and nothing touched if
-/// anything is there.
+/// Makes the file that was reserved the image, whatever a former attempt has left in it.
+/// Another file is not touched.
 pub(in super::super) async fn create(
     recipe: Recipe,
+    inode: u64,
     qemu_img: &str,
-    owner: Option<(u32, u32)>,
     limit: Duration,
 ) -> Result<()> {
     if let Some(image) = &recipe.backing
@@ -132,16 +132,41 @@ pub(in super::super) async fn create(
             image.path
         )));
     }
-    let reserved = reserve(&recipe.path)?;
-    let file = reserved.file.as_ref().ok_or_else(bug)?;
-    let made = match recipe.format {
-        Format::Raw => file
-            .set_len(recipe.bytes)
-            .map_err(|e| failed("sizing", &recipe.path, &e)),
-        Format::Qcow2 => format_qcow2(file, &recipe, qemu_img, limit).await,
+    let file = reserved(&recipe.path, inode)?;
+    let size = |bytes| {
+        let sized = file.set_len(bytes);
+        sized.map_err(|e| failed("sizing", &recipe.path, &e))
     };
-    made?;
-    reserved.keep(owner)
+    size(0)?;
+    match recipe.format {
+        Format::Raw => size(recipe.bytes)?,
+        Format::Qcow2 => format_qcow2(&file, &recipe, qemu_img, limit).await?,
+    }
+    file.sync_all()
+        .map_err(|e| failed("writing", &recipe.path, &e))
+}
+
+/// The file that was reserved at a path.
+///
+/// # Errors
+/// `Exists` if another is there.
+fn reserved(path: &Path, inode: u64) -> Result<File> {
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true);
+    let options = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = options
+        .open(path)
+        .map_err(|e| failed("opening", path, &e))?;
+    let metadata = file
+        .metadata()
+        .map_err(|e| failed("looking at", path, &e))?;
+    if !metadata.is_file() || metadata.ino() != inode {
+        return Err(HypervisorError::Exists(path.display().to_string()));
+    }
+    match ffi::is_locked_by_qemu(&file).map_err(|e| failed("looking for locks on", path, &e))? {
+        true => Err(left_alone(path, "a QEMU has it open")),
+        false => Ok(file),
+    }
 }
 
 fn bug() -> HypervisorError {

@@ -24,7 +24,15 @@ fn disk(path: &Path, format: &str) -> Disk {
 }
 
 async fn make(disk: &Disk) -> Result<()> {
-    create(recipe(disk)?, "qemu-img", None, LIMIT).await
+    let plan = recipe(disk)?;
+    let inode = hold(&plan.path)?;
+    create(plan, inode, "qemu-img", LIMIT).await
+}
+
+/// Reserves a place; says which file holds it.
+fn hold(path: &Path) -> Result<u64> {
+    reserve(path)?.keep(None)?;
+    Ok(std::fs::metadata(path).unwrap().ino())
 }
 
 #[tokio::test]
@@ -70,19 +78,34 @@ async fn whatever_stands_there_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_failure_leaves_nothing() {
+async fn what_failed_is_made_anew_in_the_same_file_and_no_other() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("a.qcow2");
     let plan = recipe(&disk(&path, "qcow2")).unwrap();
-    let error = create(plan.clone(), "/bin/false", None, LIMIT)
-        .await
-        .unwrap_err();
-    assert!(matches!(error, HypervisorError::Failed(_)), "{error}");
-    assert!(!path.exists());
-    create(plan, "/nonexistent/qemu-img", None, LIMIT)
-        .await
-        .unwrap_err();
-    assert!(!path.exists());
+    let inode = hold(&path).unwrap();
+    for broken in ["/bin/false", "/nonexistent/qemu-img"] {
+        let made = create(plan.clone(), inode, broken, LIMIT).await;
+        assert!(matches!(made, Err(HypervisorError::Failed(_))), "{made:?}");
+    }
+    std::fs::write(&path, "half an image").unwrap();
+    let made = create(plan.clone(), inode, "qemu-img", LIMIT).await;
+    made.unwrap();
+    let sizes = super::super::sizes::measure(&path, "qcow2").unwrap();
+    assert_eq!(sizes.virtual_bytes, 10 << 20);
+
+    let other = place.path().join("other");
+    std::fs::write(&other, "precious").unwrap();
+    std::fs::rename(&other, &path).unwrap();
+    let error = create(plan.clone(), inode, "qemu-img", LIMIT).await;
+    let exists = HypervisorError::Exists(path.display().to_string());
+    assert_eq!(error, Err(exists));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    std::fs::remove_file(&path).unwrap();
+    let error = create(plan, inode, "qemu-img", LIMIT).await;
+    assert!(
+        matches!(error, Err(HypervisorError::Failed(_))),
+        "{error:?}"
+    );
 
     let mut overlay = disk(&path, "qcow2");
     overlay.backing = vec![BackingImage {
@@ -92,7 +115,6 @@ async fn a_failure_leaves_nothing() {
     }];
     let error = make(&overlay).await.unwrap_err();
     assert!(error.to_string().contains("/nonexistent/base"), "{error}");
-    assert!(!path.exists());
 }
 
 #[test]

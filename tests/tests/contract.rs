@@ -106,6 +106,8 @@ contract! {
     files {
         a_disk_is_made_and_removed,
         no_disk_is_made_over_a_file,
+        no_disk_is_made_in_what_somebody_wrote,
+        no_disk_is_made_in_what_a_guest_uses,
         no_disk_is_made_without_a_directory,
         no_disk_in_use_is_removed,
         a_mark_proves_a_shared_directory,

@@ -11,7 +11,7 @@ use drover_model::{
     ids::MigrationId,
 };
 
-use super::{Place, Stage, Wish, assert_class, nobody};
+use super::{Place, Stage, Wish, assert_class, assert_wrong_state, nobody};
 
 const DISK_BYTES: u64 = 16 << 20;
 
@@ -100,6 +100,48 @@ pub async fn no_disk_is_made_over_a_file(stage: &dyn Stage) -> Result<()> {
     ensure!(stage.fingerprint(&path).await? == before, "it was changed");
     let again = stage.a().create_disk(&disk, inode).await;
     again.context("in what a former attempt has left")
+}
+
+/// A place that was reserved is left alone once somebody has written to it.
+///
+/// # Errors
+/// The point is broken.
+pub async fn no_disk_is_made_in_what_somebody_wrote(stage: &dyn Stage) -> Result<()> {
+    let (a, path) = (stage.a(), fresh_path(stage));
+    a.reserve_file(&path, false).await?;
+    let inode = inode_of(&*a, path.clone()).await?;
+    stage.change(&path).await?;
+    let before = stage.fingerprint(&path).await?;
+    for format in ["qcow2", "raw"] {
+        let result = a.create_disk(&disk_at(&path, format), inode).await;
+        assert_exists("in what somebody wrote", result)?;
+        ensure!(stage.fingerprint(&path).await? == before, "it was changed");
+    }
+    Ok(())
+}
+
+/// The same of one that a guest uses, running or not.
+///
+/// # Errors
+/// The point is broken.
+pub async fn no_disk_is_made_in_what_a_guest_uses(stage: &dyn Stage) -> Result<()> {
+    use drover_model::guest::PowerState::{Running, Shutdown};
+    for state in [Running, Shutdown] {
+        let wish = Wish {
+            state,
+            ..Wish::disk(Place::Shared)
+        };
+        let (a, id) = (stage.a(), stage.guest(wish).await?);
+        let guest = a.guest(id).await?.context("the guest is on a")?;
+        let disk = guest.disks.first().context("it has a disk")?;
+        let path = disk.local_path().context("its disk is a file")?.to_owned();
+        let inode = inode_of(&*a, path.clone()).await?;
+        let before = stage.fingerprint(&path).await?;
+        assert_wrong_state("create_disk", a.create_disk(disk, inode).await)?;
+        let is_same = stage.fingerprint(&path).await? == before;
+        ensure!(is_same || state == Running, "it was changed");
+    }
+    Ok(())
 }
 
 fn assert_exists(what: &str, result: hypervisor::Result<()>) -> Result<()> {

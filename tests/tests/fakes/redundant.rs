@@ -1553,6 +1553,45 @@ async fn a_file_that_came_before_its_disk_was_made_stays() {
     }
 }
 
+/// What somebody puts into a file that holds a disk's place is not the migration's, and
+/// is named: it may be written by hand, or another guest's by then.
+#[tokio::test(start_paused = true)]
+async fn a_file_that_is_put_to_use_before_its_disk_was_made_stays() {
+    for is_used in [false, true] {
+        let mut cloud = Cloud::start(8).await;
+        let id = guest(&cloud, web()).await;
+        let slow = Effect::SlowBefore(Duration::from_secs(60));
+        cloud.fabric.on_call("kvm2", Call::CreateDisk, 2, slow);
+        let m = cloud.migrate(id, Some("kvm2"), LiveOptions::default());
+        let m = m.await.expect("it is accepted");
+        eventually("its place is held", async || {
+            cloud.fabric.file("kvm2", DATA)
+        })
+        .await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        cloud.kill_agent("kvm2");
+        if is_used {
+            let other = GuestBuilder::new("other").disk(DATA, 64);
+            let other = other.state(PowerState::Shutdown);
+            cloud.fabric.add_guest("kvm2", other);
+        } else {
+            let put = cloud.fabric.change_file("kvm2", DATA);
+            put.expect("a file is there");
+        }
+        let before = cloud.fabric.file("kvm2", DATA).expect("it is there");
+        cloud.start_agent("kvm2").await;
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Failed, "{m:#?}");
+        assert!(said(&m, DATA), "{m:#?}");
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        let there = cloud.fabric.file("kvm2", DATA).expect("it stays");
+        assert_eq!(there.content, before.content);
+        assert_eq!(there.length_bytes, before.length_bytes);
+        assert!(cloud.fabric.file("kvm2", DISK).is_none());
+        assert_eq!(runs_on(&cloud, id).as_deref(), Some("kvm1"));
+    }
+}
+
 /// What is done by hand to a guest that was sent, and not set aside yet.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Late {

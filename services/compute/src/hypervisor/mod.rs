@@ -267,8 +267,9 @@ pub trait Hypervisor: ColdDriver + TransferDriver + RebuildDriver {
     async fn open_probe_port(&self) -> std::result::Result<u16, String>;
 
     /// Makes the file that was reserved at the disk's path, which has this number, an
-    /// empty image of the disk's format, size and backing; whatever is in it is lost.
-    /// `Exists`, and touches nothing, if another file is there.
+    /// empty image of the disk's format, size and backing; also if a former attempt made it
+    /// so. Touches nothing and is `Exists` if another file is there, or somebody has written
+    /// to this one, `WrongState` if a domain of this node uses it.
     async fn create_disk(&self, disk: &Disk, inode: u64) -> Result<()>;
 
     /// Removes a disk's file. One already gone is no error. Refuses a path that

@@ -420,14 +420,14 @@ fn all_are_ours(record: &DestinationRecord, disks: &[NewDisk]) -> Result<(), Fau
     }
 }
 
-/// Notes what came of creating a disk. What somebody else has put there since
+/// Notes what came of creating a disk. What somebody else has put there since, or uses,
 /// is not the migration's own and leaves the list.
 fn take_note(
     disks: &mut Vec<NewDisk>,
     path: &str,
     created: Result<(), HypervisorError>,
 ) -> Result<(), Fault> {
-    if let Err(HypervisorError::Exists(_)) = &created {
+    if let Err(HypervisorError::Exists(_) | HypervisorError::WrongState(_)) = &created {
         disks.retain(|disk| disk.path != path);
     }
     created.map_err(fault)?;

@@ -432,14 +432,21 @@ impl Fabric {
         });
     }
 
-    /// Somebody writes to a file with text in it; fails in words.
+    /// Somebody writes to a file with text in it, or nothing; fails in words.
     pub fn change_file(&self, node: &str, path: &str) -> Result<(), String> {
         let node = host(node);
         self.with(|world, _| {
             let file = world.storage.file_mut(&node, path);
-            match file.map(|file| &mut file.content) {
-                Some(Content::Text(text)) => {
+            let Some(file) = file else {
+                return Err(format!("{path}: No such file or directory"));
+            };
+            match &mut file.content {
+                Content::Text(text) => {
                     text.insert_str(0, "changed!");
+                    Ok(())
+                }
+                Content::Empty => {
+                    *file = File::dense(Content::Text("changed!".to_owned()), 4096);
                     Ok(())
                 }
                 _ => Err(format!("{path}: no text is there")),

@@ -99,11 +99,12 @@ impl World {
         if let Some(missing) = self.missing_backing(host, disk).first() {
             return failed(format!("{missing}: No such file or directory"));
         }
+        self.check_unused(host, path)?;
         let is_reserved = self.inode(host, path) == inode;
         let Some(file) = self.storage.file_mut(host, path) else {
             return failed(format!("{path}: No such file or directory"));
         };
-        if !is_reserved {
+        if !is_reserved || file.content != Content::Empty {
             return Err(HypervisorError::Exists(path.to_owned()));
         }
         *file = File {

@@ -339,7 +339,17 @@ impl Hypervisor for LibvirtDriver {
     async fn create_disk(&self, disk: &Disk, inode: u64) -> Result<()> {
         let recipe = image::recipe(disk)?;
         let limit = Duration::from_secs(self.settings.qemu_img_timeout_s);
-        image::create(recipe, inode, &self.settings.qemu_img, limit).await
+        let in_use = self.storage_in_use().await?;
+        let path = recipe.path().to_owned();
+        let name = path.display().to_string();
+        // With an empty file nobody loses anything: what is not known holds up no move.
+        let used = move |is_empty| match is_empty {
+            true => Ok(in_use.paths()),
+            false => in_use.all_paths(&name),
+        };
+        let open = move || image::reserved(&path, inode, used);
+        let file = self.calls.files(Effect::Change, open).await?;
+        image::create(recipe, file, &self.settings.qemu_img, limit).await
     }
 
     async fn remove_disk(&self, path: &str) -> Result<()> {

@@ -12,7 +12,7 @@ use std::{
 use drover_model::guest::{BackingImage, Disk, DiskSource};
 use tokio::process::Command;
 
-use super::{beneath::is_nothing, checked, failed, sync_directory};
+use super::{beneath::is_nothing, blank::is_blank, checked, failed, sync_directory};
 use crate::hypervisor::{HypervisorError, Result, libvirt::ffi};
 
 /// Largest image that is made, bytes: what QEMU can address.
@@ -116,11 +116,17 @@ impl Drop for Reserved {
     }
 }
 
-/// Makes the file that was reserved the image, whatever a former attempt has left in it.
-/// Another file is not touched.
+impl Recipe {
+    /// Where the image is to be.
+    pub(in super::super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Makes a file that was [`reserved`] the image, whatever a former attempt has left in it.
 pub(in super::super) async fn create(
     recipe: Recipe,
-    inode: u64,
+    file: File,
     qemu_img: &str,
     limit: Duration,
 ) -> Result<()> {
@@ -132,7 +138,6 @@ pub(in super::super) async fn create(
             image.path
         )));
     }
-    let file = reserved(&recipe.path, inode)?;
     let size = |bytes| {
         let sized = file.set_len(bytes);
         sized.map_err(|e| failed("sizing", &recipe.path, &e))
@@ -146,11 +151,18 @@ pub(in super::super) async fn create(
         .map_err(|e| failed("writing", &recipe.path, &e))
 }
 
-/// The file that was reserved at a path.
+/// The file that was reserved at a path, with nothing in it but what a former attempt
+/// has left. `used` says which files domains use, being told whether this one is empty.
+/// Blocks.
 ///
 /// # Errors
-/// `Exists` if another is there.
-fn reserved(path: &Path, inode: u64) -> Result<File> {
+/// `Exists` if another is there, or somebody has written to it; `WrongState` if somebody
+/// uses it.
+pub(in super::super) fn reserved(
+    path: &Path,
+    inode: u64,
+    used: impl FnOnce(bool) -> Result<Vec<String>>,
+) -> Result<File> {
     let mut options = OpenOptions::new();
     let options = options.read(true).write(true);
     let options = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
@@ -163,9 +175,10 @@ fn reserved(path: &Path, inode: u64) -> Result<File> {
     if !metadata.is_file() || metadata.ino() != inode {
         return Err(HypervisorError::Exists(path.display().to_string()));
     }
-    match ffi::is_locked_by_qemu(&file).map_err(|e| failed("looking for locks on", path, &e))? {
-        true => Err(left_alone(path, "a QEMU has it open")),
-        false => Ok(file),
+    check_unused(path, &file, &used(metadata.len() == 0)?)?;
+    match is_blank(&file).map_err(|e| failed("reading", path, &e))? {
+        true => Ok(file),
+        false => Err(HypervisorError::Exists(path.display().to_string())),
     }
 }
 
@@ -277,13 +290,18 @@ pub(super) fn unused(path: &Path, used: &[String]) -> Result<Option<File>> {
     let Some(file) = open(path)? else {
         return Ok(None);
     };
+    check_unused(path, &file, used)?;
+    Ok(Some(file))
+}
+
+fn check_unused(path: &Path, file: &File, used: &[String]) -> Result<()> {
     if is_among(path, used) {
         return Err(left_alone(path, "a domain of this node uses it"));
     }
-    if ffi::is_locked_by_qemu(&file).map_err(|e| failed("looking for locks on", path, &e))? {
-        return Err(left_alone(path, "a QEMU has it open"));
+    match ffi::is_locked_by_qemu(file).map_err(|e| failed("looking for locks on", path, &e))? {
+        true => Err(left_alone(path, "a QEMU has it open")),
+        false => Ok(()),
     }
-    Ok(Some(file))
 }
 
 fn left_alone(path: &Path, why: &str) -> HypervisorError {

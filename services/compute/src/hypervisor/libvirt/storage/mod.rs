@@ -6,6 +6,7 @@
 //! its last part is never followed if it is a symbolic link.
 
 pub(super) mod beneath;
+mod blank;
 pub(super) mod chain;
 pub(super) mod content;
 pub(super) mod files;

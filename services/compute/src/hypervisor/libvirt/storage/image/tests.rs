@@ -26,7 +26,13 @@ fn disk(path: &Path, format: &str) -> Disk {
 async fn make(disk: &Disk) -> Result<()> {
     let plan = recipe(disk)?;
     let inode = hold(&plan.path)?;
-    create(plan, inode, "qemu-img", LIMIT).await
+    make_in(&plan, inode, "qemu-img").await
+}
+
+/// Makes it in the file with that number.
+async fn make_in(plan: &Recipe, inode: u64, qemu_img: &str) -> Result<()> {
+    let file = reserved(&plan.path, inode, |_| Ok(Vec::new()))?;
+    create(plan.clone(), file, qemu_img, LIMIT).await
 }
 
 /// Reserves a place; says which file holds it.
@@ -84,24 +90,24 @@ async fn what_failed_is_made_anew_in_the_same_file_and_no_other() {
     let plan = recipe(&disk(&path, "qcow2")).unwrap();
     let inode = hold(&path).unwrap();
     for broken in ["/bin/false", "/nonexistent/qemu-img"] {
-        let made = create(plan.clone(), inode, broken, LIMIT).await;
+        let made = make_in(&plan, inode, broken).await;
         assert!(matches!(made, Err(HypervisorError::Failed(_))), "{made:?}");
     }
-    std::fs::write(&path, "half an image").unwrap();
-    let made = create(plan.clone(), inode, "qemu-img", LIMIT).await;
-    made.unwrap();
+    for _ in ["once", "what a former attempt has made"] {
+        make_in(&plan, inode, "qemu-img").await.unwrap();
+    }
     let sizes = super::super::sizes::measure(&path, "qcow2").unwrap();
     assert_eq!(sizes.virtual_bytes, 10 << 20);
 
     let other = place.path().join("other");
     std::fs::write(&other, "precious").unwrap();
     std::fs::rename(&other, &path).unwrap();
-    let error = create(plan.clone(), inode, "qemu-img", LIMIT).await;
+    let error = make_in(&plan, inode, "qemu-img").await;
     let exists = HypervisorError::Exists(path.display().to_string());
     assert_eq!(error, Err(exists));
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     std::fs::remove_file(&path).unwrap();
-    let error = create(plan, inode, "qemu-img", LIMIT).await;
+    let error = make_in(&plan, inode, "qemu-img").await;
     assert!(
         matches!(error, Err(HypervisorError::Failed(_))),
         "{error:?}"
@@ -115,6 +121,29 @@ async fn what_failed_is_made_anew_in_the_same_file_and_no_other() {
     }];
     let error = make(&overlay).await.unwrap_err();
     assert!(error.to_string().contains("/nonexistent/base"), "{error}");
+}
+
+#[test]
+fn a_reserved_file_that_somebody_uses_or_wrote_to_is_left_alone() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("a.qcow2");
+    let (inode, name) = (hold(&path).unwrap(), path.display().to_string());
+    let take = |used: &[String]| reserved(&path, inode, |_| Ok(used.to_vec())).map(drop);
+    take(&[]).unwrap();
+    let error = take(std::slice::from_ref(&name)).unwrap_err();
+    assert!(matches!(error, HypervisorError::WrongState(_)), "{error}");
+    std::fs::write(&path, "precious").unwrap();
+    assert_eq!(take(&[]), Err(HypervisorError::Exists(name)));
+    let not_known = |is_empty| match is_empty {
+        true => Ok(Vec::new()),
+        false => Err(HypervisorError::Untold("it hangs".to_owned())),
+    };
+    let error = reserved(&path, inode, not_known).map(drop);
+    assert!(
+        matches!(error, Err(HypervisorError::Untold(_))),
+        "{error:?}"
+    );
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
 }
 
 #[test]

@@ -1545,6 +1545,7 @@ async fn a_file_that_came_before_its_disk_was_made_stays() {
         let m = rest(&cloud, &m).await;
         let ended = if go_on { S::Failed } else { S::Cancelled };
         assert_eq!(m.status, ended, "{m:#?}");
+        assert!(said(&m, DATA), "{m:#?}");
         let there = cloud.fabric.file("kvm2", DATA).expect("it stays");
         assert_eq!(there.content, Content::Text("somebody's".to_owned()));
         tokio::time::sleep(Duration::from_secs(120)).await;

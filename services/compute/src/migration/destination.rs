@@ -245,8 +245,12 @@ impl Actor {
         }
         for path in &open {
             if !self.hold_place(path, false, first).await? {
-                record.disks.retain(|disk| disk.path != *path);
-                self.keep_arriving(record.clone()).await?;
+                // Later on, a former version of the agent may have half made it: it stays,
+                // and is named when the rest is taken back.
+                if first {
+                    record.disks.retain(|disk| disk.path != *path);
+                    self.keep_arriving(record.clone()).await?;
+                }
                 return Err(fault(HypervisorError::Exists(path.clone())));
             }
         }
@@ -269,6 +273,21 @@ impl Actor {
             }
         }
         Ok(made)
+    }
+
+    /// What is in the places that the migration was to have here, or had, and is not known
+    /// to be its own; in words.
+    async fn left_of_others(
+        &self,
+        record: &DestinationRecord,
+        known: impl Fn(&String) -> bool,
+    ) -> Result<Vec<String>, Fault> {
+        let mut places = record.places();
+        places.extend(record.inodes.keys().cloned());
+        places.sort_unstable();
+        places.dedup();
+        places.retain(|path| !known(path));
+        self.left_of(places).await
     }
 
     async fn write(&self, record: &DestinationRecord) -> Result<(), Fault> {
@@ -363,15 +382,21 @@ impl Actor {
                 "the guest ran on this node ({presence} now): nothing of it is taken back"
             )));
         }
-        let mut clean_up = CleanUp::default();
+        let survivor = ask.survivor.as_ref();
+        let made = self.made_by(&record).await?;
+        let replaced = self.replaced(&record.inodes).await?;
+        let is_known = |path: &String| made.contains(path) || replaced.contains(path);
+        let mut kept = self.left_of_others(&record, is_known).await?;
+        let (twice, alone): (Vec<String>, Vec<String>) = made
+            .into_iter()
+            .partition(|path| destroy::has_its_own(survivor, path) && !replaced.contains(path));
+        kept.extend(self.left_here(alone, &replaced).await?);
+        let mut clean_up = CleanUp {
+            kept,
+            ..CleanUp::default()
+        };
         if presence == Presence::Incoming || !record.disks.is_empty() {
-            let survivor = ask.survivor.as_ref();
-            let places = self.made_by(&record).await?.into_iter();
-            let replaced = self.replaced(&record.inodes).await?;
-            let (twice, alone): (Vec<String>, Vec<String>) = places
-                .partition(|path| destroy::has_its_own(survivor, path) && !replaced.contains(path));
             let proof = self.source_stays(&ask, &twice)?;
-            clean_up.kept = self.left_here(alone, &replaced).await?;
             if presence == Presence::Incoming {
                 let discarded = destroy::discard_incoming(&self.node, step.instance, &proof);
                 discarded.await.map_err(fault)?;

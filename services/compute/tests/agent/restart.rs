@@ -216,6 +216,36 @@ async fn a_destination_that_dies_while_it_creates_takes_back_what_there_may_be()
     }
 }
 
+/// A former version of the agent made disks without writing down which files they are.
+#[tokio::test(start_paused = true)]
+async fn what_is_not_known_to_be_the_migrations_own_stays_and_is_named() {
+    use drover_compute::hypervisor::fake::{Call, script::Effect};
+    let mut world = World::new().await;
+    let m = world.migration(small());
+    let ask = m.prepare(world.guest(&m).await);
+    world.check_path(&m).await.unwrap();
+    let slow = Effect::SlowBefore(std::time::Duration::from_secs(5));
+    world.fabric.on_call(B, Call::ReserveFile, 1, slow);
+    let lost = tokio::time::timeout(
+        std::time::Duration::from_secs(1),
+        world.call::<()>(B, method::PRE_LIVE_MIGRATION, &ask),
+    );
+    assert!(lost.await.is_err());
+    world.fabric.write_file(B, DISK, "half an image").unwrap();
+    world.restart(B).await;
+    for _ in ["once", "again"] {
+        let asked = world.call::<()>(B, method::PRE_LIVE_MIGRATION, &ask);
+        let refused = asked.await.unwrap_err();
+        assert!(refused.message.contains(DISK), "{refused}");
+    }
+    world.ask(A, method::ROLLBACK_AT_SOURCE, &m).await.unwrap();
+    let undone = world.clean_up(B, method::ROLLBACK_AT_DESTINATION, &m);
+    let undone = undone.await.unwrap();
+    assert!(undone.kept.iter().any(|words| words.contains(DISK)));
+    assert!(world.fabric.file(B, DISK).is_some());
+    assert_eq!(world.journal_files(B), Vec::<String>::new());
+}
+
 #[tokio::test(start_paused = true)]
 async fn marks_of_a_former_life_are_removed_at_the_start() {
     let mut world = World::new().await;

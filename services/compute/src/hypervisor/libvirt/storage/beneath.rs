@@ -27,6 +27,17 @@ const DATA_FILE_NAME: u32 = 0x4441_5441;
 /// A file that an image names, and its format where that is said.
 pub(super) type Named = (String, Option<String>);
 
+/// What is at a path.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// An image.
+    Image(Image),
+    /// A file that names no others.
+    Other,
+    /// None, or what no image could be.
+    Nothing,
+}
+
 /// An image as it is read.
 #[derive(Debug)]
 pub(super) struct Image {
@@ -43,15 +54,17 @@ pub(super) fn can_name_others(format: Option<&str>) -> bool {
     format != Some("raw")
 }
 
-/// What is at a path; none if no image is there.
+/// What is at a path.
 ///
 /// # Errors
 /// It is there and cannot be read.
-pub(super) fn read(path: &str) -> io::Result<Option<Image>> {
+pub(super) fn read(path: &str) -> io::Result<Found> {
     let path = Path::new(path);
     let (names, device) = match names(path) {
-        Err(error) if is_nothing(&error) => return Ok(None),
-        Ok(None) => return Ok(None),
+        Ok(None) => return Ok(Found::Other),
+        // Too short.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Found::Other),
+        Err(error) if is_nothing(&error) => return Ok(Found::Nothing),
         Ok(Some(found)) => found,
         Err(error) => return Err(error),
     };
@@ -60,7 +73,7 @@ pub(super) fn read(path: &str) -> io::Result<Option<Image>> {
         places.map(move |place| (place, format.clone()))
     });
     let names = places.collect();
-    Ok(Some(Image { names, device }))
+    Ok(Found::Image(Image { names, device }))
 }
 
 /// Whether an error says that no file is there, or none that an image could be.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::beneath::{Image, Named};
+use super::beneath::{Found, Image, Named};
 
 /// Files beneath one image that are followed.
 const MOST_BENEATH: usize = 400;
@@ -22,35 +22,47 @@ pub(in super::super) struct Beneath {
 /// A walk from an image at the top to what lies beneath it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Walk {
-    found: Beneath,
-    /// Where an image was named there is none, and never was one that named anything.
-    has_gap: bool,
+    paths: BTreeSet<String>,
+    /// Where no image is, and never was one that named anything.
+    gaps: Vec<String>,
+    /// What cannot be read and never was, and why.
+    unread: Vec<(String, String)>,
 }
 
 impl Walk {
     /// Takes in what was found of one file on the way; those of its names that are new, as
     /// long as there are not too many.
-    pub(super) fn go_on(&mut self, step: Step) -> Vec<Named> {
+    pub(super) fn go_on(&mut self, path: &str, step: Step) -> Vec<Named> {
         let names = match step {
             Step::Names(names) => names,
             Step::Gap => {
-                self.has_gap = true;
+                self.gaps.push(path.to_owned());
                 return Vec::new();
             }
             Step::Unread(words) => {
-                self.found.unread.get_or_insert(words);
+                self.unread.push((path.to_owned(), words));
                 return Vec::new();
             }
         };
-        let paths = &mut self.found.paths;
+        let paths = &mut self.paths;
         let mut is_new =
             |path: &String| paths.len() < MOST_BENEATH && paths.insert(path.to_owned());
         let new = names.into_iter().filter(|(path, _)| is_new(path));
         new.collect()
     }
 
-    fn is_whole(&self) -> bool {
-        self.found.unread.is_none() && !self.has_gap
+    /// What was found, with what a former version kept if that is of use: as long as
+    /// something does not answer, or is lacking of what it had.
+    fn end(self, top: &str, former: Option<&BTreeSet<String>>) -> (Beneath, bool) {
+        let had = |path: &String| path == top || former.is_some_and(|whole| whole.contains(path));
+        let is_of_use = !self.unread.is_empty() || self.gaps.iter().any(had);
+        let mut unread = self.unread.into_iter();
+        let unread = unread.find(|(path, _)| former.is_none() || !had(path));
+        let mut paths = self.paths;
+        let former = former.filter(|_| is_of_use);
+        paths.extend(former.into_iter().flatten().cloned());
+        let unread = unread.map(|(_, words)| words);
+        (Beneath { paths, unread }, former.is_some())
     }
 }
 
@@ -65,18 +77,26 @@ pub(super) enum Step {
     Unread(String),
 }
 
-/// What an image named when it was read last.
+/// What a file named when it was read last.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Link {
     names: Vec<Named>,
     /// The device it was on, in this run of the kernel.
     device: Option<u64>,
+    /// It was read, whatever it named. (Former versions do not say so.)
+    #[serde(default)]
+    seen: bool,
 }
 
 impl Link {
     /// As it is known in another run of the kernel.
     pub(super) fn forget_device(&mut self) {
+        self.seen = self.was_seen();
         self.device = None;
+    }
+
+    fn was_seen(&self) -> bool {
+        self.seen || self.device.is_some() || !self.names.is_empty()
     }
 
     fn renew(&mut self, image: Image) {
@@ -93,6 +113,7 @@ impl Link {
         *self = Self {
             names: image.names,
             device: Some(image.device),
+            seen: true,
         };
     }
 }
@@ -102,18 +123,23 @@ impl Link {
 pub(super) struct Links {
     by_path: HashMap<String, Link>,
     /// By path of an image at the top: all that was beneath it, as a former version of the
-    /// agent kept it. It serves until all of the chain was seen.
+    /// agent kept it. It serves until all of the chain has answered.
     whole: HashMap<String, BTreeSet<String>>,
+    /// The same as it is known now, for that version.
+    beneath: HashMap<String, BTreeSet<String>>,
 }
 
 impl Links {
     pub(super) fn of(
         by_path: BTreeMap<String, Link>,
-        whole: BTreeMap<String, BTreeSet<String>>,
+        whole: Option<BTreeMap<String, BTreeSet<String>>>,
+        beneath: BTreeMap<String, BTreeSet<String>>,
     ) -> Self {
+        let whole = whole.unwrap_or_else(|| beneath.clone());
         Self {
             by_path: by_path.into_iter().collect(),
             whole: whole.into_iter().collect(),
+            beneath: beneath.into_iter().collect(),
         }
     }
 
@@ -125,25 +151,35 @@ impl Links {
         self.whole.clone().into_iter().collect()
     }
 
+    pub(super) fn beneath(&self) -> BTreeMap<String, BTreeSet<String>> {
+        self.beneath.clone().into_iter().collect()
+    }
+
     /// What is known of a file that was looked at: as it is, as it was last if no image is
     /// there or it cannot be read.
-    pub(super) fn step(&mut self, path: &str, read: Result<Option<Image>, String>) -> Step {
-        let link = match read {
-            Err(words) => match self.by_path.get(path) {
-                Some(link) => link,
-                None => return Step::Unread(words),
-            },
-            Ok(image) => {
+    pub(super) fn step(&mut self, path: &str, read: Result<Found, String>) -> Step {
+        let words = match read {
+            Ok(Found::Image(image)) => {
                 let link = self.by_path.entry(path.to_owned()).or_default();
-                match image {
-                    Some(image) => link.renew(image),
-                    None if link.names.is_empty() => return Step::Gap,
-                    None => {}
-                }
-                link
+                link.renew(image);
+                return Step::Names(link.names.clone());
             }
+            Ok(Found::Other) => {
+                self.by_path.entry(path.to_owned()).or_default().seen = true;
+                None
+            }
+            // Its file system may not be mounted yet.
+            Ok(Found::Nothing) => None,
+            Err(words) => Some(words),
         };
-        Step::Names(link.names.clone())
+        let link = self.by_path.get(path).filter(|link| link.was_seen());
+        match (link, words) {
+            (Some(link), words) if words.is_some() || !link.names.is_empty() => {
+                Step::Names(link.names.clone())
+            }
+            (None, Some(words)) => Step::Unread(words),
+            _ => Step::Gap,
+        }
     }
 
     /// Ends a look at all images of interest; what was not met on the way is forgotten.
@@ -154,14 +190,20 @@ impl Links {
         met: &HashSet<String>,
     ) -> Vec<Beneath> {
         self.by_path.retain(|path, _| met.contains(path));
-        let before = std::mem::take(&mut self.whole);
+        let former = std::mem::take(&mut self.whole);
+        let mut before = std::mem::take(&mut self.beneath);
         let ended = tops.iter().zip(walks).map(|((top, _), walk)| {
-            let is_whole = walk.is_whole();
-            let mut found = walk.found;
-            if let Some(whole) = before.get(top).filter(|_| !is_whole) {
-                found.paths.extend(whole.iter().cloned());
-                found.unread = None;
+            let whole = former.get(top);
+            let (found, has_served) = walk.end(top, whole);
+            if let Some(whole) = whole.filter(|_| has_served) {
                 self.whole.insert(top.clone(), whole.clone());
+            }
+            let known = match found.unread {
+                None => Some(found.paths.clone()),
+                Some(_) => before.remove(top),
+            };
+            if let Some(known) = known {
+                self.beneath.insert(top.clone(), known);
             }
             found
         });
@@ -173,13 +215,13 @@ impl Links {
 mod tests {
     use super::*;
 
-    fn image(names: &[&str], device: u64) -> Result<Option<Image>, String> {
+    fn image(names: &[&str], device: u64) -> Result<Found, String> {
         let names = names.iter().map(|name| ((*name).to_owned(), None));
         let names = names.collect();
-        Ok(Some(Image { names, device }))
+        Ok(Found::Image(Image { names, device }))
     }
 
-    fn unread() -> Result<Option<Image>, String> {
+    fn unread() -> Result<Found, String> {
         Err("it broke".to_owned())
     }
 
@@ -198,11 +240,13 @@ mod tests {
         let mut links = Links::default();
         let mut look = |read| names(links.step("/mid", read));
         assert_eq!(look(unread()), r#"Unread("it broke")"#, "never seen");
-        assert_eq!(look(Ok(None)), "Gap");
-        assert_eq!(look(unread()), "", "nothing was there");
+        assert_eq!(look(Ok(Found::Nothing)), "Gap");
+        assert_eq!(look(unread()), r#"Unread("it broke")"#, "not mounted yet");
+        assert_eq!(look(Ok(Found::Other)), "Gap");
+        assert_eq!(look(unread()), "", "it names none");
         assert_eq!(look(image(&["/base"], 1)), "/base");
         assert_eq!(look(unread()), "/base");
-        assert_eq!(look(Ok(None)), "/base", "not mounted");
+        assert_eq!(look(Ok(Found::Nothing)), "/base", "not mounted");
         assert_eq!(look(image(&["/other"], 1)), "/other");
         assert_eq!(look(image(&[], 1)), "");
         links.settle(&[], Vec::new(), &HashSet::new());
@@ -226,12 +270,12 @@ mod tests {
     fn what_a_former_version_kept_serves_until_all_was_seen() {
         let below = |paths: &[&str]| paths.iter().map(|path| (*path).to_owned()).collect();
         let whole = BTreeMap::from([("/top".to_owned(), below(&["/mid", "/base"]))]);
-        let mut links = Links::of(BTreeMap::new(), whole);
+        let mut links = Links::of(BTreeMap::new(), None, whole);
         let mut look = |mid| {
             let (mut walk, mut met) = (Walk::default(), HashSet::new());
             for (path, read) in [("/top", image(&["/mid"], 1)), ("/mid", mid)] {
                 met.insert(path.to_owned());
-                walk.go_on(links.step(path, read));
+                walk.go_on(path, links.step(path, read));
             }
             let tops = [("/top".to_owned(), "qcow2".to_owned())];
             let found = links.settle(&tops, vec![walk], &met).remove(0);
@@ -239,9 +283,9 @@ mod tests {
             (paths.join(" "), found.unread)
         };
         assert_eq!(look(unread()), ("/base /mid".to_owned(), None));
-        assert_eq!(look(Ok(None)), ("/base /mid".to_owned(), None));
+        assert_eq!(look(Ok(Found::Nothing)), ("/base /mid".to_owned(), None));
         let now = image(&["/new"], 1);
         assert_eq!(look(now), ("/mid /new".to_owned(), None));
-        assert_eq!(look(Ok(None)), ("/mid /new".to_owned(), None));
+        assert_eq!(look(Ok(Found::Nothing)), ("/mid /new".to_owned(), None));
     }
 }

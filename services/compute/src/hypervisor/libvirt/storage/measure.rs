@@ -65,7 +65,7 @@ impl Measurer {
     /// Knows what was seen before, of which nothing is known yet.
     pub(super) fn take_up(&self, remembered: Remembered) {
         self.with(|known| {
-            known.links = Links::of(remembered.links, remembered.beneath);
+            known.links = Links::of(remembered.links, remembered.whole, remembered.beneath);
             known.identities = remembered.identities.into_iter().collect();
         });
     }
@@ -73,7 +73,8 @@ impl Measurer {
     /// What is to be known after a restart.
     pub(super) fn remembered(&self) -> Remembered {
         self.with(|known| Remembered {
-            beneath: known.links.whole(),
+            beneath: known.links.beneath(),
+            whole: Some(known.links.whole()),
             links: known.links.by_path(),
             identities: known.identities.clone().into_iter().collect(),
             ..Remembered::default()
@@ -150,12 +151,12 @@ impl Measurer {
             let mut below = Vec::new();
             for ((n, (path, _)), answer) in to_see.into_iter().zip(answers) {
                 let read = match answer {
-                    Ok(Ok(image)) => Ok(image),
+                    Ok(Ok(found)) => Ok(found),
                     Ok(Err(error)) => Err(format!("{path} cannot be read ({error})")),
                     Err(_) => Err(format!("the storage of {path} does not answer")),
                 };
                 let step = self.with(|known| known.links.step(&path, read));
-                let new = walks[n].go_on(step).into_iter();
+                let new = walks[n].go_on(&path, step).into_iter();
                 below.extend(new.map(|named| (n, named)));
                 met.insert(path);
             }

@@ -28,9 +28,13 @@ pub(in super::super) struct Memory {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Remembered {
     pub(super) boot: String,
-    /// By path of an image: all that was beneath it, of a former version.
+    /// By path of an image at the top: all that is beneath it. A former version knows
+    /// nothing else, and may be put back.
     #[serde(default)]
     pub(super) beneath: BTreeMap<String, BTreeSet<String>>,
+    /// What a former version had there, as long as it serves; none if it wrote this.
+    #[serde(default)]
+    pub(super) whole: Option<BTreeMap<String, BTreeSet<String>>>,
     /// By path of an image: the files that it names.
     #[serde(default)]
     pub(super) links: BTreeMap<String, Link>,
@@ -98,6 +102,7 @@ mod tests {
         let file = place.path().join("storage.json");
         let measurer = Measurer::default();
         let image = place.path().join("image").display().to_string();
+        std::fs::write(&image, "no image").unwrap();
         measurer.identities(vec![image.clone()]).await;
         measurer.beneath(vec![(image, "qcow2".to_owned())]).await;
         let known = measurer.remembered();

@@ -19,6 +19,8 @@ pub(super) mod marks;
 pub(super) mod measure;
 pub(super) mod memory;
 pub(super) mod place;
+#[cfg(test)]
+mod silence_tests;
 pub(super) mod sizes;
 
 use std::{

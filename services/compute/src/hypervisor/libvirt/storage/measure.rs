@@ -134,7 +134,7 @@ impl Measurer {
     /// what cannot be read now, as it was last.
     pub(in super::super) async fn beneath(&self, tops: Vec<(String, String)>) -> Vec<Beneath> {
         let mut walks = vec![Walk::default(); tops.len()];
-        let mut met = HashSet::new();
+        let (mut met, mut silent) = (HashSet::new(), HashSet::new());
         let named = tops.iter().cloned().enumerate();
         // Level by level, each file in the thread of its own storage.
         let mut to_see: Vec<(usize, Named)> = named
@@ -147,7 +147,7 @@ impl Measurer {
             }
             let wanted = to_see.iter().map(|(_, (path, _))| (path.clone(), ()));
             let look = |path: &str, (): &()| beneath::read(path);
-            let answers = self.ask_each(wanted.collect(), look).await;
+            let answers = self.ask_but(&mut silent, wanted.collect(), look).await;
             let mut below = Vec::new();
             for ((n, (path, _)), answer) in to_see.into_iter().zip(answers) {
                 let read = match answer {
@@ -169,6 +169,21 @@ impl Measurer {
     /// What was asked goes on when nobody waits for it any more.
     pub(in super::super) async fn ask_each<T, A>(
         &self,
+        wanted: Vec<(String, T)>,
+        question: impl Fn(&str, &T) -> A + Send + Sync + 'static,
+    ) -> Vec<Result<A, Silent>>
+    where
+        T: Send + 'static,
+        A: Send + 'static,
+    {
+        self.ask_but(&mut HashSet::new(), wanted, question).await
+    }
+
+    /// The same; places that are known to be silent are not asked again, and those that
+    /// turn out to be become known.
+    async fn ask_but<T, A>(
+        &self,
+        silent: &mut HashSet<String>,
         wanted: Vec<(String, T)>,
         question: impl Fn(&str, &T) -> A + Send + Sync + 'static,
     ) -> Vec<Result<A, Silent>>
@@ -199,11 +214,17 @@ impl Measurer {
             }
             let mut asking = JoinSet::new();
             for (key, group) in by_place {
+                if silent.contains(&key) {
+                    let numbers = group.iter().map(|one| one.number);
+                    numbers.for_each(|number| answers[number] = Err(Silent(key.clone())));
+                    continue;
+                }
                 let (asker, question, mounts) = (self.clone(), question.clone(), mounts.clone());
                 asking.spawn(async move { asker.ask_group(key, group, &mounts, question).await });
             }
             for (answered, further) in asking.join_all().await {
                 for (number, answer) in answered {
+                    silent.extend(answer.as_ref().err().map(|Silent(key)| key.clone()));
                     answers[number] = answer;
                 }
                 asked.extend(further);

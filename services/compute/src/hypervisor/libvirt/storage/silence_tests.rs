@@ -4,6 +4,7 @@ use std::{
     path::Path,
     process::Command,
     sync::mpsc::{Sender, channel},
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
@@ -82,6 +83,31 @@ impl Node {
 
 fn former(beneath: &Value) -> Value {
     json!({ "boot": "", "beneath": beneath, "identities": {} })
+}
+
+#[tokio::test]
+async fn a_place_that_hangs_is_waited_for_once_however_deep_a_chain_is() {
+    let names = |name: &str| json!({ "names": [[name, null]], "device": null });
+    let known = json!({
+        "/dev/drover/1": names("/dev/drover/2"),
+        "/dev/drover/2": names("/dev/drover/3"),
+        "/dev/drover/3": names("/dev/drover/4"),
+        "/dev/drover/4": names("/vm/base"),
+    });
+    let node = Node::knows(json!({
+        "boot": "", "beneath": {}, "links": known, "identities": {}
+    }));
+    let hung = node.hang().await;
+    let began = Instant::now();
+    let found = node.look("/dev/drover/1").await;
+    assert!(
+        began.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        began.elapsed()
+    );
+    assert!(found.paths.contains("/vm/base"), "{found:?}");
+    assert_eq!(found.unread, None);
+    drop(hung);
 }
 
 #[tokio::test]

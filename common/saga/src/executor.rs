@@ -141,14 +141,14 @@ impl<S: Saga> Driver<'_, S> {
     /// data it works on is a copy: a failed try leaves none of it behind. After a try
     /// of which nobody knows what it did, passing trouble says nothing of it either.
     async fn try_forward(&self, n: usize, committed: bool) -> Result<S::Data, StepError> {
-        let step = S::STEPS[n];
+        let step = &S::STEPS[n];
         let mut pause = Pause::new(self.patience.max_pause);
         let began = Instant::now();
         let mut is_in_doubt = false;
         loop {
             let mut data = self.data.clone();
-            let run = self.saga.run(step, &mut data);
-            let result = if committed || !S::interruptible(step) {
+            let run = (step.run)(self.saga, &mut data);
+            let result = if committed || step.is_whole {
                 run.await
             } else {
                 tokio::select! {
@@ -174,11 +174,11 @@ impl<S: Saga> Driver<'_, S> {
             if began.elapsed() >= limit {
                 return Err(error);
             }
-            info!(step = S::name(step), %error, "trying again");
+            info!(step = step.name, %error, "trying again");
             tokio::select! {
                 biased;
                 () = pause.wait() => {}
-                error = self.saga.interrupted(), if !committed && S::interruptible(step) => {
+                error = self.saga.interrupted(), if !committed && !step.is_whole => {
                     return Err(error);
                 }
             }
@@ -189,7 +189,7 @@ impl<S: Saga> Driver<'_, S> {
         let mut pause = Pause::new(self.patience.max_pause);
         let began = Instant::now();
         loop {
-            let Err(error) = self.saga.undo(S::STEPS[n], &self.data).await else {
+            let Err(error) = (S::STEPS[n].undo)(self.saga, &self.data).await else {
                 return self.write(&[Event::Undone { step: name::<S>(n) }]).await;
             };
             if error.class == ErrorClass::Fenced {
@@ -234,7 +234,7 @@ impl Pause {
 }
 
 fn name<S: Saga>(n: usize) -> String {
-    S::name(S::STEPS[n]).to_owned()
+    S::STEPS[n].name.to_owned()
 }
 
 fn started<S: Saga>(n: usize) -> Event {

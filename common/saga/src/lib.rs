@@ -20,6 +20,8 @@
 pub mod executor;
 pub mod journal;
 
+use std::pin::Pin;
+
 use async_trait::async_trait;
 use drover_model::error::ErrorClass;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -67,47 +69,70 @@ pub enum Outcome {
     RolledBack(StepError),
 }
 
+/// What a step does, or undoes: it ends with why it did not.
+pub type Doing<'a> = Pin<Box<dyn Future<Output = Result<(), StepError>> + Send + 'a>>;
+
+/// One step of a saga: a row in its list.
+pub struct Step<S: Saga> {
+    /// In the journal. Names are for ever.
+    pub name: &'static str,
+    /// Whether its success is the point of no return; so it is of one step.
+    pub commits: bool,
+    /// Whether it may not be dropped in the middle: it watches for interruption itself.
+    pub is_whole: bool,
+    /// Does it. May be called again after a success that was not journalled.
+    pub run: for<'a> fn(&'a S, &'a mut S::Data) -> Doing<'a>,
+    /// Takes it back, also if it failed half-way or was done by a process that died.
+    /// Undoing what was never done is no error.
+    pub undo: for<'a> fn(&'a S, &'a S::Data) -> Doing<'a>,
+    /// What it means to whoever keeps the journal.
+    pub note: S::Note,
+}
+
+impl<S: Saga> Step<S> {
+    /// A step that is before or after the point of no return, may be dropped in the
+    /// middle, and leaves nothing to undo.
+    pub const fn new(
+        name: &'static str,
+        note: S::Note,
+        run: for<'a> fn(&'a S, &'a mut S::Data) -> Doing<'a>,
+    ) -> Self {
+        Self {
+            name,
+            commits: false,
+            is_whole: false,
+            run,
+            undo: |_, _| Box::pin(async { Ok(()) }),
+            note,
+        }
+    }
+}
+
 /// An operation as a line of steps.
 #[async_trait]
-pub trait Saga: Send + Sync {
-    /// Names a step.
-    type Step: Copy + Send + Sync + PartialEq + 'static;
+pub trait Saga: Sized + Send + Sync + 'static {
     /// What steps learn and later steps need; journalled with each success.
     type Data: Clone + Send + Sync + Serialize + DeserializeOwned;
+    /// What a step means to whoever keeps the journal.
+    type Note: Send + Sync + 'static;
 
     /// The steps in order.
-    const STEPS: &'static [Self::Step];
-    /// The step whose success is the point of no return.
-    const COMMIT: Self::Step;
-
-    /// A step's name in the journal. Names are for ever.
-    fn name(step: Self::Step) -> &'static str;
-
-    /// Does a step. May be called again after a success that was not journalled.
-    async fn run(&self, step: Self::Step, data: &mut Self::Data) -> Result<(), StepError>;
-
-    /// Takes a step back, also one that failed half-way or was done by a
-    /// process that died. Undoing what was never done is no error.
-    async fn undo(&self, step: Self::Step, data: &Self::Data) -> Result<(), StepError>;
+    const STEPS: &'static [Step<Self>];
 
     /// Resolves when somebody wants the operation stopped. Raced against each
-    /// step before the commit that says it may be [`Saga::interruptible`].
+    /// step before the point of no return that is not [`Step::is_whole`].
     async fn interrupted(&self) -> StepError;
-
-    /// Whether a step may be dropped in the middle; one that may not watches
-    /// for interruption itself.
-    fn interruptible(step: Self::Step) -> bool;
 }
 
 /// Position of a step in its saga.
 pub(crate) fn position<S: Saga>(name: &str) -> Option<usize> {
-    S::STEPS.iter().position(|s| S::name(*s) == name)
+    S::STEPS.iter().position(|step| step.name == name)
 }
 
-/// Position of the commit step.
+/// Position of the step whose success is the point of no return.
 pub(crate) fn commit_position<S: Saga>() -> usize {
     S::STEPS
         .iter()
-        .position(|s| *s == S::COMMIT)
-        .expect("COMMIT is one of STEPS, by the saga's declaration")
+        .position(|step| step.commits)
+        .expect("one of STEPS commits, by the saga's declaration")
 }

@@ -15,16 +15,13 @@ use std::{
 use async_trait::async_trait;
 use drover_model::error::ErrorClass;
 use drover_saga::{
-    DriveError, Event, Journal, JournalError, Outcome, Patience, Saga, State, StepError, drive,
-    journal::replay,
+    DriveError, Event, Journal, JournalError, Outcome, Patience, Saga, State, Step, StepError,
+    drive, journal::replay,
 };
 use serde::{Deserialize, Serialize};
 
 const STEPS: [&str; 5] = ["one", "two", "commit", "after", "last"];
 const COMMIT: usize = 2;
-
-#[derive(Clone, Copy, PartialEq)]
-struct Step(usize);
 
 #[derive(Clone, Default, Serialize, Deserialize)]
 struct Data {
@@ -74,39 +71,47 @@ impl World {
     }
 }
 
-#[async_trait]
-impl Saga for World {
-    type Step = Step;
-    type Data = Data;
-
-    const STEPS: &'static [Step] = &[Step(0), Step(1), Step(2), Step(3), Step(4)];
-    const COMMIT: Step = Step(COMMIT);
-
-    fn name(step: Step) -> &'static str {
-        STEPS[step.0]
-    }
-
-    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
+impl World {
+    async fn run(&self, step: usize, data: &mut Data) -> Result<(), StepError> {
         tokio::time::sleep(Duration::from_millis(10)).await;
-        self.ran.lock().unwrap().push(step.0);
-        data.learned.push(step.0);
+        self.ran.lock().unwrap().push(step);
+        data.learned.push(step);
         // The effect happens, then the fault: the worst order.
-        self.done.lock().unwrap()[step.0] = true;
-        self.fault(step.0)
+        self.done.lock().unwrap()[step] = true;
+        self.fault(step)
     }
 
-    async fn undo(&self, step: Step, _: &Data) -> Result<(), StepError> {
-        self.done.lock().unwrap()[step.0] = false;
+    async fn undo(&self, step: usize) -> Result<(), StepError> {
+        self.done.lock().unwrap()[step] = false;
         Ok(())
     }
+}
+
+const fn step<const N: usize>() -> Step<World> {
+    Step {
+        commits: N == COMMIT,
+        is_whole: N == COMMIT,
+        undo: |world, _| Box::pin(world.undo(N)),
+        ..Step::new(STEPS[N], (), |world, data| Box::pin(world.run(N, data)))
+    }
+}
+
+#[async_trait]
+impl Saga for World {
+    type Data = Data;
+    type Note = ();
+
+    const STEPS: &'static [Step<Self>] = &[
+        step::<0>(),
+        step::<1>(),
+        step::<2>(),
+        step::<3>(),
+        step::<4>(),
+    ];
 
     async fn interrupted(&self) -> StepError {
         self.stop.notified().await;
         StepError::new(ErrorClass::Refused, "stop")
-    }
-
-    fn interruptible(step: Step) -> bool {
-        step.0 != COMMIT
     }
 }
 

@@ -1,37 +1,32 @@
 //! The journal of a saga, as it is read from the record.
 
 use async_trait::async_trait;
-use drover_saga::{Event, Saga, State, StepError, journal};
+use drover_saga::{Event, Saga, State, Step, StepError, journal};
 use serde_json::Value;
 
 struct Steps;
 
+const fn step(name: &'static str) -> Step<Steps> {
+    Step::new(name, (), |_, _| Box::pin(async { Ok(()) }))
+}
+
 #[async_trait]
 impl Saga for Steps {
-    type Step = &'static str;
     type Data = Value;
+    type Note = ();
 
-    const STEPS: &'static [&'static str] = &["prepare", "move", "settle", "tidy"];
-    const COMMIT: &'static str = "move";
-
-    fn name(step: &'static str) -> &'static str {
-        step
-    }
-
-    async fn run(&self, _: &'static str, _: &mut Value) -> Result<(), StepError> {
-        Ok(())
-    }
-
-    async fn undo(&self, _: &'static str, _: &Value) -> Result<(), StepError> {
-        Ok(())
-    }
+    const STEPS: &'static [Step<Self>] = &[
+        step("prepare"),
+        Step {
+            commits: true,
+            ..step("move")
+        },
+        step("settle"),
+        step("tidy"),
+    ];
 
     async fn interrupted(&self) -> StepError {
         std::future::pending().await
-    }
-
-    fn interruptible(_: &'static str) -> bool {
-        false
     }
 }
 

@@ -1,17 +1,5 @@
 //! Cold migration as a saga: the guest is off while it moves.
 //!
-//! | step | does | undo |
-//! |---|---|---|
-//! | `place` | checks both nodes, chooses a destination, claims room there | give the claim back |
-//! | `prepare` | destination: empty files for what will come, door open | destination: removes what it made |
-//! | `pre_copy` | source: sends, or compares, what can go while the guest runs | source: guest as it was |
-//! | `stop` | source: the guest shuts down | source: guest as it was, running again |
-//! | `copy` | source: sends disks and definition; every byte verified | source: stops sending |
-//! | `set_aside` | source: definition withdrawn, disks renamed: nothing starts it here | (undone with `stop`) |
-//! | `finish` | destination: defines the guest, starts it if it ran | destination: removes what it made |
-//! | — | *point of no return: the guest was seen on the destination* | |
-//! | `settle` | record and claim follow the guest; room for a way back stays claimed | |
-//!
 //! Why in this order: what can fail slowly (checks, room, base images that
 //! differ) comes before the guest is asked to stop. The source is set aside
 //! before the destination defines the guest, so that at no moment two nodes
@@ -32,38 +20,18 @@ use drover_model::{
     error::ErrorClass,
     guest::Presence,
     ids::HostName,
-    migration::{ColdOptions, EndReason, Migration, MigrationStatus as S, Phase},
+    migration::{ColdOptions, EndReason, Migration, MigrationStatus as S},
 };
-use drover_saga::{Saga, StepError};
+use drover_saga::{Saga, Step, StepError};
 use drover_store::claims::Resources;
 
 use super::{
     job::{ASK_AFTER, Data, Job, agent_error, ended, in_doubt, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
+    steps::{Shown, steps},
 };
 use crate::survey::Chosen;
-
-/// The steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Check, choose, claim.
-    Place,
-    /// Make the destination ready.
-    Prepare,
-    /// Send what can go beforehand.
-    PreCopy,
-    /// Have the guest shut down.
-    Stop,
-    /// Send the rest.
-    Copy,
-    /// Keep the source's copy from starting.
-    SetAside,
-    /// Have the guest on the destination.
-    Finish,
-    /// Have the record follow.
-    Settle,
-}
 
 /// One cold migration under way.
 pub struct ColdMigrate {
@@ -71,115 +39,60 @@ pub struct ColdMigrate {
     options: ColdOptions,
 }
 
+steps! { ColdMigrate |it, data|
+    // What can fail slowly (checks, room, base images that differ) comes before the guest is
+    // asked to stop.
+    PLACE = "place" [Accepted, Checking]
+        { it.place(data) }
+        undo { it.job.release_claim() };
+    // Destination: empty files for what will come, door open.
+    PREPARE = "prepare" [PreMigrating, Preparing]
+        tells "instance.resize_prep.start" then "instance.resize_prep.end"
+        { it.prepare(data) }
+        undo { it.undo_prepare(data) };
+    // Source: sends, or compares, what can go while the guest runs.
+    PRE_COPY = "pre_copy" [_, Preparing]
+        { it.pre_copy(data) }
+        undo { it.restore(data, false) };
+    STOP = "stop" [Migrating, Stopping]
+        tells "instance.resize.start"
+        { it.stop(data) }
+        undo { it.restore(data, true) };
+    // Source: sends disks and definition; every byte is verified.
+    COPY = "copy" [_, Disk]
+        { it.work(ColdPart::Copy, data) }
+        undo { it.undo_copy() };
+    // Before the destination defines the guest: at no moment could two nodes start it
+    // (invariant 1). It is undone with `stop`: the guest is started again on the source only
+    // after the destination has taken its definition back. Short, and better ended than left
+    // half done; so is the next.
+    SET_ASIDE = "set_aside" [PostMigrating, Finishing, is_whole]
+        then "instance.resize.end"
+        { it.set_aside(data) };
+    // Destination: defines the guest, starts it if it ran. The point of no return: the guest
+    // was seen there. Trouble with the record says nothing of the guest.
+    FINISH = "finish" [_, Finishing, commits, is_whole]
+        tells "instance.resize_finish.start" then "instance.resize_finish.end"
+        { async { it.finish(data).await.map_err(in_doubt) } }
+        undo { it.undo_finish(data) };
+    // Record and claim follow the guest; room for a way back stays claimed.
+    SETTLE = "settle" [_, Finishing]
+        { it.settle(data) };
+}
+
 #[async_trait]
 impl Saga for ColdMigrate {
-    type Step = Step;
     type Data = Data;
+    type Note = Shown;
 
-    const STEPS: &'static [Step] = &[
-        Step::Place,
-        Step::Prepare,
-        Step::PreCopy,
-        Step::Stop,
-        Step::Copy,
-        Step::SetAside,
-        Step::Finish,
-        Step::Settle,
-    ];
-    const COMMIT: Step = Step::Finish;
-
-    fn name(step: Step) -> &'static str {
-        match step {
-            Step::Place => "place",
-            Step::Prepare => "prepare",
-            Step::PreCopy => "pre_copy",
-            Step::Stop => "stop",
-            Step::Copy => "copy",
-            Step::SetAside => "set_aside",
-            Step::Finish => "finish",
-            Step::Settle => "settle",
-        }
-    }
-
-    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
-        match step {
-            Step::Place => self.place(data).await,
-            Step::Prepare => self.prepare(data).await,
-            Step::PreCopy => self.pre_copy(data).await,
-            Step::Stop => self.stop(data).await,
-            Step::Copy => self.work(ColdPart::Copy, data).await,
-            Step::SetAside => self.set_aside(data).await,
-            // Trouble with the record says nothing of the guest.
-            Step::Finish => self.finish(data).await.map_err(in_doubt),
-            Step::Settle => self.settle(data).await,
-        }
-    }
-
-    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
-        match step {
-            Step::Place => self.job.release_claim().await,
-            Step::Prepare => self.undo_prepare(data).await,
-            Step::Finish => self.undo_finish(data).await,
-            Step::PreCopy => self.restore(data, false).await,
-            Step::Stop => self.restore(data, true).await,
-            Step::Copy => {
-                let (source, step) = (self.job.source(), self.job.step());
-                let aborted = self.job.agents().abort_resize(source, step).await;
-                aborted.map_err(agent_error)
-            }
-            Step::SetAside | Step::Settle => Ok(()),
-        }
-    }
+    const STEPS: &'static [Step<Self>] = STEPS;
 
     async fn interrupted(&self) -> StepError {
         self.job.interrupted().await
     }
-
-    fn interruptible(step: Step) -> bool {
-        // Those two are short, and better ended than left half done.
-        !matches!(step, Step::SetAside | Step::Finish)
-    }
 }
 
 impl Recorded for ColdMigrate {
-    fn status_during(step: Step) -> Option<S> {
-        match step {
-            Step::Place => Some(S::Accepted),
-            Step::Prepare => Some(S::PreMigrating),
-            Step::Stop => Some(S::Migrating),
-            Step::SetAside => Some(S::PostMigrating),
-            Step::PreCopy | Step::Copy | Step::Finish | Step::Settle => None,
-        }
-    }
-
-    fn phase_during(step: Step) -> Phase {
-        match step {
-            Step::Place => Phase::Checking,
-            Step::Prepare | Step::PreCopy => Phase::Preparing,
-            Step::Stop => Phase::Stopping,
-            Step::Copy => Phase::Disk,
-            Step::SetAside | Step::Finish | Step::Settle => Phase::Finishing,
-        }
-    }
-
-    fn told_at_start(step: Step) -> Option<Told> {
-        match step {
-            Step::Prepare => Some(Told::info("instance.resize_prep.start")),
-            Step::Stop => Some(Told::info("instance.resize.start")),
-            Step::Finish => Some(Told::info("instance.resize_finish.start")),
-            _ => None,
-        }
-    }
-
-    fn told_at_success(step: Step) -> Option<Told> {
-        match step {
-            Step::Prepare => Some(Told::info("instance.resize_prep.end")),
-            Step::SetAside => Some(Told::info("instance.resize.end")),
-            Step::Finish => Some(Told::info("instance.resize_finish.end")),
-            _ => None,
-        }
-    }
-
     fn told_at_failure() -> Told {
         Told::error("instance.resize.error")
     }
@@ -206,7 +119,7 @@ impl ColdMigrate {
 
     async fn place(&self, data: &mut Data) -> Result<(), StepError> {
         let (chosen, why) = self.job.place().await?;
-        let name = Self::name(Step::Place);
+        let name = PLACE;
         for text in why {
             data.decide(name, text);
         }
@@ -374,7 +287,7 @@ impl ColdMigrate {
         match presence {
             Presence::Present(state) if start && !state.is_active() => {
                 let words = format!("it was started on {}, and is off again", chosen.host);
-                data.warn(Self::name(Step::Finish), vec![words]);
+                data.warn(FINISH, vec![words]);
             }
             Presence::Present(_) => {}
             // Somebody took away what had come: nothing is undone on a guess.
@@ -458,7 +371,7 @@ impl ColdMigrate {
         definitions.moved(m.instance_uuid, &chosen.host);
         let (source, name) = (&m.source_host, &m.instance_name);
         data.decide(
-            Self::name(Step::Settle),
+            SETTLE,
             format!(
                 "{source} keeps its copy aside until 'drover instance confirm {name}' or \
                  'drover instance revert {name}'"
@@ -468,6 +381,13 @@ impl ColdMigrate {
     }
 
     // ---- undoing
+
+    /// The source stops sending.
+    async fn undo_copy(&self) -> Result<(), StepError> {
+        let (source, step) = (self.job.source(), self.job.step());
+        let aborted = self.job.agents().abort_resize(source, step).await;
+        aborted.map_err(agent_error)
+    }
 
     /// The destination has no definition of it any more. One that is proven dead runs
     /// nothing, and is tidied when it is up again. If it is up again by now, and had
@@ -505,7 +425,7 @@ impl ColdMigrate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        let step = Self::name(Step::Prepare);
+        let step = PREPARE;
         if data.handed_over {
             // The guest is on its source by now, and waits for nothing that is left here.
             return match self.take_back_late(&chosen.host).await {
@@ -584,7 +504,7 @@ impl ColdMigrate {
         dest: &HostName,
         data: &Data,
     ) -> Result<(), StepError> {
-        if step == Self::name(Step::Prepare) {
+        if step == PREPARE {
             return self.take_back_late(dest).await;
         }
         let keep = Some((self.job.source(), kept_for_a_way_back(data.chosen()?)));

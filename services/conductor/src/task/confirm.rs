@@ -1,37 +1,71 @@
 //! A finished cold migration is confirmed: the source's copy is removed.
 //!
-//! | step | does | undo |
-//! |---|---|---|
-//! | `confirm_destination` | destination: what came is on stable storage, the guest is there | |
-//! | — | *point of no return* | |
-//! | `confirm_source` | source: removes what was set aside; the room for a way back is free | |
-//!
 //! The destination is asked first: the source's copy goes only when the other was
 //! seen whole and in place, then and again when it goes (invariant 11). A guest that
 //! somebody has brought back to the source is not confirmed: a revert ends that move.
 
 use async_trait::async_trait;
-use drover_model::migration::{EndReason, Migration, MigrationStatus as S, Phase};
-use drover_saga::{Saga, StepError};
+use drover_model::migration::{EndReason, Migration, MigrationStatus as S};
+use drover_saga::{Saga, Step, StepError};
 
 use super::{
     job::{Data, Job, agent_error, ended, lost},
     journal::{Recorded, Told},
     proof,
+    steps::{Shown, steps},
 };
-
-/// The steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// The destination's copy is for good.
-    ConfirmDestination,
-    /// The source's copy goes.
-    ConfirmSource,
-}
 
 /// One confirmation under way.
 pub struct Confirm {
     job: Job,
+}
+
+steps! { Confirm |it, data|
+    // What came is on stable storage, and the guest is there: the source's copy goes only when
+    // the other was seen whole and in place, now and again when it goes (invariant 11).
+    CONFIRM_DESTINATION = "confirm_destination" [Confirming, Done, commits]
+        tells "instance.resize_confirm.start"
+        { it.confirm_destination() };
+    // Source: removes what was set aside; the room for a way back is free.
+    CONFIRM_SOURCE = "confirm_source" [Confirming, Done]
+        { it.confirm_source() };
+}
+
+#[async_trait]
+impl Saga for Confirm {
+    type Data = Data;
+    type Note = Shown;
+
+    const STEPS: &'static [Step<Self>] = STEPS;
+
+    async fn interrupted(&self) -> StepError {
+        std::future::pending().await
+    }
+}
+
+impl Recorded for Confirm {
+    fn told_at_failure() -> Told {
+        Told::error("instance.resize_confirm.error")
+    }
+
+    fn told_at_end(status: S) -> Vec<Told> {
+        match status {
+            S::Confirmed => vec![Told::info("instance.resize_confirm.end")],
+            _ => Vec::new(),
+        }
+    }
+
+    fn status_after(_: &Migration) -> S {
+        S::Confirmed
+    }
+
+    fn status_undone(_: &Migration) -> S {
+        S::Finished
+    }
+
+    fn at_end(m: &mut Migration) {
+        super::ending_over(m);
+    }
 }
 
 impl Confirm {
@@ -83,81 +117,5 @@ impl Confirm {
         };
         self.job.cleaned(confirmed).await?;
         self.job.release_claim().await
-    }
-}
-
-#[async_trait]
-impl Saga for Confirm {
-    type Step = Step;
-    type Data = Data;
-
-    const STEPS: &'static [Step] = &[Step::ConfirmDestination, Step::ConfirmSource];
-    const COMMIT: Step = Step::ConfirmDestination;
-
-    fn name(step: Step) -> &'static str {
-        match step {
-            Step::ConfirmDestination => "confirm_destination",
-            Step::ConfirmSource => "confirm_source",
-        }
-    }
-
-    async fn run(&self, step: Step, _: &mut Data) -> Result<(), StepError> {
-        match step {
-            Step::ConfirmDestination => self.confirm_destination().await,
-            Step::ConfirmSource => self.confirm_source().await,
-        }
-    }
-
-    async fn undo(&self, _: Step, _: &Data) -> Result<(), StepError> {
-        Ok(())
-    }
-
-    async fn interrupted(&self) -> StepError {
-        std::future::pending().await
-    }
-
-    fn interruptible(_: Step) -> bool {
-        false
-    }
-}
-
-impl Recorded for Confirm {
-    fn status_during(_: Step) -> Option<S> {
-        Some(S::Confirming)
-    }
-
-    fn phase_during(_: Step) -> Phase {
-        Phase::Done
-    }
-
-    fn told_at_start(step: Step) -> Option<Told> {
-        (step == Step::ConfirmDestination).then(|| Told::info("instance.resize_confirm.start"))
-    }
-
-    fn told_at_success(_: Step) -> Option<Told> {
-        None
-    }
-
-    fn told_at_failure() -> Told {
-        Told::error("instance.resize_confirm.error")
-    }
-
-    fn told_at_end(status: S) -> Vec<Told> {
-        match status {
-            S::Confirmed => vec![Told::info("instance.resize_confirm.end")],
-            _ => Vec::new(),
-        }
-    }
-
-    fn status_after(_: &Migration) -> S {
-        S::Confirmed
-    }
-
-    fn status_undone(_: &Migration) -> S {
-        S::Finished
-    }
-
-    fn at_end(m: &mut Migration) {
-        super::ending_over(m);
     }
 }

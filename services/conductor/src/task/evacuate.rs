@@ -1,14 +1,6 @@
 //! Starting the guest of a dead node elsewhere, as a saga. The operation that it
 //! is part of has proven that the node is off (invariant 1).
 //!
-//! | step | does | undo |
-//! |---|---|---|
-//! | `place` | proof and definition are looked at again; chooses a destination, claims room there | give the claim back |
-//! | `prepare` | destination: defines the guest with its next generation, not started | destination: takes the definition back |
-//! | `start` | destination: starts it | (undone with `prepare`) |
-//! | — | *point of no return: the guest was seen to run on the destination* | |
-//! | `settle` | record and claim follow the guest, with its generation; destination: forgets the evacuation | |
-//!
 //! Why in this order: the guest is defined before it is started, so that a
 //! destination that cannot have it says so while nothing runs. Right before the
 //! start the dead node is looked at once more: one that was heard of since the
@@ -27,9 +19,9 @@ use drover_model::{
     error::ErrorClass,
     guest::{PowerState, Presence},
     ids::HostName,
-    migration::{EndReason, Evacuation, Migration, MigrationStatus as S, Phase},
+    migration::{EndReason, Evacuation, Migration, MigrationStatus as S},
 };
-use drover_saga::{Saga, StepError};
+use drover_saga::{Saga, Step, StepError};
 use drover_store::{definitions::DefinitionRow, instances::InstanceRow, nodes::NodeRow};
 use tokio::time::Instant;
 
@@ -37,6 +29,7 @@ use super::{
     job::{Data, Job, agent_error, all_clean, ended, in_doubt, lost, repeatable, store_error},
     journal::{Recorded, Told},
     proof::NeverRan,
+    steps::{Shown, steps},
 };
 use crate::{
     checks::{
@@ -54,101 +47,49 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// How long to look before the step counts as lost.
 const LOOK_FOR: Duration = Duration::from_secs(30);
 
-/// The steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Look at the proof, choose, claim.
-    Place,
-    /// Have it defined.
-    Prepare,
-    /// Have it started.
-    Start,
-    /// Have record and destination follow.
-    Settle,
-}
-
 /// One evacuation under way.
 pub struct Evacuate {
     job: Job,
     wanted: Evacuation,
 }
 
+steps! { Evacuate |it, data|
+    // Looks at proof and definition again, chooses a destination, claims room there.
+    PLACE = "place" [Accepted, Checking]
+        tells "instance.evacuate" then "instance.rebuild_scheduled"
+        { it.place(data) }
+        undo { it.job.release_claim() };
+    // Destination: defines the guest with its next generation. One that cannot have it says so
+    // while nothing runs.
+    PREPARE = "prepare" [PreMigrating, Preparing]
+        tells "instance.rebuild.start"
+        { it.prepare(data) }
+        undo { it.undo_prepare(data) };
+    // Right before it the dead node is looked at once more: one that was heard of since the
+    // proof may run the guest itself. The point of no return: the guest was seen to run. It is
+    // undone with `prepare`. Short, and its end has to be seen; trouble with the record says
+    // nothing of the guest.
+    START = "start" [_, SwitchOver, commits, is_whole]
+        { async { it.start(data).await.map_err(in_doubt) } };
+    // Record and claim follow the guest, with its generation; the destination forgets the
+    // evacuation.
+    SETTLE = "settle" [Done, Finishing]
+        { it.settle(data) };
+}
+
 #[async_trait]
 impl Saga for Evacuate {
-    type Step = Step;
     type Data = Data;
+    type Note = Shown;
 
-    const STEPS: &'static [Step] = &[Step::Place, Step::Prepare, Step::Start, Step::Settle];
-    const COMMIT: Step = Step::Start;
-
-    fn name(step: Step) -> &'static str {
-        match step {
-            Step::Place => "place",
-            Step::Prepare => "prepare",
-            Step::Start => "start",
-            Step::Settle => "settle",
-        }
-    }
-
-    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
-        match step {
-            Step::Place => self.place(data).await,
-            Step::Prepare => self.prepare(data).await,
-            // Trouble with the record says nothing of the guest.
-            Step::Start => self.start(data).await.map_err(in_doubt),
-            Step::Settle => self.settle(data).await,
-        }
-    }
-
-    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
-        match step {
-            Step::Place => self.job.release_claim().await,
-            Step::Prepare => self.undo_prepare(data).await,
-            Step::Start | Step::Settle => Ok(()),
-        }
-    }
+    const STEPS: &'static [Step<Self>] = STEPS;
 
     async fn interrupted(&self) -> StepError {
         self.job.interrupted().await
     }
-
-    fn interruptible(step: Step) -> bool {
-        // Short, and its end has to be seen.
-        step != Step::Start
-    }
 }
 
 impl Recorded for Evacuate {
-    fn status_during(step: Step) -> Option<S> {
-        match step {
-            Step::Place => Some(S::Accepted),
-            Step::Prepare => Some(S::PreMigrating),
-            Step::Start => None,
-            Step::Settle => Some(S::Done),
-        }
-    }
-
-    fn phase_during(step: Step) -> Phase {
-        match step {
-            Step::Place => Phase::Checking,
-            Step::Prepare => Phase::Preparing,
-            Step::Start => Phase::SwitchOver,
-            Step::Settle => Phase::Finishing,
-        }
-    }
-
-    fn told_at_start(step: Step) -> Option<Told> {
-        match step {
-            Step::Place => Some(Told::info("instance.evacuate")),
-            Step::Prepare => Some(Told::info("instance.rebuild.start")),
-            Step::Start | Step::Settle => None,
-        }
-    }
-
-    fn told_at_success(step: Step) -> Option<Told> {
-        (step == Step::Place).then(|| Told::info("instance.rebuild_scheduled"))
-    }
-
     fn told_at_failure() -> Told {
         Told::error("instance.rebuild.error")
     }
@@ -316,7 +257,7 @@ impl Evacuate {
             return Ok(());
         };
         let taken_back = self.take_back_or_leave(&chosen.host).await;
-        let step = Self::name(Step::Prepare);
+        let step = PREPARE;
         self.job.or_put_off(&chosen.host, step, taken_back).await
     }
 
@@ -377,7 +318,7 @@ impl Evacuate {
                 (there, _) if there.is_active() => {
                     if began.elapsed() >= LOOK_FOR {
                         let words = format!("it is on {host}, and does not run: {there}");
-                        data.warn(Self::name(Step::Start), vec![words]);
+                        data.warn(START, vec![words]);
                         break;
                     }
                 }
@@ -387,7 +328,7 @@ impl Evacuate {
                 // It ran there: with its generation it is the only one that may.
                 (Presence::Present(_), Ok(())) => {
                     let words = format!("it was started on {host}, and is off again: {there}");
-                    data.warn(Self::name(Step::Start), vec![words]);
+                    data.warn(START, vec![words]);
                     break;
                 }
                 (there, Ok(())) => {
@@ -448,7 +389,7 @@ impl Evacuate {
         rebuilt.await.map_err(|e| store_error(&e))?;
         self.job.context.definitions.moved(m.instance_uuid, &host);
         let warnings = self.forget(&host).await?;
-        data.warn(Self::name(Step::Settle), warnings);
+        data.warn(SETTLE, warnings);
         Ok(())
     }
 
@@ -464,7 +405,7 @@ impl Evacuate {
         host: &HostName,
         data: &Data,
     ) -> Result<(), StepError> {
-        if step == Self::name(Step::Prepare) {
+        if step == PREPARE {
             return self.take_back_or_leave(host).await;
         }
         let (m, now_ms) = (&self.job.migration, self.now_ms());

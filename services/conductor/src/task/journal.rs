@@ -12,19 +12,11 @@ use drover_saga::{Event, Journal, JournalError, Saga, StepError};
 use drover_store::{Store, StoreError, migrations::Lease, outbox::Notification, sagas::SagaKey};
 use serde_json::{Value, json};
 
-use super::job::Data;
+use super::{job::Data, steps::Shown};
 use crate::clock::Clock;
 
 /// What a saga's events mean for the migration's record, and whom they tell.
-pub trait Recorded: Saga<Data = Data> {
-    /// Status while a step runs; `None` leaves it.
-    fn status_during(step: Self::Step) -> Option<S>;
-    /// Phase while a step runs, until an agent says more.
-    fn phase_during(step: Self::Step) -> Phase;
-    /// What is told when a step begins.
-    fn told_at_start(step: Self::Step) -> Option<Told>;
-    /// What is told when a step is done.
-    fn told_at_success(step: Self::Step) -> Option<Told>;
+pub trait Recorded: Saga<Data = Data, Note = Shown> {
     /// What is told when it fails, and undoing begins.
     fn told_at_failure() -> Told;
     /// What is told at the end, by the status then.
@@ -51,7 +43,7 @@ pub struct Told {
 
 impl Told {
     /// To those who follow.
-    pub fn info(event_type: &'static str) -> Self {
+    pub const fn info(event_type: &'static str) -> Self {
         let priority = "INFO";
         Self {
             event_type,
@@ -60,7 +52,7 @@ impl Told {
     }
 
     /// To those who mend.
-    pub fn error(event_type: &'static str) -> Self {
+    pub const fn error(event_type: &'static str) -> Self {
         let priority = "ERROR";
         Self {
             event_type,
@@ -123,19 +115,19 @@ fn project<G: Recorded>(
     match event {
         Event::Started { .. } => {
             m.step_started_at_ms = now_ms;
-            if let Some(status) = step.and_then(G::status_during) {
+            if let Some(status) = step.and_then(|step| step.status) {
                 m.become_status(status)?;
             }
-            let phase = step.map_or(Phase::Waiting, G::phase_during);
+            let phase = step.map_or(Phase::Waiting, |step| step.phase);
             m.progress.phase = m.progress.phase.max(phase);
-            told.extend(step.and_then(G::told_at_start));
+            told.extend(step.and_then(|step| step.at_start));
         }
         Event::Succeeded { step: name, data } => {
             timing(m, name, now_ms);
             if let Ok(data) = serde_json::from_value::<Data>(data.clone()) {
                 learn(m, name, &data, now_ms);
             }
-            told.extend(step.and_then(G::told_at_success));
+            told.extend(step.and_then(|step| step.at_success));
             told.extend(end_if_last::<G>(m, name, now_ms)?);
         }
         Event::PutOff { step: name, error } => {
@@ -150,7 +142,7 @@ fn project<G: Recorded>(
             m.end_reason = Some(end_reason(error));
             told.push(G::told_at_failure());
         }
-        Event::Undone { step: name } if name == G::name(G::STEPS[0]) => {
+        Event::Undone { step: name } if name == G::STEPS[0].name => {
             told.extend(end::<G>(m, G::status_undone(m), now_ms)?);
         }
         Event::Undone { .. } => {}
@@ -186,22 +178,23 @@ pub(super) fn go_on<G: Recorded>(m: &mut Migration, events: &[Event], now_ms: u6
     if m.status != S::Stuck {
         return false;
     }
-    let step = events.last().map_or(G::name(G::STEPS[0]), Event::step);
+    let step = events.last().map_or(G::STEPS[0].name, Event::step);
     let went_on = m.become_status(status_at::<G>(step)).is_ok();
     m.updated_at_ms = now_ms;
     decide(m, now_ms, format!("{step} is tried again"));
     went_on
 }
 
-fn step_of<G: Recorded>(name: &str) -> Option<G::Step> {
-    G::STEPS.iter().copied().find(|s| G::name(*s) == name)
+fn step_of<G: Recorded>(name: &str) -> Option<&'static Shown> {
+    let step = G::STEPS.iter().find(|step| step.name == name);
+    step.map(|step| &step.note)
 }
 
 /// The status that a step has, or the last before it that has one.
 fn status_at<G: Recorded>(name: &str) -> S {
-    let up_to = G::STEPS.iter().position(|s| G::name(*s) == name);
+    let up_to = G::STEPS.iter().position(|step| step.name == name);
     let steps = G::STEPS.iter().take(up_to.map_or(0, |at| at + 1)).rev();
-    let mut statuses = steps.filter_map(|s| G::status_during(*s));
+    let mut statuses = steps.filter_map(|step| step.note.status);
     statuses.next().unwrap_or(S::Accepted)
 }
 
@@ -244,7 +237,7 @@ fn end_if_last<G: Recorded>(
     step: &str,
     now_ms: u64,
 ) -> Result<Vec<Told>, IllegalTransition> {
-    let is_last = G::STEPS.last().is_some_and(|s| G::name(*s) == step);
+    let is_last = G::STEPS.last().is_some_and(|last| last.name == step);
     match is_last {
         true => end::<G>(m, G::status_after(m), now_ms),
         false => Ok(Vec::new()),

@@ -1,15 +1,5 @@
 //! Live migration as a saga.
 //!
-//! | step | does | undo |
-//! |---|---|---|
-//! | `place` | checks both nodes, chooses a destination, claims room there | give the claim back |
-//! | `prepare` | destination: creates the disks to be copied | destination: removes what it created |
-//! | `turn` | waits until few enough others send | give the turn back |
-//! | `transfer` | source: libvirt sends disks and memory, the guest switches over | source: forgets the job |
-//! | — | *point of no return: the guest was seen on the destination* | |
-//! | `settle` | the turn is given back; record and claim follow the guest; destination: confirms and tidies | |
-//! | `tidy` | source: removes the disks that were copied away | |
-//!
 //! Why in this order: the claim comes before anything is made on the
 //! destination, so that two guests never prepare for the same room. The disks
 //! are made before the transfer because libvirt copies into what is there. The
@@ -38,7 +28,7 @@ use drover_model::{
     ids::HostName,
     migration::{EndReason, LiveOptions, Migration, MigrationStatus as S, Phase},
 };
-use drover_saga::{Saga, StepError};
+use drover_saga::{Saga, Step, StepError};
 use drover_store::operations::{Turn, TurnLimits};
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -47,6 +37,7 @@ use super::{
     job::{ASK_AFTER, Data, Job, agent_error, ended, lost, moved, repeatable, store_error},
     journal::{Recorded, Told},
     proof::{self, TakeBack},
+    steps::{Shown, steps},
 };
 use crate::{agent_client::AgentError, plan::schedule::Limits, survey::Chosen};
 
@@ -56,121 +47,57 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// How long to look before the step counts as lost.
 const LOOK_FOR: Duration = Duration::from_secs(60);
 
-/// The steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Check, choose, claim.
-    Place,
-    /// Make the destination ready.
-    Prepare,
-    /// Wait until it may send.
-    Turn,
-    /// Move the guest.
-    Transfer,
-    /// Have record and destination follow.
-    Settle,
-    /// Tidy the source.
-    Tidy,
-}
-
 /// One live migration under way.
 pub struct LiveMigrate {
     job: Job,
     options: LiveOptions,
 }
 
+steps! { LiveMigrate |it, data|
+    // Checks both nodes, chooses a destination. The claim comes before anything is made there:
+    // two guests never prepare for the same room.
+    PLACE = "place" [Accepted, Checking]
+        { it.place(data) }
+        undo { it.job.release_claim() };
+    // Destination: makes the disks to be copied, as libvirt copies into what is there.
+    PREPARE = "prepare" [Preparing, Preparing]
+        tells "instance.live_migration_pre.start" then "instance.live_migration_pre.end"
+        { it.prepare(data) }
+        undo { it.undo_prepare(data) };
+    // Many destinations are made ready while few sources send. A saga that is taken up again
+    // keeps the turn that it has.
+    TURN = "turn" [Preparing, Waiting]
+        { it.turn(data) }
+        undo { it.end_turn() };
+    // Source: libvirt sends disks and memory, and the guest switches over. The point of no
+    // return: the guest was seen on the destination. An abort is handed on to libvirt, and it
+    // is seen what comes of it.
+    TRANSFER = "transfer" [Running, Waiting, commits, is_whole]
+        { it.transfer(data) }
+        undo { it.undo_transfer() };
+    // The record follows the guest before the source is tidied: at no moment does it name a
+    // node whose disks are gone.
+    SETTLE = "settle" [_, Finishing]
+        tells "instance.live_migration_post.start" then "instance.live_migration_post_dest.end"
+        { it.settle(data) };
+    // Source: removes the disks that were copied away.
+    TIDY = "tidy" [_, Finishing]
+        { it.tidy(data) };
+}
+
 #[async_trait]
 impl Saga for LiveMigrate {
-    type Step = Step;
     type Data = Data;
+    type Note = Shown;
 
-    const STEPS: &'static [Step] = &[
-        Step::Place,
-        Step::Prepare,
-        Step::Turn,
-        Step::Transfer,
-        Step::Settle,
-        Step::Tidy,
-    ];
-    const COMMIT: Step = Step::Transfer;
-
-    fn name(step: Step) -> &'static str {
-        match step {
-            Step::Place => "place",
-            Step::Prepare => "prepare",
-            Step::Turn => "turn",
-            Step::Transfer => "transfer",
-            Step::Settle => "settle",
-            Step::Tidy => "tidy",
-        }
-    }
-
-    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
-        match step {
-            Step::Place => self.place(data).await,
-            Step::Prepare => self.prepare(data).await,
-            Step::Turn => self.turn(data).await,
-            Step::Transfer => self.transfer(data).await,
-            Step::Settle => self.settle(data).await,
-            Step::Tidy => self.tidy(data).await,
-        }
-    }
-
-    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
-        match step {
-            Step::Place => self.job.release_claim().await,
-            Step::Prepare => self.undo_prepare(data).await,
-            Step::Turn => self.end_turn().await,
-            Step::Transfer => self.undo_transfer().await,
-            Step::Settle | Step::Tidy => Ok(()),
-        }
-    }
+    const STEPS: &'static [Step<Self>] = STEPS;
 
     async fn interrupted(&self) -> StepError {
         self.job.interrupted().await
     }
-
-    fn interruptible(step: Step) -> bool {
-        // The transfer hands an abort on to libvirt and sees what comes of it.
-        step != Step::Transfer
-    }
 }
 
 impl Recorded for LiveMigrate {
-    fn status_during(step: Step) -> Option<S> {
-        match step {
-            Step::Place => Some(S::Accepted),
-            Step::Prepare | Step::Turn => Some(S::Preparing),
-            Step::Transfer => Some(S::Running),
-            Step::Settle | Step::Tidy => None,
-        }
-    }
-
-    fn phase_during(step: Step) -> Phase {
-        match step {
-            Step::Place => Phase::Checking,
-            Step::Prepare => Phase::Preparing,
-            Step::Turn | Step::Transfer => Phase::Waiting,
-            Step::Settle | Step::Tidy => Phase::Finishing,
-        }
-    }
-
-    fn told_at_start(step: Step) -> Option<Told> {
-        match step {
-            Step::Prepare => Some(Told::info("instance.live_migration_pre.start")),
-            Step::Settle => Some(Told::info("instance.live_migration_post.start")),
-            Step::Place | Step::Turn | Step::Transfer | Step::Tidy => None,
-        }
-    }
-
-    fn told_at_success(step: Step) -> Option<Told> {
-        match step {
-            Step::Prepare => Some(Told::info("instance.live_migration_pre.end")),
-            Step::Settle => Some(Told::info("instance.live_migration_post_dest.end")),
-            Step::Place | Step::Turn | Step::Transfer | Step::Tidy => None,
-        }
-    }
-
     fn status_after(_: &Migration) -> S {
         S::Completed
     }
@@ -228,7 +155,7 @@ impl LiveMigrate {
         let Some(chosen) = &data.chosen else {
             return Ok(());
         };
-        let step = Self::name(Step::Prepare);
+        let step = PREPARE;
         if let Some(dead) = self.job.is_dead(self.job.source()).await? {
             return self.without_survivor(chosen, &dead).await;
         }
@@ -248,9 +175,7 @@ impl LiveMigrate {
             return Ok(());
         }
         let why = format!("{dead}: what was made on {host} is taken back when that is up again");
-        self.job
-            .put_off(host, Self::name(Step::Prepare), &why)
-            .await
+        self.job.put_off(host, PREPARE, &why).await
     }
 
     /// Has a destination forget of a guest that never came.
@@ -370,7 +295,7 @@ impl LiveMigrate {
             }
             heard => heard?,
         };
-        data.warn(Self::name(Step::Transfer), noted);
+        data.warn(TRANSFER, noted);
         Ok(())
     }
 
@@ -693,9 +618,7 @@ impl LiveMigrate {
         };
         let source = self.job.source();
         let why = format!("{dead}: its agent forgets of the transfer when it is up again");
-        self.job
-            .put_off(source, Self::name(Step::Transfer), &why)
-            .await
+        self.job.put_off(source, TRANSFER, &why).await
     }
 
     async fn forget_transfer(&self) -> Result<(), StepError> {
@@ -726,7 +649,7 @@ impl LiveMigrate {
         let cleaned = cleaned.map_err(agent_error)?;
         data.downtime_ms = cleaned.downtime_ms.or(data.downtime_ms);
         let noted = cleaned.warnings.into_iter().chain(cleaned.kept);
-        data.warn(Self::name(Step::Settle), noted.collect());
+        data.warn(SETTLE, noted.collect());
         Ok(())
     }
 
@@ -740,12 +663,12 @@ impl LiveMigrate {
             .extend(self.left_unknown(&cleaned, copied).await);
         if !cleaned.removed.is_empty() {
             data.decide(
-                Self::name(Step::Tidy),
+                TIDY,
                 format!("removed from {source}: {}", cleaned.removed.join(", ")),
             );
         }
         let noted = cleaned.warnings.into_iter().chain(cleaned.kept);
-        data.warn(Self::name(Step::Tidy), noted.collect());
+        data.warn(TIDY, noted.collect());
         Ok(())
     }
 
@@ -774,16 +697,16 @@ impl LiveMigrate {
     /// Does a step again that was put off; says what remains amiss. The world may
     /// have changed since, so it is looked at anew.
     pub async fn tidy_again(&self, step: &str, dest: &HostName) -> Result<(), StepError> {
-        if step == Self::name(Step::Prepare) {
+        if step == PREPARE {
             return match self.take_back(dest).await? {
                 None => Ok(()),
                 Some(unproven) => Err(lost(unproven)),
             };
         }
-        if step == Self::name(Step::Transfer) {
+        if step == TRANSFER {
             return self.forget_transfer().await;
         }
-        let cleaned = match step == Self::name(Step::Settle) {
+        let cleaned = match step == SETTLE {
             true => {
                 self.end_turn().await?;
                 let took = self.job.source();

@@ -6,7 +6,7 @@
 //! * [`evacuate`]: a guest whose node is dead, started on another.
 //! * [`transfer`]: a guest to another project on its node.
 //!
-//! [`journal`] turns their events into the record and the notifications; what
+//! Each lists its steps as [`steps`] says. [`journal`] turns their events into the record and the notifications; what
 //! all their steps use is in [`job`]; what proves that something may go is in
 //! [`proof`]; [`runner`] drives them, finds them again after a restart, and keeps
 //! hold; [`tidying`] does what they put off.
@@ -20,6 +20,7 @@ pub mod live_migrate;
 pub mod proof;
 pub mod revert;
 pub mod runner;
+pub mod steps;
 pub mod tidying;
 pub mod transfer;
 

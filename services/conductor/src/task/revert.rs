@@ -1,14 +1,6 @@
 //! A finished cold migration is reverted: the guest is on its source again, as
 //! it was when it left.
 //!
-//! | step | does | undo |
-//! |---|---|---|
-//! | `revert_destination` | destination: stops the guest, takes its definition away | destination: guest there again |
-//! | `restore` | source: puts files and definition back, starts the guest if it ran | source: sets it aside again |
-//! | — | *point of no return: the guest was seen on the source* | |
-//! | `settle` | record and claim follow the guest | |
-//! | `tidy` | destination: removes the files that came | |
-//!
 //! Before anything is stopped the source is asked whether it still has all that it
 //! set aside, and room for it: one that has lost it, or that has the guest or other files
 //! in its place, refuses, and the guest runs on. The destination
@@ -25,35 +17,80 @@ use async_trait::async_trait;
 use drover_model::{
     api::compute::{CleanUp, Ended, FinishResize, FinishRevertResize, Known},
     error::ErrorClass,
-    guest::{PowerState, Presence},
+    guest::Presence,
     ids::HostName,
-    migration::{EndReason, Migration, MigrationStatus as S, Phase, Way},
+    migration::{EndReason, Migration, MigrationStatus as S, Way},
 };
-use drover_saga::{Saga, StepError};
+use drover_saga::{Saga, Step, StepError};
 
 use super::{
     job::{Data, Job, agent_error, ended, lost, patient, repeatable, store_error},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
+    steps::{Shown, steps},
 };
 use crate::agent_client::AgentError;
-
-/// The steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Stop it on the destination.
-    RevertDestination,
-    /// Have it on the source.
-    Restore,
-    /// Have the record follow.
-    Settle,
-    /// Remove what came to the destination.
-    Tidy,
-}
 
 /// One way back under way.
 pub struct Revert {
     job: Job,
+}
+
+steps! { Revert |it, data|
+    // Destination: stops the guest, takes its definition away. Before anything is stopped the
+    // source is asked whether it still has all that it set aside, and room for it.
+    REVERT_DESTINATION = "revert_destination" [Reverting, Done]
+        tells "instance.resize_revert.start"
+        { it.revert_destination(data) }
+        undo { it.unless_taken_back(data, it.undo_destination()) };
+    // Source: puts files and definition back, starts the guest if it ran. The point of no
+    // return: the guest was seen on the source.
+    RESTORE = "restore" [Reverting, Done, commits]
+        { it.restore(data) }
+        undo { it.unless_taken_back(data, it.undo_restore()) };
+    // What is put off is found by name: that of a cold migration's step is another one.
+    SETTLE = "revert_settle" [Reverting, Done]
+        { it.settle(data) };
+    // Destination: removes the files that came, kept until the source was seen to have them.
+    TIDY = "revert_tidy" [Reverting, Done]
+        { it.tidy(data) };
+}
+
+#[async_trait]
+impl Saga for Revert {
+    type Data = Data;
+    type Note = Shown;
+
+    const STEPS: &'static [Step<Self>] = STEPS;
+
+    async fn interrupted(&self) -> StepError {
+        std::future::pending().await
+    }
+}
+
+impl Recorded for Revert {
+    fn told_at_failure() -> Told {
+        Told::error("instance.resize_revert.error")
+    }
+
+    fn told_at_end(status: S) -> Vec<Told> {
+        match status {
+            S::Reverted => vec![Told::info("instance.resize_revert.end")],
+            _ => Vec::new(),
+        }
+    }
+
+    fn status_after(_: &Migration) -> S {
+        S::Reverted
+    }
+
+    fn status_undone(_: &Migration) -> S {
+        S::Finished
+    }
+
+    fn at_end(m: &mut Migration) {
+        super::ending_over(m);
+    }
 }
 
 impl Revert {
@@ -102,7 +139,7 @@ impl Revert {
         let alone = self.job.is_on_no_other_node(dest).await;
         alone.map_err(cannot_go_back)?;
         data.without_dest = true;
-        data.decide(Self::name(Step::RevertDestination), dead);
+        data.decide(REVERT_DESTINATION, dead);
         Ok(())
     }
 
@@ -148,6 +185,19 @@ impl Revert {
                 "{is_back}; {why}: every node but one has to say that it has no definition of it"
             ))
         })
+    }
+
+    /// Of a guest that was brought back by hand nothing is undone: nothing was done to it,
+    /// nor to a file of it.
+    async fn unless_taken_back(
+        &self,
+        data: &Data,
+        undo: impl Future<Output = Result<(), StepError>>,
+    ) -> Result<(), StepError> {
+        match data.taken_back {
+            true => Ok(()),
+            false => undo.await,
+        }
     }
 
     /// The guest is on the destination again, as it was there.
@@ -241,7 +291,7 @@ impl Revert {
                 _ => error,
             }
         })?;
-        let step = Self::name(Step::Restore);
+        let step = RESTORE;
         data.arrived = source.copy().presence.power_state();
         data.decide(
             step,
@@ -307,14 +357,14 @@ impl Revert {
         self.job.is_on_no_other_node(dest).await.map_err(lost)
     }
 
-    async fn settle(&self, arrived: Option<PowerState>) -> Result<(), StepError> {
+    async fn settle(&self, data: &Data) -> Result<(), StepError> {
         let m = &self.job.migration;
         let now_ms = self.job.context.clock.now_ms();
         let (id, host) = (m.instance_uuid, &m.source_host);
         let settled = self
             .job
             .store()
-            .settle(self.job.lease, id, host, arrived, None, now_ms)
+            .settle(self.job.lease, id, host, data.arrived, None, now_ms)
             .await;
         settled.map_err(|e| store_error(&e))?;
         self.job.context.definitions.moved(id, host);
@@ -328,7 +378,7 @@ impl Revert {
         dest: &HostName,
         data: &Data,
     ) -> Result<(), StepError> {
-        if step == Self::name(Step::Tidy) {
+        if step == TIDY {
             return self.tidy(data).await;
         }
         let source = self.job.source();
@@ -375,98 +425,4 @@ fn cannot_go_back(why: String) -> StepError {
     ended(EndReason::Failed {
         message: format!("it cannot go back: {why}"),
     })
-}
-
-#[async_trait]
-impl Saga for Revert {
-    type Step = Step;
-    type Data = Data;
-
-    const STEPS: &'static [Step] = &[
-        Step::RevertDestination,
-        Step::Restore,
-        Step::Settle,
-        Step::Tidy,
-    ];
-    const COMMIT: Step = Step::Restore;
-
-    fn name(step: Step) -> &'static str {
-        match step {
-            Step::RevertDestination => "revert_destination",
-            Step::Restore => "restore",
-            // Names of their own: what is put off is found by them.
-            Step::Settle => "revert_settle",
-            Step::Tidy => "revert_tidy",
-        }
-    }
-
-    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
-        match step {
-            Step::RevertDestination => self.revert_destination(data).await,
-            Step::Restore => self.restore(data).await,
-            Step::Settle => self.settle(data.arrived).await,
-            Step::Tidy => self.tidy(data).await,
-        }
-    }
-
-    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
-        if data.taken_back {
-            // Nothing was done to the guest, nor to a file of it.
-            return Ok(());
-        }
-        match step {
-            Step::RevertDestination => self.undo_destination().await,
-            Step::Restore => self.undo_restore().await,
-            Step::Settle | Step::Tidy => Ok(()),
-        }
-    }
-
-    async fn interrupted(&self) -> StepError {
-        std::future::pending().await
-    }
-
-    fn interruptible(_: Step) -> bool {
-        false
-    }
-}
-
-impl Recorded for Revert {
-    fn status_during(_: Step) -> Option<S> {
-        Some(S::Reverting)
-    }
-
-    fn phase_during(_: Step) -> Phase {
-        Phase::Done
-    }
-
-    fn told_at_start(step: Step) -> Option<Told> {
-        (step == Step::RevertDestination).then(|| Told::info("instance.resize_revert.start"))
-    }
-
-    fn told_at_success(_: Step) -> Option<Told> {
-        None
-    }
-
-    fn told_at_failure() -> Told {
-        Told::error("instance.resize_revert.error")
-    }
-
-    fn told_at_end(status: S) -> Vec<Told> {
-        match status {
-            S::Reverted => vec![Told::info("instance.resize_revert.end")],
-            _ => Vec::new(),
-        }
-    }
-
-    fn status_after(_: &Migration) -> S {
-        S::Reverted
-    }
-
-    fn status_undone(_: &Migration) -> S {
-        S::Finished
-    }
-
-    fn at_end(m: &mut Migration) {
-        super::ending_over(m);
-    }
 }

@@ -1,17 +1,6 @@
 //! A transfer to another project as a saga: the guest stays on its node and
 //! changes hands, running (live) or off meanwhile (cold).
 //!
-//! | step | does | undo |
-//! |---|---|---|
-//! | `check` | every check, the plan; promises the receiver's quota | give the promise back |
-//! | `prepare` | node: writes down the plan and what was before | node: all is as it was; forgets |
-//! | `stop` | cold: the guest shuts down | node: stops asking it (started again with `prepare`'s) |
-//! | `copy` | disks are copied to the receiver's storage, the guest still on the old ones | node: stops copying |
-//! | `hand_over` | networks, metadata, then disks are the receiver's; a cold one is started | (undone with `prepare`) |
-//! | — | *point of no return: the node says that all of it is done* | |
-//! | `settle` | record: the instance is the receiver's, and counts there | |
-//! | `tidy` | node: removes the old disks | |
-//!
 //! Why in this order: what takes long and may fail (checks, copying) comes while
 //! nothing has changed for anybody. Handing over is short, and of it the disks
 //! come last: a network is given back in a moment, a disk that was written to
@@ -21,9 +10,9 @@ use async_trait::async_trait;
 use drover_model::{
     api::compute::{Ended, JobState, Known, Outcome, PrepTransfer, TransferPart, TransferWork},
     error::ErrorClass,
-    migration::{EndReason, Migration, MigrationStatus as S, Phase, ProjectTransfer, TransferMode},
+    migration::{EndReason, Migration, MigrationStatus as S, ProjectTransfer, TransferMode},
 };
-use drover_saga::{Saga, StepError};
+use drover_saga::{Saga, Step, StepError};
 
 use super::{
     job::{
@@ -31,27 +20,9 @@ use super::{
         store_error,
     },
     journal::{Recorded, Told},
+    steps::{Shown, steps},
 };
 use crate::{checks::transfer as checks, transfer_survey::TransferSurvey};
-
-/// The steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Check, plan, promise quota.
-    Check,
-    /// Have the node write it down.
-    Prepare,
-    /// Have the guest shut down.
-    Stop,
-    /// Copy disks.
-    Copy,
-    /// Make everything the receiver's.
-    HandOver,
-    /// Have the record follow.
-    Settle,
-    /// Remove what is left of the giver's.
-    Tidy,
-}
 
 /// One transfer under way.
 pub struct Transfer {
@@ -59,106 +30,52 @@ pub struct Transfer {
     wanted: ProjectTransfer,
 }
 
+steps! { Transfer |it, data|
+    // Every check, the plan; promises the receiver's quota. What takes long and may fail comes
+    // while nothing has changed for anybody.
+    CHECK = "check" [Accepted, Checking]
+        { it.check(data) }
+        undo { it.release_quota() };
+    // Node: writes down the plan and what was before.
+    PREPARE = "prepare" [Preparing, Preparing]
+        tells "instance.transfer.start"
+        { it.prepare(data) }
+        undo { it.take_back() };
+    // Cold: the guest shuts down (started again with what `prepare` undoes). A live one has
+    // nothing to stop.
+    STOP = "stop" [Running, Preparing]
+        { it.stop(data) }
+        undo { it.undo_stop(data) };
+    // To the receiver's storage, the guest still on the old disks.
+    COPY = "copy" [_, Disk]
+        { it.copy(data) }
+        undo { it.abort() };
+    // Networks, metadata, then disks are the receiver's: a network is given back in a moment, a
+    // disk that was written to has to be copied. The point of no return: the node says that all
+    // of it is done. It is undone with `prepare`. Short, and better ended than left half done.
+    HAND_OVER = "hand_over" [_, Finishing, commits, is_whole]
+        { it.hand_over(data) };
+    // The record follows the node, never the other way round.
+    SETTLE = "settle" [_, Finishing]
+        { it.settle(data) };
+    // Node: removes the old disks.
+    TIDY = "tidy" [_, Finishing]
+        { it.tidy() };
+}
+
 #[async_trait]
 impl Saga for Transfer {
-    type Step = Step;
     type Data = Data;
+    type Note = Shown;
 
-    const STEPS: &'static [Step] = &[
-        Step::Check,
-        Step::Prepare,
-        Step::Stop,
-        Step::Copy,
-        Step::HandOver,
-        Step::Settle,
-        Step::Tidy,
-    ];
-    const COMMIT: Step = Step::HandOver;
-
-    fn name(step: Step) -> &'static str {
-        match step {
-            Step::Check => "check",
-            Step::Prepare => "prepare",
-            Step::Stop => "stop",
-            Step::Copy => "copy",
-            Step::HandOver => "hand_over",
-            Step::Settle => "settle",
-            Step::Tidy => "tidy",
-        }
-    }
-
-    async fn run(&self, step: Step, data: &mut Data) -> Result<(), StepError> {
-        match step {
-            Step::Check => self.check(data).await,
-            Step::Prepare => self.prepare(data).await,
-            Step::Stop => self.stop(data).await,
-            Step::Copy => self.copy(data).await,
-            Step::HandOver => self.hand_over(data).await,
-            Step::Settle => self.settle(data).await,
-            Step::Tidy => self.tidy().await,
-        }
-    }
-
-    async fn undo(&self, step: Step, data: &Data) -> Result<(), StepError> {
-        let (host, reference) = (self.job.source(), self.job.step());
-        let agents = self.job.agents();
-        match step {
-            Step::Check => {
-                let released = self.job.store().release_quota(self.job.lease);
-                released.await.map_err(|e| store_error(&e))
-            }
-            Step::Prepare => self.take_back().await,
-            Step::Stop | Step::Copy => {
-                let aborted = agents.abort_transfer(host, reference).await;
-                aborted.map_err(agent_error)?;
-                match step {
-                    Step::Stop => self.start_what_is_forgotten(data).await,
-                    _ => Ok(()),
-                }
-            }
-            Step::HandOver | Step::Settle | Step::Tidy => Ok(()),
-        }
-    }
+    const STEPS: &'static [Step<Self>] = STEPS;
 
     async fn interrupted(&self) -> StepError {
         self.job.interrupted().await
     }
-
-    fn interruptible(step: Step) -> bool {
-        // Short, and better ended than left half done.
-        step != Step::HandOver
-    }
 }
 
 impl Recorded for Transfer {
-    fn status_during(step: Step) -> Option<S> {
-        match step {
-            Step::Check => Some(S::Accepted),
-            Step::Prepare => Some(S::Preparing),
-            Step::Stop => Some(S::Running),
-            Step::Copy | Step::HandOver | Step::Settle | Step::Tidy => None,
-        }
-    }
-
-    fn phase_during(step: Step) -> Phase {
-        match step {
-            Step::Check => Phase::Checking,
-            Step::Prepare => Phase::Preparing,
-            // A live one has nothing to stop.
-            Step::Stop => Phase::Preparing,
-            Step::Copy => Phase::Disk,
-            Step::HandOver | Step::Settle | Step::Tidy => Phase::Finishing,
-        }
-    }
-
-    fn told_at_start(step: Step) -> Option<Told> {
-        (step == Step::Prepare).then(|| Told::info("instance.transfer.start"))
-    }
-
-    fn told_at_success(_: Step) -> Option<Told> {
-        None
-    }
-
     fn told_at_failure() -> Told {
         Told::error("instance.transfer.error")
     }
@@ -210,7 +127,7 @@ impl Transfer {
             return refused(checks::quota(project, &short));
         }
         for text in examined.words {
-            data.decide(Self::name(Step::Check), text);
+            data.decide(CHECK, text);
         }
         data.ran = guest.power_state.is_active();
         data.transfer = Some(plan);
@@ -268,7 +185,7 @@ impl Transfer {
 
     /// Does again what was put off.
     pub(super) async fn tidy_again(&self, step: &str, data: &Data) -> Result<(), StepError> {
-        if step != Self::name(Step::Settle) {
+        if step != SETTLE {
             return self.tidy().await;
         }
         let now_ms = self.job.context.clock.now_ms();
@@ -311,6 +228,23 @@ impl Transfer {
                 () = tokio::time::sleep(ASK_AFTER) => {}
             }
         }
+    }
+
+    async fn release_quota(&self) -> Result<(), StepError> {
+        let released = self.job.store().release_quota(self.job.lease).await;
+        released.map_err(|e| store_error(&e))
+    }
+
+    /// The node stops copying, or asking the guest to shut down.
+    async fn abort(&self) -> Result<(), StepError> {
+        let (host, step) = (self.job.source(), self.job.step());
+        let aborted = self.job.agents().abort_transfer(host, step).await;
+        aborted.map_err(agent_error)
+    }
+
+    async fn undo_stop(&self, data: &Data) -> Result<(), StepError> {
+        self.abort().await?;
+        self.start_what_is_forgotten(data).await
     }
 
     /// A node that has lost its journal does not know that the guest was asked to shut

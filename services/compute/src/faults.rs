@@ -6,6 +6,8 @@ use drover_model::{
     ids::{InstanceId, MigrationId},
 };
 use drover_rpc::RemoteFailure;
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::hypervisor::HypervisorError;
 
@@ -54,6 +56,12 @@ pub(crate) fn journal_lost(migration: MigrationId) -> Fault {
          gone: look for what is left of the guest on this node"
     );
     Fault::new(ErrorClass::Refused, code::JOURNAL_LOST, message)
+}
+
+/// What a step answers, as it travels.
+pub(crate) fn answer<T: Serialize>(answer: Result<T, Fault>) -> Result<Value, RemoteFailure> {
+    let answer = answer.map_err(exception)?;
+    serde_json::to_value(answer).map_err(|e| exception(Fault::bug(e.to_string())))
 }
 
 /// A fault as the exception that travels.

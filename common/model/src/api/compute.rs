@@ -163,12 +163,6 @@ impl Subject for StepRef {
     }
 }
 
-impl<S: Subject> Subject for Box<S> {
-    fn subject(&self) -> StepRef {
-        self.as_ref().subject()
-    }
-}
-
 macro_rules! subjects {
     ($($step:ty: $($instance:ident).+;)*) => {
         $(impl Subject for $step {

@@ -17,8 +17,8 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::{Steps, answer};
-use crate::faults;
+use super::Steps;
+use crate::faults::{self, answer};
 
 /// How long it is looked for a guest of which somebody waits to hear whether it is active.
 const SEEN_WITHIN: Duration = Duration::from_secs(1);

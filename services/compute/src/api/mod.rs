@@ -7,76 +7,43 @@
 mod evacuation;
 pub(crate) mod nova;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use async_trait::async_trait;
 use drover_model::api::{
     INCARNATION_KEY, NAMESPACE, OLDEST,
-    compute::{AgentStatus, GuestLocation, StepRef, Subject, method},
+    compute::{AgentStatus, GuestLocation, StepRef, method},
     fault::Fault,
 };
 use drover_rpc::{Endpoint, RemoteFailure, Request};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::{debug, warn};
 
 use crate::{
-    faults,
+    faults::{self, answer},
     hypervisor::{HypervisorError, Job},
-    migration::{Command, Registry, Reply},
+    migration::{
+        Registry,
+        steps::{self, Under},
+    },
     node::{Counters, Node},
 };
 
-const METHODS: &[&str] = &[
+/// What is asked of the agent itself, or of no migration's actor.
+const QUESTIONS: &[&str] = &[
     method::GET_STATUS,
-    method::CHECK_SOURCE,
-    method::CHECK_DESTINATION,
-    method::CHECK_PATH,
-    method::PRE_LIVE_MIGRATION,
-    method::LIVE_MIGRATION,
-    method::GET_JOB,
-    method::ABORT,
-    method::FORCE_COMPLETE,
     method::LOCATE,
-    method::LOOK_AT_COPY,
-    method::POST_LIVE_MIGRATION,
-    method::POST_AT_DESTINATION,
-    method::ROLLBACK_AT_DESTINATION,
-    method::ROLLBACK_AT_SOURCE,
-    method::PREP_RESIZE,
-    method::RESIZE_INSTANCE,
-    method::ABORT_RESIZE,
-    method::SET_ASIDE,
-    method::FINISH_RESIZE,
-    method::ROLLBACK_RESIZE,
-    method::FINISH_REVERT_RESIZE,
-    method::CONFIRM_AT_DESTINATION,
-    method::CONFIRM_RESIZE,
-    method::REVERT_RESIZE,
-    method::CHECK_TRANSFER,
-    method::PREP_TRANSFER,
-    method::TRANSFER_INSTANCE,
-    method::ABORT_TRANSFER,
-    method::POST_TRANSFER,
-    method::ROLLBACK_TRANSFER,
     method::GET_DEFINITION,
     method::MEASURE_DIRTY_RATE,
     method::PROBE_ADDRESS,
     method::FIND_ACTIVE,
     method::GET_CONTENTS,
-    method::CHECK_EVACUATION,
-    method::PREP_REBUILD,
-    method::REBUILD,
-    method::POST_REBUILD,
-    method::ROLLBACK_REBUILD,
 ];
 
-/// The epoch of the lease under which a conductor asks; none of an older one.
-#[derive(Deserialize)]
-struct Under {
-    #[serde(default)]
-    epoch: u64,
-}
+static METHODS: LazyLock<Vec<&str>> = LazyLock::new(|| {
+    let steps = steps::STEPS.iter().map(|step| step.method);
+    steps.chain(QUESTIONS.iter().copied()).collect()
+});
 
 /// Drover's own steps.
 pub(crate) struct Steps {
@@ -97,7 +64,7 @@ impl Endpoint for Steps {
     }
 
     fn methods(&self) -> &[&str] {
-        METHODS
+        &METHODS
     }
 
     async fn handle(&self, request: Request) -> Result<Value, RemoteFailure> {
@@ -120,65 +87,19 @@ impl Endpoint for Steps {
 
 impl Steps {
     async fn serve(&self, request: &Request) -> Result<Value, RemoteFailure> {
-        use Command as C;
         self.is_spoken(request)?;
         self.is_meant(request).map_err(faults::exception)?;
+        if let Some(step) = steps::step(request.method()) {
+            return step.serve(&self.registry, request).await;
+        }
         match request.method() {
             method::GET_STATUS => answer(Ok(self.status().await)),
             method::LOCATE => {
                 let Under { epoch } = request.args()?;
                 answer(self.locate(request.args()?, epoch).await)
             }
-            method::CHECK_SOURCE => self.step(request, C::CheckSource).await,
-            method::CHECK_DESTINATION => self.step(request, C::CheckDestination).await,
-            method::CHECK_PATH => self.step(request, C::CheckPath).await,
-            method::PRE_LIVE_MIGRATION => self.step(request, C::PreLiveMigration).await,
-            method::LIVE_MIGRATION => self.step(request, C::LiveMigration).await,
-            method::GET_JOB => self.step(request, C::GetJob).await,
-            method::ABORT => self.step(request, C::Abort).await,
-            method::FORCE_COMPLETE => self.step(request, C::ForceComplete).await,
-            method::POST_LIVE_MIGRATION => self.step(request, C::PostLiveMigration).await,
-            method::POST_AT_DESTINATION => self.step(request, C::PostAtDestination).await,
-            method::ROLLBACK_AT_DESTINATION => self.step(request, C::RollbackAtDestination).await,
-            method::ROLLBACK_AT_SOURCE => self.step(request, C::RollbackAtSource).await,
-            method::PREP_RESIZE => self.step(request, C::PrepResize).await,
-            method::RESIZE_INSTANCE => self.step(request, C::ResizeInstance).await,
-            method::ABORT_RESIZE => self.step(request, C::AbortResize).await,
-            method::SET_ASIDE => self.step(request, C::SetAside).await,
-            method::FINISH_RESIZE => self.step(request, C::FinishResize).await,
-            method::ROLLBACK_RESIZE => self.step(request, C::RollbackResize).await,
-            method::FINISH_REVERT_RESIZE => self.step(request, C::FinishRevertResize).await,
-            method::CONFIRM_AT_DESTINATION => self.step(request, C::ConfirmAtDestination).await,
-            method::LOOK_AT_COPY => self.step(request, C::LookAtCopy).await,
-            method::CONFIRM_RESIZE => self.step(request, C::ConfirmResize).await,
-            method::REVERT_RESIZE => self.step(request, C::RevertResize).await,
-            method::CHECK_TRANSFER => self.step(request, C::CheckTransfer).await,
-            method::PREP_TRANSFER => self.step(request, C::PrepTransfer).await,
-            method::TRANSFER_INSTANCE => self.step(request, C::Transfer).await,
-            method::ABORT_TRANSFER => self.step(request, C::AbortTransfer).await,
-            method::POST_TRANSFER => self.step(request, C::PostTransfer).await,
-            method::ROLLBACK_TRANSFER => self.step(request, C::RollbackTransfer).await,
-            method::CHECK_EVACUATION => self.step(request, C::CheckEvacuation).await,
-            method::PREP_REBUILD => self.step(request, C::PrepRebuild).await,
-            method::REBUILD => self.step(request, C::Rebuild).await,
-            method::POST_REBUILD => self.step(request, C::PostRebuild).await,
-            method::ROLLBACK_REBUILD => self.step(request, C::RollbackRebuild).await,
             _ => self.serve_question(request).await,
         }
-    }
-
-    /// Has a step done by its migration's actor: the one way from a conductor to
-    /// what an agent does. It is in the mailbox before anything is waited for.
-    async fn step<S: Subject, T: Serialize>(
-        &self,
-        request: &Request,
-        command: impl FnOnce(S, Reply<T>) -> Command,
-    ) -> Result<Value, RemoteFailure> {
-        let Under { epoch } = request.args()?;
-        let step: S = request.args()?;
-        let subject = step.subject();
-        let asked = self.registry.ask(subject, epoch, |to| command(step, to));
-        answer(asked.await)
     }
 
     /// Refuses a version that is too old. How it is it says to everybody.
@@ -255,9 +176,4 @@ impl Steps {
             state: Some(self.node.journal.state()),
         })
     }
-}
-
-fn answer<T: Serialize>(answer: Result<T, Fault>) -> Result<Value, RemoteFailure> {
-    let answer = answer.map_err(faults::exception)?;
-    serde_json::to_value(answer).map_err(|e| faults::exception(Fault::bug(e.to_string())))
 }

@@ -5,14 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use drover_model::{
     api::{
-        compute::{
-            CheckDestination, CheckEvacuation, CheckPath, CheckSource, CheckTransfer, CleanUp,
-            ColdPart, CopySeen, DestinationFacts, Ended as Over, EvacuationFacts, FinishResize,
-            FinishRevertResize, GuestLocation, Inbox, JobState, Known, LiveMigration, PathFacts,
-            PostLiveMigration, PreLiveMigration, PrepResize, PrepTransfer, RebuildInstance,
-            RemoveCopy, ResizeInstance, RevertResize, SetAside, SourceFacts, StepRef,
-            TransferFacts, TransferPart, TransferWork,
-        },
+        compute::{CleanUp, ColdPart, Ended as Over, Known, StepRef, TransferPart},
         fault::Fault,
     },
     guest::Presence,
@@ -30,10 +23,10 @@ use tracing::warn;
 use super::{
     cold::Leaving,
     marks::Marks,
-    orders::Order,
     past::Finished,
     registry::Registry,
     sending::{MonitorDied, Sending},
+    steps::{Kind, Work},
     transfer::Transferring,
 };
 use crate::{
@@ -49,73 +42,20 @@ use crate::{
 /// elsewhere by now.
 const GATE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Where a step's answer goes.
-pub(crate) type Reply<T> = oneshot::Sender<Result<T, Fault>>;
-
-/// A step, and where its answer goes.
-pub(crate) enum Command {
-    CheckSource(CheckSource, Reply<SourceFacts>),
-    CheckDestination(Box<CheckDestination>, Reply<DestinationFacts>),
-    CheckPath(CheckPath, Reply<PathFacts>),
-    PreLiveMigration(Box<PreLiveMigration>, Reply<()>),
-    LiveMigration(Box<LiveMigration>, Reply<JobState>),
-    GetJob(StepRef, Reply<JobState>),
-    Abort(StepRef, Reply<()>),
-    ForceComplete(StepRef, Reply<()>),
-    LookAtCopy(StepRef, Reply<CopySeen>),
-    PostLiveMigration(Box<PostLiveMigration>, Reply<CleanUp>),
-    PostAtDestination(StepRef, Reply<CleanUp>),
-    RollbackAtDestination(Box<RemoveCopy>, Reply<CleanUp>),
-    RollbackAtSource(StepRef, Reply<()>),
-    PrepResize(Box<PrepResize>, Reply<Inbox>),
-    ResizeInstance(Box<ResizeInstance>, Reply<JobState>),
-    AbortResize(StepRef, Reply<()>),
-    SetAside(Box<SetAside>, Reply<CleanUp>),
-    FinishResize(FinishResize, Reply<GuestLocation>),
-    RollbackResize(Box<RemoveCopy>, Reply<CleanUp>),
-    FinishRevertResize(Box<FinishRevertResize>, Reply<GuestLocation>),
-    ConfirmAtDestination(StepRef, Reply<CleanUp>),
-    ConfirmResize(Box<RemoveCopy>, Reply<CleanUp>),
-    RevertResize(Box<RevertResize>, Reply<GuestLocation>),
-    CheckTransfer(CheckTransfer, Reply<TransferFacts>),
-    PrepTransfer(Box<PrepTransfer>, Reply<()>),
-    Transfer(TransferWork, Reply<JobState>),
-    AbortTransfer(StepRef, Reply<()>),
-    PostTransfer(StepRef, Reply<CleanUp>),
-    RollbackTransfer(StepRef, Reply<CleanUp>),
-    CheckEvacuation(Box<CheckEvacuation>, Reply<EvacuationFacts>),
-    PrepRebuild(Box<RebuildInstance>, Reply<()>),
-    Rebuild(StepRef, Reply<GuestLocation>),
-    PostRebuild(StepRef, Reply<CleanUp>),
-    RollbackRebuild(StepRef, Reply<CleanUp>),
-    /// Another migration asks whether it could have the instance.
-    MayStepAside(InstanceId, Reply<()>),
-    /// Another migration takes the instance.
-    StepAside(InstanceId, Reply<()>),
-}
-
-impl Command {
-    /// Whether doing it may start a guest.
-    fn may_start_a_guest(&self) -> bool {
-        matches!(
-            self,
-            Self::LiveMigration(..)
-                | Self::ResizeInstance(..)
-                | Self::FinishResize(..)
-                | Self::FinishRevertResize(..)
-                | Self::Transfer(..)
-                | Self::PrepRebuild(..)
-                | Self::Rebuild(..)
-        )
-    }
-}
-
-/// A command in a mailbox.
+/// What waits in a mailbox.
 pub(super) struct Asked {
-    pub(super) command: Command,
-    /// Of a conductor's step: its subject, its epoch, and where a refusal at the
-    /// gate goes.
-    pub(super) gate: Option<(StepRef, u64, oneshot::Sender<Fault>)>,
+    pub(super) work: Work,
+    /// Of a conductor's step.
+    pub(super) gate: Option<Gate>,
+}
+
+/// What a step of a conductor has to pass.
+pub(super) struct Gate {
+    pub(super) step: StepRef,
+    pub(super) epoch: u64,
+    pub(super) kind: Kind,
+    /// Where a refusal goes.
+    pub(super) refused: oneshot::Sender<Fault>,
 }
 
 /// What this node is doing for a migration.
@@ -248,30 +188,31 @@ impl Actor {
     /// Does a step if its turn has not passed. Whoever asked for one that is not let
     /// in is told why; the others find that out in the order in which they came.
     async fn take(&mut self, asked: Asked) {
-        let Asked { command, gate } = asked;
-        let Some((step, epoch, refused)) = gate else {
-            return self.serve(command).await;
+        let Asked { work, gate } = asked;
+        let Some(gate) = gate else {
+            return work(self).await;
         };
         // Whoever drives nothing may look at any time: that changes nothing.
-        if epoch == 0 && matches!(command, Command::LookAtCopy(..)) {
-            return self.serve(command).await;
+        if gate.epoch == 0 && gate.kind == Kind::Looks {
+            return work(self).await;
         }
-        if let Err(fault) = self.let_in(&command, step, epoch).await {
+        if let Err(fault) = self.let_in(&gate).await {
             // Whoever asked may have given up.
-            drop(refused.send(fault));
+            drop(gate.refused.send(fault));
             return;
         }
-        self.serve(command).await;
+        work(self).await;
         self.registry.past().leave(self.migration);
     }
 
     /// The gate that every step of a conductor passes.
-    async fn let_in(&self, command: &Command, step: StepRef, epoch: u64) -> Result<(), Fault> {
-        if command.may_start_a_guest() {
+    async fn let_in(&self, gate: &Gate) -> Result<(), Fault> {
+        if gate.kind == Kind::MayStart {
             self.has_asked().await?;
         }
         let now_ms = self.node.now_ms();
-        self.registry.past().enter(step, epoch, now_ms).await
+        let past = self.registry.past();
+        past.enter(gate.step, gate.epoch, now_ms).await
     }
 
     /// Refuses, for now, whatever may start a guest before the agent knows which of
@@ -285,173 +226,6 @@ impl Actor {
                 "this node has not yet been told which of its guests were evacuated",
             )),
         }
-    }
-
-    async fn serve(&mut self, command: Command) {
-        use Command as C;
-        match command {
-            C::CheckSource(step, to) => {
-                let facts = self.check_source(step).await;
-                self.answer(to, facts);
-            }
-            C::CheckDestination(step, to) => {
-                let facts = self.check_destination(*step).await;
-                self.answer(to, facts);
-            }
-            C::CheckPath(step, to) => {
-                let facts = self.check_path(step).await;
-                self.answer(to, facts);
-            }
-            C::PreLiveMigration(step, to) => {
-                let done = self.pre_live_migration(*step).await;
-                self.answer(to, done);
-            }
-            C::LiveMigration(step, to) => {
-                let job = self.live_migration(*step).await;
-                self.answer(to, job);
-            }
-            C::GetJob(step, to) => {
-                let job = self.get_job(step).await;
-                self.answer(to, job);
-            }
-            C::Abort(step, to) => self.order(step, Order::Abort, to).await,
-            C::ForceComplete(step, to) => self.order(step, Order::ForceComplete, to).await,
-            C::LookAtCopy(step, to) => {
-                let seen = self.look_at_copy(step).await;
-                self.answer(to, seen);
-            }
-            C::PostLiveMigration(step, to) => {
-                let clean_up = self.post_live_migration(*step).await;
-                self.answer(to, clean_up);
-            }
-            C::PostAtDestination(step, to) => {
-                let clean_up = self.post_at_destination(step).await;
-                self.answer(to, clean_up);
-            }
-            C::RollbackAtDestination(step, to) => {
-                let clean_up = self.rollback_at_destination(*step).await;
-                self.answer(to, clean_up);
-            }
-            C::RollbackAtSource(step, to) => {
-                let done = self.rollback_at_source(step).await;
-                self.answer(to, done);
-            }
-            C::PrepResize(step, to) => {
-                let inbox = self.prep_resize(*step).await;
-                self.answer(to, inbox);
-            }
-            C::ResizeInstance(step, to) => {
-                let job = self.resize_instance(*step).await;
-                self.answer(to, job);
-            }
-            C::AbortResize(step, to) => {
-                let done = self.abort_resize(step).await;
-                self.answer(to, done);
-            }
-            C::SetAside(step, to) => {
-                let clean_up = self.set_aside(*step).await;
-                self.answer(to, clean_up);
-            }
-            C::FinishResize(step, to) => {
-                let location = self.finish_resize(step).await;
-                self.answer(to, location);
-            }
-            C::RollbackResize(step, to) => {
-                let clean_up = self.rollback_resize(*step).await;
-                self.answer(to, clean_up);
-            }
-            C::FinishRevertResize(step, to) => {
-                let location = self.finish_revert_resize(*step).await;
-                self.answer(to, location);
-            }
-            C::ConfirmAtDestination(step, to) => {
-                let clean_up = self.confirm_at_destination(step).await;
-                self.answer(to, clean_up);
-            }
-            C::ConfirmResize(step, to) => {
-                let clean_up = self.confirm_resize(*step).await;
-                self.answer(to, clean_up);
-            }
-            C::RevertResize(step, to) => {
-                let location = self.revert_resize(*step).await;
-                self.answer(to, location);
-            }
-            C::MayStepAside(instance, to) => {
-                let may = self.may_step_aside(instance).await;
-                self.answer(to, may);
-            }
-            C::StepAside(instance, to) => {
-                let done = self.step_aside(instance).await;
-                self.answer(to, done);
-            }
-            other => self.serve_transfer(other).await,
-        }
-    }
-
-    /// Steps of a transfer to another project.
-    async fn serve_transfer(&mut self, command: Command) {
-        use Command as C;
-        match command {
-            C::CheckTransfer(step, to) => {
-                let facts = self.check_transfer(step).await;
-                self.answer(to, facts);
-            }
-            C::PrepTransfer(step, to) => {
-                let done = self.prep_transfer(*step).await;
-                self.answer(to, done);
-            }
-            C::Transfer(step, to) => {
-                let job = self.transfer_instance(step).await;
-                self.answer(to, job);
-            }
-            C::AbortTransfer(step, to) => {
-                let done = self.abort_transfer(step).await;
-                self.answer(to, done);
-            }
-            C::PostTransfer(step, to) => {
-                let clean_up = self.post_transfer(step).await;
-                self.answer(to, clean_up);
-            }
-            C::RollbackTransfer(step, to) => {
-                let clean_up = self.rollback_transfer(step).await;
-                self.answer(to, clean_up);
-            }
-            other => self.serve_evacuation(other).await,
-        }
-    }
-
-    /// Steps for guests of dead nodes.
-    async fn serve_evacuation(&mut self, command: Command) {
-        use Command as C;
-        match command {
-            C::CheckEvacuation(step, to) => {
-                let facts = self.check_evacuation(*step).await;
-                self.answer(to, facts);
-            }
-            C::PrepRebuild(step, to) => {
-                let done = self.prep_rebuild(*step).await;
-                self.answer(to, done);
-            }
-            C::Rebuild(step, to) => {
-                let location = self.rebuild(step).await;
-                self.answer(to, location);
-            }
-            C::PostRebuild(step, to) => {
-                let clean_up = self.post_rebuild(step).await;
-                self.answer(to, clean_up);
-            }
-            C::RollbackRebuild(step, to) => {
-                let clean_up = self.rollback_rebuild(step).await;
-                self.answer(to, clean_up);
-            }
-            // Every other command is served above.
-            _ => {}
-        }
-    }
-
-    fn answer<T>(&self, to: Reply<T>, answer: Result<T, Fault>) {
-        // Whoever asked may have given up; the step is done all the same.
-        drop(to.send(answer));
     }
 
     /// The migration with an instance.

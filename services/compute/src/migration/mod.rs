@@ -42,11 +42,11 @@ mod registry;
 mod sending;
 mod shared;
 mod source;
+pub(crate) mod steps;
 mod transfer;
 mod voice;
 mod waiting;
 pub mod words;
 mod work;
 
-pub(crate) use actor::{Command, Reply};
 pub(crate) use registry::Registry;

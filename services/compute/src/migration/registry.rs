@@ -34,8 +34,9 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use super::{
-    actor::{Actor, Asked, Command, Reply, Stage},
+    actor::{Actor, Asked, Gate, Stage},
     past::{Finished, Past},
+    steps::{Kind, Reply, Work},
 };
 use crate::{
     faults,
@@ -274,37 +275,43 @@ impl Registry {
     ///
     /// # Errors
     /// The step's own fault; retryable if too much is waiting already.
-    pub(crate) async fn ask<T>(
+    pub(super) async fn ask<T>(
         self: &Arc<Self>,
         step: StepRef,
         epoch: u64,
-        command: impl FnOnce(Reply<T>) -> Command,
+        kind: Kind,
+        work: impl FnOnce(Reply<T>) -> Work,
     ) -> Result<T, Fault> {
         let (refused, refusal) = oneshot::channel();
-        let gate = Some((step, epoch, refused));
-        self.ask_by(step.migration, gate, refusal, command).await
+        let gate = Gate {
+            step,
+            epoch,
+            kind,
+            refused,
+        };
+        self.ask_by(step.migration, Some(gate), refusal, work).await
     }
 
     /// The same for a step of the agent's own.
     async fn ask_inside<T>(
         self: &Arc<Self>,
         migration: MigrationId,
-        command: impl FnOnce(Reply<T>) -> Command,
+        work: impl FnOnce(Reply<T>) -> Work,
     ) -> Result<T, Fault> {
         let (_, refusal) = oneshot::channel();
-        self.ask_by(migration, None, refusal, command).await
+        self.ask_by(migration, None, refusal, work).await
     }
 
     async fn ask_by<T>(
         self: &Arc<Self>,
         migration: MigrationId,
-        gate: Option<(StepRef, u64, oneshot::Sender<Fault>)>,
+        gate: Option<Gate>,
         mut refusal: oneshot::Receiver<Fault>,
-        command: impl FnOnce(Reply<T>) -> Command,
+        work: impl FnOnce(Reply<T>) -> Work,
     ) -> Result<T, Fault> {
         let (reply, answer) = oneshot::channel();
-        let command = command(reply);
-        self.enqueue(migration, Asked { command, gate })?;
+        let work = work(reply);
+        self.enqueue(migration, Asked { work, gate })?;
         answer.await.unwrap_or_else(|_| {
             let message = "the agent stopped, or failed, before the step was answered";
             let lost = || Fault::new(ErrorClass::Lost, code::STEP_LOST, message);
@@ -372,8 +379,13 @@ impl Registry {
 
     /// Makes sure that no other migration has an instance.
     async fn make_way(self: &Arc<Self>, step: StepRef) -> Result<(), Fault> {
-        self.ask_holder(step, |reply| Command::StepAside(step.instance, reply))
-            .await
+        let instance = step.instance;
+        let aside = move |to: Reply<()>| -> Work {
+            Box::new(move |actor| {
+                Box::pin(async move { drop(to.send(actor.step_aside(instance).await)) })
+            })
+        };
+        self.ask_holder(step, aside).await
     }
 
     /// Whether [`Self::hold`] would give the instance to a migration. Nobody makes way
@@ -382,14 +394,19 @@ impl Registry {
     /// # Errors
     /// As [`Self::hold`].
     pub(super) async fn could_have(self: &Arc<Self>, step: StepRef) -> Result<(), Fault> {
-        self.ask_holder(step, |reply| Command::MayStepAside(step.instance, reply))
-            .await
+        let instance = step.instance;
+        let may = move |to: Reply<()>| -> Work {
+            Box::new(move |actor| {
+                Box::pin(async move { drop(to.send(actor.may_step_aside(instance).await)) })
+            })
+        };
+        self.ask_holder(step, may).await
     }
 
     async fn ask_holder(
         self: &Arc<Self>,
         step: StepRef,
-        command: impl FnOnce(Reply<()>) -> Command,
+        work: impl FnOnce(Reply<()>) -> Work,
     ) -> Result<(), Fault> {
         if let Some(why) = self.held_back(step.instance) {
             return Err(faults::unreadable(&why));
@@ -398,7 +415,7 @@ impl Registry {
         match holder.filter(|holder| *holder != step.migration) {
             None => Ok(()),
             // Only a holder is asked, and a holder asks nobody: no circle.
-            Some(other) => self.ask_inside(other, command).await,
+            Some(other) => self.ask_inside(other, work).await,
         }
     }
 

@@ -15,7 +15,7 @@ use drover_model::{
 use tracing::{info, warn};
 
 use super::{
-    actor::{Actor, Reply, Stage},
+    actor::{Actor, Stage},
     contents::{are_all_checked, are_as_checked, no_disk_is_new, used_paths},
     destroy::{self, Redundant},
     look::fingerprint,
@@ -23,6 +23,7 @@ use super::{
     past::Finished,
     sending::{MonitorDied, Sending, job_of, spec},
     shared::has_moved,
+    steps::Reply,
 };
 use crate::{
     faults::hypervisor as fault,
@@ -237,14 +238,17 @@ impl Actor {
         })
     }
 
+    pub(super) async fn abort(&mut self, step: StepRef, to: Reply<()>) {
+        self.order(step, Order::Abort, to).await;
+    }
+
+    pub(super) async fn force_complete(&mut self, step: StepRef, to: Reply<()>) {
+        self.order(step, Order::ForceComplete, to).await;
+    }
+
     /// Passes an order on to the monitor, which answers it itself. Of a transfer
     /// that is over, the outcome is the answer.
-    pub(super) async fn order(
-        &self,
-        step: StepRef,
-        order: impl FnOnce(Reply<()>) -> Order,
-        to: Reply<()>,
-    ) {
+    async fn order(&self, step: StepRef, order: impl FnOnce(Reply<()>) -> Order, to: Reply<()>) {
         if let Err(other) = self.same_instance(step) {
             drop(to.send(Err(other)));
             return;

@@ -225,6 +225,8 @@ async fn format_qcow2(file: &File, recipe: &Recipe, qemu_img: &str, limit: Durat
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    // One that goes on alone would empty what its successor has made in that file.
+    ffi::die_with_parent(&mut command);
     let failure = |words: String| HypervisorError::Failed(format!("{qemu_img} create: {words}"));
     let output = tokio::time::timeout(limit, command.output())
         .await

@@ -174,6 +174,75 @@ fn what_cannot_be_made_is_refused() {
     }
 }
 
+/// A program that notes its number in a file and takes long.
+fn slow_program(place: &Path) -> String {
+    let path = place.join("slow");
+    let number = place.join("number").display().to_string();
+    let text = format!("#!/bin/sh\necho $$ > '{number}'\nexec sleep 60\n");
+    let source = place.join("text");
+    std::fs::write(&source, text).unwrap();
+    // Written by another process: what this one has open for writing its other children
+    // may have too, and nobody could run it.
+    let made = std::process::Command::new("install")
+        .args(["-m", "755"])
+        .args([&source, &path])
+        .status();
+    assert!(made.unwrap().success());
+    path.display().to_string()
+}
+
+/// Whether a process is there and is no zombie.
+fn is_alive(number: &str) -> bool {
+    let state = std::fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
+    let state = state.rsplit(") ").next().unwrap_or_default();
+    !state.is_empty() && !state.starts_with(['Z', 'X'])
+}
+
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    (0..200).find_map(|_| {
+        std::thread::sleep(Duration::from_millis(20));
+        look()
+    })
+}
+
+#[test]
+fn who_makes_an_image_does_not_outlive_the_agent() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("a.qcow2");
+    let plan = recipe(&disk(&path, "qcow2")).unwrap();
+    let inode = hold(&path).unwrap();
+    let (slow, number) = (slow_program(place.path()), place.path().join("number"));
+    // The thread dies as the agent does: it drops nothing.
+    let dies = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let mut making = Box::pin(async move { make_in(&plan, inode, &slow).await });
+        let started = runtime.block_on(async {
+            let begun = async {
+                loop {
+                    let noted = std::fs::read_to_string(&number).unwrap_or_default();
+                    if noted.ends_with('\n') {
+                        return noted.trim().to_owned();
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            tokio::select! {
+                made = &mut making => panic!("it ended: {made:?}"),
+                number = begun => number,
+            }
+        });
+        assert!(is_alive(&started));
+        std::mem::forget((making, runtime));
+        started
+    });
+    let started = dies.join().unwrap();
+    let died = wait_for(|| (!is_alive(&started)).then_some(()));
+    assert!(died.is_some(), "process {started} goes on");
+}
+
 #[test]
 fn used_files_are_not_removed_by_any_name() {
     let place = tempfile::tempdir().unwrap();

@@ -1,15 +1,14 @@
 //! Whether anything is in a file that was to become an image.
 
-use std::{
-    fs::File,
-    io::{Read, Result, Seek, SeekFrom},
-    os::unix::fs::MetadataExt,
+use std::{fs::File, io::Result};
+
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
 };
 
 use super::chain::{has_data_elsewhere, long, read_at, word};
 
-/// What of a file without blocks is read all the same: some file systems count none.
-const HEAD: u64 = 1 << 20;
 /// A header, as far as version 2 has it.
 const HEADER: u32 = 72;
 /// Longest table of clusters that is looked at, bytes.
@@ -21,31 +20,49 @@ const LONGEST_TABLE: u32 = 4 << 20;
 /// # Errors
 /// It cannot be read.
 pub(super) fn is_blank(file: &File) -> Result<bool> {
-    let metadata = file.metadata()?;
-    if metadata.len() == 0 {
+    let length = file.metadata()?.len();
+    if length == 0 {
         return Ok(true);
     }
     let mut file = file.try_clone()?;
-    if metadata.blocks() == 0 {
-        return is_zero(&mut file);
+    match contents(&file)? {
+        Contents::Hole => return Ok(true),
+        Contents::Untold => return Ok(false),
+        Contents::Data => {}
     }
-    if metadata.len() < u64::from(HEADER) || has_data_elsewhere(&file) {
+    if length < u64::from(HEADER) || has_data_elsewhere(&file) {
         return Ok(false);
     }
     let header = read_at(&mut file, 0, HEADER)?;
     let (version, snapshots) = (word(&header, 4), word(&header, 60));
     let is_known = header[..4] == *b"QFI\xfb" && matches!(version, 2 | 3);
     match is_known && snapshots == 0 {
-        true => has_no_clusters(&mut file, metadata.len(), &header),
+        true => has_no_clusters(&mut file, length, &header),
         false => Ok(false),
     }
 }
 
-fn is_zero(file: &mut File) -> Result<bool> {
-    let mut head = Vec::new();
-    file.seek(SeekFrom::Start(0))?;
-    file.take(HEAD).read_to_end(&mut head)?;
-    Ok(head.iter().all(|byte| *byte == 0))
+/// What the file system says is in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Contents {
+    /// Nothing: it is one hole.
+    Hole,
+    /// Something, or what may be that.
+    Data,
+    /// It does not say.
+    Untold,
+}
+
+/// Asked of the file system, as its count of blocks tells nothing: some count what is no
+/// data, others no data.
+fn contents(file: &File) -> Result<Contents> {
+    match seek(file, SeekFrom::Data(0)) {
+        Ok(_) => Ok(Contents::Data),
+        // No data up to its end.
+        Err(Errno::NXIO) => Ok(Contents::Hole),
+        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(Contents::Untold),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn has_no_clusters(file: &mut File, length: u64, header: &[u8]) -> Result<bool> {
@@ -63,10 +80,13 @@ fn has_no_clusters(file: &mut File, length: u64, header: &[u8]) -> Result<bool> 
 mod tests {
     use std::{
         fs::{self, OpenOptions},
-        io::Write,
+        io::{Seek, Write},
+        os::{fd::AsFd, unix::fs::MetadataExt},
         path::Path,
         process::Command,
     };
+
+    use rustix::fs::FallocateFlags;
 
     use super::*;
 
@@ -109,8 +129,19 @@ mod tests {
         file.set_len(1 << 30).unwrap();
         assert!(holds_nothing(&path));
         file = OpenOptions::new().write(true).open(&path).unwrap();
-        file.seek(SeekFrom::Start(1 << 29)).unwrap();
+        file.seek(std::io::SeekFrom::Start(1 << 29)).unwrap();
         file.write_all(b"a").unwrap();
         assert!(!holds_nothing(&path));
+    }
+
+    #[test]
+    fn a_hole_is_blank_whatever_blocks_its_file_has() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("image");
+        let file = File::create(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        rustix::fs::fallocate(file.as_fd(), FallocateFlags::KEEP_SIZE, 0, 1 << 20).unwrap();
+        assert!(file.metadata().unwrap().blocks() > 0);
+        assert!(holds_nothing(&path));
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use drover_compute::hypervisor::fake::{Call, GuestBuilder, script::Effect};
 use drover_model::{
-    guest::PowerState,
+    guest::{DiskSource, Guest, PowerState},
     ids::InstanceId,
     migration::{ColdOptions, LiveOptions, Migration, MigrationStatus as S, Way},
 };
@@ -111,4 +111,43 @@ async fn an_overlay_that_is_not_mounted_is_waited_for() {
     assert_eq!(m.status, S::Cancelled, "{m:#?}");
     nothing_is_lost(&cloud, &m);
     assert_eq!(cloud.fabric.lost_bytes(), Vec::<String>::new(), "{m:#?}");
+}
+
+/// A guest of the destination that is off names a file that is not there: whoever put one
+/// there would have that guest start on it.
+#[tokio::test(start_paused = true)]
+async fn a_file_that_another_guest_misses_is_not_made() {
+    const OTHERS: &str = "/var/lib/libvirt/images/other.qcow2";
+    const MOVED: &str = "/var/lib/libvirt/images/web.qcow2";
+    let cold = Way::Cold(ColdOptions::default());
+    let live = Way::Live(LiveOptions::default());
+    for (state, way) in [(PowerState::Running, live), (PowerState::Shutdown, cold)] {
+        let cloud = Cloud::start(1).await;
+        let other = GuestBuilder::new("other").state(PowerState::Shutdown);
+        let other = cloud.fabric.add_guest("kvm2", other.disk(OTHERS, 64));
+        let names = |path: &str| {
+            let source = DiskSource::File { path: path.into() };
+            let change = |g: &mut Guest| g.disks[0].source = source;
+            cloud.fabric.redefine("kvm2", other, change);
+        };
+        names(MOVED);
+        let web = GuestBuilder::new("web").memory_mib(1024).state(state);
+        let id = cloud.fabric.add_guest("kvm1", web.disk(MOVED, 64));
+        cloud.adopted(id).await;
+        let moved = async || {
+            let m = cloud.migrate_by(id, Some("kvm2"), &way).await;
+            let m = m.expect("it is accepted");
+            cloud.until(m.uuid, "at rest", |m| m.status.rests()).await
+        };
+        let m = moved().await;
+        assert_eq!(m.status, S::Failed, "{m:#?}");
+        let reason = m.end_reason.as_ref().expect("why").to_string();
+        let says = reason.contains(MOVED) && reason.contains("another guest");
+        assert!(says, "{reason}");
+        assert!(cloud.fabric.file("kvm2", MOVED).is_none(), "{m:#?}");
+        names(OTHERS);
+        let m = moved().await;
+        assert!(m.status.has_moved(), "{m:#?}");
+        nothing_is_lost(&cloud, &m);
+    }
 }

@@ -130,7 +130,7 @@ impl Actor {
         let begun = async {
             self.registry.claim(self.migration, &record.places())?;
             self.nothing_is_here(&record).await?;
-            self.nobody_else_writes(step).await?;
+            self.nobody_else_writes(step, &record).await?;
             self.write(&record).await
         };
         if let Err(fault) = begun.await {
@@ -159,10 +159,15 @@ impl Actor {
         Ok(())
     }
 
-    /// What the guest writes beside its disks is no other guest's.
-    async fn nobody_else_writes(&self, step: &PreLiveMigration) -> Result<(), Fault> {
+    /// What the guest writes is no other guest's: nor is a disk that is not there, whose
+    /// guest would find this one's in its place.
+    async fn nobody_else_writes(
+        &self,
+        step: &PreLiveMigration,
+        record: &DestinationRecord,
+    ) -> Result<(), Fault> {
         let beside = step.guest.files.iter().map(|file| file.path.clone());
-        let paths: Vec<String> = beside.collect();
+        let paths: Vec<String> = beside.chain(record.places()).collect();
         let facts = self.node.hypervisor.file_facts(&paths).await;
         for (path, fact) in paths.iter().zip(facts.map_err(fault)?) {
             if fact.in_use {

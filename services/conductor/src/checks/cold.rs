@@ -79,6 +79,7 @@ pub(super) fn destination(
         };
         let there = (fact.exists, fact.directory_exists);
         failures.extend(place_of_copy(what, &file.path, there, host));
+        failures.extend(promised(what, fact, host));
     }
     failures.extend(room(guest, facts, host));
     let has = &facts.inventory;
@@ -92,6 +93,22 @@ pub(super) fn destination(
         ));
     }
     failures
+}
+
+/// Another guest may name a file that is not there, and would find this one's in its place.
+fn promised(what: &str, fact: &FileFact, host: &HostName) -> Option<CheckFailure> {
+    let path = &fact.path;
+    (fact.in_use && !fact.exists).then(|| {
+        fail(
+            CheckCode::DiskExists,
+            Side::Destination,
+            format!(
+                "another guest of {host} uses {path}, which is not there and where {what} would \
+                 be copied to"
+            ),
+            "give one of them another file, or put that guest's own back",
+        )
+    })
 }
 
 /// A device that is there has to be large enough, and nobody's.

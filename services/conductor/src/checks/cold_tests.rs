@@ -214,6 +214,11 @@ fn a_base_image_that_is_missing_is_carried_and_needs_room() {
         f.files[0].directory_exists = false;
     };
     assert_eq!(at_destination(nowhere), [CheckCode::DiskDirectory]);
+    let anothers = |_: &mut Guest, f: &mut DestinationFacts| {
+        missing(f);
+        f.files[0].in_use = true;
+    };
+    assert_eq!(at_destination(anothers), [CheckCode::DiskExists]);
 }
 
 #[test]

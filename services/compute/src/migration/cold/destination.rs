@@ -107,6 +107,13 @@ impl Actor {
                     file.path
                 )));
             }
+            // Also one that is not there: its guest would find this one's in its place.
+            if file.is_made() && fact.in_use {
+                return Err(Fault::refused(format!(
+                    "another guest of this node uses {}, which this one would write",
+                    file.path
+                )));
+            }
             if fact.exists != file.must_exist() {
                 let is = if fact.exists {
                     "is there already"

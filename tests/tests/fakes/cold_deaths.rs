@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use drover_compute::hypervisor::{
-    ColdDriver, HypervisorError, Overlay,
+    ColdDriver, Hypervisor, HypervisorError, Overlay,
     fake::{Call, GuestBuilder, script::Effect},
 };
 use drover_model::{
@@ -441,6 +441,55 @@ async fn an_overlay_that_somebody_took_off_the_guest_is_not_merged() {
     cloud.fabric.check_invariants().expect("nothing is lost");
     let running = cloud.fabric.running_on(id);
     assert_eq!(running, Some(m.source_host.clone()), "{m:#?}");
+}
+
+/// What came with the frozen disks is cleared away before it is merged: the guest goes back
+/// to where all of it is.
+#[tokio::test(start_paused = true)]
+async fn a_guest_is_not_started_without_what_it_wrote_last() {
+    let mut cloud = Cloud::start(15).await;
+    let id = guest(&cloud, web()).await;
+    let slow = Effect::SlowBefore(Duration::from_secs(5));
+    cloud.fabric.on_call("kvm1", Call::RenameFile, 1, slow);
+    let m = started(&cloud, id, &cold(true)).await;
+    cloud
+        .until(m.uuid, "set aside", |m| m.step == "set_aside")
+        .await;
+    cloud.kill_agent("kvm2");
+    cloud.until(m.uuid, "to come", |m| m.step == "finish").await;
+    let overlay = format!("{LOCAL}.delta-{}", m.uuid);
+    assert!(cloud.fabric.file("kvm2", &overlay).is_some(), "{m:#?}");
+    let cleared = cloud.fabric.driver("kvm2").remove_disk(&overlay).await;
+    cleared.expect("nobody uses it");
+    cloud.start_agent("kvm2").await;
+    let m = rest(&cloud, &m).await;
+    assert_eq!(m.status, S::Failed, "{m:#?}");
+    let reason = m.end_reason.as_ref().expect("why").to_string();
+    assert!(reason.contains(&overlay), "{reason}");
+    assert_eq!(cloud.fabric.lost_bytes(), Vec::<String>::new(), "{m:#?}");
+    check(&cloud, &m, true).await;
+}
+
+/// An agent that dies after a merge, or cannot remove what is merged, goes on from there.
+#[tokio::test(start_paused = true)]
+async fn an_overlay_that_is_merged_need_not_be_there() {
+    for call in [Call::MergeOverlay, Call::RemoveDisk, Call::Define] {
+        let cloud = Cloud::start(16).await;
+        let id = guest(&cloud, web()).await;
+        let slow = Effect::SlowBefore(Duration::from_secs(5));
+        cloud.fabric.on_call("kvm1", Call::RenameFile, 1, slow);
+        let m = started(&cloud, id, &cold(true)).await;
+        cloud
+            .until(m.uuid, "set aside", |m| m.step == "set_aside")
+            .await;
+        let untold = HypervisorError::Untold("libvirt is away".to_owned());
+        let forget = Effect::Forget(untold);
+        cloud.fabric.on_call("kvm2", call, 2, forget);
+        let m = rest(&cloud, &m).await;
+        assert_eq!(m.status, S::Finished, "{call:?}: {m:#?}");
+        assert_eq!(cloud.fabric.lost_bytes(), Vec::<String>::new(), "{m:#?}");
+        check(&cloud, &m, true).await;
+    }
 }
 
 /// Patience ends, and only then the guest obeys: it has to run again.

@@ -293,6 +293,10 @@ pub struct ComingRecord {
     /// By path: the numbers of its images as they were made.
     #[serde(default)]
     pub inodes: Inodes,
+    /// The overlays that are merged into their images, by path. A version before this
+    /// wrote none down.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub absorbed: Vec<String>,
 }
 
 impl DestinationRecord {
@@ -312,6 +316,11 @@ impl ComingRecord {
     pub(crate) fn places(&self) -> Vec<String> {
         let written = self.files.iter().filter(|file| !file.present);
         written.map(|file| file.path.clone()).collect()
+    }
+
+    /// Whether an overlay is known to be merged: before the guest was here, all were.
+    pub(crate) fn has_absorbed(&self, overlay: &str) -> bool {
+        self.ran_here || self.arrived || self.absorbed.iter().any(|path| path == overlay)
     }
 }
 

@@ -513,16 +513,19 @@ pub(crate) async fn remove_made(node: &Node, file: &CarriedFile, proof: &Redunda
     }
 }
 
-/// Merges an overlay into its image, and removes it. One that is not there was removed
-/// by a former attempt.
-pub(crate) async fn absorb(node: &Node, overlay: &Overlay) -> Result<()> {
-    let path = std::slice::from_ref(&overlay.path);
-    let seen = node.hypervisor.file_facts(path).await?;
-    if !seen.iter().any(|file| file.exists) {
-        return Ok(());
+/// Removes an overlay whose image has all that was in it: the journal says so.
+///
+/// # Errors
+/// A bug if it does not.
+pub(crate) async fn remove_absorbed(
+    node: &Node,
+    overlay: &Overlay,
+    record: &ComingRecord,
+) -> Result<()> {
+    match record.has_absorbed(&overlay.path) {
+        true => node.hypervisor.remove_disk(&overlay.path).await,
+        false => Err(unproven(&overlay.path)),
     }
-    node.hypervisor.merge_overlay(overlay).await?;
-    node.hypervisor.remove_disk(&overlay.path).await
 }
 
 /// Removes an overlay that its guest, which runs, no longer has.

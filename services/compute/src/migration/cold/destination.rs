@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     faults::hypervisor as fault,
-    hypervisor::{HypervisorError, Incoming},
+    hypervisor::{HypervisorError, Incoming, Overlay},
     journal::{ComingFile, ComingRecord, Inodes, Record, definition, token},
 };
 
@@ -72,6 +72,7 @@ impl Actor {
                 arrived: false,
                 reverted: None,
                 inodes: Inodes::new(),
+                absorbed: Vec::new(),
             };
             self.registry.claim(self.migration, &record.places())?;
             self.nothing_is_here_yet(&record).await?;
@@ -269,8 +270,7 @@ impl Actor {
         };
         let listed: Vec<CarriedFile> = record.files.iter().map(CarriedFile::from).collect();
         for overlay in files::overlays(&listed) {
-            let absorbed = destroy::absorb(&self.node, &overlay).await;
-            absorbed.map_err(fault)?;
+            self.absorb(&mut record, &overlay).await?;
         }
         if record.reverted.is_none() {
             self.all_are_in_place(&record).await?;
@@ -279,6 +279,35 @@ impl Actor {
         let flavor = step.flavor.filter(|_| record.reverted.is_none());
         let defined = self.node.hypervisor.define(&definition, flavor).await;
         defined.map_err(fault)
+    }
+
+    /// Has an overlay merged into its image, and removes it. Which is merged is written down
+    /// in between: of one that is not there, and of which that is not known, what was in it
+    /// is lost here.
+    async fn absorb(&mut self, record: &mut ComingRecord, overlay: &Overlay) -> Result<(), Fault> {
+        let hypervisor = self.node.hypervisor.clone();
+        let path = &overlay.path;
+        let seen = hypervisor.file_facts(std::slice::from_ref(path)).await;
+        let is_here = seen.map_err(fault)?.iter().any(|file| file.exists);
+        if !record.has_absorbed(path) {
+            if !is_here {
+                return Err(Fault::refused(format!(
+                    "{path} came here with what the guest wrote last, and is missing before it \
+                     is known to be merged into {}: the guest is not defined",
+                    overlay.image
+                )));
+            }
+            hypervisor.merge_overlay(overlay).await.map_err(fault)?;
+            record.absorbed.push(path.clone());
+            self.keep_coming(record.clone()).await?;
+        }
+        match is_here {
+            true => {
+                let removed = destroy::remove_absorbed(&self.node, overlay, record).await;
+                removed.map_err(fault)
+            }
+            false => Ok(()),
+        }
     }
 
     /// Refuses to define a guest one of whose files somebody has removed or emptied

@@ -6,8 +6,9 @@
 
 use std::{
     collections::BTreeSet,
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io,
+    ops::Range,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -113,20 +114,30 @@ fn names(path: &Path) -> io::Result<Option<(Vec<Named>, u64)>> {
         2 => Some(SHARED_HEADER),
         _ => Some(word(&read_at(&mut file, 100, 4)?, 0)),
     };
+    let (offset, size) = (long(&head, 8), word(&head, 16));
+    let name = match offset != 0 && size <= LONGEST_NAME {
+        true => Some(lossy(&read_at(&mut file, offset, size)?)),
+        false => None,
+    };
+    let end = if offset == 0 { u64::MAX } else { offset };
     let mut text_of = |kind: u32| match extensions_at {
-        Some(at) => extension(&mut file, at.into(), kind),
+        Some(at) => extension_text(&mut file, u64::from(at)..end, kind),
         None => Ok(None),
     };
-    let format = text_of(BACKING_FORMAT)?.as_deref().map(lossy);
-    let data_file = text_of(DATA_FILE_NAME)?.as_deref().map(lossy);
+    let format = text_of(BACKING_FORMAT)?;
+    let data_file = text_of(DATA_FILE_NAME)?;
     let mut named = Vec::new();
-    let (offset, size) = (long(&head, 8), word(&head, 16));
-    if offset != 0 && size <= LONGEST_NAME {
-        let name = read_at(&mut file, offset, size)?;
-        named.push((lossy(&name), format));
-    }
+    named.extend(name.map(|name| (name, format)));
     named.extend(data_file.map(|name| (name, Some("raw".to_owned()))));
     Ok(Some((named, device)))
+}
+
+/// What a header extension says; nothing if it, or one before it, goes beyond the file.
+fn extension_text(file: &mut File, range: Range<u64>, kind: u32) -> io::Result<Option<String>> {
+    match extension(file, range, kind) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        read => Ok(read?.as_deref().map(lossy)),
+    }
 }
 
 fn lossy(bytes: &[u8]) -> String {
@@ -170,7 +181,10 @@ fn collect_texts(json: &Value, into: &mut Vec<String>) {
 mod tests {
     use std::{fs, os::unix::fs::symlink, process::Command};
 
-    use super::{super::measure::Measurer, *};
+    use super::{
+        super::{chain, measure::Measurer},
+        *,
+    };
 
     fn qemu_img(arguments: &[&str]) {
         let done = Command::new("qemu-img").args(arguments).output().unwrap();
@@ -266,6 +280,47 @@ mod tests {
         let option = format!("data_file={data}");
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", &option, &top, "1M"]);
         assert!(place.beneath("top").await.contains(&data));
+    }
+
+    /// Has the image's header end its extensions with the name below and with no mark, or
+    /// with an extension that goes beyond the file.
+    fn forget_end(image: &str, goes_beyond: bool) {
+        let mut bytes = fs::read(image).unwrap();
+        let (from, size) = (long(&bytes, 8), word(&bytes, 16));
+        let from = usize::try_from(from).unwrap();
+        let size = usize::try_from(size).unwrap();
+        let at = usize::try_from(word(&bytes, 100)).unwrap();
+        let name = bytes[from..from + size].to_vec();
+        let kind = if goes_beyond {
+            0x1111_1111
+        } else {
+            BACKING_FORMAT
+        };
+        let length: u32 = if goes_beyond { 0x7FFF_FFFF } else { 5 };
+        let mut extension = [kind.to_be_bytes(), length.to_be_bytes()].concat();
+        extension.extend(b"qcow2\0\0\0");
+        let (name_at, end) = (at + extension.len(), at + extension.len() + size);
+        bytes[at..name_at].copy_from_slice(&extension);
+        bytes[name_at..end].copy_from_slice(&name);
+        bytes[8..16].copy_from_slice(&u64::try_from(name_at).unwrap().to_be_bytes());
+        fs::write(image, bytes).unwrap();
+    }
+
+    #[tokio::test]
+    async fn extensions_without_an_end_do_not_hide_what_is_below() {
+        let place = place();
+        let (top, mid, base) = (place.at("top"), place.at("mid"), place.at("base"));
+        place.overlay(&mid).await;
+        forget_end(&top, false);
+        qemu_img(&["info", "-U", "--backing-chain", &top]);
+        let found = place.beneath("top").await;
+        assert!(found.contains(&mid) && found.contains(&base), "{found:?}");
+        let places = chain::Places(Vec::new());
+        let chain = chain::below(&top, "qcow2", &places).unwrap();
+        assert_eq!((&chain[0].path, &*chain[0].format), (&mid, "qcow2"));
+        forget_end(&top, true);
+        let found = place.beneath("top").await;
+        assert!(found.contains(&mid) && found.contains(&base), "{found:?}");
     }
 
     #[tokio::test]

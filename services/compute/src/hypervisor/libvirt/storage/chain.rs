@@ -10,6 +10,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{Read, Seek, SeekFrom},
+    ops::Range,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -148,7 +149,7 @@ fn read_header(path: &Path) -> std::io::Result<Header> {
         _ => {
             let name = String::from_utf8(read_at(&mut file, offset, size)?)
                 .map_err(|_| other("its backing file's name is no UTF-8"))?;
-            Some((name, backing_format(&mut file, length.into())?))
+            Some((name, backing_format(&mut file, length.into(), offset)?))
         }
     };
     Ok(Header {
@@ -157,18 +158,23 @@ fn read_header(path: &Path) -> std::io::Result<Header> {
     })
 }
 
-fn backing_format(file: &mut File, at: u64) -> std::io::Result<Option<String>> {
-    let text = extension(file, at, BACKING_FORMAT)?.map(String::from_utf8);
+fn backing_format(file: &mut File, at: u64, name_at: u64) -> std::io::Result<Option<String>> {
+    let text = extension(file, at..name_at, BACKING_FORMAT)?.map(String::from_utf8);
     text.transpose().map_err(|_| other("its backing format"))
 }
 
-/// What the first header extension of a kind says, of those that begin there.
+/// What the first header extension of a kind says, of those that begin within `range`.
+/// Where the name of the image below begins they end, with or without a mark.
 pub(super) fn extension(
     file: &mut File,
-    mut at: u64,
+    range: Range<u64>,
     wanted: u32,
 ) -> std::io::Result<Option<Vec<u8>>> {
+    let mut at = range.start;
     for _ in 0..MOST_EXTENSIONS {
+        if at >= range.end {
+            return Ok(None);
+        }
         let head = read_at(file, at, 8)?;
         let (kind, length) = (word(&head, 0), word(&head, 4));
         match kind {

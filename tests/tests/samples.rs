@@ -443,7 +443,7 @@ async fn everything() -> Samples {
     let ask_status: c::AgentStatus = cloud
         .context()
         .agents
-        .status(&"kvm1".parse().unwrap())
+        .ask(&"kvm1".parse().unwrap(), &c::GetStatus {})
         .await
         .unwrap();
     assert_eq!(ask_status.speaks, SPEAKS.into());

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use drover_model::{
     api::{
-        self, compute as c,
+        self,
+        compute::{self as c, Act, Call, Question, Removal},
         fault::{Fault, code},
     },
     error::ErrorClass,
-    ids::{HostName, InstanceId},
+    ids::HostName,
     version::{Mismatch, RpcVersion},
 };
 use drover_rpc::{
@@ -128,112 +129,93 @@ impl AgentClient {
         }
     }
 
-    async fn ask<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
-    where
-        A: Serialize + Sync,
-        R: DeserializeOwned,
-    {
+    /// Has a question answered.
+    ///
+    /// # Errors
+    /// Why it was not.
+    pub async fn ask<C: Call<Kind = Question>>(
+        &self,
+        host: &HostName,
+        call: &C,
+    ) -> Result<C::Answer> {
         let options = CallOptions {
             timeout: Some(self.limits.check),
             ..CallOptions::default()
         };
-        match self.call(host, method, args, options).await {
+        match self.call(host, call, options).await {
             // It was just being stopped. Whoever takes its place is asked again.
-            Err(error) if error.class == ErrorClass::Lost => {
-                self.call(host, method, args, options).await
-            }
+            Err(error) if error.class == ErrorClass::Lost => self.call(host, call, options).await,
             answered => answered,
         }
     }
 
     /// Asks once, and not for long.
-    async fn ask_briefly<A, R>(
+    ///
+    /// # Errors
+    /// Why it was not answered.
+    pub async fn ask_briefly<C: Call<Kind = Question>>(
         &self,
         host: &HostName,
-        method: &str,
-        args: &A,
+        call: &C,
         limit: Duration,
-    ) -> Result<R>
-    where
-        A: Serialize + Sync,
-        R: DeserializeOwned,
-    {
+    ) -> Result<C::Answer> {
         let options = CallOptions {
             timeout: Some(limit),
             ..CallOptions::default()
         };
-        self.call(host, method, args, options).await
+        self.call(host, call, options).await
     }
 
-    async fn act<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
-    where
-        A: Serialize + Sync,
-        R: DeserializeOwned,
-    {
+    /// Has something done that may take long.
+    ///
+    /// # Errors
+    /// Why it was not, or was not seen to be.
+    pub async fn act<C: Call<Kind = Act>>(&self, host: &HostName, call: &C) -> Result<C::Answer> {
         let options = CallOptions {
             timeout: Some(self.limits.act),
             monitor_timeout: Some(self.limits.silence),
             ..CallOptions::default()
         };
-        self.call(host, method, args, options).await
-    }
-
-    /// As [`Self::act`], where that it was done is the whole answer.
-    async fn have_done<A>(&self, host: &HostName, method: &str, args: &A) -> Result<()>
-    where
-        A: Serialize + Sync,
-    {
-        let done: Result<IgnoredAny> = self.act(host, method, args).await;
-        done.map(drop)
-    }
-
-    /// As [`Self::ask`], likewise.
-    async fn have_taken<A>(&self, host: &HostName, method: &str, args: &A) -> Result<()>
-    where
-        A: Serialize + Sync,
-    {
-        let taken: Result<IgnoredAny> = self.ask(host, method, args).await;
-        taken.map(drop)
+        self.call(host, call, options).await
     }
 
     /// Has something removed by evidence, which is stale before long: what is not
-    /// begun by then is not done, and has to be proven again.
-    async fn remove<A, R>(&self, host: &HostName, method: &str, args: &A) -> Result<R>
-    where
-        A: Serialize + Sync,
-        R: DeserializeOwned,
-    {
+    /// begun by then is not done, and has to be proven again. Whoever calls this has the
+    /// proof.
+    async fn remove<C: Call<Kind = Removal>>(
+        &self,
+        host: &HostName,
+        call: &C,
+    ) -> Result<C::Answer> {
         let options = CallOptions {
             timeout: Some(EVIDENCE_HOLDS.min(self.limits.act)),
             monitor_timeout: Some(self.limits.silence),
             ..CallOptions::default()
         };
-        self.call(host, method, args, options).await
+        self.call(host, call, options).await
     }
 
-    async fn call<A, R>(
+    async fn call<C: Call>(
         &self,
         host: &HostName,
-        method: &str,
-        args: &A,
+        call: &C,
         options: CallOptions,
-    ) -> Result<R>
-    where
-        A: Serialize + Sync,
-        R: DeserializeOwned,
-    {
+    ) -> Result<C::Answer> {
         let pinned = self.hearing.pinned(host)?;
-        let called = self.called(host, method, args, (pinned, options)).await;
-        let error = match called {
-            Ok(answer) => return Ok(answer),
+        let called = self.called::<_, C::Wire>(host, call, (pinned, options));
+        let error = match called.await {
+            Ok(answer) => return Ok(answer.into()),
             Err(error) => error,
         };
         // It may have been replaced by one of another version, and not be heard of yet.
         if knows_another_version(&error)
             && let Ok(pinned) = self.pin_anew(host).await
         {
-            let called = self.called(host, method, args, (pinned, options)).await;
-            return called.map_err(|e| self.error(host, &e));
+            let called = self.called::<_, C::Wire>(host, call, (pinned, options));
+            return called
+                .await
+                .map(Into::into)
+                .map_err(|e| self.error(host, &e));
         }
         Err(self.error(host, &error))
     }
@@ -242,14 +224,13 @@ impl AgentClient {
     /// on, if that is another one.
     async fn pin_anew(&self, host: &HostName) -> std::result::Result<RpcVersion, ()> {
         let before = self.hearing.pinned(host);
-        let none = serde_json::Map::new();
         let options = CallOptions {
             timeout: Some(self.limits.check),
             ..CallOptions::default()
         };
         let asked = (api::OLDEST, options);
         let status: c::AgentStatus = self
-            .called(host, c::method::GET_STATUS, &none, asked)
+            .called(host, &c::GetStatus {}, asked)
             .await
             .map_err(drop)?;
         let said = (status.version.as_str(), &status.speaks);
@@ -271,17 +252,12 @@ impl AgentClient {
         .into()
     }
 
-    async fn called<A, R>(
+    async fn called<C: Call, R: DeserializeOwned>(
         &self,
         host: &HostName,
-        method: &str,
-        args: &A,
+        call: &C,
         (version, options): (RpcVersion, CallOptions),
-    ) -> std::result::Result<R, RpcError>
-    where
-        A: Serialize + Sync,
-        R: DeserializeOwned,
-    {
+    ) -> std::result::Result<R, RpcError> {
         let target = Target::topic(api::COMPUTE_TOPIC)
             .server(host.as_str())
             .namespace(api::NAMESPACE)
@@ -290,84 +266,13 @@ impl AgentClient {
         let context = RequestContext::service(format!("req-{}", uuid::Uuid::new_v4()))
             .with(api::INCARNATION_KEY, incarnation);
         let args = Fenced {
-            args,
+            args: call,
             epoch: self.epoch,
         };
         let called = self
             .rpc
-            .call_with(&target, &context, method, &args, options);
+            .call_with(&target, &context, C::METHOD, &args, options);
         called.await
-    }
-
-    /// How an agent is.
-    pub async fn status(&self, host: &HostName) -> Result<c::AgentStatus> {
-        let none = serde_json::Map::new();
-        self.ask(host, c::method::GET_STATUS, &none).await
-    }
-
-    /// What the source has to give.
-    pub async fn check_source(
-        &self,
-        host: &HostName,
-        ask: &c::CheckSource,
-    ) -> Result<c::SourceFacts> {
-        self.ask(host, c::method::CHECK_SOURCE, ask).await
-    }
-
-    /// What the destination says to it.
-    pub async fn check_destination(
-        &self,
-        host: &HostName,
-        ask: &c::CheckDestination,
-    ) -> Result<c::DestinationFacts> {
-        self.ask(host, c::method::CHECK_DESTINATION, ask).await
-    }
-
-    /// What is in files of a node; of long ones, how far reading is.
-    pub async fn contents(&self, host: &HostName, ask: &c::GetContents) -> Result<c::Contents> {
-        self.ask(host, c::method::GET_CONTENTS, ask).await
-    }
-
-    /// Whether the source reaches the destination.
-    pub async fn check_path(&self, host: &HostName, ask: &c::CheckPath) -> Result<c::PathFacts> {
-        self.ask(host, c::method::CHECK_PATH, ask).await
-    }
-
-    /// Makes the destination ready.
-    pub async fn prepare(&self, host: &HostName, ask: &c::PreLiveMigration) -> Result<()> {
-        self.have_done(host, c::method::PRE_LIVE_MIGRATION, ask)
-            .await
-    }
-
-    /// Starts the transfer on the source, or finds it started.
-    pub async fn start(&self, host: &HostName, ask: &c::LiveMigration) -> Result<c::JobState> {
-        self.ask(host, c::method::LIVE_MIGRATION, ask).await
-    }
-
-    /// Where the transfer stands.
-    pub async fn job(&self, host: &HostName, step: c::StepRef) -> Result<c::JobState> {
-        self.ask(host, c::method::GET_JOB, &step).await
-    }
-
-    /// Aborts the transfer.
-    pub async fn abort(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.have_taken(host, c::method::ABORT, &step).await
-    }
-
-    /// Has the transfer end soon, whatever it costs the guest.
-    pub async fn force_complete(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.have_taken(host, c::method::FORCE_COMPLETE, &step)
-            .await
-    }
-
-    /// Where a node sees the guest.
-    pub async fn locate(&self, host: &HostName, step: c::StepRef) -> Result<c::GuestLocation> {
-        self.ask(host, c::method::LOCATE, &step).await
-    }
-
-    /// What a node sees of its copy: evidence for what removes one.
-    pub async fn look_at_copy(&self, host: &HostName, step: c::StepRef) -> Result<c::CopySeen> {
-        self.ask(host, c::method::LOOK_AT_COPY, &step).await
     }
 
     /// Tidies the source after the switch-over.
@@ -385,8 +290,7 @@ impl AgentClient {
             runs_on: proof.runs().then(|| survivor.host.clone()),
             survivor: Some(survivor),
         };
-        self.remove(host, c::method::POST_LIVE_MIGRATION, &ask)
-            .await
+        self.remove(host, &ask).await
     }
 
     /// Has the source forget a migration whose guest is back there; it removes nothing.
@@ -397,17 +301,7 @@ impl AgentClient {
             runs_on: None,
             survivor: None,
         };
-        self.remove(host, c::method::POST_LIVE_MIGRATION, &ask)
-            .await
-    }
-
-    /// Tidies the destination after the switch-over.
-    pub async fn post_at_destination(
-        &self,
-        host: &HostName,
-        step: c::StepRef,
-    ) -> Result<c::CleanUp> {
-        self.act(host, c::method::POST_AT_DESTINATION, &step).await
+        self.remove(host, &ask).await
     }
 
     /// Takes back what was prepared on the destination.
@@ -417,47 +311,11 @@ impl AgentClient {
         step: c::StepRef,
         proof: &Redundant,
     ) -> Result<c::CleanUp> {
-        let ask = removal(step, proof);
-        self.remove(host, c::method::ROLLBACK_AT_DESTINATION, &ask)
-            .await
-    }
-
-    /// Has the source forget the migration.
-    pub async fn rollback_at_source(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.have_done(host, c::method::ROLLBACK_AT_SOURCE, &step)
-            .await
+        let ask = c::RollbackAtDestination(removal(step, proof));
+        self.remove(host, &ask).await
     }
 
     // ---- cold
-
-    /// Makes the destination ready for files.
-    pub async fn prep_resize(&self, host: &HostName, ask: &c::PrepResize) -> Result<c::Inbox> {
-        self.act(host, c::method::PREP_RESIZE, ask).await
-    }
-
-    /// Has the source do a part of its work, or finds it at it.
-    pub async fn resize(&self, host: &HostName, ask: &c::ResizeInstance) -> Result<c::JobState> {
-        self.ask(host, c::method::RESIZE_INSTANCE, ask).await
-    }
-
-    /// Stops the part under way.
-    pub async fn abort_resize(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.have_done(host, c::method::ABORT_RESIZE, &step).await
-    }
-
-    /// Keeps the source's copy from starting.
-    pub async fn set_aside(&self, host: &HostName, ask: &c::SetAside) -> Result<c::CleanUp> {
-        self.act(host, c::method::SET_ASIDE, ask).await
-    }
-
-    /// Has the guest on the destination.
-    pub async fn finish_resize(
-        &self,
-        host: &HostName,
-        ask: &c::FinishResize,
-    ) -> Result<c::GuestLocation> {
-        self.act(host, c::method::FINISH_RESIZE, ask).await
-    }
 
     /// Removes what was made on the destination.
     pub async fn rollback_resize(
@@ -466,27 +324,8 @@ impl AgentClient {
         step: c::StepRef,
         proof: &Redundant,
     ) -> Result<c::CleanUp> {
-        let ask = removal(step, proof);
-        self.remove(host, c::method::ROLLBACK_RESIZE, &ask).await
-    }
-
-    /// Has the guest on the source as it was.
-    pub async fn finish_revert_resize(
-        &self,
-        host: &HostName,
-        ask: &c::FinishRevertResize,
-    ) -> Result<c::GuestLocation> {
-        self.act(host, c::method::FINISH_REVERT_RESIZE, ask).await
-    }
-
-    /// Has what came to the destination be there for good.
-    pub async fn confirm_at_destination(
-        &self,
-        host: &HostName,
-        step: c::StepRef,
-    ) -> Result<c::CleanUp> {
-        self.act(host, c::method::CONFIRM_AT_DESTINATION, &step)
-            .await
+        let ask = c::RollbackResize(removal(step, proof));
+        self.remove(host, &ask).await
     }
 
     /// Removes what the source kept.
@@ -496,8 +335,8 @@ impl AgentClient {
         step: c::StepRef,
         proof: &Redundant,
     ) -> Result<c::CleanUp> {
-        let ask = removal(step, proof);
-        self.remove(host, c::method::CONFIRM_RESIZE, &ask).await
+        let ask = c::ConfirmResize(removal(step, proof));
+        self.remove(host, &ask).await
     }
 
     /// Has the source of a cold migration forget it, whose guest was brought back there
@@ -508,7 +347,7 @@ impl AgentClient {
             instance: step.instance,
             survivor: None,
         };
-        self.remove(host, c::method::CONFIRM_RESIZE, &ask).await
+        self.remove(host, &c::ConfirmResize(ask)).await
     }
 
     /// Stops the guest on the destination and takes its definition away.
@@ -523,69 +362,21 @@ impl AgentClient {
             instance: step.instance,
             survivor: Some(proof.survivor()),
         };
-        self.remove(host, c::method::REVERT_RESIZE, &ask).await
-    }
-
-    // ---- between projects
-
-    /// What the node has to say before an instance changes hands there.
-    pub async fn check_transfer(
-        &self,
-        host: &HostName,
-        ask: &c::CheckTransfer,
-    ) -> Result<c::TransferFacts> {
-        self.ask(host, c::method::CHECK_TRANSFER, ask).await
-    }
-
-    /// Has the node write down what is to be done.
-    pub async fn prep_transfer(&self, host: &HostName, ask: &c::PrepTransfer) -> Result<()> {
-        self.have_done(host, c::method::PREP_TRANSFER, ask).await
-    }
-
-    /// Has the node do a part of it, or finds it at it.
-    pub async fn transfer(&self, host: &HostName, ask: &c::TransferWork) -> Result<c::JobState> {
-        self.ask(host, c::method::TRANSFER_INSTANCE, ask).await
-    }
-
-    /// Stops the part under way.
-    pub async fn abort_transfer(&self, host: &HostName, step: c::StepRef) -> Result<()> {
-        self.have_done(host, c::method::ABORT_TRANSFER, &step).await
-    }
-
-    /// Removes what the instance had of the giver's.
-    pub async fn post_transfer(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
-        self.act(host, c::method::POST_TRANSFER, &step).await
-    }
-
-    /// Has the node forget a transfer that was taken back.
-    pub async fn rollback_transfer(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
-        self.act(host, c::method::ROLLBACK_TRANSFER, &step).await
+        self.remove(host, &ask).await
     }
 
     // ---- of dead nodes
 
-    /// An instance's lasting definition, while its node lives.
-    pub async fn definition(
-        &self,
-        host: &HostName,
-        instance: InstanceId,
-    ) -> Result<c::KeptDefinition> {
-        let ask = c::InstanceOnNode { instance };
-        self.ask(host, c::method::GET_DEFINITION, &ask).await
-    }
-
     /// Whether an agent answers within a time.
     pub async fn answers(&self, host: &HostName, limit: Duration) -> Result<()> {
-        let none = serde_json::Map::new();
         let options = CallOptions {
             timeout: Some(limit),
             ..CallOptions::default()
         };
-        let method = c::method::GET_STATUS;
         // It lives, whatever it speaks.
         let asked = (api::OLDEST, options);
         match self
-            .called::<_, IgnoredAny>(host, method, &none, asked)
+            .called::<_, IgnoredAny>(host, &c::GetStatus {}, asked)
             .await
         {
             Ok(IgnoredAny) => Ok(()),
@@ -596,28 +387,6 @@ impl AgentClient {
             }
             Err(error) => Err(agent_error(host, &error)),
         }
-    }
-
-    /// Whether a node reaches an address, asked for so long at the most.
-    pub async fn probe(
-        &self,
-        host: &HostName,
-        ask: &c::ProbeAddress,
-        limit: Duration,
-    ) -> Result<c::ProbeAnswer> {
-        self.ask_briefly(host, c::method::PROBE_ADDRESS, ask, limit)
-            .await
-    }
-
-    /// Which of a dead node's guests a node has active.
-    pub async fn find_active(
-        &self,
-        host: &HostName,
-        ask: &c::FindActive,
-        limit: Duration,
-    ) -> Result<c::Active> {
-        self.ask_briefly(host, c::method::FIND_ACTIVE, ask, limit)
-            .await
     }
 
     /// Consumers of a node's queue by the broker's word, or why it says nothing.
@@ -635,30 +404,6 @@ impl AgentClient {
         Ok(counted.unwrap_or_default())
     }
 
-    /// Whether a node can start a guest of a dead one.
-    pub async fn check_evacuation(
-        &self,
-        host: &HostName,
-        ask: &c::CheckEvacuation,
-    ) -> Result<c::EvacuationFacts> {
-        self.ask(host, c::method::CHECK_EVACUATION, ask).await
-    }
-
-    /// Has a guest of a dead node defined, not started.
-    pub async fn prep_rebuild(&self, host: &HostName, ask: &c::RebuildInstance) -> Result<()> {
-        self.have_done(host, c::method::PREP_REBUILD, ask).await
-    }
-
-    /// Has it started.
-    pub async fn rebuild(&self, host: &HostName, step: c::StepRef) -> Result<c::GuestLocation> {
-        self.act(host, c::method::REBUILD, &step).await
-    }
-
-    /// Has its new home forget the evacuation.
-    pub async fn post_rebuild(&self, host: &HostName, step: c::StepRef) -> Result<c::CleanUp> {
-        self.act(host, c::method::POST_REBUILD, &step).await
-    }
-
     /// Takes back a guest that was defined and never ran there.
     pub async fn rollback_rebuild(
         &self,
@@ -666,7 +411,7 @@ impl AgentClient {
         step: c::StepRef,
         _: &NeverRan,
     ) -> Result<c::CleanUp> {
-        self.remove(host, c::method::ROLLBACK_REBUILD, &step).await
+        self.remove(host, &c::RollbackRebuild(step)).await
     }
 }
 

@@ -126,7 +126,7 @@ async fn ask(
     if paths.is_empty() {
         return Ok(Vec::new());
     }
-    let asked = agents.contents(host, &GetContents { paths }).await;
+    let asked = agents.ask(host, &GetContents { paths }).await;
     let answer = asked.map_err(|e| checks::unanswered(host, side, &e))?;
     Ok(answer.files)
 }

@@ -115,7 +115,7 @@ impl Survey<'_> {
             instance: self.instance.id,
             lasting: matches!(self.way, Way::Cold(_)),
         };
-        match self.agents.check_source(host, &ask).await {
+        match self.agents.ask(host, &ask).await {
             Ok(facts) => {
                 failures.extend(checks::source(&facts, host, self.way));
                 Ok((Some(facts), failures))
@@ -171,7 +171,7 @@ impl Survey<'_> {
             marks: source.marks.clone(),
             source: source_row.report.endpoint.clone(),
         };
-        let answered = self.agents.check_destination(host, &ask).await;
+        let answered = self.agents.ask(host, &ask).await;
         // Asked whatever the destination said: it also takes the marks away.
         let path = CheckPath {
             migration: self.migration,
@@ -187,7 +187,7 @@ impl Survey<'_> {
                 .and_then(|f| f.disk_port.clone().ok())
                 .filter(|_| matches!(self.way, Way::Cold(_))),
         };
-        let reached = self.agents.check_path(source_host, &path).await;
+        let reached = self.agents.ask(source_host, &path).await;
         let failures = &mut examined.destination;
         let mut facts = match answered {
             Ok(facts) => facts,

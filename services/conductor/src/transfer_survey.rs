@@ -110,7 +110,7 @@ impl TransferSurvey<'_> {
             networks,
             locations,
         };
-        match self.agents.check_transfer(host, &ask).await {
+        match self.agents.ask(host, &ask).await {
             Ok(facts) => {
                 let judged = transfer::judge(hands, &facts);
                 examined.failures.extend(judged.failures);

@@ -7,7 +7,10 @@ mod evacuation;
 mod known;
 mod transfer;
 
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Serialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
 
 pub use copy::{AsideSeen, CopyHistory, CopySeen, FileSeen, RemoveCopy, Survivor};
 pub use evacuation::{
@@ -30,117 +33,174 @@ use crate::{
     version::Spoken,
 };
 
-/// Names of the methods, in the order in which a live migration uses them.
-pub mod method {
-    /// No arguments → [`super::AgentStatus`]
-    pub const GET_STATUS: &str = "get_status";
-    /// [`super::CheckSource`] → [`super::SourceFacts`]
-    pub const CHECK_SOURCE: &str = "check_can_live_migrate_source";
-    /// [`super::CheckDestination`] → [`super::DestinationFacts`]
-    pub const CHECK_DESTINATION: &str = "check_can_live_migrate_destination";
-    /// [`super::CheckPath`] → [`super::PathFacts`]; also removes the marks.
-    pub const CHECK_PATH: &str = "check_migration_path";
-    /// [`super::PreLiveMigration`] → `null`, on the destination.
-    pub const PRE_LIVE_MIGRATION: &str = "pre_live_migration";
-    /// [`super::LiveMigration`] → [`super::JobState`], on the source: starts, does not wait.
-    pub const LIVE_MIGRATION: &str = "live_migration";
-    /// [`super::StepRef`] → [`super::JobState`], on the source.
-    pub const GET_JOB: &str = "get_live_migration";
-    /// [`super::StepRef`] → `null`, on the source.
-    pub const ABORT: &str = "abort_live_migration";
-    /// [`super::StepRef`] → `null`, on the source.
-    pub const FORCE_COMPLETE: &str = "force_complete_live_migration";
-    /// [`super::StepRef`] → [`super::GuestLocation`], on either side.
-    pub const LOCATE: &str = "locate_instance";
-    /// [`super::StepRef`] → [`super::CopySeen`], on either side: evidence for what
-    /// removes a copy.
-    pub const LOOK_AT_COPY: &str = "look_at_instance_copy";
-    /// [`super::PostLiveMigration`] → [`super::CleanUp`], on the source after the switch-over.
-    pub const POST_LIVE_MIGRATION: &str = "post_live_migration";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the destination after the switch-over.
-    pub const POST_AT_DESTINATION: &str = "post_live_migration_at_destination";
-    /// [`super::RemoveCopy`] → [`super::CleanUp`], on the destination, only when the
-    /// guest's copy on the source was seen whole.
-    pub const ROLLBACK_AT_DESTINATION: &str = "rollback_live_migration_at_destination";
-    /// [`super::StepRef`] → `null`, on the source: forgets a migration that ended there.
-    pub const ROLLBACK_AT_SOURCE: &str = "rollback_live_migration_at_source";
+/// What is asked of an agent.
+pub trait Call: Serialize + Send + Sync {
+    /// Its method.
+    const METHOD: &'static str;
+    /// What is answered.
+    type Answer;
+    /// In which form that travels.
+    type Wire: DeserializeOwned + Into<Self::Answer>;
+    /// What it does there: [`Question`], [`Act`] or [`Removal`].
+    type Kind;
+}
+
+/// It is answered at once, and changes nothing that takes long.
+#[derive(Debug)]
+pub enum Question {}
+/// It works on disks, and may take long.
+#[derive(Debug)]
+pub enum Act {}
+/// It removes something by evidence, which is stale before long.
+#[derive(Debug)]
+pub enum Removal {}
+
+/// Done, whatever else a newer agent says of it.
+#[derive(Debug, Deserialize)]
+pub struct Done(#[allow(dead_code)] IgnoredAny);
+
+impl From<Done> for () {
+    fn from(_: Done) {}
+}
+
+/// `METHOD = "its name": what is asked => what is answered, kind`. A call of the form
+/// `Name(What)` is a type of its own around arguments that it shares with others.
+macro_rules! calls {
+    ($($(#[$doc:meta])* $const:ident = $name:literal:
+       $call:ident $(($of:ident))? => $answer:tt, $kind:ident;)+) => {
+        /// Names of the methods.
+        pub mod method {
+            $($(#[$doc])* pub const $const: &str = $name;)+
+        }
+        $(calls!(@type [$(#[$doc])*] $call $($of)?);
+        impl Call for $call {
+            const METHOD: &'static str = $name;
+            type Answer = calls!(@answer $answer);
+            type Wire = calls!(@wire $answer);
+            type Kind = $kind;
+        })+
+    };
+    (@type [$($doc:tt)*] $call:ident $of:ident) => {
+        $($doc)*
+        #[derive(Debug, Clone, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $call(pub $of);
+    };
+    (@type [$($doc:tt)*] $call:ident) => {};
+    (@answer ()) => { () };
+    (@answer $answer:ident) => { $answer };
+    (@wire ()) => { Done };
+    (@wire $answer:ident) => { $answer };
+}
+
+calls! {
+    /// How the agent is.
+    GET_STATUS = "get_status": GetStatus => AgentStatus, Question;
+    /// What the source has to give away.
+    CHECK_SOURCE = "check_can_live_migrate_source": CheckSource => SourceFacts, Question;
+    /// What the destination says to it.
+    CHECK_DESTINATION = "check_can_live_migrate_destination":
+        CheckDestination => DestinationFacts, Question;
+    /// Whether the source reaches the destination; also removes the marks.
+    CHECK_PATH = "check_migration_path": CheckPath => PathFacts, Question;
+    /// On the destination: makes it ready.
+    PRE_LIVE_MIGRATION = "pre_live_migration": PreLiveMigration => (), Act;
+    /// On the source: starts the transfer, or finds it started; does not wait.
+    LIVE_MIGRATION = "live_migration": LiveMigration => JobState, Question;
+    /// On the source: where the transfer stands.
+    GET_JOB = "get_live_migration": GetJob(StepRef) => JobState, Question;
+    /// On the source: aborts the transfer.
+    ABORT = "abort_live_migration": Abort(StepRef) => (), Question;
+    /// On the source: the transfer ends soon, whatever it costs the guest.
+    FORCE_COMPLETE = "force_complete_live_migration": ForceComplete(StepRef) => (), Question;
+    /// On either side: where it sees the guest.
+    LOCATE = "locate_instance": Locate(StepRef) => GuestLocation, Question;
+    /// On either side: what it sees of its copy, evidence for what removes one.
+    LOOK_AT_COPY = "look_at_instance_copy": LookAtCopy(StepRef) => CopySeen, Question;
+    /// On the source after the switch-over: tidies.
+    POST_LIVE_MIGRATION = "post_live_migration": PostLiveMigration => CleanUp, Removal;
+    /// On the destination after the switch-over: tidies.
+    POST_AT_DESTINATION = "post_live_migration_at_destination":
+        PostAtDestination(StepRef) => CleanUp, Act;
+    /// On the destination, only when the guest's copy on the source was seen whole.
+    ROLLBACK_AT_DESTINATION = "rollback_live_migration_at_destination":
+        RollbackAtDestination(RemoveCopy) => CleanUp, Removal;
+    /// On the source: forgets a migration that ended there.
+    ROLLBACK_AT_SOURCE = "rollback_live_migration_at_source": RollbackAtSource(StepRef) => (), Act;
 
     // Cold, in the order in which one uses them.
 
-    /// [`super::PrepResize`] → [`super::Inbox`], on the destination.
-    pub const PREP_RESIZE: &str = "prep_resize";
-    /// [`super::ResizeInstance`] → [`super::JobState`], on the source: starts a
-    /// part of the work, or finds it started; does not wait.
-    pub const RESIZE_INSTANCE: &str = "resize_instance";
-    /// [`super::StepRef`] → `null`, on the source: stops the part under way.
-    pub const ABORT_RESIZE: &str = "abort_resize";
-    /// [`super::SetAside`] → [`super::CleanUp`], on the source: keeps definition
-    /// and disks aside, unable to start.
-    pub const SET_ASIDE: &str = "set_aside_instance";
-    /// [`super::FinishResize`] → [`super::GuestLocation`], on the destination:
-    /// defines the guest and starts it if it ran.
-    pub const FINISH_RESIZE: &str = "finish_resize";
-    /// [`super::RemoveCopy`] → [`super::CleanUp`], on the destination, only when
-    /// another copy was seen whole: takes back what was made.
-    pub const ROLLBACK_RESIZE: &str = "rollback_resize_at_destination";
-    /// [`super::FinishRevertResize`] → [`super::GuestLocation`], on the source:
-    /// the guest is there as it was before.
-    pub const FINISH_REVERT_RESIZE: &str = "finish_revert_resize";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the destination: what came is
-    /// on stable storage and is the guest's; the source's copy may go.
-    pub const CONFIRM_AT_DESTINATION: &str = "confirm_resize_at_destination";
-    /// [`super::RemoveCopy`] → [`super::CleanUp`], on the source: removes what was set
-    /// aside, as the destination's copy was seen whole. Without a survivor nothing is
-    /// removed: a guest that was brought back by hand is let go of.
-    pub const CONFIRM_RESIZE: &str = "confirm_resize";
-    /// [`super::RevertResize`] → [`super::GuestLocation`], on the destination:
-    /// stops the guest and takes its definition away; the disks stay.
-    pub const REVERT_RESIZE: &str = "revert_resize";
+    /// On the destination: empty files for what will come, the door open.
+    PREP_RESIZE = "prep_resize": PrepResize => Inbox, Act;
+    /// On the source: starts a part of the work, or finds it started; does not wait.
+    RESIZE_INSTANCE = "resize_instance": ResizeInstance => JobState, Question;
+    /// On the source: stops the part under way.
+    ABORT_RESIZE = "abort_resize": AbortResize(StepRef) => (), Act;
+    /// On the source: keeps definition and disks aside, unable to start.
+    SET_ASIDE = "set_aside_instance": SetAside => CleanUp, Act;
+    /// On the destination: defines the guest and starts it if it ran.
+    FINISH_RESIZE = "finish_resize": FinishResize => GuestLocation, Act;
+    /// On the destination, only when another copy was seen whole: takes back what was made.
+    ROLLBACK_RESIZE = "rollback_resize_at_destination":
+        RollbackResize(RemoveCopy) => CleanUp, Removal;
+    /// On the source: the guest is there as it was before.
+    FINISH_REVERT_RESIZE = "finish_revert_resize": FinishRevertResize => GuestLocation, Act;
+    /// On the destination: what came is on stable storage and is the guest's; the source's
+    /// copy may go.
+    CONFIRM_AT_DESTINATION = "confirm_resize_at_destination":
+        ConfirmAtDestination(StepRef) => CleanUp, Act;
+    /// On the source: removes what was set aside, as the destination's copy was seen whole.
+    /// Without a survivor nothing is removed: a guest that was brought back by hand is let
+    /// go of.
+    CONFIRM_RESIZE = "confirm_resize": ConfirmResize(RemoveCopy) => CleanUp, Removal;
+    /// On the destination: stops the guest and takes its definition away; the disks stay.
+    REVERT_RESIZE = "revert_resize": RevertResize => GuestLocation, Removal;
 
-    // Between projects, in the order in which a transfer uses them; all on the
-    // node where the instance is and stays.
+    // Between projects, in the order in which a transfer uses them; all on the node where
+    // the instance is and stays.
 
-    /// [`super::CheckTransfer`] → [`super::TransferFacts`]
-    pub const CHECK_TRANSFER: &str = "check_can_transfer_instance";
-    /// [`super::PrepTransfer`] → `null`: writes down what is to be done.
-    pub const PREP_TRANSFER: &str = "prep_transfer";
-    /// [`super::TransferWork`] → [`super::JobState`]: starts a part of the work,
-    /// or finds it started; does not wait.
-    pub const TRANSFER_INSTANCE: &str = "transfer_instance";
-    /// [`super::StepRef`] → `null`: stops the part under way.
-    pub const ABORT_TRANSFER: &str = "abort_transfer";
-    /// [`super::StepRef`] → [`super::CleanUp`]: the instance is the receiver's for
-    /// good; removes what it had of the giver's.
-    pub const POST_TRANSFER: &str = "post_transfer";
-    /// [`super::StepRef`] → [`super::CleanUp`]: forgets a transfer that was taken back.
-    pub const ROLLBACK_TRANSFER: &str = "rollback_transfer";
+    /// What the node has to say before an instance changes hands there.
+    CHECK_TRANSFER = "check_can_transfer_instance": CheckTransfer => TransferFacts, Question;
+    /// Writes down what is to be done.
+    PREP_TRANSFER = "prep_transfer": PrepTransfer => (), Act;
+    /// Starts a part of the work, or finds it started; does not wait.
+    TRANSFER_INSTANCE = "transfer_instance": TransferWork => JobState, Question;
+    /// Stops the part under way.
+    ABORT_TRANSFER = "abort_transfer": AbortTransfer(StepRef) => (), Act;
+    /// The instance is the receiver's for good: removes what it had of the giver's.
+    POST_TRANSFER = "post_transfer": PostTransfer(StepRef) => CleanUp, Act;
+    /// Forgets a transfer that was taken back.
+    ROLLBACK_TRANSFER = "rollback_transfer": RollbackTransfer(StepRef) => CleanUp, Act;
 
     // Of dead nodes, and of those that may be.
 
-    /// [`super::InstanceOnNode`] → [`super::KeptDefinition`], while the node lives.
-    pub const GET_DEFINITION: &str = "get_instance_definition";
-    /// [`super::InstanceOnNode`] → [`super::DirtyRate`]: measures for a second.
-    pub const MEASURE_DIRTY_RATE: &str = "measure_dirty_rate";
-    /// [`super::ProbeAddress`] → [`super::ProbeAnswer`]
-    pub const PROBE_ADDRESS: &str = "probe_address";
-    /// [`super::FindActive`] → [`super::Active`], of the guests of a dead node.
-    pub const FIND_ACTIVE: &str = "find_active_instances";
-    /// [`super::GetContents`] → [`super::Contents`], on either node.
-    pub const GET_CONTENTS: &str = "get_file_contents";
-    /// [`super::CheckEvacuation`] → [`super::EvacuationFacts`], on the new home.
-    pub const CHECK_EVACUATION: &str = "check_can_rebuild_instance";
-    /// [`super::RebuildInstance`] → `null`, on the new home: defined, not started.
-    pub const PREP_REBUILD: &str = "prep_rebuild_instance";
-    /// [`super::StepRef`] → [`super::GuestLocation`], on the new home: starts what
-    /// was defined; started already, it is that.
-    pub const REBUILD: &str = "rebuild_instance";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the new home: the guest was seen
-    /// to run; the evacuation is forgotten here.
-    pub const POST_REBUILD: &str = "post_rebuild_instance";
-    /// [`super::StepRef`] → [`super::CleanUp`], on the new home, only when the guest
-    /// never ran there: takes the definition back.
-    pub const ROLLBACK_REBUILD: &str = "rollback_rebuild_instance";
+    /// An instance's lasting definition, while its node lives.
+    GET_DEFINITION = "get_instance_definition":
+        GetDefinition(InstanceOnNode) => KeptDefinition, Question;
+    /// Measures for a second.
+    MEASURE_DIRTY_RATE = "measure_dirty_rate":
+        MeasureDirtyRate(InstanceOnNode) => DirtyRate, Question;
+    /// Whether a node reaches an address.
+    PROBE_ADDRESS = "probe_address": ProbeAddress => ProbeAnswer, Question;
+    /// Which of a dead node's guests a node has active.
+    FIND_ACTIVE = "find_active_instances": FindActive => Active, Question;
+    /// On either node: what is in files; of long ones, how far reading is.
+    GET_CONTENTS = "get_file_contents": GetContents => Contents, Question;
+    /// On the new home: whether it can start a guest of a dead node.
+    CHECK_EVACUATION = "check_can_rebuild_instance": CheckEvacuation => EvacuationFacts, Question;
+    /// On the new home: defined, not started.
+    PREP_REBUILD = "prep_rebuild_instance": RebuildInstance => (), Act;
+    /// On the new home: starts what was defined; started already, it is that.
+    REBUILD = "rebuild_instance": Rebuild(StepRef) => GuestLocation, Act;
+    /// On the new home: the guest was seen to run; the evacuation is forgotten here.
+    POST_REBUILD = "post_rebuild_instance": PostRebuild(StepRef) => CleanUp, Act;
+    /// On the new home, only when the guest never ran there: takes the definition back.
+    ROLLBACK_REBUILD = "rollback_rebuild_instance": RollbackRebuild(StepRef) => CleanUp, Removal;
 }
+
+/// Asks how an agent is.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct GetStatus {}
 
 /// Names a step's subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 use std::{future::Future, pin::Pin, sync::Arc};
 
 use drover_model::api::{
-    compute::{Subject, method},
+    compute::{self, Call, Subject},
     fault::Fault,
 };
 use drover_rpc::{RemoteFailure, Request};
@@ -64,15 +64,15 @@ pub(crate) struct Under {
     pub(crate) epoch: u64,
 }
 
-async fn ask<S, T>(
+async fn ask<C, S>(
     registry: &Arc<Registry>,
     request: &Request,
     kind: Kind,
-    run: impl for<'a> FnOnce(&'a mut Actor, S, Reply<T>) -> Doing<'a> + Send + 'static,
+    run: impl for<'a> FnOnce(&'a mut Actor, S, Reply<C::Answer>) -> Doing<'a> + Send + 'static,
 ) -> Answer
 where
+    C: Call<Answer: Serialize + Send + 'static>,
     S: Subject + Send + 'static,
-    T: Serialize + Send + 'static,
 {
     let Under { epoch } = request.args()?;
     let step: S = request.args()?;
@@ -82,14 +82,15 @@ where
     faults::answer(answer)
 }
 
-/// `METHOD => what of the actor serves it, what it is to the gate`; what `answers_later`
+/// `Call => what of the actor serves it, what it is to the gate`; what `answers_later`
 /// is given the place for its answer.
 macro_rules! steps {
-    ($($method:ident => $handler:ident $(, $kind:ident)?;)+) => {
+    ($($call:ident => $handler:ident $(, $kind:ident)?;)+) => {
         pub(crate) const STEPS: &[Step] = &[$(Step {
-            method: method::$method,
+            method: compute::$call::METHOD,
             serve: |registry, request| {
-                Box::pin(ask(registry, request, kind!($($kind)?), |actor, step, to| {
+                let kind = kind!($($kind)?);
+                Box::pin(ask::<compute::$call, _>(registry, request, kind, |actor, step, to| {
                     Box::pin(async move { serve!(actor.$handler(step, to) $(, $kind)?) })
                 }))
             },
@@ -122,41 +123,41 @@ macro_rules! serve {
 
 steps! {
     // Live.
-    CHECK_SOURCE => check_source;
-    CHECK_DESTINATION => check_destination;
-    CHECK_PATH => check_path;
-    PRE_LIVE_MIGRATION => pre_live_migration;
-    LIVE_MIGRATION => live_migration, may_start;
-    GET_JOB => get_job;
-    ABORT => abort, answers_later;
-    FORCE_COMPLETE => force_complete, answers_later;
-    LOOK_AT_COPY => look_at_copy, looks;
-    POST_LIVE_MIGRATION => post_live_migration;
-    POST_AT_DESTINATION => post_at_destination;
-    ROLLBACK_AT_DESTINATION => rollback_at_destination;
-    ROLLBACK_AT_SOURCE => rollback_at_source;
+    CheckSource => check_source;
+    CheckDestination => check_destination;
+    CheckPath => check_path;
+    PreLiveMigration => pre_live_migration;
+    LiveMigration => live_migration, may_start;
+    GetJob => get_job;
+    Abort => abort, answers_later;
+    ForceComplete => force_complete, answers_later;
+    LookAtCopy => look_at_copy, looks;
+    PostLiveMigration => post_live_migration;
+    PostAtDestination => post_at_destination;
+    RollbackAtDestination => rollback_at_destination;
+    RollbackAtSource => rollback_at_source;
     // Cold.
-    PREP_RESIZE => prep_resize;
-    RESIZE_INSTANCE => resize_instance, may_start;
-    ABORT_RESIZE => abort_resize;
-    SET_ASIDE => set_aside;
-    FINISH_RESIZE => finish_resize, may_start;
-    ROLLBACK_RESIZE => rollback_resize;
-    FINISH_REVERT_RESIZE => finish_revert_resize, may_start;
-    CONFIRM_AT_DESTINATION => confirm_at_destination;
-    CONFIRM_RESIZE => confirm_resize;
-    REVERT_RESIZE => revert_resize;
+    PrepResize => prep_resize;
+    ResizeInstance => resize_instance, may_start;
+    AbortResize => abort_resize;
+    SetAside => set_aside;
+    FinishResize => finish_resize, may_start;
+    RollbackResize => rollback_resize;
+    FinishRevertResize => finish_revert_resize, may_start;
+    ConfirmAtDestination => confirm_at_destination;
+    ConfirmResize => confirm_resize;
+    RevertResize => revert_resize;
     // To another project.
-    CHECK_TRANSFER => check_transfer;
-    PREP_TRANSFER => prep_transfer;
-    TRANSFER_INSTANCE => transfer_instance, may_start;
-    ABORT_TRANSFER => abort_transfer;
-    POST_TRANSFER => post_transfer;
-    ROLLBACK_TRANSFER => rollback_transfer;
+    CheckTransfer => check_transfer;
+    PrepTransfer => prep_transfer;
+    TransferWork => transfer_instance, may_start;
+    AbortTransfer => abort_transfer;
+    PostTransfer => post_transfer;
+    RollbackTransfer => rollback_transfer;
     // Of dead nodes.
-    CHECK_EVACUATION => check_evacuation;
-    PREP_REBUILD => prep_rebuild, may_start;
-    REBUILD => rebuild, may_start;
-    POST_REBUILD => post_rebuild;
-    ROLLBACK_REBUILD => rollback_rebuild;
+    CheckEvacuation => check_evacuation;
+    RebuildInstance => prep_rebuild, may_start;
+    Rebuild => rebuild, may_start;
+    PostRebuild => post_rebuild;
+    RollbackRebuild => rollback_rebuild;
 }

@@ -5,7 +5,7 @@ use drover_model::{
         Evacuated, EvacuatedAnswer, EvacuatedRemoved, ForceDown, ForgetNode, KeptOff, ListEvacuated,
     },
     api::{
-        compute::{CopySeen, StepRef},
+        compute::{CopySeen, LookAtCopy, StepRef},
         conductor::method,
     },
     guest::Presence,
@@ -183,7 +183,7 @@ impl DroverEndpoint {
             migration: evacuated.migration,
             instance: evacuated.instance,
         };
-        let seen = self.context.agents.look_at_copy(&row.host, step).await;
+        let seen = self.context.agents.ask(&row.host, &LookAtCopy(step)).await;
         let generation = evacuated.generation;
         let newer = |seen: &CopySeen| {
             let is_there = matches!(seen.presence, Presence::Present(_));

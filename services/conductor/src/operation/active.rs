@@ -9,7 +9,7 @@ use std::{
 };
 
 use drover_model::{
-    api::compute::{FindActive, StepRef},
+    api::compute::{FindActive, Locate, StepRef},
     guest::Presence,
     ids::{HostName, InstanceId},
 };
@@ -81,7 +81,7 @@ async fn round(context: &Context, dead: &HostName, guest: InstanceId) -> Result<
     let asking = others.map(|host| {
         let (agents, ask) = (&context.agents, &ask);
         async move {
-            let answer = timeout(AT_ONCE, agents.find_active(&host, ask, AT_ONCE)).await;
+            let answer = timeout(AT_ONCE, agents.ask_briefly(&host, ask, AT_ONCE)).await;
             (host, answer.ok().and_then(std::result::Result::ok))
         }
         .boxed()
@@ -116,7 +116,7 @@ async fn one_by_one(
 ) -> Vec<HostName> {
     let asking = hosts.map(|host| {
         async move {
-            let located = timeout(AT_ONCE, context.agents.locate(host, step)).await;
+            let located = timeout(AT_ONCE, context.agents.ask(host, &Locate(step))).await;
             let presence = located.ok()?.ok()?.presence;
             let has_it = presence.is_active() || presence == Presence::Incoming;
             has_it.then(|| host.clone())

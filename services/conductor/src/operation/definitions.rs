@@ -13,6 +13,7 @@ use std::{
 };
 
 use drover_model::{
+    api::compute::{GetDefinition, InstanceOnNode},
     content::FileContent,
     ids::{HostName, InstanceId},
     node::{HypervisorReport, NodeReport},
@@ -189,7 +190,11 @@ async fn fetch(context: &Context, host: &HostName, wanted: Digests) -> Result<()
         }
         let node = store.known_node(host).await?;
         let after = node.as_ref().map(|node| ReportPlace::from(&node.report));
-        match context.agents.definition(host, id).await {
+        match context
+            .agents
+            .ask(host, &GetDefinition(InstanceOnNode { instance: id }))
+            .await
+        {
             Ok(mut kept) => {
                 definitions.told(id);
                 let is_whole = !kept.contents.iter().any(FileContent::is_working);

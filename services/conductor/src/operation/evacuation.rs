@@ -285,7 +285,7 @@ async fn probe(
         address: endpoint.address.clone(),
         port: endpoint.libvirt_port,
     };
-    let answered = context.agents.probe(from, &ask, limit).await;
+    let answered = context.agents.ask_briefly(from, &ask, limit).await;
     answered.map_err(|error| format!("it did not say: {}", error.message))
 }
 
@@ -388,7 +388,7 @@ async fn ask(
         identities: kept.identities.clone(),
         contents: kept.contents.clone(),
     };
-    let answered = agents.check_evacuation(host, &ask).await;
+    let answered = agents.ask(host, &ask).await;
     answered.map_err(|e| checks::unanswered(host, Side::Destination, &e))
 }
 

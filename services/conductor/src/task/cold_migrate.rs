@@ -14,8 +14,9 @@
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{
-        ColdMemory, ColdPart, FileRole, FinishResize, FinishRevertResize, JobState, KnownDisk,
-        Outcome, PrepResize, ResizeInstance,
+        AbortResize, ColdMemory, ColdPart, ConfirmAtDestination, FileRole, FinishResize,
+        FinishRevertResize, GetDefinition, InstanceOnNode, JobState, KnownDisk, Outcome,
+        PrepResize, ResizeInstance,
     },
     error::ErrorClass,
     guest::Presence,
@@ -128,7 +129,11 @@ impl ColdMigrate {
         }
         data.chosen = Some(chosen);
         let (source, id) = (self.job.source(), self.job.migration.instance_uuid);
-        let kept = self.job.agents().definition(source, id).await;
+        let kept = self
+            .job
+            .agents()
+            .ask(source, &GetDefinition(InstanceOnNode { instance: id }))
+            .await;
         data.domain = Some(kept.map_err(repeatable)?.domain);
         Ok(())
     }
@@ -140,7 +145,7 @@ impl ColdMigrate {
             instance: self.job.migration.instance_uuid,
             files: chosen.files.clone(),
         };
-        let prepared = self.job.agents().prep_resize(&chosen.host, &ask).await;
+        let prepared = self.job.agents().act(&chosen.host, &ask).await;
         data.inbox = Some(prepared.map_err(repeatable)?);
         Ok(())
     }
@@ -185,7 +190,7 @@ impl ColdMigrate {
         };
         let mut changes = self.job.store().changes();
         loop {
-            let job = self.job.agents().resize(self.job.source(), &ask).await;
+            let job = self.job.agents().ask(self.job.source(), &ask).await;
             match job.map_err(patient)? {
                 JobState::Ended { outcome, .. } => return judge(outcome),
                 JobState::Running { .. } | JobState::Unknown => {}
@@ -271,7 +276,7 @@ impl ColdMigrate {
             flavor: self.options.flavor,
             checked: Some(chosen.checked.clone()),
         };
-        let finished = self.job.agents().finish_resize(&chosen.host, &ask).await;
+        let finished = self.job.agents().act(&chosen.host, &ask).await;
         let presence = match finished {
             Ok(location) => location.presence,
             // Whatever was said, where the guest is decides (invariant 9).
@@ -385,7 +390,7 @@ impl ColdMigrate {
     /// The source stops sending.
     async fn undo_copy(&self) -> Result<(), StepError> {
         let (source, step) = (self.job.source(), self.job.step());
-        let aborted = self.job.agents().abort_resize(source, step).await;
+        let aborted = self.job.agents().act(source, &AbortResize(step)).await;
         aborted.map_err(agent_error)
     }
 
@@ -488,7 +493,7 @@ impl ColdMigrate {
             Taken::Nothing { why, ever: false } => Err(lost(why)),
             Taken::Nothing { why, ever: true } => {
                 let (agents, step) = (self.job.agents(), self.job.step());
-                let left = agents.confirm_at_destination(dest_host, step).await;
+                let left = agents.act(dest_host, &ConfirmAtDestination(step)).await;
                 let mut kept = left.map_err(agent_error)?.kept;
                 kept.push(format!("{why}: what came there is not removed"));
                 self.job.note_kept(kept).await
@@ -546,11 +551,7 @@ impl ColdMigrate {
             memory: self.memory(&here, data, dest_may).await?,
             is_elsewhere,
         };
-        let restored = self
-            .job
-            .agents()
-            .finish_revert_resize(self.job.source(), &ask)
-            .await;
+        let restored = self.job.agents().act(self.job.source(), &ask).await;
         let there = restored.map_err(agent_error)?.presence;
         match handed_over && !matches!(there, Presence::Present(_)) {
             false => Ok(()),

@@ -5,7 +5,10 @@
 //! somebody has brought back to the source is not confirmed: a revert ends that move.
 
 use async_trait::async_trait;
-use drover_model::migration::{EndReason, Migration, MigrationStatus as S};
+use drover_model::{
+    api::compute::ConfirmAtDestination,
+    migration::{EndReason, Migration, MigrationStatus as S},
+};
 use drover_saga::{Saga, Step, StepError};
 
 use super::{
@@ -85,7 +88,11 @@ impl Confirm {
         let whole = proof::may_confirm(source.as_ref(), &there);
         whole.map_err(|message| ended(EndReason::Failed { message }))?;
         let step = self.job.step();
-        let confirmed = self.job.agents().confirm_at_destination(dest, step).await;
+        let confirmed = self
+            .job
+            .agents()
+            .act(dest, &ConfirmAtDestination(step))
+            .await;
         confirmed.map(drop).map_err(agent_error)
     }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::RebuildInstance,
+    api::compute::{PostRebuild, Rebuild, RebuildInstance},
     check::CheckFailure,
     error::ErrorClass,
     guest::{PowerState, Presence},
@@ -248,7 +248,7 @@ impl Evacuate {
             checked: data.chosen()?.checked.clone(),
         };
         let host = &data.chosen()?.host;
-        let prepared = self.job.agents().prep_rebuild(host, &ask).await;
+        let prepared = self.job.agents().act(host, &ask).await;
         prepared.map_err(repeatable)
     }
 
@@ -303,7 +303,12 @@ impl Evacuate {
                     "{third} has the guest active: it is started nowhere else"
                 )));
             }
-            match self.job.agents().rebuild(&host, self.job.step()).await {
+            match self
+                .job
+                .agents()
+                .act(&host, &Rebuild(self.job.step()))
+                .await
+            {
                 Ok(location) => there = location.presence,
                 Err(error) => {
                     answer = Err(error);
@@ -394,7 +399,11 @@ impl Evacuate {
     }
 
     async fn forget(&self, host: &HostName) -> Result<Vec<String>, StepError> {
-        let cleaned = self.job.agents().post_rebuild(host, self.job.step()).await;
+        let cleaned = self
+            .job
+            .agents()
+            .act(host, &PostRebuild(self.job.step()))
+            .await;
         Ok(cleaned.map_err(agent_error)?.warnings)
     }
 

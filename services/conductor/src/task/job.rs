@@ -10,7 +10,8 @@ use std::{
 use drover_model::{
     api::{
         compute::{
-            CleanUp, ColdMemory, GuestLocation, Inbox, Outcome, SetAside, StepRef, TransferPlan,
+            CleanUp, ColdMemory, GuestLocation, Inbox, Locate, LookAtCopy, Outcome, SetAside,
+            StepRef, TransferPlan,
         },
         conductor::ListMigrations,
     },
@@ -189,7 +190,7 @@ impl Job {
     }
 
     pub(super) async fn locate(&self, host: &HostName) -> Result<GuestLocation, StepError> {
-        let located = self.agents().locate(host, self.step()).await;
+        let located = self.agents().ask(host, &Locate(self.step())).await;
         located.map_err(agent_error)
     }
 
@@ -210,7 +211,7 @@ impl Job {
     /// What a node sees of its copy now.
     pub(super) async fn look_at(&self, host: &HostName) -> Result<Seen, StepError> {
         let at_ms = self.context.clock.now_ms();
-        let seen = self.agents().look_at_copy(host, self.step()).await;
+        let seen = self.agents().ask(host, &LookAtCopy(self.step())).await;
         let seen = seen.map_err(agent_error)?;
         Ok(Seen::new(self.migration.uuid, host.clone(), at_ms, seen))
     }
@@ -377,7 +378,7 @@ impl Job {
             instance: self.migration.instance_uuid,
             memory,
         };
-        self.agents().set_aside(self.source(), &ask).await.map(drop)
+        self.agents().act(self.source(), &ask).await.map(drop)
     }
 
     // ---- undoing

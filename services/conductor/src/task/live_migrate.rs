@@ -20,8 +20,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use drover_model::{
     api::compute::{
-        CleanUp, CopyHistory, GuestLocation, JobState, Known, KnownDisk, LiveMigration, Outcome,
-        PreLiveMigration,
+        Abort, CleanUp, CopyHistory, ForceComplete, GetJob, GuestLocation, JobState, Known,
+        KnownDisk, LiveMigration, Outcome, PostAtDestination, PreLiveMigration, RollbackAtSource,
     },
     error::ErrorClass,
     guest::{PowerState, Presence},
@@ -147,7 +147,7 @@ impl LiveMigrate {
             copied_disks: chosen.copied_disks.clone(),
             checked: chosen.checked.clone(),
         };
-        let prepared = self.job.agents().prepare(&chosen.host, &ask).await;
+        let prepared = self.job.agents().act(&chosen.host, &ask).await;
         prepared.map_err(repeatable)
     }
 
@@ -184,10 +184,9 @@ impl LiveMigrate {
         if dest.copy().presence != Presence::Absent || dest.copy().known.ran_here {
             return Err(lost(dest.words()));
         }
-        let left = self.job.agents().post_at_destination(host, self.job.step());
-        self.job
-            .note_kept(left.await.map_err(agent_error)?.kept)
-            .await
+        let post = PostAtDestination(self.job.step());
+        let left = self.job.agents().act(host, &post).await;
+        self.job.note_kept(left.map_err(agent_error)?.kept).await
     }
 
     /// Takes back what was made on the destination, if both nodes' answers prove that
@@ -210,7 +209,7 @@ impl LiveMigrate {
                 Ok(None)
             }
             TakeBack::Stays(why) => {
-                let left = agents.post_at_destination(dest_host, step).await;
+                let left = agents.act(dest_host, &PostAtDestination(step)).await;
                 let left = left.map_err(agent_error)?;
                 warn!(migration = %self.job.migration.uuid, why, "nothing is taken back");
                 let words = format!("{why}: what was made there is not taken back");
@@ -368,13 +367,13 @@ impl LiveMigrate {
             disks: Some(KnownDisk::of(&chosen.guest)),
             options: self.options.clone(),
         };
-        let mut started = agents.start(source, &ask).await;
+        let mut started = agents.ask(source, &ask).await;
         let is_refused = started
             .as_ref()
             .is_err_and(|e| e.class == ErrorClass::Refused);
         if is_refused && self.is_sent_unwatched(chosen).await {
             ask.attach = true;
-            started = agents.start(source, &ask).await;
+            started = agents.ask(source, &ask).await;
         }
         match started {
             Ok(JobState::Ended { outcome, .. }) => return Ok(outcome),
@@ -396,7 +395,7 @@ impl LiveMigrate {
                 return Ok(outcome);
             }
             if silent {
-                match agents.job(source, self.job.step()).await {
+                match agents.ask(source, &GetJob(self.job.step())).await {
                     Ok(JobState::Ended { outcome, .. }) => return Ok(outcome),
                     Ok(JobState::Running { .. }) => {}
                     // Where the guest is will tell what became of it.
@@ -418,8 +417,9 @@ impl LiveMigrate {
         if there.as_ref().is_ok_and(|there| !has_it(there)) {
             return Ok(None);
         }
-        let job = self.job.agents().job(self.job.source(), self.job.step());
-        match (job.await, there) {
+        let ask = GetJob(self.job.step());
+        let job = self.job.agents().ask(self.job.source(), &ask).await;
+        match (job, there) {
             (Ok(JobState::Ended { outcome, .. }), _) => Ok(Some(outcome)),
             (Ok(JobState::Running { .. }), _) => Ok(None),
             (Ok(JobState::Unknown), Ok(there)) => {
@@ -463,7 +463,7 @@ impl LiveMigrate {
         if record.abort_requested && !asked.abort {
             asked.abort = taken(
                 "abort",
-                self.job.agents().abort(source, self.job.step()).await,
+                self.job.agents().ask(source, &Abort(self.job.step())).await,
             );
         }
         // What is left is the last, but for a guest that was stopped with much left to
@@ -477,7 +477,7 @@ impl LiveMigrate {
             let forced = self
                 .job
                 .agents()
-                .force_complete(source, self.job.step())
+                .ask(source, &ForceComplete(self.job.step()))
                 .await;
             asked.force = taken("force-complete", forced);
         }
@@ -623,7 +623,7 @@ impl LiveMigrate {
 
     async fn forget_transfer(&self) -> Result<(), StepError> {
         let (agents, source) = (self.job.agents(), self.job.source());
-        let forgotten = agents.rollback_at_source(source, self.job.step()).await;
+        let forgotten = agents.act(source, &RollbackAtSource(self.job.step())).await;
         forgotten.map_err(agent_error)
     }
 
@@ -644,7 +644,7 @@ impl LiveMigrate {
         let cleaned = self
             .job
             .agents()
-            .post_at_destination(&host, self.job.step())
+            .act(&host, &PostAtDestination(self.job.step()))
             .await;
         let cleaned = cleaned.map_err(agent_error)?;
         data.downtime_ms = cleaned.downtime_ms.or(data.downtime_ms);
@@ -712,7 +712,7 @@ impl LiveMigrate {
                 let took = self.job.source();
                 self.job.settle_late(took, dest, None, None).await?;
                 let agents = self.job.agents();
-                let posted = agents.post_at_destination(dest, self.job.step()).await;
+                let posted = agents.act(dest, &PostAtDestination(self.job.step())).await;
                 posted.map_err(agent_error)?
             }
             false => {

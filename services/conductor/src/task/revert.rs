@@ -15,7 +15,7 @@
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{CleanUp, Ended, FinishResize, FinishRevertResize, Known},
+    api::compute::{CleanUp, ConfirmAtDestination, Ended, FinishResize, FinishRevertResize, Known},
     error::ErrorClass,
     guest::Presence,
     ids::HostName,
@@ -218,7 +218,7 @@ impl Revert {
             flavor,
             checked: None,
         };
-        let again = self.job.agents().finish_resize(self.dest()?, &ask).await;
+        let again = self.job.agents().act(self.dest()?, &ask).await;
         let Err(error) = again else {
             return Ok(());
         };
@@ -258,7 +258,7 @@ impl Revert {
             is_elsewhere: false,
         };
         let source = self.job.source();
-        let restored = self.job.agents().finish_revert_resize(source, &ask).await;
+        let restored = self.job.agents().act(source, &ask).await;
         // What was answered is not enough: it is looked at. An agent that did it and has
         // forgotten it since refuses.
         let seen = self.job.look_at(source).await;
@@ -391,7 +391,7 @@ impl Revert {
         let (dest_host, step) = (self.dest()?, self.job.step());
         if data.taken_back {
             let agents = self.job.agents();
-            let left = agents.confirm_at_destination(dest_host, step).await;
+            let left = agents.act(dest_host, &ConfirmAtDestination(step)).await;
             let kept = self.left_on(dest_host, left).await?;
             return self.job.note_kept(kept).await;
         }
@@ -411,7 +411,7 @@ impl Revert {
                 self.job.cleaned(tidied).await
             }
             TakeBack::Stays(why) => {
-                let left = agents.confirm_at_destination(dest_host, step).await;
+                let left = agents.act(dest_host, &ConfirmAtDestination(step)).await;
                 left.map_err(agent_error)?;
                 let words = format!("{why}: the files that came there are not removed");
                 self.job.note_kept(vec![words]).await

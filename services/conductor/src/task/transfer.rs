@@ -8,7 +8,10 @@
 
 use async_trait::async_trait;
 use drover_model::{
-    api::compute::{Ended, JobState, Known, Outcome, PrepTransfer, TransferPart, TransferWork},
+    api::compute::{
+        AbortTransfer, Ended, JobState, Known, Outcome, PostTransfer, PrepTransfer,
+        RollbackTransfer, TransferPart, TransferWork,
+    },
     error::ErrorClass,
     migration::{EndReason, Migration, MigrationStatus as S, ProjectTransfer, TransferMode},
 };
@@ -141,7 +144,7 @@ impl Transfer {
             plan: data.transfer()?.clone(),
             options: self.wanted.options.clone(),
         };
-        let prepared = self.job.agents().prep_transfer(self.job.source(), &ask);
+        let prepared = self.job.agents().act(self.job.source(), &ask);
         prepared.await.map_err(repeatable)
     }
 
@@ -198,7 +201,7 @@ impl Transfer {
     /// Removes what the instance had of the giver's.
     async fn tidy(&self) -> Result<(), StepError> {
         let (host, step) = (self.job.source(), self.job.step());
-        let tidied = self.job.agents().post_transfer(host, step).await;
+        let tidied = self.job.agents().act(host, &PostTransfer(step)).await;
         self.job.cleaned(tidied).await
     }
 
@@ -217,7 +220,7 @@ impl Transfer {
         };
         let mut changes = self.job.store().changes();
         loop {
-            let job = self.job.agents().transfer(self.job.source(), &ask).await;
+            let job = self.job.agents().ask(self.job.source(), &ask).await;
             match job.map_err(patient)? {
                 JobState::Ended { outcome, .. } => return Ok(outcome),
                 JobState::Running { .. } | JobState::Unknown => {}
@@ -238,7 +241,7 @@ impl Transfer {
     /// The node stops copying, or asking the guest to shut down.
     async fn abort(&self) -> Result<(), StepError> {
         let (host, step) = (self.job.source(), self.job.step());
-        let aborted = self.job.agents().abort_transfer(host, step).await;
+        let aborted = self.job.agents().act(host, &AbortTransfer(step)).await;
         aborted.map_err(agent_error)
     }
 
@@ -272,7 +275,7 @@ impl Transfer {
             part: TransferPart::TakeBack,
             ran: true,
         };
-        let started = self.job.agents().transfer(host, &ask).await;
+        let started = self.job.agents().ask(host, &ask).await;
         started.map(drop).map_err(patient)
     }
 
@@ -295,7 +298,7 @@ impl Transfer {
                 return Err(StepError::new(ErrorClass::Retryable, message));
             }
         }
-        let forgotten = self.job.agents().rollback_transfer(host, step).await;
+        let forgotten = self.job.agents().act(host, &RollbackTransfer(step)).await;
         all_clean(forgotten.map_err(agent_error)?)
     }
 }

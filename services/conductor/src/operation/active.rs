@@ -1,10 +1,11 @@
 //! Which of the nodes that are up has a dead node's guests active, by their own word: the
 //! record may be younger than what somebody did, or older than itself. One round of
-//! questions is about all guests of the dead node, and serves all who wait for it.
+//! questions is about all guests that wait to be started, and serves all who wait for it.
+//! Of one that is being started elsewhere nobody asks: its node would be slow to answer.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -27,7 +28,11 @@ const MOST_ASKED: usize = 256;
 
 /// Rounds of questions, by dead node. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Rounds(Joined<std::result::Result<Arc<Round>, Arc<StoreError>>>);
+pub struct Rounds {
+    rounds: Joined<std::result::Result<Arc<Round>, Arc<StoreError>>>,
+    /// Guests that the next round is about.
+    waiting: Arc<Mutex<BTreeSet<InstanceId>>>,
+}
 
 /// What one round was about, and what was found.
 #[derive(Debug, Default)]
@@ -53,10 +58,15 @@ impl Rounds {
     ) -> std::result::Result<BTreeSet<HostName>, Arc<StoreError>> {
         let guest = step.instance;
         loop {
-            let asking = async { round(context, dead, guest).await.map(Arc::new) };
-            let round = self.0.ask(dead, asking.map(|r| r.map_err(Arc::new)));
+            self.waiting().insert(guest);
+            let asking = async {
+                let mut asked = std::mem::take(&mut *self.waiting());
+                asked.insert(guest);
+                round(context, dead, asked).await.map(Arc::new)
+            };
+            let round = self.rounds.ask(dead, asking.map(|r| r.map_err(Arc::new)));
             let round = round.await?;
-            // Another's round may be about others alone, if the record has it elsewhere.
+            // One that began just then has taken it, and another may be about others alone.
             if !round.asked.contains(&guest) {
                 continue;
             }
@@ -66,11 +76,13 @@ impl Rounds {
             return Ok(active);
         }
     }
+
+    fn waiting(&self) -> MutexGuard<'_, BTreeSet<InstanceId>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-async fn round(context: &Context, dead: &HostName, guest: InstanceId) -> Result<Round> {
-    let there = context.store.instances(Some(dead), None).await?;
-    let asked: BTreeSet<_> = there.iter().map(|row| row.id).chain([guest]).collect();
+async fn round(context: &Context, dead: &HostName, asked: BTreeSet<InstanceId>) -> Result<Round> {
     let live = context.liveness();
     let nodes = context.store.nodes().await?;
     let up = nodes.into_iter().filter(|node| live.is_up(node));

@@ -82,6 +82,11 @@ impl Presence {
         matches!(self, Self::Present(state) if state.is_active())
     }
 
+    /// Whether a QEMU is here for it, be it that its guest is still to come.
+    pub fn has_qemu(self) -> bool {
+        self.is_active() || self == Self::Incoming
+    }
+
     /// The state of a domain that is here.
     pub fn power_state(self) -> Option<PowerState> {
         match self {

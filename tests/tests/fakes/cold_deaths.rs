@@ -443,18 +443,22 @@ async fn an_overlay_that_somebody_took_off_the_guest_is_not_merged() {
     assert_eq!(running, Some(m.source_host.clone()), "{m:#?}");
 }
 
+/// A move with a copy before, whose source is just being set aside.
+async fn being_set_aside(cloud: &Cloud) -> Migration {
+    let id = guest(cloud, web()).await;
+    let slow = Effect::SlowBefore(Duration::from_secs(5));
+    cloud.fabric.on_call("kvm1", Call::RenameFile, 1, slow);
+    let m = started(cloud, id, &cold(true)).await;
+    let is_reached = |m: &Migration| m.step == "set_aside";
+    cloud.until(m.uuid, "set aside", is_reached).await
+}
+
 /// What came with the frozen disks is cleared away before it is merged: the guest goes back
 /// to where all of it is.
 #[tokio::test(start_paused = true)]
 async fn a_guest_is_not_started_without_what_it_wrote_last() {
     let mut cloud = Cloud::start(15).await;
-    let id = guest(&cloud, web()).await;
-    let slow = Effect::SlowBefore(Duration::from_secs(5));
-    cloud.fabric.on_call("kvm1", Call::RenameFile, 1, slow);
-    let m = started(&cloud, id, &cold(true)).await;
-    cloud
-        .until(m.uuid, "set aside", |m| m.step == "set_aside")
-        .await;
+    let m = being_set_aside(&cloud).await;
     cloud.kill_agent("kvm2");
     cloud.until(m.uuid, "to come", |m| m.step == "finish").await;
     let overlay = format!("{LOCAL}.delta-{}", m.uuid);
@@ -475,13 +479,7 @@ async fn a_guest_is_not_started_without_what_it_wrote_last() {
 async fn an_overlay_that_is_merged_need_not_be_there() {
     for call in [Call::MergeOverlay, Call::RemoveDisk, Call::Define] {
         let cloud = Cloud::start(16).await;
-        let id = guest(&cloud, web()).await;
-        let slow = Effect::SlowBefore(Duration::from_secs(5));
-        cloud.fabric.on_call("kvm1", Call::RenameFile, 1, slow);
-        let m = started(&cloud, id, &cold(true)).await;
-        cloud
-            .until(m.uuid, "set aside", |m| m.step == "set_aside")
-            .await;
+        let m = being_set_aside(&cloud).await;
         let untold = HypervisorError::Untold("libvirt is away".to_owned());
         let forget = Effect::Forget(untold);
         cloud.fabric.on_call("kvm2", call, 2, forget);

@@ -2,15 +2,12 @@
 
 use std::time::Duration;
 
-use drover_model::{
-    api::{
-        compute::{
-            Active, Contents, DirtyRate, FindActive, GetContents, InstanceOnNode, ProbeAddress,
-            ProbeAnswer, method,
-        },
-        fault::Fault,
+use drover_model::api::{
+    compute::{
+        Active, Contents, DirtyRate, FindActive, GetContents, InstanceOnNode, ProbeAddress,
+        ProbeAnswer, method,
     },
-    guest::Presence,
+    fault::Fault,
 };
 use drover_rpc::{RemoteFailure, Request};
 use futures_util::future::join_all;
@@ -46,8 +43,7 @@ impl Steps {
         let mut found = Active::default();
         for (guest, presence) in join_all(looking).await {
             match presence {
-                Ok(Ok(Presence::Incoming)) => found.active.push(guest),
-                Ok(Ok(presence)) if presence.is_active() => found.active.push(guest),
+                Ok(Ok(presence)) if presence.has_qemu() => found.active.push(guest),
                 Ok(Ok(_)) => {}
                 Ok(Err(_)) | Err(_) => found.unseen.push(guest),
             }

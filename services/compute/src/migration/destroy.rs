@@ -283,7 +283,7 @@ impl NeverRan {
         record: &RebuildRecord,
         presence: Presence,
     ) -> std::result::Result<Self, Fault> {
-        if presence.is_active() || presence == Presence::Incoming {
+        if presence.has_qemu() {
             let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }

@@ -11,24 +11,22 @@
 //! ```
 
 use drover_model::{api::fault::Fault, migration::Phase};
-use tokio::{sync::oneshot, time::Instant};
+use tokio::time::Instant;
 use tracing::warn;
 
 use super::{
     monitor::{LET_GO, Monitor, Told},
     outcome::Intent,
+    steps::Reply,
 };
 use crate::{faults, hypervisor::HypervisorError, journal::Record};
-
-/// Answer to an order.
-pub(super) type Reply = oneshot::Sender<Result<(), Fault>>;
 
 /// Something the conductor wants of a transfer.
 pub(super) enum Order {
     /// Stop it.
-    Abort(Reply),
+    Abort(Reply<()>),
     /// Bring it to its end at once.
-    ForceComplete(Reply),
+    ForceComplete(Reply<()>),
 }
 
 impl Order {

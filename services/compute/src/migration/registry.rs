@@ -36,7 +36,7 @@ use tracing::{error, info, warn};
 use super::{
     actor::{Actor, Asked, Gate, Stage},
     past::{Finished, Past},
-    steps::{Kind, Reply, Work},
+    steps::{Doing, Kind, Reply, Work},
 };
 use crate::{
     faults,
@@ -379,13 +379,8 @@ impl Registry {
 
     /// Makes sure that no other migration has an instance.
     async fn make_way(self: &Arc<Self>, step: StepRef) -> Result<(), Fault> {
-        let instance = step.instance;
-        let aside = move |to: Reply<()>| -> Work {
-            Box::new(move |actor| {
-                Box::pin(async move { drop(to.send(actor.step_aside(instance).await)) })
-            })
-        };
-        self.ask_holder(step, aside).await
+        self.ask_holder(step, |actor, instance| Box::pin(actor.step_aside(instance)))
+            .await
     }
 
     /// Whether [`Self::hold`] would give the instance to a migration. Nobody makes way
@@ -394,24 +389,27 @@ impl Registry {
     /// # Errors
     /// As [`Self::hold`].
     pub(super) async fn could_have(self: &Arc<Self>, step: StepRef) -> Result<(), Fault> {
-        let instance = step.instance;
-        let may = move |to: Reply<()>| -> Work {
-            Box::new(move |actor| {
-                Box::pin(async move { drop(to.send(actor.may_step_aside(instance).await)) })
-            })
-        };
-        self.ask_holder(step, may).await
+        self.ask_holder(step, |actor, instance| {
+            Box::pin(actor.may_step_aside(instance))
+        })
+        .await
     }
 
     async fn ask_holder(
         self: &Arc<Self>,
         step: StepRef,
-        work: impl FnOnce(Reply<()>) -> Work,
+        serve: for<'a> fn(&'a mut Actor, InstanceId) -> Doing<'a, Result<(), Fault>>,
     ) -> Result<(), Fault> {
         if let Some(why) = self.held_back(step.instance) {
             return Err(faults::unreadable(&why));
         }
-        let holder = self.holder(step.instance);
+        let instance = step.instance;
+        let work = move |to: Reply<()>| -> Work {
+            Box::new(move |actor| {
+                Box::pin(async move { drop(to.send(serve(actor, instance).await)) })
+            })
+        };
+        let holder = self.holder(instance);
         match holder.filter(|holder| *holder != step.migration) {
             None => Ok(()),
             // Only a holder is asked, and a holder asks nobody: no circle.

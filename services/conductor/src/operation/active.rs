@@ -11,7 +11,6 @@ use std::{
 
 use drover_model::{
     api::compute::{FindActive, Locate, StepRef},
-    guest::Presence,
     ids::{HostName, InstanceId},
 };
 use drover_store::{Result, StoreError};
@@ -30,8 +29,8 @@ const MOST_ASKED: usize = 256;
 #[derive(Debug, Clone, Default)]
 pub struct Rounds {
     rounds: Joined<std::result::Result<Arc<Round>, Arc<StoreError>>>,
-    /// Guests that the next round is about.
-    waiting: Arc<Mutex<BTreeSet<InstanceId>>>,
+    /// Guests that the next round is about, by their dead node.
+    waiting: Arc<Mutex<BTreeMap<HostName, BTreeSet<InstanceId>>>>,
 }
 
 /// What one round was about, and what was found.
@@ -58,15 +57,18 @@ impl Rounds {
     ) -> std::result::Result<BTreeSet<HostName>, Arc<StoreError>> {
         let guest = step.instance;
         loop {
-            self.waiting().insert(guest);
+            self.waiting()
+                .entry(dead.clone())
+                .or_default()
+                .insert(guest);
             let asking = async {
-                let mut asked = std::mem::take(&mut *self.waiting());
+                let mut asked = self.waiting().remove(dead).unwrap_or_default();
                 asked.insert(guest);
                 round(context, dead, asked).await.map(Arc::new)
             };
             let round = self.rounds.ask(dead, asking.map(|r| r.map_err(Arc::new)));
             let round = round.await?;
-            // One that began just then has taken it, and another may be about others alone.
+            // One that began just then has taken it.
             if !round.asked.contains(&guest) {
                 continue;
             }
@@ -77,7 +79,7 @@ impl Rounds {
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, BTreeSet<InstanceId>> {
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<HostName, BTreeSet<InstanceId>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -130,8 +132,7 @@ async fn one_by_one(
         async move {
             let located = timeout(AT_ONCE, context.agents.ask(host, &Locate(step))).await;
             let presence = located.ok()?.ok()?.presence;
-            let has_it = presence.is_active() || presence == Presence::Incoming;
-            has_it.then(|| host.clone())
+            presence.has_qemu().then(|| host.clone())
         }
         .boxed()
     });

@@ -1,17 +1,11 @@
 //! Cold migration as a saga: the guest is off while it moves.
 //!
-//! Why in this order: what can fail slowly (checks, room, base images that
-//! differ) comes before the guest is asked to stop. The source is set aside
-//! before the destination defines the guest, so that at no moment two nodes
-//! could start it (invariant 1). The guest is started again on the source only
-//! after the destination has taken its definition back: undoing goes the same
-//! way backwards. Until the source is set aside the destination cannot have the
-//! guest, and is not asked: one that died keeps nobody's guest off.
+//! Until the source is set aside the destination cannot have the guest, and is not
+//! asked: one that died keeps nobody's guest off. Undoing goes the same way backwards.
 //!
 //! What then becomes of the source's copy is another saga's: [`super::confirm`]
 //! or [`super::revert`].
 
-use async_trait::async_trait;
 use drover_model::{
     api::compute::{
         AbortResize, ColdMemory, ColdPart, ConfirmAtDestination, FileRole, FinishResize,
@@ -23,14 +17,14 @@ use drover_model::{
     ids::HostName,
     migration::{ColdOptions, EndReason, Migration, MigrationStatus as S},
 };
-use drover_saga::{Saga, Step, StepError};
+use drover_saga::StepError;
 use drover_store::claims::Resources;
 
 use super::{
     job::{ASK_AFTER, Data, Job, agent_error, ended, in_doubt, lost, moved, patient, repeatable},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
-    steps::{Shown, steps},
+    steps::steps,
 };
 use crate::survey::Chosen;
 
@@ -40,7 +34,7 @@ pub struct ColdMigrate {
     options: ColdOptions,
 }
 
-steps! { ColdMigrate |it, data|
+steps! { ColdMigrate |it, data| until { it.job.interrupted() }
     // What can fail slowly (checks, room, base images that differ) comes before the guest is
     // asked to stop.
     PLACE = "place" [Accepted, Checking]
@@ -79,18 +73,6 @@ steps! { ColdMigrate |it, data|
     // Record and claim follow the guest; room for a way back stays claimed.
     SETTLE = "settle" [_, Finishing]
         { it.settle(data) };
-}
-
-#[async_trait]
-impl Saga for ColdMigrate {
-    type Data = Data;
-    type Note = Shown;
-
-    const STEPS: &'static [Step<Self>] = STEPS;
-
-    async fn interrupted(&self) -> StepError {
-        self.job.interrupted().await
-    }
 }
 
 impl Recorded for ColdMigrate {
@@ -239,7 +221,7 @@ impl ColdMigrate {
         let dest = dest.map_err(in_doubt)?;
         let has_it = match dest_may {
             DestMay::LackIt => dest != Presence::Absent,
-            DestMay::HaveItOff => dest.is_active() || dest == Presence::Incoming,
+            DestMay::HaveItOff => dest.has_qemu(),
         };
         if has_it {
             return Ok(true);

@@ -4,18 +4,17 @@
 //! seen whole and in place, then and again when it goes (invariant 11). A guest that
 //! somebody has brought back to the source is not confirmed: a revert ends that move.
 
-use async_trait::async_trait;
 use drover_model::{
     api::compute::ConfirmAtDestination,
     migration::{EndReason, Migration, MigrationStatus as S},
 };
-use drover_saga::{Saga, Step, StepError};
+use drover_saga::StepError;
 
 use super::{
-    job::{Data, Job, agent_error, ended, lost},
+    job::{Job, agent_error, ended, lost},
     journal::{Recorded, Told},
     proof,
-    steps::{Shown, steps},
+    steps::steps,
 };
 
 /// One confirmation under way.
@@ -23,7 +22,7 @@ pub struct Confirm {
     job: Job,
 }
 
-steps! { Confirm |it, data|
+steps! { Confirm |it, data| until { std::future::pending() }
     // What came is on stable storage, and the guest is there: the source's copy goes only when
     // the other was seen whole and in place, now and again when it goes (invariant 11).
     CONFIRM_DESTINATION = "confirm_destination" [Confirming, Done, commits]
@@ -32,18 +31,6 @@ steps! { Confirm |it, data|
     // Source: removes what was set aside; the room for a way back is free.
     CONFIRM_SOURCE = "confirm_source" [Confirming, Done]
         { it.confirm_source() };
-}
-
-#[async_trait]
-impl Saga for Confirm {
-    type Data = Data;
-    type Note = Shown;
-
-    const STEPS: &'static [Step<Self>] = STEPS;
-
-    async fn interrupted(&self) -> StepError {
-        std::future::pending().await
-    }
 }
 
 impl Recorded for Confirm {

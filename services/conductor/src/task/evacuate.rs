@@ -1,18 +1,12 @@
 //! Starting the guest of a dead node elsewhere, as a saga. The operation that it
 //! is part of has proven that the node is off (invariant 1).
 //!
-//! Why in this order: the guest is defined before it is started, so that a
-//! destination that cannot have it says so while nothing runs. Right before the
-//! start the dead node is looked at once more: one that was heard of since the
-//! proof may run the guest itself.
-//!
 //! `start` never fails on a guess: the destination is asked where the guest is,
 //! and while it does not say, the step is *lost* and nothing is undone. The dead
 //! node's own copy is given up by its agent when it returns, after it has asked.
 
 use std::time::Duration;
 
-use async_trait::async_trait;
 use drover_model::{
     api::compute::{PostRebuild, Rebuild, RebuildInstance},
     check::CheckFailure,
@@ -21,7 +15,7 @@ use drover_model::{
     ids::HostName,
     migration::{EndReason, Evacuation, Migration, MigrationStatus as S},
 };
-use drover_saga::{Saga, Step, StepError};
+use drover_saga::StepError;
 use drover_store::{definitions::DefinitionRow, instances::InstanceRow, nodes::NodeRow};
 use tokio::time::Instant;
 
@@ -29,7 +23,7 @@ use super::{
     job::{Data, Job, agent_error, all_clean, ended, in_doubt, lost, repeatable, store_error},
     journal::{Recorded, Told},
     proof::NeverRan,
-    steps::{Shown, steps},
+    steps::steps,
 };
 use crate::{
     checks::{
@@ -53,7 +47,7 @@ pub struct Evacuate {
     wanted: Evacuation,
 }
 
-steps! { Evacuate |it, data|
+steps! { Evacuate |it, data| until { it.job.interrupted() }
     // Looks at proof and definition again, chooses a destination, claims room there.
     PLACE = "place" [Accepted, Checking]
         tells "instance.evacuate" then "instance.rebuild_scheduled"
@@ -75,18 +69,6 @@ steps! { Evacuate |it, data|
     // evacuation.
     SETTLE = "settle" [Done, Finishing]
         { it.settle(data) };
-}
-
-#[async_trait]
-impl Saga for Evacuate {
-    type Data = Data;
-    type Note = Shown;
-
-    const STEPS: &'static [Step<Self>] = STEPS;
-
-    async fn interrupted(&self) -> StepError {
-        self.job.interrupted().await
-    }
 }
 
 impl Recorded for Evacuate {

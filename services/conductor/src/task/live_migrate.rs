@@ -1,13 +1,5 @@
 //! Live migration as a saga.
 //!
-//! Why in this order: the claim comes before anything is made on the
-//! destination, so that two guests never prepare for the same room. The disks
-//! are made before the transfer because libvirt copies into what is there. The
-//! turn comes after that, so that many destinations are made ready while few
-//! sources send; a saga that is taken up again keeps the turn it has. The
-//! record follows the guest before the source is tidied, so that no moment
-//! exists in which the record names a node whose disks are gone.
-//!
 //! `transfer` never fails on a guess (invariants 2 and 3). Whatever the source
 //! says of the job's end, or if it says nothing, both nodes are asked where the
 //! guest is; while that cannot be told the step is *lost*, not failed, and nothing
@@ -17,7 +9,6 @@
 
 use std::time::Duration;
 
-use async_trait::async_trait;
 use drover_model::{
     api::compute::{
         Abort, CleanUp, CopyHistory, ForceComplete, GetJob, GuestLocation, JobState, Known,
@@ -28,7 +19,7 @@ use drover_model::{
     ids::HostName,
     migration::{EndReason, LiveOptions, Migration, MigrationStatus as S, Phase},
 };
-use drover_saga::{Saga, Step, StepError};
+use drover_saga::StepError;
 use drover_store::operations::{Turn, TurnLimits};
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -37,7 +28,7 @@ use super::{
     job::{ASK_AFTER, Data, Job, agent_error, ended, lost, moved, repeatable, store_error},
     journal::{Recorded, Told},
     proof::{self, TakeBack},
-    steps::{Shown, steps},
+    steps::steps,
 };
 use crate::{agent_client::AgentError, plan::schedule::Limits, survey::Chosen};
 
@@ -53,7 +44,7 @@ pub struct LiveMigrate {
     options: LiveOptions,
 }
 
-steps! { LiveMigrate |it, data|
+steps! { LiveMigrate |it, data| until { it.job.interrupted() }
     // Checks both nodes, chooses a destination. The claim comes before anything is made there:
     // two guests never prepare for the same room.
     PLACE = "place" [Accepted, Checking]
@@ -83,18 +74,6 @@ steps! { LiveMigrate |it, data|
     // Source: removes the disks that were copied away.
     TIDY = "tidy" [_, Finishing]
         { it.tidy(data) };
-}
-
-#[async_trait]
-impl Saga for LiveMigrate {
-    type Data = Data;
-    type Note = Shown;
-
-    const STEPS: &'static [Step<Self>] = STEPS;
-
-    async fn interrupted(&self) -> StepError {
-        self.job.interrupted().await
-    }
 }
 
 impl Recorded for LiveMigrate {

@@ -13,7 +13,6 @@
 //! itself says it has not, and no other node has, is reverted already: the agents forget
 //! the migration, the record follows, and nothing is done to the guest or to a file.
 
-use async_trait::async_trait;
 use drover_model::{
     api::compute::{CleanUp, ConfirmAtDestination, Ended, FinishResize, FinishRevertResize, Known},
     error::ErrorClass,
@@ -21,13 +20,13 @@ use drover_model::{
     ids::HostName,
     migration::{EndReason, Migration, MigrationStatus as S, Way},
 };
-use drover_saga::{Saga, Step, StepError};
+use drover_saga::StepError;
 
 use super::{
     job::{Data, Job, agent_error, ended, lost, patient, repeatable, store_error},
     journal::{Recorded, Told},
     proof::{self, Seen, TakeBack},
-    steps::{Shown, steps},
+    steps::steps,
 };
 use crate::agent_client::AgentError;
 
@@ -36,7 +35,7 @@ pub struct Revert {
     job: Job,
 }
 
-steps! { Revert |it, data|
+steps! { Revert |it, data| until { std::future::pending() }
     // Destination: stops the guest, takes its definition away. Before anything is stopped the
     // source is asked whether it still has all that it set aside, and room for it.
     REVERT_DESTINATION = "revert_destination" [Reverting, Done]
@@ -54,18 +53,6 @@ steps! { Revert |it, data|
     // Destination: removes the files that came, kept until the source was seen to have them.
     TIDY = "revert_tidy" [Reverting, Done]
         { it.tidy(data) };
-}
-
-#[async_trait]
-impl Saga for Revert {
-    type Data = Data;
-    type Note = Shown;
-
-    const STEPS: &'static [Step<Self>] = STEPS;
-
-    async fn interrupted(&self) -> StepError {
-        std::future::pending().await
-    }
 }
 
 impl Recorded for Revert {

@@ -1,6 +1,7 @@
 //! How a saga lists its steps: one step is one row, and the list is what runs.
 //!
 //! ```text
+//! steps! { Saga |it, data| until { what ends it in the middle }
 //! NAME = "in the journal" [status, phase, commits, is_whole]
 //!     tells "event as it begins" then "event when it is done"
 //!     { what it does }
@@ -30,32 +31,44 @@ pub struct Shown {
 
 /// The steps of a saga; see the [module](self).
 macro_rules! steps {
-    ($saga:ident |$it:ident, $data:ident|
+    ($saga:ident |$it:ident, $data:ident| until { $until:expr }
      $($const:ident = $name:literal [$status:tt, $phase:ident $(, $flag:ident)*]
        $(tells $start:literal)? $(then $end:literal)?
        { $run:expr } $(undo { $undo:expr })?;)+) => {
         $(#[allow(dead_code)] // Not each is named elsewhere.
           const $const: &str = $name;)+
-        const STEPS: &[drover_saga::Step<$saga>] = &[$(drover_saga::Step {
-            $($flag: true,)*
-            $(undo: |$it, $data| {
-                let _ = (&$it, &$data);
-                Box::pin($undo)
-            },)?
-            ..drover_saga::Step::new(
-                $const,
-                $crate::task::steps::Shown {
-                    status: $crate::task::steps::status!($status),
-                    phase: drover_model::migration::Phase::$phase,
-                    at_start: $crate::task::steps::told!($($start)?),
-                    at_success: $crate::task::steps::told!($($end)?),
-                },
-                |$it, $data| {
+        #[async_trait::async_trait]
+        impl drover_saga::Saga for $saga {
+            type Data = $crate::task::job::Data;
+            type Note = $crate::task::steps::Shown;
+
+            const STEPS: &'static [drover_saga::Step<Self>] = &[$(drover_saga::Step {
+                $($flag: true,)*
+                $(undo: |$it, $data| {
                     let _ = (&$it, &$data);
-                    Box::pin($run)
-                },
-            )
-        }),+];
+                    Box::pin($undo)
+                },)?
+                ..drover_saga::Step::new(
+                    $const,
+                    $crate::task::steps::Shown {
+                        status: $crate::task::steps::status!($status),
+                        phase: drover_model::migration::Phase::$phase,
+                        at_start: $crate::task::steps::told!($($start)?),
+                        at_success: $crate::task::steps::told!($($end)?),
+                    },
+                    |$it, $data| {
+                        let _ = (&$it, &$data);
+                        Box::pin($run)
+                    },
+                )
+            }),+];
+
+            async fn interrupted(&self) -> drover_saga::StepError {
+                let $it = self;
+                let _ = &$it;
+                $until.await
+            }
+        }
     };
 }
 

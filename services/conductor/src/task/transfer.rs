@@ -1,12 +1,6 @@
 //! A transfer to another project as a saga: the guest stays on its node and
 //! changes hands, running (live) or off meanwhile (cold).
-//!
-//! Why in this order: what takes long and may fail (checks, copying) comes while
-//! nothing has changed for anybody. Handing over is short, and of it the disks
-//! come last: a network is given back in a moment, a disk that was written to
-//! has to be copied. The record follows the node, never the other way round.
 
-use async_trait::async_trait;
 use drover_model::{
     api::compute::{
         AbortTransfer, Ended, JobState, Known, Outcome, PostTransfer, PrepTransfer,
@@ -15,7 +9,7 @@ use drover_model::{
     error::ErrorClass,
     migration::{EndReason, Migration, MigrationStatus as S, ProjectTransfer, TransferMode},
 };
-use drover_saga::{Saga, Step, StepError};
+use drover_saga::StepError;
 
 use super::{
     job::{
@@ -23,7 +17,7 @@ use super::{
         store_error,
     },
     journal::{Recorded, Told},
-    steps::{Shown, steps},
+    steps::steps,
 };
 use crate::{checks::transfer as checks, transfer_survey::TransferSurvey};
 
@@ -33,7 +27,7 @@ pub struct Transfer {
     wanted: ProjectTransfer,
 }
 
-steps! { Transfer |it, data|
+steps! { Transfer |it, data| until { it.job.interrupted() }
     // Every check, the plan; promises the receiver's quota. What takes long and may fail comes
     // while nothing has changed for anybody.
     CHECK = "check" [Accepted, Checking]
@@ -64,18 +58,6 @@ steps! { Transfer |it, data|
     // Node: removes the old disks.
     TIDY = "tidy" [_, Finishing]
         { it.tidy() };
-}
-
-#[async_trait]
-impl Saga for Transfer {
-    type Data = Data;
-    type Note = Shown;
-
-    const STEPS: &'static [Step<Self>] = STEPS;
-
-    async fn interrupted(&self) -> StepError {
-        self.job.interrupted().await
-    }
 }
 
 impl Recorded for Transfer {

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use drover_model::{
-    guest::{Guest, PowerState, Presence},
+    guest::{Guest, PowerState},
     ids::{HostName, InstanceId},
     migration::Flavor,
 };
@@ -64,7 +64,7 @@ impl World {
         }
         let id = guest.id;
         let here = self.presence(host, id);
-        if here.is_active() || here == Presence::Incoming {
+        if here.has_qemu() {
             let words = "the guest is active here".to_owned();
             return Err(HypervisorError::WrongState(words));
         }

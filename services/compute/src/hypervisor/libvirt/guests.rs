@@ -185,7 +185,7 @@ pub(super) fn current(connect: &Connect, id: InstanceId) -> CallResult<Option<Cu
     if domain.has_managed_save(0)? {
         guest.active_job = Some(SAVED.to_owned());
     }
-    if presence.is_active() || presence == Presence::Incoming {
+    if presence.has_qemu() {
         let job = jobs::words(&domain)?;
         guest.active_job = job.or(guest.active_job);
     }
@@ -289,7 +289,7 @@ pub(super) fn lasting(connect: &Connect, id: InstanceId) -> CallResult<Option<La
     if domain.has_managed_save(0)? {
         guest.active_job = Some(SAVED.to_owned());
     }
-    if presence.is_active() || presence == Presence::Incoming {
+    if presence.has_qemu() {
         guest.active_job = jobs::words(&domain)?.or(now.active_job.take());
     }
     let nvram = xml::nvram(&text).map_err(HypervisorError::from)?;

@@ -399,7 +399,7 @@ impl Actor {
         let record = self.coming(step.instance)?.clone();
         let presence = self.node.hypervisor.presence(step.instance).await;
         let presence = presence.map_err(fault)?;
-        if presence.is_active() || presence == Presence::Incoming {
+        if presence.has_qemu() {
             let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }

@@ -382,7 +382,7 @@ impl Actor {
         let clean_up = CleanUp::default();
         let hypervisor = self.node.hypervisor.clone();
         let presence = hypervisor.presence(step.instance).await.map_err(fault)?;
-        if presence.is_active() || presence == Presence::Incoming {
+        if presence.has_qemu() {
             let message = format!("the guest is active on this node ({presence})");
             return Err(Fault::refused(message));
         }

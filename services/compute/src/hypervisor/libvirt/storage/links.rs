@@ -1,7 +1,7 @@
 //! Which files images name beneath them, remembered file by file: where one cannot be read
 //! now, its chain goes on with what was read of it last.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -121,12 +121,12 @@ impl Link {
 /// All that is remembered.
 #[derive(Debug, Default)]
 pub(super) struct Links {
-    by_path: HashMap<String, Link>,
+    by_path: BTreeMap<String, Link>,
     /// By path of an image at the top: all that was beneath it, as a former version of the
     /// agent kept it. It serves until all of the chain has answered.
-    whole: HashMap<String, BTreeSet<String>>,
+    whole: BTreeMap<String, BTreeSet<String>>,
     /// The same as it is known now, for that version.
-    beneath: HashMap<String, BTreeSet<String>>,
+    beneath: BTreeMap<String, BTreeSet<String>>,
 }
 
 impl Links {
@@ -135,24 +135,23 @@ impl Links {
         whole: Option<BTreeMap<String, BTreeSet<String>>>,
         beneath: BTreeMap<String, BTreeSet<String>>,
     ) -> Self {
-        let whole = whole.unwrap_or_else(|| beneath.clone());
         Self {
-            by_path: by_path.into_iter().collect(),
-            whole: whole.into_iter().collect(),
-            beneath: beneath.into_iter().collect(),
+            by_path,
+            whole: whole.unwrap_or_else(|| beneath.clone()),
+            beneath,
         }
     }
 
     pub(super) fn by_path(&self) -> BTreeMap<String, Link> {
-        self.by_path.clone().into_iter().collect()
+        self.by_path.clone()
     }
 
     pub(super) fn whole(&self) -> BTreeMap<String, BTreeSet<String>> {
-        self.whole.clone().into_iter().collect()
+        self.whole.clone()
     }
 
     pub(super) fn beneath(&self) -> BTreeMap<String, BTreeSet<String>> {
-        self.beneath.clone().into_iter().collect()
+        self.beneath.clone()
     }
 
     /// What is known of a file that was looked at: as it is, as it was last if no image is
